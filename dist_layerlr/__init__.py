@@ -1,0 +1,45 @@
+"""Per-layer learning rates by parameter name, true through every sharder and proven on every rank.
+
+Importing this package does not import torch: names and shapes are enough for a plan.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+__version__ = "0.1.0"
+
+_HOME = {
+    "LayerLRError": "errors",
+    "ConfigError": "errors",
+    "ModelSourceError": "errors",
+    "UnmatchedParams": "errors",
+    "PlanMismatch": "errors",
+    "Config": "config",
+    "load_config": "config",
+    "ParamInfo": "plan",
+    "Plan": "plan",
+    "PlanEntry": "plan",
+    "build_plan": "build",
+    "canonical_name": "names",
+    "register_depth": "depth",
+    "register_component_rule": "components",
+    "Schedule": "schedule",
+    "grid": "report",
+    "explain": "report",
+    "read_model": "sources",
+}
+
+__all__ = sorted(_HOME)
+
+
+def __getattr__(name: str) -> Any:
+    """Resolve public names on first use, so that the torch parts load only when they are asked for."""
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f"{__name__}.{_HOME[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return __all__

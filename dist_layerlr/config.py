@@ -1,0 +1,249 @@
+"""The ``per_layer_lr`` block: frozen dataclasses, and a reader that rejects what it does not know.
+
+Every error names the field, the value, what is allowed, and the nearest key when one was misspelt.
+"""
+
+from __future__ import annotations
+
+import inspect
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+from dist_layerlr import checks
+from dist_layerlr.components import known_components
+from dist_layerlr.depth import DEPTH_FUNCTIONS, LAYER_DECAY, DepthSettings
+from dist_layerlr.errors import ConfigError
+from dist_layerlr.layer_decay import CONVENTIONS
+from dist_layerlr.patterns import compile_pattern
+from dist_layerlr.presets import PRESET_FUNCTIONS, PRESETS
+
+SEED_COMPONENT_LR: Mapping[str, float] = MappingProxyType(
+    {"self_attn": 4e-4, "cross_attn": 2e-4, "ffn": 3e-4, "norm": 5e-5}
+)
+"""component_lr when the key is absent. A key that is present means exactly what it lists."""
+FALLBACK_LR = 3e-4
+"""default_lr when neither it nor learning_rate is given."""
+BLOCK = "per_layer_lr"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PatternRule:
+    """A user rule that names the component of the parameters it matches."""
+
+    match: str
+    component: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Region:
+    """A part of the model with rules of its own. What it does not give, it takes from the block around it."""
+
+    match: str
+    lr: float | None = None
+    """Absolute LR before depth; replaces component_lr and default_lr inside the region."""
+    lr_multiplier: float = 1.0
+    component_lr: Mapping[str, float] | None = None
+    depth: DepthSettings | None = None
+    """None: the depth of the block around it, numbered with it."""
+    weight_decay: float | None = None
+    no_decay: tuple[str, ...] | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PerLayerLR:
+    """A validated ``per_layer_lr`` block. LRs are absolute, factors dimensionless."""
+
+    enabled: bool = False
+    component_lr: Mapping[str, float] = field(default_factory=lambda: SEED_COMPONENT_LR)
+    default_lr: float = FALLBACK_LR
+    depth: DepthSettings = field(default_factory=DepthSettings)
+    log_grad_norms: bool = False
+    patterns: tuple[PatternRule, ...] = ()
+    regions: tuple[Region, ...] = ()
+    weight_decay: float | None = None
+    """None: the optimizer's."""
+    no_decay: tuple[str, ...] = ()
+    """Name patterns, ``ndim<=1`` (true shape) or ``norm`` (owner is a norm): weight decay 0."""
+    lora_plus_ratio: float = 1.0
+    unmatched: str = "warn"
+    resume_lr: str = "plan"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Config:
+    """What a plan is made from: the training config's own fields that matter to learning rates."""
+
+    model_type: str = "model"
+    learning_rate: float | None = None
+    per_layer_lr: PerLayerLR = field(default_factory=PerLayerLR)
+
+    @property
+    def flat_lr(self) -> float:
+        """The one LR when per_layer_lr is off."""
+        return FALLBACK_LR if self.learning_rate is None else self.learning_rate
+
+
+_DEPTH_FIELDS: dict[str, checks.Check] = {
+    "depth_strategy": checks.one_of(lambda: (*DEPTH_FUNCTIONS, LAYER_DECAY)),
+    "depth_scope": checks.one_of(lambda: ("stack", "trunk")),
+    "min_depth_factor": checks.number(0.0, 1.0),
+    "peak_position": checks.number(0.0, 1.0),
+    "layer_decay": checks.number(0.0, 1.0, open_low=True),
+    "depth_table": checks.numbers(at_least=2),
+    "convention": checks.one_of(lambda: tuple(CONVENTIONS)),
+    "num_layers": checks.integer(1),
+}
+_LR = checks.number(0.0)
+
+
+def _no_decay(path: str, value: object) -> tuple[str, ...]:
+    rules = checks.strings(path, value)
+    for rule in rules:
+        if rule not in ("ndim<=1", "norm"):
+            compile_pattern(rule)
+    return rules
+
+
+def _pattern(path: str, value: object) -> str:
+    text = checks.text(path, value)
+    compile_pattern(text)
+    return text
+
+
+_REGION_FIELDS: dict[str, checks.Check] = {
+    "match": _pattern,
+    "lr": _LR,
+    "lr_multiplier": _LR,
+    "component_lr": checks.mapping_of(_LR),
+    "weight_decay": _LR,
+    "no_decay": _no_decay,
+    **_DEPTH_FIELDS,
+}
+_PATTERN_FIELDS: dict[str, checks.Check] = {"match": _pattern, "component": checks.text}
+_BLOCK_FIELDS: dict[str, checks.Check] = {
+    "enabled": checks.boolean,
+    "component_lr": checks.mapping_of(_LR),
+    "default_lr": _LR,
+    "log_grad_norms": checks.boolean,
+    "patterns": checks.list_of(_PATTERN_FIELDS, required=("match", "component")),
+    "regions": checks.list_of(_REGION_FIELDS, required=("match",)),
+    "weight_decay": _LR,
+    "no_decay": _no_decay,
+    "lora_plus_ratio": checks.number(1.0),
+    "unmatched": checks.one_of(lambda: ("default", "warn", "error")),
+    "resume_lr": checks.one_of(lambda: ("plan", "checkpoint")),
+    **_DEPTH_FIELDS,
+}
+
+
+def load_config(source: str | Path | Mapping[str, Any] | Config) -> Config:
+    """Read a training config: a JSON file or the mapping it holds. Keys of the trainer's own are left alone.
+
+    Raises:
+        ConfigError: unreadable file, unknown key or bad value in ``per_layer_lr``, or a misspelt top-level key.
+    """
+    if isinstance(source, Config):
+        return source
+    raw = source if isinstance(source, Mapping) else read_json(source)
+    checks.near_misses("config", raw, (BLOCK, "learning_rate", "model_type"))
+    if BLOCK not in raw and raw.keys() & (_BLOCK_FIELDS.keys() | {"preset"}) - {"weight_decay"}:
+        found = sorted(raw.keys() & (_BLOCK_FIELDS.keys() | {"preset"}))
+        raise ConfigError(f"Invalid config: {found} must stand inside a {BLOCK!r} block, beside 'learning_rate'.")
+    rate = None if raw.get("learning_rate") is None else _LR("learning_rate", raw["learning_rate"])
+    model_type = checks.text("model_type", raw.get("model_type", "model"))
+    return Config(model_type=model_type, learning_rate=rate, per_layer_lr=_read_block(raw.get(BLOCK), rate))
+
+
+def read_json(path: str | Path) -> dict[str, Any]:
+    """Read a JSON object from a file, refusing duplicate keys.
+
+    Raises:
+        ConfigError: missing file, not JSON, not an object, or a key given twice.
+    """
+
+    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        seen: dict[str, Any] = {}
+        for key, value in pairs:
+            if key in seen:
+                raise ConfigError(f"Invalid config file {str(path)!r}: key {key!r} is given twice. Keep one.")
+            seen[key] = value
+        return seen
+
+    try:
+        loaded = json.loads(Path(path).read_text(encoding="utf-8"), object_pairs_hook=unique)
+    except OSError as error:
+        raise ConfigError(f"Cannot read config file {str(path)!r}: {error.strerror}.") from None
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ConfigError(f"Invalid config file {str(path)!r}: not JSON ({error}).") from None
+    if not isinstance(loaded, dict):
+        raise ConfigError(f"Invalid config file {str(path)!r}: must hold a JSON object, got {type(loaded).__name__}.")
+    return loaded
+
+
+def _read_block(raw: object, learning_rate: float | None) -> PerLayerLR:
+    if raw is None:
+        return PerLayerLR(default_lr=FALLBACK_LR if learning_rate is None else learning_rate)
+    given = _expand_preset(checks.mapping(BLOCK, raw), learning_rate)
+    values = checks.fields(BLOCK, given, _BLOCK_FIELDS)
+    depth = replace(DepthSettings(), **{k: values.pop(k) for k in _DEPTH_FIELDS if k in values})
+    _check_depth(BLOCK, depth)
+    values.setdefault("default_lr", FALLBACK_LR if learning_rate is None else learning_rate)
+    regions = tuple(_region(i, r, depth) for i, r in enumerate(values.pop("regions", ())))
+    patterns = tuple(PatternRule(**p) for p in values.pop("patterns", ()))
+    block = PerLayerLR(depth=depth, regions=regions, patterns=patterns, **values)
+    _check_components(block)
+    return block
+
+
+def _expand_preset(given: Mapping[str, Any], learning_rate: float | None) -> dict[str, Any]:
+    block = dict(given)
+    name = block.pop("preset", None)
+    if name is None:
+        return block
+    checks.one_of(lambda: (*PRESETS, *PRESET_FUNCTIONS))(f"{BLOCK}.preset", name)
+    if name in PRESETS:
+        return {**PRESETS[name], **block}
+    function = PRESET_FUNCTIONS[name]
+    own = {k: block.pop(k) for k in inspect.signature(function).parameters if k in block}
+    for key, value in own.items():
+        _PRESET_PARAMETERS[key](f"{BLOCK}.{key}", value)
+    return {**function(learning_rate=learning_rate, **own), **block}
+
+
+_PRESET_PARAMETERS: dict[str, checks.Check] = {
+    "lr_encoder": _LR,
+    "lr_vit_layer_decay": checks.number(0.0, 1.0, open_low=True),
+    "lr_component_decay": checks.number(0.0, 1.0, open_low=True),
+    "convention": checks.one_of(lambda: tuple(CONVENTIONS)),
+    "out_feature_indexes": checks.integers(at_least=1),
+}
+
+
+def _region(index: int, raw: dict[str, Any], outer: DepthSettings) -> Region:
+    own = {k: raw.pop(k) for k in _DEPTH_FIELDS if k in raw}
+    depth = replace(outer, **own) if own else None
+    path = f"{BLOCK}.regions[{index}]"
+    if depth is not None:
+        _check_depth(path, depth)
+    if raw.get("lr") is not None and "lr_multiplier" in raw:
+        raise ConfigError(f"Invalid {path}: 'lr' and 'lr_multiplier' exclude each other. Keep one.")
+    return Region(depth=depth, **raw)
+
+
+def _check_depth(path: str, depth: DepthSettings) -> None:
+    if depth.depth_strategy == "table" and not depth.depth_table:
+        raise ConfigError(f"Invalid {path}.depth_strategy='table': needs depth_table, a list of 2 or more factors.")
+
+
+def _check_components(block: PerLayerLR) -> None:
+    named = {p.component for p in block.patterns}
+    for i, region in enumerate(block.regions):
+        checks.known_keys(f"{BLOCK}.regions[{i}].component_lr", region.component_lr or {}, known_components() | named)
+    checks.known_keys(f"{BLOCK}.component_lr", block.component_lr, known_components() | named)
+    listed = known_components() | {"default"} | block.component_lr.keys()
+    for i, rule in enumerate(block.patterns):
+        checks.known_keys(f"{BLOCK}.patterns[{i}].component", {rule.component: None}, listed)

@@ -1,0 +1,27 @@
+"""Every error a user can cause, one class per cause.
+
+The text of each names the field or parameter, the value, what is allowed, and what to do next, in one line where
+it fits. Command line programs print that text and exit with status 2.
+"""
+
+from __future__ import annotations
+
+
+class LayerLRError(Exception):
+    """Base of all errors that are the user's to mend. Assertions are ours."""
+
+
+class ConfigError(LayerLRError, ValueError):
+    """A configuration value, file or rule that cannot be what the user wants."""
+
+
+class ModelSourceError(LayerLRError, ValueError):
+    """A checkpoint, name list or data file that is missing, damaged or of another kind."""
+
+
+class UnmatchedParams(LayerLRError, ValueError):
+    """Trainable parameters that no rule names, under ``unmatched: error``."""
+
+
+class PlanMismatch(LayerLRError, RuntimeError):
+    """The live optimizer does not train some parameter as the plan says."""

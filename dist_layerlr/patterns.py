@@ -1,0 +1,65 @@
+"""User-written name rules: a glob over dotted segments, or ``re:`` and a regular expression."""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Callable, Iterable
+from functools import lru_cache
+
+from dist_layerlr.errors import ConfigError
+
+Matcher = Callable[[str], bool]
+
+
+@lru_cache(maxsize=1024)
+def compile_pattern(pattern: str) -> Matcher:
+    """Turn a rule into a predicate on canonical names.
+
+    A glob matches a name or any whole-segment prefix of it: ``blocks.0`` matches ``blocks.0.attn.to_q.weight`` and not
+    ``blocks.01``. Inside a segment ``*``, ``?`` and ``[...]`` are the shell's; a segment that is only ``*`` (or ``**``)
+    stands for one or more segments (``**``: none too), so ``*.bias`` finds every bias. ``re:`` searches anywhere.
+
+    Raises:
+        ConfigError: the regular expression does not compile.
+    """
+    if pattern.startswith("re:"):
+        try:
+            return _searcher(re.compile(pattern[3:]))
+        except re.error as error:
+            raise ConfigError(f"Invalid match={pattern!r}: not a regular expression ({error}).") from None
+    return _searcher(re.compile(_glob_to_regex(pattern)))
+
+
+def nearest(wanted: str, names: Iterable[str], count: int = 3) -> list[str]:
+    """The names most like ``wanted``, best first, for error messages."""
+    return difflib.get_close_matches(wanted, list(names), n=count, cutoff=0.4)
+
+
+def _searcher(compiled: re.Pattern[str]) -> Matcher:
+    def matches(name: str) -> bool:
+        return compiled.search(name) is not None
+
+    return matches
+
+
+def _glob_to_regex(pattern: str) -> str:
+    out = "^"
+    segments = pattern.split(".")
+    for i, segment in enumerate(segments):
+        last = i == len(segments) - 1
+        if segment == "**":
+            out += ".*" if last else r"(?:[^.]+\.)*"
+        elif segment == "*":
+            out += ".+" if last else r"(?:[^.]+\.)+"
+        else:
+            out += _segment_to_regex(segment) + ("" if last else r"\.")
+    return out + r"(?:\.|$)" if segments[-1] not in ("*", "**") else out + "$"
+
+
+def _segment_to_regex(segment: str) -> str:
+    parts = re.split(r"(\*|\?|\[[^\]]+\])", segment)
+    translated = {"*": "[^.]*", "?": "[^.]"}
+    return "".join(
+        translated.get(part) or (part.replace("[!", "[^") if part.startswith("[") else re.escape(part)) for part in parts
+    )

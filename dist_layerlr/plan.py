@@ -1,0 +1,186 @@
+"""The plan: canonical name -> learning rate and weight decay, and everything that led to them. Pure.
+
+``lr(name) = component_lr[component] * depth_factor(block) * scale``. It is made once, on the unsharded model, from names
+and true shapes; afterwards it is the only source of learning rates.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from math import prod
+from typing import Any
+
+from dist_layerlr.config import Config
+from dist_layerlr.names import natural_key
+
+Shape = tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ParamInfo:
+    """One parameter of the unsharded model."""
+
+    name: str
+    shape: Shape
+    """True shape, before any wrapper flattened or partitioned it."""
+    trainable: bool = True
+    owner_class: str | None = None
+    """Class name of the owning module, when a live model was read."""
+
+    @property
+    def numel(self) -> int:
+        """Number of elements."""
+        return prod(self.shape)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PlanEntry:
+    """One trainable parameter: ``lr = base_lr * factor * scale``."""
+
+    name: str
+    shape: Shape
+    component: str
+    """The component whose rate applies, or `default`."""
+    rule: str
+    """What gave the component, in words."""
+    stack: str | None
+    block: int | None
+    blocks: int | None
+    """Where it sits; None outside blocks."""
+    panel: str | None
+    """Stacks numbered together (a UNet's stages), else the stack."""
+    base_lr: float
+    factor: float
+    """Depth factor."""
+    scale: float
+    """Region multiplier times LoRA+ ratio."""
+    lr: float
+    weight_decay: float | None
+    """None: the optimizer's own."""
+    region: str | None
+    """Match of the region it belongs to."""
+
+    @property
+    def numel(self) -> int:
+        """Number of elements."""
+        return prod(self.shape)
+
+    @property
+    def cell(self) -> tuple[str | None, int | None, str]:
+        """Its cell of the grid: (stack, block, component)."""
+        return self.stack, self.block, self.component
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GroupSpec:
+    """Parameters that share every hyper-parameter, as one optimizer group."""
+
+    name: str
+    lr: float
+    weight_decay: float | None
+    names: tuple[str, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """Learning rates of one model. Keyed by canonical name, in the model's order."""
+
+    entries: Mapping[str, PlanEntry]
+    config: Config
+    warnings: tuple[str, ...] = field(default=(), compare=False)
+    frozen: int = 0
+    """Number of parameters that do not train."""
+
+    @cached_property
+    def digest(self) -> str:
+        """Hash of every name, shape, lr and weight decay; equal digests train alike whatever the order of names."""
+        rows = sorted(f"{e.name}\t{e.shape}\t{e.lr!r}\t{e.weight_decay!r}" for e in self.entries.values())
+        return hashlib.sha256("\n".join(rows).encode()).hexdigest()[:16]
+
+    @cached_property
+    def groups(self) -> tuple[GroupSpec, ...]:
+        """Optimizer groups: equal (lr, weight decay) merged, stable order, unique names, none empty.
+
+        Entries with LR 0 are a group too: they are held still, not dropped.
+        """
+        merged: dict[tuple[float, float | None], list[PlanEntry]] = {}
+        stack_keys = {stack: natural_key(stack or "") for stack in {e.stack for e in self.entries.values()}}
+        order = sorted((stack_keys[e.stack], e.block or 0, e.component, e.name) for e in self.entries.values())
+        for entry in (self.entries[key[-1]] for key in order):
+            merged.setdefault((entry.lr, entry.weight_decay), []).append(entry)
+        taken: dict[str, int] = {}
+        return tuple(_group(key, members, taken) for key, members in merged.items())
+
+    def diff(self, other: Plan) -> list[str]:
+        """Readable lines for every name whose lr or weight decay differs; empty when both train alike."""
+        lines = []
+        for name in sorted(self.entries.keys() | other.entries.keys(), key=natural_key):
+            mine, theirs = self.entries.get(name), other.entries.get(name)
+            if mine is None or theirs is None:
+                lines.append(f"{name}: only in the {'second' if mine is None else 'first'} plan")
+            elif (mine.lr, mine.weight_decay) != (theirs.lr, theirs.weight_decay):
+                decay = "" if mine.weight_decay == theirs.weight_decay else _decay_change(mine, theirs)
+                lines.append(f"{name}: lr {mine.lr:.6g} -> {theirs.lr:.6g}{decay}")
+        return lines
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-ready: ``{"digest", "groups", "parameters": {name: {...}}}``."""
+        return {
+            "digest": self.digest,
+            "groups": [
+                {
+                    "name": g.name,
+                    "lr": g.lr,
+                    "weight_decay": g.weight_decay,
+                    "params": len(g.names),
+                    "numel": sum(self.entries[n].numel for n in g.names),
+                }
+                for g in self.groups
+            ],
+            "parameters": {name: _row(entry) for name, entry in self.entries.items()},
+        }
+
+    def to_json(self, *, indent: int | None = 1) -> str:
+        """``to_dict`` as text."""
+        return json.dumps(self.to_dict(), indent=indent)
+
+
+def _group(key: tuple[float, float | None], members: list[PlanEntry], taken: dict[str, int]) -> GroupSpec:
+    cells = list(dict.fromkeys(e.cell for e in members))
+    name = cell_name(cells[0]) + (f"+{len(cells) - 1}" if len(cells) > 1 else "")
+    taken[name] = taken.get(name, 0) + 1
+    if taken[name] > 1:
+        name = f"{name}#{taken[name]}"
+    return GroupSpec(name=name, lr=key[0], weight_decay=key[1], names=tuple(e.name for e in members))
+
+
+def cell_name(cell: tuple[str | None, int | None, str]) -> str:
+    """``transformer_blocks.000.self_attn``, or ``outside.norm`` for what lies in no block."""
+    stack, block, component = cell
+    return f"outside.{component}" if stack is None else f"{stack}.{block:03d}.{component}"
+
+
+def total_numel(entries: Iterable[PlanEntry]) -> int:
+    """Elements of all entries together."""
+    return sum(entry.numel for entry in entries)
+
+
+def _row(entry: PlanEntry) -> dict[str, Any]:
+    return {
+        "component": entry.component,
+        "stack": entry.stack,
+        "block": entry.block,
+        "blocks": entry.blocks,
+        "factor": entry.factor,
+        "lr": entry.lr,
+        "weight_decay": entry.weight_decay,
+        "numel": entry.numel,
+    }
+
+
+def _decay_change(mine: PlanEntry, theirs: PlanEntry) -> str:
+    return f", weight decay {mine.weight_decay} -> {theirs.weight_decay}"

@@ -1,0 +1,105 @@
+"""The plan as text: the grid printed at start, a CSV table, and the derivation of one name."""
+
+from __future__ import annotations
+
+import csv
+import io
+
+from dist_layerlr.errors import ModelSourceError
+from dist_layerlr.names import canonical_name, natural_key
+from dist_layerlr.patterns import nearest
+from dist_layerlr.plan import Plan, PlanEntry, cell_name
+
+Cell = tuple[str | None, int | None, str]
+NAME_WIDTH = 50
+
+
+def cells(plan: Plan) -> dict[Cell, list[PlanEntry]]:
+    """Entries of each (stack, block, component), stacks in the model's order, outside blocks last."""
+    order = {stack: i for i, stack in enumerate(dict.fromkeys(e.stack for e in plan.entries.values()))}
+    grouped: dict[Cell, list[PlanEntry]] = {}
+    for entry in plan.entries.values():
+        grouped.setdefault(entry.cell, []).append(entry)
+    first_block = {s: min(e.block or 0 for e in plan.entries.values() if e.stack == s) for s in order}
+    return dict(
+        sorted(
+            grouped.items(),
+            key=lambda kv: (kv[0][0] is None, _stack_rank(kv[0][0], order, first_block), kv[0][1] or 0, kv[0][2]),
+        )
+    )
+
+
+def _stack_rank(stack: str | None, order: dict[str | None, int], first_block: dict[str | None, int]) -> tuple[int, int]:
+    """A UNet's stages are numbered through, so mid and up come after down whatever the registration order."""
+    return first_block[stack], order[stack]
+
+
+def grid(plan: Plan) -> str:
+    """The startup log: a header, one line per (stack, block, component), then warnings."""
+    block = plan.config.per_layer_lr
+    head = f"[per_layer_lr] model_type={plan.config.model_type}"
+    if not block.enabled:
+        return f"{head} off: flat lr={format_lr(plan.config.flat_lr)} total_params={len(plan.entries)}"
+    lines = [
+        f"{head} strategy={block.depth.depth_strategy} min_depth_factor={block.depth.floor:g} "
+        f"groups={len(plan.groups)} total_params={len(plan.entries)}"
+    ]
+    lines += [f"  {cell_name(cell):<{NAME_WIDTH}} lr={_lrs(rows)}  params={len(rows)}" for cell, rows in cells(plan).items()]
+    lines += [f"[per_layer_lr] warning: {text}" for text in plan.warnings]
+    return "\n".join(lines)
+
+
+def format_lr(lr: float) -> str:
+    """Six decimals as in the seed, or three significant digits of an LR too small for that."""
+    text = f"{lr:.6f}"
+    return text if abs(float(text) - lr) <= 0.005 * lr else f"{lr:.3e}"
+
+
+def _lrs(rows: list[PlanEntry]) -> str:
+    low, high = min(e.lr for e in rows), max(e.lr for e in rows)
+    return format_lr(low) if low == high else f"{format_lr(low)}..{format_lr(high)}"
+
+
+def to_csv(plan: Plan) -> str:
+    """One row per parameter, with a header row."""
+    out = io.StringIO()
+    writer = csv.writer(out, lineterminator="\n")
+    writer.writerow(["name", "shape", "component", "stack", "block", "blocks", "factor", "lr", "weight_decay", "numel"])
+    for e in plan.entries.values():
+        place = ["" if v is None else v for v in (e.stack, e.block, e.blocks)]
+        decay = "" if e.weight_decay is None else e.weight_decay
+        writer.writerow(
+            [e.name, "x".join(map(str, e.shape)), e.component, *place, repr(e.factor), repr(e.lr), decay, e.numel]
+        )
+    return out.getvalue()
+
+
+def explain(plan: Plan, name: str) -> str:
+    """How one parameter came to its learning rate.
+
+    Raises:
+        ModelSourceError: the plan has no such trainable parameter; names the nearest.
+    """
+    entry = plan.entries.get(canonical_name(name))
+    if entry is None:
+        near = nearest(name, plan.entries) or sorted(plan.entries, key=natural_key)[:3]
+        raise ModelSourceError(f"No trainable parameter {name!r} in this model. Nearest: {', '.join(near)}.")
+    place = "outside every block: depth factor 1"
+    if entry.stack is not None and entry.block is not None:
+        place = f"container {entry.stack!r}, block {entry.block} of {entry.blocks}"
+    depth = plan.config.per_layer_lr.depth.depth_strategy
+    decay = "the optimizer's" if entry.weight_decay is None else f"{entry.weight_decay:g}"
+    return "\n".join(
+        [
+            entry.name,
+            f"  shape         {'x'.join(map(str, entry.shape)) or 'scalar'} ({entry.numel:,} elements)",
+            f"  component     {entry.component}: {entry.rule}",
+            f"  place         {place}",
+            f"  region        {entry.region or 'none'}",
+            f"  base lr       {entry.base_lr:g}",
+            f"  depth factor  {entry.factor:.6g} ({depth if entry.region is None else 'as the region says'})",
+            f"  scale         {entry.scale:g} (region multiplier and LoRA+)",
+            f"  lr            {entry.lr:.6g}",
+            f"  weight decay  {decay}",
+        ]
+    )

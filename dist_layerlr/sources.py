@@ -1,0 +1,154 @@
+"""Names and shapes of a model without loading it: safetensors headers, checkpoint folders, tsv lists."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import re
+import sys
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+from dist_layerlr.errors import ModelSourceError
+from dist_layerlr.names import strip_common_module
+from dist_layerlr.plan import ParamInfo, Shape
+
+PIPELINE_PARTS = ("transformer", "transformer_2", "unet")
+"""Sub-folders of a diffusers pipeline that hold what is trained; several are told apart by this prefix."""
+
+
+def read_model(source: str | Path) -> list[ParamInfo]:
+    """List the parameters of a model.
+
+    Args:
+        source: a ``.safetensors`` file, a checkpoint folder (diffusers or transformers, sharded or not, or a whole
+            pipeline), a tsv of ``name<TAB>shape`` (further columns ignored, ``.gz`` too), or ``-`` for a tsv on stdin.
+
+    Raises:
+        ModelSourceError: nothing there, no safetensors in the folder, or a damaged file.
+    """
+    path = Path(source)
+    if str(source) == "-":
+        rows = _read_tsv(sys.stdin, "stdin")
+    elif path.is_dir():
+        rows = _read_folder(path)
+    elif not path.exists():
+        raise ModelSourceError(f"Cannot read model {str(source)!r}: no such file or folder.")
+    elif path.suffix == ".safetensors":
+        rows = read_header(path)
+    else:
+        rows = _read_tsv_file(path)
+    names = strip_common_module(name for name, _ in rows)
+    shapes = [shape for _, shape in rows]
+    return [_info(name, shape) for name, shape in zip(names, shapes, strict=True)]
+
+
+def checkpoint_files(folder: str | Path) -> list[Path]:
+    """The safetensors files that make up a checkpoint folder: the index's list, else all without variants.
+
+    Raises:
+        ModelSourceError: none there, or one that the index lists is missing.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise ModelSourceError(f"Cannot read checkpoint folder {str(folder)!r}: no such folder.")
+    index = sorted(folder.glob("*.safetensors.index.json"))
+    if index:
+        return _indexed_files(index[0])
+    files = sorted(folder.glob("*.safetensors"))
+    if not files:
+        raise ModelSourceError(
+            f"No .safetensors file in checkpoint folder {str(folder)!r}. "
+            "Point at the folder that holds the weights, or convert them with save_pretrained(safe_serialization=True)."
+        )
+    plain = [f for f in files if f.name.count(".") == 1]
+    return plain or files
+
+
+def read_header(path: str | Path) -> list[tuple[str, Shape]]:
+    """Names and shapes in a safetensors file; only its header is read.
+
+    Raises:
+        ModelSourceError: missing, truncated or corrupt.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(str(path), framework="numpy") as file:
+            return [(key, tuple(file.get_slice(key).get_shape())) for key in file.keys()]  # noqa: SIM118
+    except (SafetensorError, OSError) as error:
+        raise ModelSourceError(
+            f"Cannot read safetensors file {str(path)!r}: {error}. It may be truncated; copy or download it again."
+        ) from None
+
+
+def parse_shape(text: str) -> Shape:
+    """``4096x128``, ``4096,128``, ``(4096, 128)`` or ``[4096, 128]``; empty or ``-`` is a scalar.
+
+    Raises:
+        ValueError: anything else.
+    """
+    inner = text.strip().strip("()[]").strip()
+    if inner in ("", "-", "scalar"):
+        return ()
+    return tuple(int(part) for part in re.split(r"\s*[x,]\s*|\s+", inner.rstrip(", ")))
+
+
+def _info(name: str, shape: Shape) -> ParamInfo:
+    """A kohya ``alpha`` is a constant that is stored beside the adapter."""
+    return ParamInfo(name=name, shape=shape, trainable=not (name.endswith(".alpha") and shape in ((), (1,))))
+
+
+def _read_folder(folder: Path) -> list[tuple[str, Shape]]:
+    parts = [folder / part for part in PIPELINE_PARTS if any((folder / part).glob("*.safetensors"))]
+    if any(folder.glob("*.safetensors")) or not parts:
+        return _read_files(checkpoint_files(folder))
+    if len(parts) == 1:
+        return _read_files(checkpoint_files(parts[0]))
+    return [(f"{part.name}.{name}", shape) for part in parts for name, shape in _read_files(checkpoint_files(part))]
+
+
+def _read_files(files: Iterable[Path]) -> list[tuple[str, Shape]]:
+    return [row for file in files for row in read_header(file)]
+
+
+def _indexed_files(index: Path) -> list[Path]:
+    try:
+        listed = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+    except (OSError, ValueError, KeyError, AttributeError) as error:
+        raise ModelSourceError(f"Cannot read checkpoint index {str(index)!r}: {error!r}.") from None
+    files = [index.parent / name for name in listed]
+    missing = [f.name for f in files if not f.exists()]
+    if missing:
+        raise ModelSourceError(f"Checkpoint folder {str(index.parent)!r} lacks {missing[0]!r}, which its index lists.")
+    return files
+
+
+def _read_tsv_file(path: Path) -> list[tuple[str, Shape]]:
+    try:
+        if path.suffix == ".gz":
+            with gzip.open(path, "rt", encoding="utf-8") as lines:
+                return _read_tsv(lines, str(path))
+        with path.open(encoding="utf-8") as lines:
+            return _read_tsv(lines, str(path))
+    except (OSError, EOFError, UnicodeDecodeError) as error:
+        raise ModelSourceError(
+            f"Cannot read name list {str(path)!r}: {error}. Expected text lines of name<TAB>shape (or .gz of it)."
+        ) from None
+
+
+def _read_tsv(lines: Iterable[str], where: str) -> list[tuple[str, Shape]]:
+    return list(_tsv_rows(lines, where))
+
+
+def _tsv_rows(lines: Iterable[str], where: str) -> Iterator[tuple[str, Shape]]:
+    for number, line in enumerate(lines, 1):
+        columns = line.rstrip("\r\n").split("\t")
+        if columns == [""] or (number == 1 and columns[:2] == ["name", "shape"]):
+            continue
+        try:
+            yield columns[0], parse_shape(columns[1])
+        except (IndexError, ValueError):
+            raise ModelSourceError(
+                f"Invalid line {number} of {where}: {line.strip()[:80]!r}. Expected name<TAB>shape, shape as 4096x128."
+            ) from None

@@ -1,0 +1,101 @@
+"""Write a small, randomly initialised Wan checkpoint in the layout of the real ones.
+
+    python launch/make_tiny_wan.py runs/quickstart/tiny_wan
+    python launch/make_tiny_wan.py /tmp/wan --layers 2 --heads 2 --channels 16 --patch 2
+
+Parameter names are those of the full-size models, so a per-layer plan made here reads the same there.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from torch import nn
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Write the checkpoint and say what was written; return the exit status."""
+    options = _parser().parse_args(arguments)
+    out = Path(options.out_dir)
+    if out.exists() and not out.is_dir():
+        print(f"Invalid OUT_DIR={str(out)!r}. Must be a folder or not exist yet; choose another.", file=sys.stderr)
+        return 2
+    model = build(options)
+    model.save_pretrained(out)
+    weights = sum(file.stat().st_size for file in out.glob("*.safetensors"))
+    count = sum(parameter.numel() for parameter in model.parameters())
+    print(
+        f"wrote {out}: WanTransformer3DModel, {options.layers} blocks of width {options.heads * options.head_dim}, "
+        f"{count:,} parameters, {weights / 1e6:.1f} MB"
+    )
+    return 0
+
+
+def build(options: argparse.Namespace) -> nn.Module:
+    """Return the model of the parsed options, initialised from ``options.seed`` as the published Wan code does."""
+    from diffusers import WanTransformer3DModel
+
+    torch.manual_seed(options.seed)
+    model = WanTransformer3DModel(
+        patch_size=(1, options.patch, options.patch),
+        num_attention_heads=options.heads,
+        attention_head_dim=options.head_dim,
+        in_channels=options.channels,
+        out_channels=options.channels,
+        text_dim=options.text_dim,
+        freq_dim=options.freq_dim,
+        ffn_dim=options.ffn_mult * options.heads * options.head_dim,
+        num_layers=options.layers,
+    )
+    _initialise(model)
+    return model
+
+
+@torch.no_grad()
+def _initialise(model: nn.Module) -> None:
+    """Xavier weights and zero biases; a small output layer, so that training starts from velocity near 0."""
+    for name, module in model.named_modules():
+        if not isinstance(module, nn.Linear | nn.Conv3d):
+            continue
+        weight = module.weight
+        if name == "proj_out":
+            # Not exactly 0, as trained from scratch upstream: then no other parameter would move in the first step.
+            nn.init.normal_(weight, std=0.1 / math.sqrt(weight.shape[1]))
+        else:
+            nn.init.xavier_uniform_(weight.flatten(1))
+        if module.bias is not None:
+            nn.init.zeros_(module.bias)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description="Write a small random Wan checkpoint.")
+    parser.add_argument("out_dir", metavar="OUT_DIR", help="folder to write; made if missing")
+    for flag, default, meaning in (
+        ("--layers", 6, "transformer blocks"),
+        ("--heads", 4, "attention heads"),
+        ("--head-dim", 32, "width of a head, a multiple of 2, at least 6"),
+        ("--ffn-mult", 4, "width of the feed-forward layer over the model's"),
+        ("--channels", 1, "latent channels in and out"),
+        ("--patch", 4, "patch height and width"),
+        ("--text-dim", 32, "width of the prompt embeddings"),
+        ("--freq-dim", 64, "width of the timestep's sinusoids, a multiple of 2"),
+    ):
+        parser.add_argument(flag, type=_positive, default=default, help=f"{meaning} (default {default})")
+    parser.add_argument("--seed", type=int, default=0, help="of the weights (default 0)")
+    return parser
+
+
+def _positive(text: str) -> int:
+    number = int(text) if text.isdecimal() else 0
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not an integer of 1 or more")
+    return number
+
+
+if __name__ == "__main__":
+    sys.exit(main())

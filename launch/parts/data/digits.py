@@ -1,0 +1,152 @@
+"""Moving digits: short clips of real handwriting that need no download, for the quickstart and the tests.
+
+The scans are scikit-learn's bundled ``load_digits`` (8x8 pixels, real people's digits). One of them bounces about a
+dark square canvas. There is no text encoder: each of the 14 words below has a fixed random embedding, and a prompt such
+as "seven down left" is the three embeddings of its words.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import lru_cache
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from dist_layerlr.errors import ConfigError
+
+DIGIT_WORDS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
+MOVE_WORDS = (("up", "down"), ("left", "right"))
+VOCABULARY = (*DIGIT_WORDS, *MOVE_WORDS[0], *MOVE_WORDS[1])
+SCAN = 8
+"""Height and width of a scan in pixels."""
+
+_WORD_STREAM, _CLIP_STREAM = 1, 2
+
+
+@dataclass(frozen=True, kw_only=True)
+class Clip:
+    """What one sample shows."""
+
+    digit: int
+    """0 to 9."""
+    scan: int
+    """Row of ``load_digits().images``."""
+    start: tuple[int, int]
+    """(top, left) pixel in frame 0."""
+    velocity: tuple[int, int]
+    """(down, right) pixels per frame in frame 0."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class MovingDigits:
+    """Clips of one bouncing digit, each a function of (seed, index) alone. Satisfies ``Dataset``.
+
+    Raises:
+        ConfigError: a field is out of range.
+    """
+
+    clips: int = 2048
+    """Samples in the dataset, 1 to 1000000; digits take turns."""
+    frames: int = 4
+    """Frames in a clip, 1 to 64."""
+    canvas: int = 16
+    """Height and width in pixels, 8 to 64."""
+    speed: int = 2
+    """Pixels per frame along each axis, 1 to 8."""
+    scans_per_digit: int = 150
+    """Different scans of each digit in use, 1 to 174. Few are easy to learn."""
+    text_dim: int = 32
+    """Width of the word embeddings, 4 to 4096; equals the model's ``text_dim``."""
+    seed: int = 0
+    """0 or more."""
+
+    def __post_init__(self) -> None:
+        """Check every field against its range."""
+        for field, low, high in _RANGES:
+            value = getattr(self, field)
+            if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
+                raise ConfigError(f"Invalid data.{field}={value!r}. Must be an integer in [{low}, {high}].")
+
+    def __len__(self) -> int:
+        """Return the number of clips."""
+        return self.clips
+
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
+        """Return ``latents`` (1, F, H, W) in [-1, 1], -1 the dark background, and ``prompt_embeds`` (3, text_dim).
+
+        Raises:
+            IndexError: ``index`` is not in [0, len).
+        """
+        clip = self.clip(index)
+        canvas = torch.full((1, self.frames, self.canvas, self.canvas), -1.0)
+        picture = torch.from_numpy(_scans()[0][clip.scan]) / 8 - 1  # (8, 8)
+        for frame in range(self.frames):
+            top, left = (self._bounce(at, by, frame) for at, by in zip(clip.start, clip.velocity, strict=True))
+            canvas[0, frame, top : top + SCAN, left : left + SCAN] = picture
+        words = [VOCABULARY.index(word) for word in self.name(index).split()]
+        return {"latents": canvas, "prompt_embeds": _embeddings(self.seed, self.text_dim)[words]}
+
+    def name(self, index: int) -> str:
+        """Return the prompt, for instance ``"seven down left"``."""
+        clip = self.clip(index)
+        moves = (pair[int(step > 0)] for pair, step in zip(MOVE_WORDS, clip.velocity, strict=True))
+        return " ".join((DIGIT_WORDS[clip.digit], *moves))
+
+    def clip(self, index: int) -> Clip:
+        """Return what sample ``index`` shows.
+
+        Raises:
+            IndexError: ``index`` is not in [0, len).
+        """
+        if not 0 <= index < self.clips:
+            raise IndexError(f"Sample {index} of {self.clips} clips.")
+        random = np.random.default_rng([self.seed, _CLIP_STREAM, index])
+        digit = index % len(DIGIT_WORDS)
+        scans = np.flatnonzero(_scans()[1] == digit)[: self.scans_per_digit]
+        (top, down), (left, right) = self._line(random), self._line(random)
+        return Clip(digit=digit, scan=int(random.choice(scans)), start=(top, left), velocity=(down, right))
+
+    def _line(self, random: np.random.Generator) -> tuple[int, int]:
+        """Draw a start, whole steps from an edge, and a velocity that meets no edge in its first step if it can."""
+        room, sign = self.canvas - SCAN, int(random.choice((-1, 1)))
+        start = self.speed * int(random.integers(max(room // self.speed, 1)))
+        return (start if sign > 0 else room - start), sign * self.speed
+
+    def _bounce(self, start: int, velocity: int, frame: int) -> int:
+        """Return the position at ``frame``, reflected at both edges."""
+        room = self.canvas - SCAN
+        if room == 0:
+            return 0
+        place = (start + velocity * frame) % (2 * room)
+        return min(place, 2 * room - place)
+
+
+_RANGES = (
+    ("clips", 1, 1_000_000),
+    ("frames", 1, 64),
+    ("canvas", SCAN, 64),
+    ("speed", 1, 8),
+    ("scans_per_digit", 1, 174),
+    ("text_dim", 4, 4096),
+    ("seed", 0, 2**31 - 1),
+)
+
+
+@lru_cache(maxsize=1)
+def _scans() -> tuple[np.ndarray, np.ndarray]:
+    """Return the scans (1797, 8, 8) float32 in 0 to 16 and their digits (1797,)."""
+    try:
+        from sklearn.datasets import load_digits
+    except ImportError as error:
+        raise ConfigError("data.kind='digits' needs scikit-learn. Install the train extra.") from error
+    bundle = load_digits()
+    return bundle.images.astype(np.float32), bundle.target
+
+
+@lru_cache(maxsize=8)
+def _embeddings(seed: int, text_dim: int) -> Tensor:
+    """Return one fixed standard normal row per word: (14, text_dim)."""
+    random = np.random.default_rng([seed, _WORD_STREAM])
+    return torch.from_numpy(random.standard_normal((len(VOCABULARY), text_dim), dtype=np.float32))

@@ -1,0 +1,77 @@
+"""One picture of what the model makes: generated clips beside real ones."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+_FRAME_INCHES, _GAP, _INK, _PALE = 0.82, 0.06, "#222222", "#777777"
+
+
+def draw_samples(path: str | Path, generated: Tensor, real: Tensor, labels: Sequence[str]) -> None:
+    """Write one PNG: a row per clip, generated frames on the left, real ones of the same prompt on the right.
+
+    Args:
+        path: file to write; its folder is made if missing.
+        generated: (N, C, F, H, W) with N >= 1. One channel is drawn grey and three as RGB, [-1, 1] black to white. Of
+            any other number the first three (or the first) are drawn, each clip stretched to its own range.
+        real: like ``generated``, the same N.
+        labels: N prompts or class names.
+    """
+    assert len(generated) == len(real) == len(labels) > 0, f"{len(generated)=} {len(real)=} {len(labels)=}"
+    # Not pyplot: it would keep figures alive and choose a window toolkit.
+    from matplotlib.figure import Figure
+
+    rows, frames = len(labels), generated.shape[2]
+    label_inches = 0.3 + 0.085 * max(len(label) for label in labels)
+    width, height = label_inches + 2 * _FRAME_INCHES * frames + 0.5, 0.5 + rows * (_FRAME_INCHES + 0.07)
+    figure = Figure(figsize=(width, height), dpi=130, facecolor="white")
+    axes = figure.subplots(rows, 2, squeeze=False)
+    figure.subplots_adjust(wspace=0.08, hspace=0.1)
+    figure.subplots_adjust(left=label_inches / width, right=1 - 0.1 / width, top=1 - 0.4 / height, bottom=0.1 / height)
+    for row, label in enumerate(labels):
+        _draw_strip(axes[row][0], generated[row])
+        _draw_strip(axes[row][1], real[row])
+        axes[row][0].set_ylabel(label, rotation=0, ha="right", va="center", labelpad=8, fontsize=10, color=_INK)
+    for column, title in enumerate(("generated", "real")):
+        axes[0][column].set_title(f"{title}, frames 1 to {frames}", fontsize=10, color=_PALE, pad=8)
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path)
+
+
+def _draw_strip(axes: Axes, clip: Tensor) -> None:
+    """Draw the frames of one clip (C, F, H, W) side by side."""
+    axes.imshow(_strip(_pixels(clip)).numpy(), interpolation="nearest", vmin=0, vmax=1)
+    axes.set_xticks([])
+    axes.set_yticks([])
+    for spine in axes.spines.values():
+        spine.set_visible(False)
+
+
+def _pixels(clip: Tensor) -> Tensor:
+    """(C, F, H, W) -> (F, H, W, 3) in [0, 1]."""
+    clip = clip.detach().float().cpu()
+    channels = clip.shape[0]
+    shown = clip[:3] if channels >= 3 else clip[:1]
+    if channels in (1, 3):
+        shown = (shown.clamp(-1, 1) + 1) / 2
+    else:
+        low, high = shown.amin(), shown.amax()
+        shown = (shown - low) / (high - low).clamp(min=1e-6)
+    return shown.nan_to_num().expand(3, *shown.shape[1:]).permute(1, 2, 3, 0)
+
+
+def _strip(pixels: Tensor) -> Tensor:
+    """(F, H, W, 3) -> (H, F * (W + gap) - gap, 3), white between frames."""
+    frames, height, width, _ = pixels.shape
+    gap = max(1, round(width * _GAP))
+    padded = torch.ones(frames, height, width + gap, 3)
+    padded[:, :, :width] = pixels
+    return padded.permute(1, 0, 2, 3).reshape(height, -1, 3)[:, :-gap]

@@ -1,0 +1,270 @@
+"""Moving digits, flow matching, the Wan family and the sample picture."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import make_tiny_wan
+import numpy as np
+import pytest
+import torch
+from parts.data import open_dataset
+from parts.data.digits import DIGIT_WORDS, SCAN, MovingDigits
+from parts.families import FAMILIES, get_family
+from parts.flow import euler_sigmas, make_flow_batch, mix_seed, sample
+from parts.samples import draw_samples
+
+from dist_layerlr.errors import ConfigError, ModelSourceError
+
+TINY = ["--layers", "2", "--heads", "2", "--head-dim", "12", "--text-dim", "8", "--freq-dim", "8", "--channels", "1"]
+CLIP = {"latents": torch.zeros(1, 4, 16, 16), "prompt_embeds": torch.zeros(3, 8)}
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("tiny") / "wan"
+    assert make_tiny_wan.main([str(folder), *TINY]) == 0
+    return folder
+
+
+@pytest.fixture(scope="module")
+def model_config(checkpoint: Path) -> dict[str, object]:
+    return json.loads((checkpoint / "config.json").read_text())
+
+
+def latents(count: int) -> torch.Tensor:
+    return torch.randn(count, 1, 2, 8, 8, generator=torch.Generator().manual_seed(1))
+
+
+# Flow matching
+
+
+def test_a_batch_of_four_equals_two_batches_of_two() -> None:
+    clean = latents(4)
+    whole = make_flow_batch(clean, range(40, 44), seed=3)
+    halves = [make_flow_batch(clean[i : i + 2], range(40 + i, 42 + i), seed=3) for i in (0, 2)]
+    for field in ("noisy", "target", "sigma", "timestep"):
+        assert torch.equal(getattr(whole, field), torch.cat([getattr(half, field) for half in halves])), field
+
+
+def test_noise_depends_on_seed_and_sample_number_only() -> None:
+    clean = latents(1).expand(3, -1, -1, -1, -1)
+    torch.manual_seed(99)
+    first, same, other = make_flow_batch(clean, torch.tensor([7, 7, 8]), seed=0).target
+    assert torch.equal(first, same)
+    assert not torch.equal(first, other)
+    assert not torch.equal(first, make_flow_batch(clean[:1], [7], seed=1).target[0])
+
+
+def test_the_batch_lies_on_the_straight_path() -> None:
+    clean = latents(5)
+    batch = make_flow_batch(clean, range(5), seed=0)
+    share = batch.sigma.view(-1, 1, 1, 1, 1)
+    torch.testing.assert_close(batch.noisy - share * batch.target, clean)
+    torch.testing.assert_close(batch.timestep, 1000 * batch.sigma)
+    assert ((batch.sigma > 0) & (batch.sigma < 1)).all()
+
+
+def test_noise_is_standard_normal_and_sigma_is_centred() -> None:
+    clean = torch.zeros(512, 1, 2, 8, 8)
+    batch = make_flow_batch(clean, range(512), seed=0)
+    assert abs(batch.target.mean()) < 0.02 and abs(batch.target.std() - 1) < 0.02
+    assert abs(batch.sigma.mean() - 0.5) < 0.05
+
+
+def test_seed_mixing_is_fixed_for_good() -> None:
+    assert [mix_seed(0, 1, 0), mix_seed(0, 1, 1), mix_seed(1, 1, 0)] == [
+        2300713141190124274,
+        3691790751808042391,
+        574794275659835832,
+    ]
+    assert len({mix_seed(0, 1, number) for number in range(10_000)}) == 10_000
+
+
+def test_euler_with_the_true_velocity_arrives_at_the_data() -> None:
+    goal = latents(2)
+    # On a straight path every point knows its velocity: (x_sigma - x) / sigma.
+    found = sample(
+        lambda x, t: (x - goal) / (t / 1000).view(-1, 1, 1, 1, 1), goal.shape, seed=0, steps=4, device="cpu", shift=3.0
+    )
+    torch.testing.assert_close(found, goal)
+
+
+def test_sampling_starts_from_the_same_noise_for_any_number_of_clips() -> None:
+    def still(x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+        return torch.zeros_like(x)
+
+    three, one = (sample(still, (count, 1, 2, 8, 8), 5, 2, "cpu") for count in (3, 1))
+    assert torch.equal(three[:1], one)
+
+
+def test_shift_spends_steps_near_the_noise() -> None:
+    assert euler_sigmas(4) == [1.0, 0.75, 0.5, 0.25, 0.0]
+    assert euler_sigmas(4, shift=3.0) == pytest.approx([1.0, 0.9, 0.75, 0.5, 0.0])
+
+
+@pytest.mark.parametrize(("steps", "shift", "field"), [(0, 1.0, "samples.steps=0"), (4, 0.0, "samples.shift=0.0")])
+def test_sampler_values_out_of_range_are_named(steps: int, shift: float, field: str) -> None:
+    with pytest.raises(ConfigError, match=field):
+        euler_sigmas(steps, shift)
+
+
+# Moving digits
+
+
+def test_a_clip_is_the_same_from_any_dataset_object() -> None:
+    one, two = MovingDigits(clips=30, seed=4), MovingDigits(clips=30, seed=4)
+    assert all(torch.equal(one[17][key], two[17][key]) for key in ("latents", "prompt_embeds"))
+    assert one.name(17) == two.name(17)
+    assert not torch.equal(one[17]["latents"], MovingDigits(clips=30, seed=5)[17]["latents"])
+
+
+def test_every_frame_shows_a_real_scan_of_the_named_digit() -> None:
+    from sklearn.datasets import load_digits
+
+    bundle = load_digits()
+    dataset = MovingDigits(clips=40)
+    for index in range(40):
+        scans = bundle.images[bundle.target == DIGIT_WORDS.index(dataset.name(index).split()[0])]
+        real = {scan.astype(np.float32).tobytes() for scan in scans}
+        for frame in ((dataset[index]["latents"][0] + 1) * 8).numpy():
+            places = [(y, x) for y in range(9) for x in range(9)]
+            assert any(np.ascontiguousarray(frame[y : y + SCAN, x : x + SCAN]).tobytes() in real for y, x in places)
+
+
+def test_the_digit_moves_the_way_the_prompt_says() -> None:
+    dataset = MovingDigits(clips=40, frames=2)
+    pixels = torch.arange(16.0)
+    for index in range(40):
+        _, vertical, horizontal = dataset.name(index).split()
+        ink = dataset[index]["latents"][0] + 1  # (2, 16, 16)
+        rows, columns = (ink.sum(axis) @ pixels / ink.sum((1, 2)) for axis in (2, 1))
+        torch.testing.assert_close(rows.diff().item(), 2.0 if vertical == "down" else -2.0, atol=1e-3, rtol=0)
+        torch.testing.assert_close(columns.diff().item(), 2.0 if horizontal == "right" else -2.0, atol=1e-3, rtol=0)
+
+
+def test_a_long_clip_bounces_and_never_leaves_the_canvas() -> None:
+    clip = MovingDigits(clips=10, frames=64, speed=3, canvas=19)[3]["latents"]
+    ink = (clip + 1).sum((0, 2, 3))
+    torch.testing.assert_close(ink, ink[:1].expand(64))
+
+
+def test_samples_have_the_promised_layout() -> None:
+    item = MovingDigits(clips=10, frames=5, canvas=12, text_dim=8)[9]
+    assert item["latents"].shape == (1, 5, 12, 12) and item["prompt_embeds"].shape == (3, 8)
+    assert {tensor.dtype for tensor in item.values()} == {torch.float32}
+    assert item["latents"].min() == -1 and item["latents"].max() == 1
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [("clips", 0), ("frames", 65), ("canvas", 7), ("speed", 0), ("scans_per_digit", 175), ("text_dim", 2.5)],
+)
+def test_a_value_out_of_range_is_named_with_its_range(field: str, value: object) -> None:
+    with pytest.raises(ConfigError, match=rf"data\.{field}={value}\. Must be an integer in \["):
+        open_dataset({"kind": "digits", field: value})
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({}, r"data\.kind=None"),
+        ({"kind": "digit"}, "Did you mean 'digits'"),
+        ({"kind": "digits", "canvass": 16}, r"data\.canvass.*Did you mean 'canvas'"),
+    ],
+)
+def test_unknown_kinds_and_keys_name_the_nearest(options: dict[str, object], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        open_dataset(options)
+
+
+def test_reading_past_the_end_is_an_index_error() -> None:
+    with pytest.raises(IndexError):
+        MovingDigits(clips=3)[3]
+
+
+# The Wan family
+
+
+def test_unknown_model_type_names_the_allowed_ones() -> None:
+    with pytest.raises(ConfigError, match=r"model_type='wam'.*\['wan'.*Did you mean 'wan'"):
+        get_family("wam")
+    assert all(family.model_type == key for key, family in FAMILIES.items())
+
+
+def test_tiny_checkpoint_loads_and_predicts_a_velocity(checkpoint: Path) -> None:
+    family = get_family("wan")
+    model = family.model_class.from_pretrained(checkpoint)
+    noisy = torch.randn(2, 1, 4, 16, 16)
+    velocity = family.velocity(model, noisy, torch.tensor([10.0, 990.0]), {"prompt_embeds": torch.randn(2, 3, 8)})
+    assert velocity.shape == noisy.shape
+    velocity.square().mean().backward()
+    still = [name for name, parameter in model.named_parameters() if not parameter.grad.abs().sum() > 0]
+    assert still == []
+
+
+def test_tiny_checkpoint_has_the_names_of_the_full_size_model(checkpoint: Path) -> None:
+    from safetensors import safe_open
+
+    with torch.device("meta"):
+        real = get_family("wan").model_class(num_layers=2)
+    with safe_open(checkpoint / "diffusion_pytorch_model.safetensors", "pt") as file:
+        assert set(file.keys()) == set(real.state_dict())
+
+
+def test_lora_targets_are_linear_layers_of_every_block(checkpoint: Path) -> None:
+    family = get_family("wan")
+    modules = family.model_class.from_pretrained(checkpoint).named_modules()
+    linear = {name for name, module in modules if isinstance(module, torch.nn.Linear)}
+    wanted = {f"blocks.{block}.{target}" for block in range(2) for target in family.lora_targets}
+    assert wanted == {name for name in linear if name.startswith("blocks.")}
+
+
+def test_a_fitting_sample_passes(model_config: dict[str, object]) -> None:
+    get_family("wan").check_sample(model_config, CLIP)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"latents": torch.zeros(16, 4, 16, 16)}, r"a\.safetensors: latents has shape \(16, 4, 16, 16\).*needs \(1, F"),
+        ({"latents": torch.zeros(1, 4, 16, 18)}, r"latents has shape .*multiples of \(1, 4, 4\)"),
+        ({"latents": torch.zeros(1, 1, 4, 16, 16)}, "latents has shape .*without a batch dimension"),
+        ({"prompt_embeds": torch.zeros(3, 9)}, r"prompt_embeds has shape \(3, 9\).*\(L, 8\)"),
+        ({"prompt_embeds": torch.zeros(0, 8)}, "L >= 1"),
+    ],
+)
+def test_a_misfit_names_file_field_and_both_shapes(
+    model_config: dict[str, object], change: dict[str, torch.Tensor], message: str
+) -> None:
+    with pytest.raises(ModelSourceError, match=message) as caught:
+        get_family("wan").check_sample(model_config, {**CLIP, **change}, "a.safetensors")
+    assert "\n" not in str(caught.value)
+
+
+def test_a_missing_field_is_named(model_config: dict[str, object]) -> None:
+    with pytest.raises(ModelSourceError, match="prompt_embeds is missing"):
+        get_family("wan").check_sample(model_config, {"latents": CLIP["latents"]})
+
+
+def test_image_to_video_checkpoints_are_refused(model_config: dict[str, object]) -> None:
+    with pytest.raises(ModelSourceError, match="image-to-video"):
+        get_family("wan").check_sample({**model_config, "in_channels": 36, "out_channels": 16}, CLIP)
+
+
+def test_tiny_wan_refuses_a_file_as_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "taken").write_text("")
+    assert make_tiny_wan.main([str(tmp_path / "taken"), *TINY]) == 2
+    assert "OUT_DIR" in capsys.readouterr().err
+
+
+# The picture
+
+
+@pytest.mark.parametrize("channels", [1, 2, 3, 16])
+def test_the_picture_is_written_for_any_channel_count(tmp_path: Path, channels: int) -> None:
+    clips = torch.randn(2, channels, 3, 8, 8)
+    path = tmp_path / "new" / "samples.png"
+    draw_samples(path, clips, clips * 40, ["one up left", "two"])
+    assert path.read_bytes().startswith(b"\x89PNG") and path.stat().st_size > 5_000
