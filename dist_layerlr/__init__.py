@@ -29,6 +29,12 @@ _HOME = {
     "grid": "report",
     "explain": "report",
     "read_model": "sources",
+    "plan_model": "model",
+    "param_groups": "groups",
+    "scale_lrs": "groups",
+    "read_back": "proof",
+    "verify": "proof",
+    "Proof": "proof",
 }
 
 __all__ = sorted(_HOME)

@@ -33,9 +33,7 @@ class _Placed:
     region: Region | None
 
 
-def build_plan(
-    params: Params, config: Config | Mapping[str, Any] | str | Path, *, base: Params | None = None
-) -> Plan:
+def build_plan(params: Params, config: Config | Mapping[str, Any] | str | Path, *, base: Params | None = None) -> Plan:
     """Give every trainable parameter its learning rate and weight decay.
 
     Args:
@@ -73,7 +71,9 @@ def _infos(params: Params) -> list[ParamInfo]:
         info = item if isinstance(item, ParamInfo) else ParamInfo(name=item[0], shape=tuple(item[1]))
         name = canonical_name(info.name)
         if name in infos:
-            raise ModelSourceError(f"Parameter {name!r} is listed twice. Names must be unique once wrappers are undone.")
+            raise ModelSourceError(
+                f"Parameter {name!r} is listed twice. Names must be unique once wrappers are undone."
+            )
         if name != info.name:
             info = ParamInfo(name=name, shape=info.shape, trainable=info.trainable, owner_class=info.owner_class)
         infos[name] = info
@@ -139,7 +139,9 @@ class _Labeller:
         if pattern is not None:
             return Label(component=pattern.component, rule=f"pattern {pattern.match!r}")
         below = path.owner if loc is None else path.owner[loc.depth :]
-        siblings: frozenset[str] = frozenset() if loc is None else self._siblings.get((loc.stack, loc.block), frozenset())
+        siblings: frozenset[str] = (
+            frozenset() if loc is None else self._siblings.get((loc.stack, loc.block), frozenset())
+        )
         # A registered rule may look at the whole name, so its answers are not shared.
         key = info.name if has_custom_rules() else (below, path.leaf, loc is None, info.owner_class, siblings)
         label = self._known.get(key)

@@ -30,12 +30,16 @@ _FFN = re.compile(
     r"|^block_sparse_moe$"
 )
 _FFN_BESIDE_ATTENTION = re.compile(r"^(linear[12]|fc[12]|output)$")
-_MODULATION = re.compile(r"modulation|scale_shift|^adaln|(^|_)ada_?ln|(^|_)mod$|^time_proj$|^distilled_guidance_layer$", re.I)
+_MODULATION = re.compile(
+    r"modulation|scale_shift|^adaln|(^|_)ada_?ln|(^|_)mod$|^time_proj$|^distilled_guidance_layer$", re.I
+)
 _EMBED = re.compile(
     r"embed|^(proj|conv|img|txt|x|audio_proj)_in$|_token$|_tokens$|^caption_projection$|^(shared|wte|wpe)$|^audio_caption",
     re.I,
 )
-_HEAD = re.compile(r"^(proj_out|audio_proj_out|conv_out|lm_head|heads?|classifier|score|final_layer|all_final_layer)$|_head$")
+_HEAD = re.compile(
+    r"^(proj_out|audio_proj_out|conv_out|lm_head|heads?|classifier|score|final_layer|all_final_layer)$|_head$"
+)
 _CONV = re.compile(r"conv|^resnets$|samplers$")
 _FUSED_LEAF = re.compile(r"^to_qkv_mlp")
 
@@ -121,7 +125,9 @@ def _norm_label(view: ParamView) -> Label | None:
     plain = view.leaf in ("weight", "bias", "gamma", "beta", "scale")
     if owner == named[-1] and plain and view.owner_class not in _MATRIX_CLASSES:
         return Label(component=NORM, rule=f"segment {owner!r} names a norm")
-    return Label(component=NORM, fine="modulation", rule=f"segment {named[-1]!r} names a norm, the tensor is a matrix in it")
+    return Label(
+        component=NORM, fine="modulation", rule=f"segment {named[-1]!r} names a norm, the tensor is a matrix in it"
+    )
 
 
 def _block_label(view: ParamView) -> Label | None:

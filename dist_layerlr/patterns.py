@@ -61,5 +61,6 @@ def _segment_to_regex(segment: str) -> str:
     parts = re.split(r"(\*|\?|\[[^\]]+\])", segment)
     translated = {"*": "[^.]*", "?": "[^.]"}
     return "".join(
-        translated.get(part) or (part.replace("[!", "[^") if part.startswith("[") else re.escape(part)) for part in parts
+        translated.get(part) or (part.replace("[!", "[^") if part.startswith("[") else re.escape(part))
+        for part in parts
     )

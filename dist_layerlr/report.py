@@ -44,7 +44,9 @@ def grid(plan: Plan) -> str:
         f"{head} strategy={block.depth.depth_strategy} min_depth_factor={block.depth.floor:g} "
         f"groups={len(plan.groups)} total_params={len(plan.entries)}"
     ]
-    lines += [f"  {cell_name(cell):<{NAME_WIDTH}} lr={_lrs(rows)}  params={len(rows)}" for cell, rows in cells(plan).items()]
+    lines += [
+        f"  {cell_name(cell):<{NAME_WIDTH}} lr={_lrs(rows)}  params={len(rows)}" for cell, rows in cells(plan).items()
+    ]
     lines += [f"[per_layer_lr] warning: {text}" for text in plan.warnings]
     return "\n".join(lines)
 

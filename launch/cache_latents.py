@@ -12,28 +12,43 @@ The input folder holds images (``cat.png`` with ``cat.txt``), clips (a sub-folde
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import re
 import sys
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
-from parts.data.cached import CAPTION, LATENTS, PROMPT_EMBEDS, CachedDataset, read_header
 from PIL import Image, ImageOps
 from safetensors.torch import save_file
 from torch import Tensor
 from tqdm import tqdm
 
+if find_spec("dist_layerlr") is None:  # a checkout that is not installed
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from parts.data.cached import CAPTION, LATENTS, PROMPT_EMBEDS, CachedDataset, read_header
+from parts.encode import (
+    ClipSize,
+    blame,
+    check_size,
+    check_tokens,
+    count_tokens,
+    encode_caption,
+    encode_latents,
+    find_tokenizer,
+    load_text_encoder,
+    load_tokenizer,
+    load_vae,
+    vae_layout,
+)
+
 from dist_layerlr.errors import ConfigError, LayerLRError, ModelSourceError
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
-IMAGE_VAES = ("AutoencoderKL",)
-VIDEO_VAES = ("AutoencoderKLWan", "AutoencoderKLQwenImage")
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 _STORED_AS = {"fp32": "F32", "bf16": "BF16", "fp16": "F16"}
 _DEFAULT_MAX_TOKENS = 512
@@ -52,40 +67,6 @@ class Sample:
     """Text with runs of white space made single spaces; may be empty."""
     source: str
     """Image or clip folder, relative to the input folder."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class ClipSize:
-    """Size that every sample is brought to, before encoding."""
-
-    frames: int
-    """Number of frames, >= 1."""
-    height: int
-    """Pixels."""
-    width: int
-    """Pixels."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class VaeLayout:
-    """How one VAE cuts its input and what the diffusion model expects of its latents."""
-
-    class_name: str
-    """diffusers class."""
-    video: bool
-    """True: encodes (3, F, H, W) at once; False: frame by frame."""
-    spatial: int
-    """Pixels per latent pixel, each way."""
-    temporal: int
-    """Frames per latent frame after the first."""
-    mean: Tensor
-    """Subtracted from raw latents; broadcasts to (C, F, H, W)."""
-    scale: Tensor
-    """Multiplies the difference; broadcasts to (C, F, H, W)."""
-
-    def latent_size(self, size: ClipSize) -> tuple[int, int, int]:
-        """Frames, height and width of the latents of a clip."""
-        return (size.frames - 1) // self.temporal + 1, size.height // self.spatial, size.width // self.spatial
 
 
 # Samples
@@ -157,48 +138,13 @@ def common_size(samples: Sequence[Sample], height: int | None, width: int | None
     return ClipSize(frames=len(first.frames), height=height, width=width)
 
 
-def check_size(size: ClipSize, layout: VaeLayout) -> None:
-    """Refuse a size that the VAE cannot encode without loss at the edges.
-
-    Raises:
-        ConfigError: height or width is no multiple of the VAE's factor, or the frame count does not fit.
-    """
-    for flag, value in (("--height", size.height), ("--width", size.width)):
-        if value % layout.spatial or value <= 0:
-            below = max(layout.spatial, value // layout.spatial * layout.spatial)
-            raise ConfigError(
-                f"Invalid {flag}={value}. Must be a multiple of {layout.spatial} for {layout.class_name}; "
-                f"set --height and --width, for example {flag} {below}."
-            )
-    if (size.frames - 1) % layout.temporal:
-        fits = (size.frames - 1) // layout.temporal * layout.temporal + 1
-        raise ConfigError(
-            f"Invalid --frames={size.frames}. Must be {layout.temporal}k+1 (1, {layout.temporal + 1}, "
-            f"{2 * layout.temporal + 1}, ...) for {layout.class_name}; set --frames {fits}."
-        )
-
-
-def check_tokens(max_tokens: int, encoder: Any) -> None:
-    """Refuse more tokens than the text encoder has positions for; T5 models have no limit.
-
-    Raises:
-        ConfigError: ``max_tokens`` is above ``max_position_embeddings``.
-    """
-    limit = getattr(encoder.config, "max_position_embeddings", None)
-    if limit is not None and max_tokens > limit:
-        raise ConfigError(
-            f"Invalid --max-tokens={max_tokens}. Must be in [1, {limit}] for {type(encoder).__name__}; "
-            f"set --max-tokens {limit}."
-        )
-
-
 def image_size(path: Path) -> tuple[int, int]:
     """Height and width in pixels as the image is shown; reads the header, or all of a PNG.
 
     Raises:
         ModelSourceError: the file is no readable image.
     """
-    with _blame(f"{path}: not a readable image", "replace or remove it"), Image.open(path) as image:
+    with blame(f"{path}: not a readable image", "replace or remove it"), Image.open(path) as image:
         turned = image.getexif().get(_EXIF_ORIENTATION) in _QUARTER_TURNS
         width, height = image.size
         return (width, height) if turned else (height, width)
@@ -214,7 +160,7 @@ def load_clip(paths: Sequence[Path], height: int, width: int) -> Tensor:
 
 
 def _load_frame(path: Path, height: int, width: int) -> Tensor:
-    with _blame(f"{path}: not a readable image", "replace or remove it"), Image.open(path) as image:
+    with blame(f"{path}: not a readable image", "replace or remove it"), Image.open(path) as image:
         image = ImageOps.exif_transpose(image).convert("RGB")
         if image.size != (width, height):
             image = ImageOps.fit(image, (width, height), method=Image.Resampling.LANCZOS)
@@ -249,179 +195,9 @@ def _natural(path: Path) -> list[tuple[int, int, str]]:
 def _read_caption(source: str, places: Sequence[Path]) -> str:
     for place in places:
         if place.is_file():
-            with _blame(f"{place}: caption is not UTF-8 text", "save it as UTF-8"):
+            with blame(f"{place}: caption is not UTF-8 text", "save it as UTF-8"):
                 return " ".join(place.read_text(encoding="utf-8").split())
     raise ModelSourceError(f"{source}: no caption; write one to {' or '.join(str(place) for place in places)}.")
-
-
-# Models
-
-
-def load_vae(folder: Path, dtype: torch.dtype, device: str) -> torch.nn.Module:
-    """Load a diffusers VAE from a local folder, in eval mode.
-
-    Raises:
-        ModelSourceError: the folder, its config or its weights are missing or damaged, or the class is not supported.
-    """
-    class_name = str(_read_config(folder, "--vae").get("_class_name"))
-    if class_name not in IMAGE_VAES + VIDEO_VAES:
-        raise ModelSourceError(
-            f"Invalid --vae {str(folder)!r}: class {class_name}; can encode with {', '.join(IMAGE_VAES + VIDEO_VAES)}."
-        )
-    import diffusers
-
-    diffusers.logging.set_verbosity_error()
-    vae: torch.nn.Module = _load_whole(getattr(diffusers, class_name), folder, dtype, "--vae")
-    return vae.to(device)
-
-
-def vae_layout(vae: Any) -> VaeLayout:
-    """Read factors and latent normalisation from the config of a VAE.
-
-    Image VAEs: ``(z - shift_factor) * scaling_factor``. Video VAEs: ``(z - latents_mean) / latents_std``.
-    """
-    config, class_name = vae.config, type(vae).__name__
-    if class_name in VIDEO_VAES:
-        spatial = 2 ** len(config.temperal_downsample) * (config.get("patch_size") or 1)
-        temporal = 2 ** sum(config.temperal_downsample)
-        mean, scale = _per_channel(config.latents_mean), 1.0 / _per_channel(config.latents_std)
-        return VaeLayout(class_name=class_name, video=True, spatial=spatial, temporal=temporal, mean=mean, scale=scale)
-    mean = _per_channel(config.get("latents_mean") or [config.get("shift_factor") or 0.0])
-    scale = config.scaling_factor / _per_channel(config.get("latents_std") or [1.0])
-    spatial = 2 ** (len(config.block_out_channels) - 1)
-    return VaeLayout(class_name=class_name, video=False, spatial=spatial, temporal=1, mean=mean, scale=scale)
-
-
-def load_tokenizer(folder: Path) -> Any:
-    """Load a tokenizer from a local folder.
-
-    Raises:
-        ModelSourceError: the folder holds no tokenizer, or one that cannot pad.
-    """
-    from transformers import AutoTokenizer
-
-    step = "give the folder that holds tokenizer.json or spiece.model"
-    with _blame(f"Invalid --tokenizer {str(folder)!r}: cannot be loaded", step):
-        tokenizer = AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
-    if tokenizer.pad_token_id is None:
-        raise ModelSourceError(f"Invalid --tokenizer {str(folder)!r}: no pad_token; set it in tokenizer_config.json.")
-    return tokenizer
-
-
-def find_tokenizer(text_encoder: Path) -> Path:
-    """Guess the tokenizer folder: the text encoder's own, or ``tokenizer*`` beside it as diffusers lays it out."""
-    beside = text_encoder.with_name(text_encoder.name.replace("text_encoder", "tokenizer"))
-    return beside if not (text_encoder / "tokenizer_config.json").is_file() and beside.is_dir() else text_encoder
-
-
-def load_text_encoder(folder: Path, dtype: torch.dtype, device: str) -> torch.nn.Module:
-    """Load the transformers text encoder that the config names in ``architectures[0]``, in eval mode.
-
-    Raises:
-        ModelSourceError: the folder, its config or its weights are missing or damaged, or it is no plain encoder.
-    """
-    import transformers
-
-    class_name = str((_read_config(folder, "--text-encoder").get("architectures") or [None])[0])
-    if not class_name.endswith(("EncoderModel", "TextModel")) or not hasattr(transformers, class_name):
-        raise ModelSourceError(
-            f"Invalid --text-encoder {str(folder)!r}: architectures[0] is {class_name}; need an encoder-only class "
-            "such as UMT5EncoderModel, T5EncoderModel or CLIPTextModel."
-        )
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
-    encoder: torch.nn.Module = _load_whole(getattr(transformers, class_name), folder, dtype, "--text-encoder")
-    return encoder.to(device)
-
-
-def _load_whole(cls: Any, folder: Path, dtype: torch.dtype, flag: str) -> Any:
-    """Load local weights, and refuse a checkpoint that would leave some of them random."""
-    where, step = f"Invalid {flag} {str(folder)!r}:", "download the folder again"
-    with _blame(f"{where} {cls.__name__} cannot be loaded", step):
-        # Not .to(dtype) afterwards: some classes keep part of their weights in float32.
-        options = {"torch_dtype": dtype, "local_files_only": True, "output_loading_info": True}
-        model, info = cls.from_pretrained(str(folder), **options)
-    if missing := sorted(info["missing_keys"]):
-        raise ModelSourceError(f"{where} {len(missing)} weights of {cls.__name__} missing, first {missing[0]}; {step}.")
-    return model.eval().requires_grad_(False)
-
-
-def _read_config(folder: Path, flag: str) -> dict[str, Any]:
-    """Read ``config.json`` of a model folder."""
-    path = folder / "config.json"
-    if not path.is_file():
-        raise ModelSourceError(
-            f"Invalid {flag} {str(folder)!r}: no config.json there; give the model's own sub-folder, such as MODEL/vae."
-        )
-    with _blame(f"{path}: not a JSON object", "download it again"):
-        return dict(json.loads(path.read_text(encoding="utf-8")))
-
-
-def _per_channel(values: Sequence[float]) -> Tensor:
-    return torch.tensor(values, dtype=torch.float32).view(-1, 1, 1, 1)  # (C, 1, 1, 1)
-
-
-# Encoding
-
-
-@torch.inference_mode()
-def encode_latents(vae: Any, layout: VaeLayout, clip: Tensor) -> Tensor:
-    """Encode one clip to the mode of its distribution, normalised as the diffusion model expects.
-
-    Args:
-        vae: a class of ``IMAGE_VAES`` or ``VIDEO_VAES``.
-        layout: ``vae_layout(vae)``.
-        clip: (3, F, H, W) in [-1, 1].
-
-    Returns:
-        (C, f, h, w), float32 on the CPU.
-
-    Raises:
-        ModelSourceError: the latents hold NaN or infinity.
-    """
-    pixels = clip.to(vae.device, vae.dtype)
-    if layout.video:
-        raw = vae.encode(pixels[None]).latent_dist.mode()[0]
-    else:
-        frames = [vae.encode(frame[None]).latent_dist.mode() for frame in pixels.unbind(1)]
-        raw = torch.cat(frames).transpose(0, 1)
-    latents = (raw.to("cpu", torch.float32) - layout.mean) * layout.scale
-    return _finite(latents, f"--vae {layout.class_name}")
-
-
-@torch.inference_mode()
-def encode_caption(encoder: Any, tokenizer: Any, caption: str, max_tokens: int) -> Tensor:
-    """Encode one caption, padded or cut to ``max_tokens``; rows of padding are 0, as Wan and T5 models expect.
-
-    CLIP models were trained on the encoder's output at padding, so for those it is kept.
-
-    Returns:
-        (max_tokens, D), float32 on the CPU.
-
-    Raises:
-        ModelSourceError: the embeddings hold NaN or infinity.
-    """
-    tokens = tokenizer(
-        caption,
-        padding="max_length",
-        padding_side="right",
-        max_length=max_tokens,
-        truncation=True,
-        return_attention_mask=True,
-        return_tensors="pt",
-    )
-    keep_padding = type(encoder).__name__.startswith("CLIP")
-    mask = None if keep_padding else tokens.attention_mask.to(encoder.device)
-    hidden = encoder(input_ids=tokens.input_ids.to(encoder.device), attention_mask=mask).last_hidden_state[0]
-    if mask is not None:
-        hidden = hidden.masked_fill(mask[0, :, None] == 0, 0.0)
-    return _finite(hidden.to("cpu", torch.float32), f"--text-encoder {type(encoder).__name__}")
-
-
-def _finite(tensor: Tensor, origin: str) -> Tensor:
-    if not bool(torch.isfinite(tensor).all()):
-        raise ModelSourceError(f"{origin} gave NaN or infinity; run again with --dtype bf16 or fp32.")
-    return tensor
 
 
 # Files
@@ -435,7 +211,7 @@ def write_sample(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str
     """
     partial = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        with _blame(f"{path}: cannot be written", "free space or choose another --output"):
+        with blame(f"{path}: cannot be written", "free space or choose another --output"):
             save_file({field: tensor.contiguous() for field, tensor in tensors.items()}, partial, metadata=metadata)
             os.replace(partial, path)
     finally:
@@ -525,6 +301,7 @@ def encode_all(args: argparse.Namespace) -> int:
         return 0
     encoder = load_text_encoder(args.text_encoder, DTYPES[args.dtype], args.device)
     check_tokens(max_tokens, encoder)
+    cut = [sample for sample in missing if count_tokens(tokenizer, sample.caption) > max_tokens]
     for sample in tqdm(missing, unit="sample", disable=None):
         tensors = {
             LATENTS: encode_latents(vae, layout, load_clip(sample.frames, size.height, size.width)),
@@ -532,14 +309,24 @@ def encode_all(args: argparse.Namespace) -> int:
         }
         tensors = {field: tensor.to(DTYPES[args.dtype]) for field, tensor in tensors.items()}
         write_sample(_output_file(args, sample), tensors, _metadata(args, sample))
+    _warn_cut(cut, max_tokens)
     return len(missing)
+
+
+def _warn_cut(cut: Sequence[Sample], max_tokens: int) -> None:
+    if cut:
+        print(
+            f"cache_latents: warning: captions longer than --max-tokens={max_tokens} were cut, first that of "
+            f"{cut[0].source}; shorten them or raise --max-tokens: {len(cut)} cut",
+            file=sys.stderr,
+        )
 
 
 def _missing(
     samples: Iterable[Sample], args: argparse.Namespace, latent_size: tuple[int, int, int], max_tokens: int
 ) -> list[Sample]:
     """Make the output folder and list the samples to encode; those kept are checked first."""
-    with _blame(f"Invalid --output {str(args.output)!r}: cannot be made", "choose another folder"):
+    with blame(f"Invalid --output {str(args.output)!r}: cannot be made", "choose another folder"):
         args.output.mkdir(parents=True, exist_ok=True)
     missing = []
     for sample in samples:
@@ -569,16 +356,6 @@ def _positive(text: str) -> int:
     if value < 1:
         raise argparse.ArgumentTypeError(f"{value} is not an integer >= 1")
     return value
-
-
-@contextmanager
-def _blame(subject: str, next_step: str) -> Iterator[None]:
-    """Word any failure inside as one line. The libraries used raise unrelated types for one damaged file."""
-    try:
-        yield
-    except Exception as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise ModelSourceError(f"{subject} ({reason}); {next_step}.") from error
 
 
 def main(argv: Sequence[str] | None = None) -> int:

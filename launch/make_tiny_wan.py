@@ -58,7 +58,7 @@ def build(options: argparse.Namespace) -> nn.Module:
 
 @torch.no_grad()
 def _initialise(model: nn.Module) -> None:
-    """Xavier weights and zero biases; a small output layer, so that training starts from velocity near 0."""
+    """Xavier weights, zero biases but for self-attention's, and a small output layer: velocity starts near 0."""
     for name, module in model.named_modules():
         if not isinstance(module, nn.Linear | nn.Conv3d):
             continue
@@ -68,7 +68,10 @@ def _initialise(model: nn.Module) -> None:
             nn.init.normal_(weight, std=0.1 / math.sqrt(weight.shape[1]))
         else:
             nn.init.xavier_uniform_(weight.flatten(1))
-        if module.bias is not None:
+        if name.endswith((".attn1.to_q", ".attn1.to_k")):
+            # Rotary positions act on these: a head that starts with a bias already prefers some relative places.
+            nn.init.normal_(module.bias)
+        elif module.bias is not None:
             nn.init.zeros_(module.bias)
 
 
@@ -76,12 +79,12 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description="Write a small random Wan checkpoint.")
     parser.add_argument("out_dir", metavar="OUT_DIR", help="folder to write; made if missing")
     for flag, default, meaning in (
-        ("--layers", 6, "transformer blocks"),
-        ("--heads", 4, "attention heads"),
-        ("--head-dim", 32, "width of a head, a multiple of 2, at least 6"),
+        ("--layers", 4, "transformer blocks"),
+        ("--heads", 3, "attention heads"),
+        ("--head-dim", 64, "width of a head, a multiple of 2, at least 6"),
         ("--ffn-mult", 4, "width of the feed-forward layer over the model's"),
         ("--channels", 1, "latent channels in and out"),
-        ("--patch", 4, "patch height and width"),
+        ("--patch", 12, "patch height and width"),
         ("--text-dim", 32, "width of the prompt embeddings"),
         ("--freq-dim", 64, "width of the timestep's sinusoids, a multiple of 2"),
     ):

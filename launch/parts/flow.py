@@ -18,6 +18,8 @@ from dist_layerlr.errors import ConfigError
 TIMESTEPS = 1000.0
 """The timestep of pure noise: ``timestep = sigma * TIMESTEPS``, as Wan and most flow models count."""
 
+_TRAIN_SHIFT = 1.5
+"""Bends the training sigmas a little towards noise, where a clip's layout is decided."""
 _TRAIN_STREAM, _SAMPLE_STREAM = 1, 2
 _MASK = (1 << 64) - 1
 
@@ -105,7 +107,7 @@ def sample(
 
 
 def euler_sigmas(steps: int, shift: float = 1.0) -> list[float]:
-    """Return the ``steps + 1`` noise shares from 1.0 down to 0.0, bent by ``shift * s / (1 + (shift - 1) * s)``.
+    """Return the ``steps + 1`` noise shares from 1.0 down to 0.0, bent towards noise by ``shift``.
 
     Raises:
         ConfigError: ``steps`` or ``shift`` is out of range.
@@ -114,13 +116,16 @@ def euler_sigmas(steps: int, shift: float = 1.0) -> list[float]:
         raise ConfigError(f"Invalid samples.steps={steps!r}. Must be an integer of 1 or more; 20 is plenty.")
     if not shift > 0:
         raise ConfigError(f"Invalid samples.shift={shift!r}. Must be above 0; 1 means evenly spaced steps.")
-    even = [1 - index / steps for index in range(steps + 1)]
-    return [shift * s / (1 + (shift - 1) * s) for s in even]
+    return [_bend(1 - index / steps, shift) for index in range(steps + 1)]
+
+
+def _bend(sigma: float, shift: float) -> float:
+    return shift * sigma / (1 + (shift - 1) * sigma)
 
 
 def _draw(shape: tuple[int, ...], seed: int) -> tuple[Tensor, Tensor]:
-    """Return standard normal noise of ``shape`` and a logit-normal sigma (a scalar tensor), both on the CPU."""
+    """Return standard normal noise of ``shape`` and a bent logit-normal sigma (a scalar tensor), both on the CPU."""
     # Always the CPU generator: CUDA draws differ between cards and between batch shapes.
     generator = torch.Generator().manual_seed(seed)
-    sigma = torch.randn((), generator=generator).sigmoid()
-    return torch.randn(shape, generator=generator), sigma
+    sigma = _bend(torch.randn((), generator=generator).sigmoid().item(), _TRAIN_SHIFT)
+    return torch.randn(shape, generator=generator), torch.tensor(sigma)

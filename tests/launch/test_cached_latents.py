@@ -6,7 +6,10 @@ The models are tiny random instances of the real classes, saved to disk once for
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import subprocess
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -200,6 +203,23 @@ def test_a_caption_longer_than_max_tokens_is_cut(models: Models):
     tokenizer = cache_latents.load_tokenizer(models.tokenizer)
     found = cache_latents.encode_caption(encoder, tokenizer, "a red square moves left", 2)
     torch.testing.assert_close(found, cache_latents.encode_caption(encoder, tokenizer, "a red", 2))
+
+
+def test_cut_captions_are_counted_in_one_line_on_stderr(models: Models, tmp_path: Path, capsys):
+    source = _images(tmp_path / "in")
+    assert _run(source, tmp_path / "out", models.image_vae, models, "--max-tokens", "3") == 0
+    (line,) = [text for text in capsys.readouterr().err.splitlines() if "sample" not in text]
+    assert line.startswith("cache_latents: warning: ") and "--max-tokens=3" in line and "red.png" in line
+    assert line.endswith(": 1 cut")
+    assert _run(source, tmp_path / "fits", models.image_vae, models) == 0
+    assert "warning" not in capsys.readouterr().err
+
+
+def test_the_program_starts_from_a_checkout_that_is_not_installed(tmp_path: Path):
+    script = Path(cache_latents.__file__)
+    bare = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
+    shown = subprocess.run([sys.executable, script, "--help"], cwd=tmp_path, env=bare, capture_output=True, text=True)
+    assert shown.returncode == 0 and "--max-tokens" in shown.stdout, shown.stderr
 
 
 def test_a_clip_text_encoder_keeps_its_padding_and_limits_max_tokens(models: Models, tmp_path: Path):

@@ -17,7 +17,22 @@ from parts.samples import draw_samples
 
 from dist_layerlr.errors import ConfigError, ModelSourceError
 
-TINY = ["--layers", "2", "--heads", "2", "--head-dim", "12", "--text-dim", "8", "--freq-dim", "8", "--channels", "1"]
+TINY = [
+    "--layers",
+    "2",
+    "--heads",
+    "2",
+    "--head-dim",
+    "12",
+    "--patch",
+    "4",
+    "--text-dim",
+    "8",
+    "--freq-dim",
+    "8",
+    "--channels",
+    "1",
+]
 CLIP = {"latents": torch.zeros(1, 4, 16, 16), "prompt_embeds": torch.zeros(3, 8)}
 
 
@@ -66,11 +81,11 @@ def test_the_batch_lies_on_the_straight_path() -> None:
     assert ((batch.sigma > 0) & (batch.sigma < 1)).all()
 
 
-def test_noise_is_standard_normal_and_sigma_is_centred() -> None:
+def test_noise_is_standard_normal_and_sigma_leans_towards_noise() -> None:
     clean = torch.zeros(512, 1, 2, 8, 8)
     batch = make_flow_batch(clean, range(512), seed=0)
     assert abs(batch.target.mean()) < 0.02 and abs(batch.target.std() - 1) < 0.02
-    assert abs(batch.sigma.mean() - 0.5) < 0.05
+    assert abs(batch.sigma.median() - 0.6) < 0.05
 
 
 def test_seed_mixing_is_fixed_for_good() -> None:
@@ -124,7 +139,7 @@ def test_every_frame_shows_a_real_scan_of_the_named_digit() -> None:
     from sklearn.datasets import load_digits
 
     bundle = load_digits()
-    dataset = MovingDigits(clips=40)
+    dataset = MovingDigits(clips=40, canvas=16, speed=2, starts=3, scans_per_digit=174)
     for index in range(40):
         scans = bundle.images[bundle.target == DIGIT_WORDS.index(dataset.name(index).split()[0])]
         real = {scan.astype(np.float32).tobytes() for scan in scans}
@@ -134,7 +149,7 @@ def test_every_frame_shows_a_real_scan_of_the_named_digit() -> None:
 
 
 def test_the_digit_moves_the_way_the_prompt_says() -> None:
-    dataset = MovingDigits(clips=40, frames=2)
+    dataset = MovingDigits(clips=40, frames=2, canvas=16, speed=2, starts=8)
     pixels = torch.arange(16.0)
     for index in range(40):
         _, vertical, horizontal = dataset.name(index).split()
@@ -159,7 +174,15 @@ def test_samples_have_the_promised_layout() -> None:
 
 @pytest.mark.parametrize(
     ("field", "value"),
-    [("clips", 0), ("frames", 65), ("canvas", 7), ("speed", 0), ("scans_per_digit", 175), ("text_dim", 2.5)],
+    [
+        ("clips", 0),
+        ("frames", 65),
+        ("canvas", 7),
+        ("speed", 0),
+        ("starts", 65),
+        ("scans_per_digit", 175),
+        ("text_dim", 2.5),
+    ],
 )
 def test_a_value_out_of_range_is_named_with_its_range(field: str, value: object) -> None:
     with pytest.raises(ConfigError, match=rf"data\.{field}={value}\. Must be an integer in \["):

@@ -47,16 +47,18 @@ class MovingDigits:
         ConfigError: a field is out of range.
     """
 
-    clips: int = 2048
+    clips: int = 1000
     """Samples in the dataset, 1 to 1000000; digits take turns."""
-    frames: int = 4
+    frames: int = 5
     """Frames in a clip, 1 to 64."""
-    canvas: int = 16
+    canvas: int = 12
     """Height and width in pixels, 8 to 64."""
-    speed: int = 2
+    speed: int = 1
     """Pixels per frame along each axis, 1 to 8."""
-    scans_per_digit: int = 150
-    """Different scans of each digit in use, 1 to 174. Few are easy to learn."""
+    starts: int = 1
+    """Starting places along each axis, 1 to 64, whole steps from the edge behind the digit; 1 means its corner."""
+    scans_per_digit: int = 4
+    """Different scans of each digit in use, 1 to 174. A few minutes on a CPU suffice for a few of them."""
     text_dim: int = 32
     """Width of the word embeddings, 4 to 4096; equals the model's ``text_dim``."""
     seed: int = 0
@@ -111,7 +113,8 @@ class MovingDigits:
     def _line(self, random: np.random.Generator) -> tuple[int, int]:
         """Draw a start, whole steps from an edge, and a velocity that meets no edge in its first step if it can."""
         room, sign = self.canvas - SCAN, int(random.choice((-1, 1)))
-        start = self.speed * int(random.integers(max(room // self.speed, 1)))
+        places = min(self.starts, max(room // self.speed, 1))
+        start = self.speed * int(random.integers(places))
         return (start if sign > 0 else room - start), sign * self.speed
 
     def _bounce(self, start: int, velocity: int, frame: int) -> int:
@@ -128,6 +131,7 @@ _RANGES = (
     ("frames", 1, 64),
     ("canvas", SCAN, 64),
     ("speed", 1, 8),
+    ("starts", 1, 64),
     ("scans_per_digit", 1, 174),
     ("text_dim", 4, 4096),
     ("seed", 0, 2**31 - 1),

@@ -1,0 +1,61 @@
+"""Plan -> optimizer parameter groups, and the one place that writes a learning rate."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+
+from dist_layerlr.errors import PlanMismatch
+from dist_layerlr.model import live_parameters
+from dist_layerlr.plan import GroupSpec, Plan
+
+LR = "lr"
+INITIAL_LR = "initial_lr"  # checkpointed by torch; re-applied from the plan after every load
+NAME = "name"  # unique per group; never used to match groups on load
+
+ParamGroup = dict[str, Any]
+
+
+def param_groups(plan: Plan, model: nn.Module) -> list[ParamGroup]:
+    """Build the optimizer's groups on the live parameters of a model.
+
+    ``torch.optim.AdamW(param_groups(plan, model), weight_decay=0.01)``. Call it after FSDP or DDP has wrapped the model,
+    and before ``deepspeed.initialize``.
+
+    Returns:
+        One dict per distinct (lr, weight decay): ``params``, absolute ``lr`` and ``initial_lr``, a unique ``name``, and
+        ``weight_decay`` where the plan gives one. No group is empty; frozen parameters are in none.
+
+    Raises:
+        PlanMismatch: the model's trainable parameters are not those of the plan.
+    """
+    live = {name: param for name, param in live_parameters(model).items() if param.requires_grad}
+    _check_same_names(plan, live)
+    return [_group(spec, live) for spec in plan.groups]
+
+
+def scale_lrs(optimizer: Any, factor: float) -> None:
+    """Set every group to ``initial_lr * factor``. Reads the live groups each time: their dicts may be replaced."""
+    for group in optimizer.param_groups:
+        group[LR] = group[INITIAL_LR] * factor
+
+
+def _group(spec: GroupSpec, live: dict[str, nn.Parameter]) -> ParamGroup:
+    group: ParamGroup = {"params": [live[n] for n in spec.names], LR: spec.lr, INITIAL_LR: spec.lr, NAME: spec.name}
+    if spec.weight_decay is not None:
+        group["weight_decay"] = spec.weight_decay
+    return group
+
+
+def _check_same_names(plan: Plan, live: dict[str, nn.Parameter]) -> None:
+    missing = [n for n in plan.entries if n not in live]
+    extra = [n for n in live if n not in plan.entries]
+    if not missing and not extra:
+        return
+    what = f"the plan names {missing[:5]}, which the model does not train" if missing else ""
+    more = f"the model trains {extra[:5]}, which the plan does not name" if extra else ""
+    raise PlanMismatch(
+        f"Plan and model differ: {'; '.join(t for t in (what, more) if t)}. "
+        "Make the plan from this model after adapters are injected and requires_grad is set."
+    )

@@ -1,0 +1,96 @@
+"""Read a live torch model: names, true shapes, owner classes, whatever wraps it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from dist_layerlr.build import build_plan
+from dist_layerlr.config import Config
+from dist_layerlr.errors import PlanMismatch
+from dist_layerlr.names import canonical_name, parse
+from dist_layerlr.plan import ParamInfo, Plan, Shape
+
+_OUTER_WRAPPERS = ("DistributedDataParallel", "DataParallel", "DeepSpeedEngine")
+FLAT_PARAM = "_flat_param"
+
+
+def plan_model(model: nn.Module, config: Config | Mapping[str, Any] | str | Path) -> Plan:
+    """Plan a live model. Call it before sharding; a meta-device model is enough.
+
+    Args:
+        model: the model as it will be trained: adapters injected, ``requires_grad`` set.
+        config: the training config (mapping or JSON file) with its ``per_layer_lr`` block.
+
+    Raises:
+        PlanMismatch: names or shapes are already lost (flattened by FSDP1).
+        ConfigError, ModelSourceError, UnmatchedParams: as ``build_plan``.
+    """
+    return build_plan(describe(model), config)
+
+
+def describe(model: nn.Module) -> list[ParamInfo]:
+    """List all parameters, frozen ones included, with true shapes and owner classes.
+
+    Raises:
+        PlanMismatch: the model was flattened by FSDP1, so that original names or shapes are gone.
+    """
+    inner = unwrap(model)
+    classes = _owner_classes(inner)
+    infos = []
+    for raw, param in inner.named_parameters():
+        _refuse_flat(raw, inner)
+        name = canonical_name(raw)
+        infos.append(
+            ParamInfo(
+                name=name,
+                shape=true_shape(param),
+                trainable=param.requires_grad,
+                owner_class=classes.get(parse(name).owner),
+            )
+        )
+    return infos
+
+
+def unwrap(model: nn.Module) -> nn.Module:
+    """Take off DDP, a DeepSpeed engine and torch.compile. FSDP stays: it is told by segments of the names."""
+    while True:
+        kinds = {c.__name__ for c in type(model).__mro__}
+        if kinds.intersection(_OUTER_WRAPPERS):
+            model = model.module
+        elif "OptimizedModule" in kinds:
+            model = model._orig_mod
+        else:
+            return model
+
+
+def live_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+    """{canonical name: live parameter}, tied parameters once."""
+    return {canonical_name(name): param for name, param in unwrap(model).named_parameters()}
+
+
+def true_shape(param: nn.Parameter) -> Shape:
+    """Shape before partitioning: ZeRO-3 keeps it in ``ds_shape``; a DTensor reports its global shape itself."""
+    return tuple(getattr(param, "ds_shape", param.shape))
+
+
+def _owner_classes(model: nn.Module) -> dict[tuple[str, ...], str]:
+    """Class of every module, under the path its parameters parse to. An adapted module counts as what it adapts."""
+    classes: dict[tuple[str, ...], str] = {}
+    for raw, module in model.named_modules():
+        owner = parse(canonical_name(f"{raw}.x" if raw else "x")).owner
+        base = getattr(module, "base_layer", module)
+        classes.setdefault(owner, type(base).__name__)
+    return classes
+
+
+def _refuse_flat(raw: str, model: nn.Module) -> None:
+    segments = raw.split(".")
+    if segments[-1] == FLAT_PARAM or "_fsdp_wrapped_module" in segments:
+        raise PlanMismatch(
+            f"Parameter {raw!r} of {type(model).__name__} was already flattened by FSDP1: its true shape is gone. "
+            "Make the plan before wrapping (plan_model(model, config), then FSDP(model))."
+        )

@@ -1,0 +1,169 @@
+"""The proof: on every rank, each trainable name is stepped once, live, whole, at the plan's rate."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from dist_layerlr.adapters import LiveParam, ReadBack, detect
+from dist_layerlr.errors import PlanMismatch
+from dist_layerlr.plan import Plan, PlanEntry
+
+SHOWN = 10
+_CAUSES = {
+    "not stepped": "the optimizer was built before the model was sharded, or from other parameters; build it with "
+    "param_groups(plan, model) after sharding (before deepspeed.initialize)",
+    "lr": "a scheduler, a checkpoint or an optimizer block overwrote the groups' rates; drive them with scale_lrs, and "
+    "remove scheduler and optimizer blocks from the sharder's own config",
+    "weight decay": "a checkpoint or an optimizer block overwrote the groups' settings",
+    "elements": "a shard is stepped twice or not at all; one sharder wraps part of the model only",
+    "unplanned": "adapters or requires_grad changed after the plan was made; make the plan last",
+    "repeated": "two groups hold the same parameter",
+    "plan": "ranks read different configs or models; give every rank the same files",
+}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Proof:
+    """What was verified."""
+
+    sharder: str
+    ranks: int
+    parameters: int
+    elements: int
+    groups: int
+    digest: str
+    step_factor: float
+
+    def line(self) -> str:
+        """One line for the log."""
+        return (
+            f"[per_layer_lr] verified on {self.ranks} rank{'s' if self.ranks > 1 else ''} ({self.sharder}): "
+            f"{self.parameters} parameters, {self.elements:,} elements, each stepped once at its planned learning rate "
+            f"and weight decay; plan {self.digest}"
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-ready."""
+        return asdict(self)
+
+
+def read_back(model: nn.Module, optimizer: Any = None) -> dict[str, LiveParam]:
+    """{canonical name: lr, weight decay, local elements} of this rank, from the live optimizer and shards."""
+    return detect(model).read_back(model, optimizer).live
+
+
+def verify(plan: Plan, model: nn.Module, optimizer: Any = None, *, factor: float = 1.0) -> Proof:
+    """Compare the live optimizer with the plan on every rank. Collective: call it on all ranks.
+
+    Args:
+        plan: of this model.
+        model: as it is trained: plain, DDP, FSDP2, or a DeepSpeed engine.
+        optimizer: the one that is stepped; a DeepSpeed engine brings its own.
+        factor: the schedule's multiplier that is in force.
+
+    Raises:
+        PlanMismatch: on all ranks alike, naming the first ten parameters, the rank, the likely cause and its fix.
+    """
+    adapter = detect(model)
+    back = adapter.read_back(model, optimizer)
+    default_decay = _default_decay(model, optimizer)
+    problems = _local_problems(plan, back, factor, default_decay)
+    ranks = _agree(problems, plan.digest)
+    _check_elements(plan, back)
+    return Proof(
+        sharder=adapter.label,
+        ranks=ranks,
+        parameters=len(plan.entries),
+        elements=sum(e.numel for e in plan.entries.values()),
+        groups=len(plan.groups),
+        digest=plan.digest,
+        step_factor=factor,
+    )
+
+
+Problem = tuple[str, str]
+"""(kind: a key of _CAUSES, text)."""
+
+
+def _default_decay(model: nn.Module, optimizer: Any) -> float:
+    """The optimizer's own weight decay, for entries that the plan leaves to it."""
+    live = getattr(model, "optimizer", None) if optimizer is None else optimizer
+    while live is not None:
+        defaults = getattr(live, "defaults", None)
+        if isinstance(defaults, dict) and "weight_decay" in defaults:
+            return float(defaults["weight_decay"])
+        live = getattr(live, "optimizer", None)
+    return 0.0
+
+
+def _local_problems(plan: Plan, back: ReadBack, factor: float, default_decay: float) -> list[Problem]:
+    problems: list[Problem] = []
+    for name, entry in plan.entries.items():
+        live = back.live.get(name)
+        if live is None:
+            problems.append(("not stepped", f"{name}: not stepped by the optimizer"))
+        else:
+            problems += _compare(entry, live, factor, default_decay)
+    problems += [("unplanned", f"{n}: stepped at lr {p.lr:g}, not in the plan") for n, p in back.live.items()
+                 if n not in plan.entries and p.lr != 0.0]  # fmt: skip
+    problems += [("repeated", f"{n}: stepped by two groups") for n in back.repeated]
+    if back.strangers:
+        problems.append(("not stepped", f"{back.strangers} tensors in the optimizer are no parameters of the model"))
+    return problems
+
+
+def _compare(entry: PlanEntry, live: LiveParam, factor: float, default_decay: float) -> list[Problem]:
+    problems: list[Problem] = []
+    wanted = entry.lr * factor
+    if not math.isclose(live.lr, wanted, rel_tol=1e-9, abs_tol=0.0):
+        problems.append(("lr", f"{entry.name}: planned lr {wanted:.6g}, live {live.lr:.6g}"))
+    decay = default_decay if entry.weight_decay is None else entry.weight_decay
+    if not math.isclose(live.weight_decay, decay, rel_tol=1e-9, abs_tol=0.0):
+        problems.append(("weight decay", f"{entry.name}: planned weight decay {decay:g}, live {live.weight_decay:g}"))
+    return problems
+
+
+def _agree(problems: list[Problem], digest: str) -> int:
+    """Let every rank know every rank's problems, and raise the same error everywhere."""
+    mine = (digest, len(problems), problems[:SHOWN])
+    everyone = [mine]
+    if dist.is_available() and dist.is_initialized():
+        everyone = [mine] * dist.get_world_size()
+        dist.all_gather_object(everyone, mine)
+    digests = [d for d, _, _ in everyone]
+    if len(set(digests)) > 1:
+        raise _mismatch(0, [("plan", f"plans differ between ranks: {digests}")], 1)
+    for rank, (_, count, shown) in enumerate(everyone):
+        if count:
+            raise _mismatch(rank, shown, count)
+    return len(everyone)
+
+
+def _check_elements(plan: Plan, back: ReadBack) -> None:
+    """Local element counts, summed over ranks, must equal the true sizes."""
+    names = sorted(plan.entries)
+    counts = torch.tensor([back.live[n].numel for n in names], dtype=torch.int64)
+    if dist.is_available() and dist.is_initialized():
+        device = "cuda" if dist.get_backend() == "nccl" else "cpu"
+        counts = counts.to(device)
+        dist.all_reduce(counts)
+    problems: list[Problem] = []
+    for name, count in zip(names, counts.tolist(), strict=True):
+        wanted = plan.entries[name].numel * back.live[name].replicas
+        if count != wanted:
+            problems.append(("elements", f"{name}: {count} elements stepped over all ranks, {wanted} expected"))
+    if problems:
+        raise _mismatch(0, problems[:SHOWN], len(problems))
+
+
+def _mismatch(rank: int, shown: list[Problem], count: int) -> PlanMismatch:
+    more = f" (first {len(shown)} of {count})" if count > len(shown) else ""
+    lines = "\n".join(f"  {text}" for _, text in shown)
+    causes = "\n".join(f"  likely cause: {_CAUSES[kind]}." for kind in dict.fromkeys(k for k, _ in shown))
+    return PlanMismatch(f"The live optimizer differs from the plan on rank {rank}{more}:\n{lines}\n{causes}")

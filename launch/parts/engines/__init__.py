@@ -1,0 +1,41 @@
+"""Ways of training: one file each, one line here."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from torch import nn
+
+from dist_layerlr.plan import Plan
+
+from ..options import RunOptions
+from ..runtime import Runtime
+from .base import Engine
+
+SHARDINGS = ("none", "ddp", "fsdp2")
+ZERO = "zero"
+
+
+def build_engine(
+    sharding: str, model: nn.Module, plan: Plan, options: RunOptions, runtime: Runtime, files: dict[str, Path],
+    deepspeed_config: str | None,
+) -> Engine:  # fmt: skip
+    """Wrap the meta model, load its weights into place, and build its optimizer from the plan.
+
+    Args:
+        sharding: one of SHARDINGS, or ZERO.
+        model: on the meta device.
+        plan: made from ``model``.
+        options: of the run.
+        runtime: this rank.
+        files: {base name: safetensors file}.
+        deepspeed_config: JSON file, with ZERO.
+    """
+    if sharding == ZERO:
+        from .zero import ZeroEngine
+
+        assert deepspeed_config is not None
+        return ZeroEngine(model, plan, options, runtime, files, deepspeed_config)
+    from .native import NativeEngine
+
+    return NativeEngine(sharding, model, plan, options, runtime, files)

@@ -1,0 +1,38 @@
+"""What the loop needs from a way of training: forward, backward, step, gather, prove."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import AbstractContextManager
+from typing import Protocol
+
+from torch import Tensor, nn
+
+from dist_layerlr.proof import Proof
+
+
+class Engine(Protocol):
+    """A model and its optimizer under one sharder. Gradients are means over ranks."""
+
+    model: nn.Module
+    """What is called in the forward pass."""
+
+    def micro_step(self, *, last: bool) -> AbstractContextManager[None]:
+        """Context of one forward and backward; only the last of a step needs to synchronise gradients."""
+        ...
+
+    def backward(self, loss: Tensor) -> None:
+        """Accumulate gradients of ``loss``, already divided by the number of micro steps."""
+        ...
+
+    def step(self, factor: float) -> float:
+        """Step the optimizer at plan x ``factor`` and clear gradients. Returns the global gradient norm before clipping."""
+        ...
+
+    def prove(self, factor: float) -> Proof:
+        """Verify the live learning rates on all ranks."""
+        ...
+
+    def trained_tensors(self, *, keep: bool) -> Iterator[tuple[str, Tensor]]:
+        """Yield (canonical name, whole CPU tensor) of everything trained; collective."""
+        ...

@@ -1,0 +1,113 @@
+"""DeepSpeed ZeRO: the plan's groups go in, the engine partitions them."""
+
+from __future__ import annotations
+
+import contextlib
+import warnings
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from dist_layerlr import checks, param_groups, scale_lrs, verify
+from dist_layerlr.config import read_json
+from dist_layerlr.errors import ConfigError
+from dist_layerlr.plan import Plan
+from dist_layerlr.proof import Proof
+
+from ..options import RunOptions
+from ..runtime import Runtime
+from ..weights import full_tensors, load_weights
+from .native import make_optimizer
+
+STAGES = (0, 1, 2)
+
+
+class ZeroEngine:
+    """A DeepSpeed engine around a client optimizer. Batch sizes and clipping come from the training config."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        plan: Plan,
+        options: RunOptions,
+        runtime: Runtime,
+        files: dict[str, Path],
+        config_file: str,
+    ):
+        config = read_zero_config(config_file, options, runtime.world_size)
+        load_weights(model, files, seed=options.train.seed, device=runtime.device)
+        model.train()
+        optimizer = make_optimizer(param_groups(plan, model), options.optimizer)
+        self._plan = plan
+        self.model = _initialize(model, optimizer, config)
+
+    def micro_step(self, *, last: bool) -> AbstractContextManager[None]:
+        """Tell the engine where a step ends, so that it steps when told and not by its own count."""
+        self.model.set_gradient_accumulation_boundary(is_boundary=last)
+        return nullcontext()
+
+    def backward(self, loss: Tensor) -> None:
+        """Accumulate gradients; ``loss`` is already divided by the number of micro steps."""
+        self.model.backward(loss, scale_wrt_gas=False)
+
+    def step(self, factor: float) -> float:
+        """Step at plan x ``factor``."""
+        scale_lrs(self.model.optimizer, factor)
+        self.model.step()
+        norm = self.model.get_global_grad_norm()
+        return float(norm) if norm is not None else float("nan")
+
+    def prove(self, factor: float) -> Proof:
+        """Verify the live learning rates on all ranks."""
+        return verify(self._plan, self.model, factor=factor)
+
+    def trained_tensors(self, *, keep: bool) -> Iterator[tuple[str, Tensor]]:
+        """Stages 0 to 2 keep whole weights on every rank."""
+        return full_tensors(self.model.module, keep=keep)
+
+
+def read_zero_config(path: str, options: RunOptions, world_size: int) -> dict[str, Any]:
+    """Read a ds_config and fill in what the training config decides.
+
+    Raises:
+        ConfigError: a scheduler or optimizer block, batch sizes that contradict the training config, or another stage.
+    """
+    config = read_json(path)
+    for block in ("scheduler", "optimizer"):
+        if block in config:
+            raise ConfigError(
+                f"Invalid {path}: its {block!r} block would replace the plan's learning rates. Remove it; "
+                f"the training config's {'schedule' if block == 'scheduler' else block!r} block does that job."
+            )
+    stage = config.get("zero_optimization", {}).get("stage", 0)
+    checks.one_of(lambda: tuple(map(str, STAGES)))(f"{path}: zero_optimization.stage", str(stage))
+    share = options.train.global_batch // world_size
+    micro = options.train.micro_batch or share
+    filled = {"train_micro_batch_size_per_gpu": micro, "gradient_accumulation_steps": share // micro}
+    filled["train_batch_size"] = options.train.global_batch
+    for key, value in filled.items():
+        if config.get(key, value) not in (value, "auto"):
+            raise ConfigError(
+                f"Invalid {path}: {key}={config[key]}, but train.global_batch needs {value}. Remove the key."
+            )
+    return {**config, **filled, "gradient_clipping": options.train.grad_clip, "zero_allow_untested_optimizer": True}
+
+
+def _initialize(model: nn.Module, optimizer: torch.optim.Optimizer, config: dict[str, Any]) -> Any:
+    import logging
+
+    import deepspeed
+    from deepspeed.utils import logger
+
+    logger.setLevel(logging.WARNING)
+    # DeepSpeed's own calls; nothing a user of this program could change.
+    warnings.filterwarnings("ignore", message=r"`torch\.distributed\.\w+` is deprecated", category=FutureWarning)
+    if not torch.cuda.is_available():
+        # gloo needs no shared-memory op; building it takes 40 s and a compiler. Read in deepspeed 0.19.8.
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    with contextlib.redirect_stdout(None):
+        return deepspeed.initialize(model=model, optimizer=optimizer, config=config)[0]

@@ -1,0 +1,182 @@
+"""The training loop: the same for every family, dataset and engine."""
+
+from __future__ import annotations
+
+import signal
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from types import FrameType
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from dist_layerlr.errors import ConfigError
+
+from .data.base import Dataset
+from .engines.base import Engine
+from .families.base import Family
+from .flow import make_flow_batch, mix_seed
+from .metrics import MetricsFile, peak_memory_gb
+from .options import RunOptions
+from .runtime import Runtime
+
+Batch = dict[str, Tensor]
+_ORDER_STREAM = 3
+
+
+@dataclass(frozen=True, kw_only=True)
+class Outcome:
+    """How the loop ended."""
+
+    steps: int
+    """Optimizer steps done."""
+    stopped: bool
+    """Whether a signal ended it early."""
+    last_factor: float
+    """Schedule multiplier of the last step."""
+
+
+class StopFlag:
+    """Set by SIGINT and SIGTERM; the step in progress is finished first."""
+
+    def __init__(self) -> None:
+        self.raised = False
+
+    def __call__(self, number: int, frame: FrameType | None) -> None:
+        """Handle the signal."""
+        self.raised = True
+
+
+@contextmanager
+def catch_signals() -> Iterator[StopFlag]:
+    """Turn SIGINT and SIGTERM into a flag inside the block. A second SIGINT is handled as usual."""
+    flag = StopFlag()
+    before = {number: signal.signal(number, flag) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield flag
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def train(
+    engine: Engine, family: Family, data: Dataset, options: RunOptions, runtime: Runtime, metrics: MetricsFile | None
+) -> Outcome:
+    """Train for ``options.train.steps`` optimizer steps, or until a signal. Collective.
+
+    Args:
+        engine: model and optimizer.
+        family: how to call the model.
+        data: samples, read by number.
+        options: of the run.
+        runtime: this rank.
+        metrics: where rank 0 writes its rows; None elsewhere.
+    """
+    steps = options.train.steps
+    factor = 1.0
+    with catch_signals() as stop, _progress(steps, runtime) as show:
+        for step in range(steps):
+            started = time.perf_counter()
+            factor = options.schedule.factor(step)
+            loss = _accumulate(engine, family, data, options, runtime, step)
+            norm = engine.step(factor)
+            loss, stopped = _share(loss, stop.raised, runtime)
+            row = {
+                "step": step, "loss": loss, "lr_factor": factor, "grad_norm": norm,
+                "s_per_step": time.perf_counter() - started, "peak_memory_gb": peak_memory_gb(runtime.device),
+            }  # fmt: skip
+            if metrics is not None and (step % options.train.log_every == 0 or step == steps - 1 or stopped):
+                metrics.write(row)
+            show(row)
+            if stopped:
+                return Outcome(steps=step + 1, stopped=True, last_factor=factor)
+    return Outcome(steps=steps, stopped=False, last_factor=factor)
+
+
+def micro_batch_size(options: RunOptions, world_size: int) -> int:
+    """Samples per forward on one rank.
+
+    Raises:
+        ConfigError: train.micro_batch does not divide the rank's share of the batch.
+    """
+    share = options.train.global_batch // world_size
+    micro = options.train.micro_batch or share
+    if share % micro:
+        raise ConfigError(
+            f"Invalid train.micro_batch={micro}: must divide {share}, each rank's share of train.global_batch."
+        )
+    return micro
+
+
+def sample_index(number: int, length: int, seed: int) -> int:
+    """Which sample of the dataset sample number ``number`` of the run is: a fresh permutation every epoch."""
+    epoch, position = divmod(number, length)
+    generator = torch.Generator().manual_seed(mix_seed(seed, _ORDER_STREAM, epoch))
+    return int(torch.randperm(length, generator=generator)[position])
+
+
+def stack_samples(data: Dataset, indices: list[int]) -> Batch:
+    """Read and stack samples: ``latents`` (B, C, F, H, W), ``prompt_embeds`` (B, L, D)."""
+    samples = [data[i] for i in indices]
+    return {key: torch.stack([s[key] for s in samples]) for key in samples[0]}
+
+
+def _accumulate(
+    engine: Engine, family: Family, data: Dataset, options: RunOptions, runtime: Runtime, step: int
+) -> float:
+    """Forward and backward over this rank's share of the step's samples. Returns its mean loss."""
+    micro = micro_batch_size(options, runtime.world_size)
+    share = options.train.global_batch // runtime.world_size
+    first = step * options.train.global_batch + runtime.rank * share
+    parts = share // micro
+    total = 0.0
+    for part in range(parts):
+        numbers = list(range(first + part * micro, first + (part + 1) * micro))
+        indices = [sample_index(n, len(data), options.train.seed) for n in numbers]
+        batch = {key: value.to(runtime.device) for key, value in stack_samples(data, indices).items()}
+        with engine.micro_step(last=part == parts - 1):
+            loss = _loss(engine, family, batch, numbers, options) / parts
+            engine.backward(loss)
+        total += loss.item()
+    return total
+
+
+def _loss(engine: Engine, family: Family, batch: Batch, numbers: list[int], options: RunOptions) -> Tensor:
+    """Mean squared error of the velocity, in float32."""
+    flow = make_flow_batch(batch["latents"], numbers, options.train.seed)
+    device = flow.noisy.device.type
+    with torch.autocast(device, dtype=torch.bfloat16, enabled=options.train.dtype == "bf16"):
+        velocity = family.velocity(engine.model, flow.noisy, flow.timestep, batch)
+    return torch.nn.functional.mse_loss(velocity.float(), flow.target)
+
+
+def _share(loss: float, stop: bool, runtime: Runtime) -> tuple[float, bool]:
+    """Mean loss over ranks, and whether any rank was told to stop: one collective."""
+    if runtime.world_size == 1:
+        return loss, stop
+    values = torch.tensor([loss, float(stop)], dtype=torch.float64, device=runtime.device)
+    dist.all_reduce(values)
+    return float(values[0]) / runtime.world_size, float(values[1]) > 0
+
+
+Show = Callable[[dict[str, float]], None]
+
+
+@contextmanager
+def _progress(steps: int, runtime: Runtime) -> Iterator[Show]:
+    """A progress bar on rank 0."""
+    from tqdm import tqdm
+
+    with tqdm(total=steps, disable=not runtime.is_main, unit="step", dynamic_ncols=True) as bar:
+
+        def show(row: dict[str, float]) -> None:
+            bar.set_postfix_str(
+                f"loss {row['loss']:.4f}, {row['s_per_step']:.3f} s/step, {row['peak_memory_gb']:.2f} GiB",
+                refresh=False,
+            )
+            bar.update()
+
+        yield show

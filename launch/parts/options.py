@@ -1,0 +1,236 @@
+"""The training config: one JSON file, validated whole before anything heavy starts."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from dist_layerlr import checks
+from dist_layerlr.config import Config, load_config, read_json
+from dist_layerlr.errors import ConfigError
+from dist_layerlr.schedule import KINDS, Schedule
+
+LORA, FULL = "lora", "fine_tune"
+
+
+@dataclass(frozen=True, kw_only=True)
+class AdapterOptions:
+    """A PEFT LoRA adapter."""
+
+    rank: int = 16
+    alpha: float = 16.0
+    target_modules: tuple[str, ...] = ()
+    """Module name endings; empty: the family's own."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimizerOptions:
+    """The torch optimizer. Learning rates are the plan's."""
+
+    kind: str = "adamw"
+    betas: tuple[float, float] = (0.9, 0.999)
+    eps: float = 1e-8
+    weight_decay: float = 0.01
+    momentum: float = 0.9
+    """SGD only."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainOptions:
+    """Size and length of the run."""
+
+    steps: int
+    """Optimizer steps."""
+    global_batch: int
+    """Samples per optimizer step over all ranks."""
+    micro_batch: int | None = None
+    """Samples per rank in one forward; None: the rank's whole share."""
+    seed: int = 0
+    dtype: str = "fp32"
+    """`fp32`, or `bf16`: autocast around the forward, weights stay fp32."""
+    grad_clip: float = 0.0
+    """Largest global gradient norm; 0: no clipping."""
+    log_every: int = 1
+    """Steps between rows of metrics.jsonl."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SampleOptions:
+    """The picture at the end."""
+
+    count: int = 4
+    """Clips; 0: none."""
+    steps: int = 20
+    """Euler steps per clip."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunOptions:
+    """Everything ``launch/train.py`` is told."""
+
+    model_type: str
+    model_path: str
+    training_method: str
+    adapter: AdapterOptions
+    data: Mapping[str, Any]
+    optimizer: OptimizerOptions
+    schedule: Schedule
+    train: TrainOptions
+    samples: SampleOptions
+    plan: Config = field(repr=False)
+    raw: Mapping[str, Any] = field(repr=False)
+    """The JSON as given, after --set."""
+
+
+_STAGEHAND: dict[str, checks.Check] = {
+    "enabled": checks.boolean,
+    "pinned_pool_mb": checks.integer(1),
+    "prefetch_window": checks.integer(1),
+}
+_BLOCKS: dict[str, dict[str, checks.Check]] = {
+    "adapter": {
+        "type": checks.one_of(lambda: (LORA,)),
+        "rank": checks.integer(1),
+        "alpha": checks.number(0.0, open_low=True),
+        "target_modules": checks.strings,
+    },
+    "optimizer": {
+        "type": checks.one_of(lambda: ("adamw", "sgd")),
+        "betas": checks.numbers(at_least=2),
+        "eps": checks.number(0.0, open_low=True),
+        "weight_decay": checks.number(0.0),
+        "momentum": checks.number(0.0, 1.0),
+    },
+    "schedule": {
+        "type": checks.one_of(lambda: KINDS),
+        "warmup_steps": checks.integer(0),
+        "min_ratio": checks.number(0.0, 1.0),
+    },
+    "train": {
+        "steps": checks.integer(1),
+        "global_batch": checks.integer(1),
+        "micro_batch": checks.integer(1),
+        "seed": checks.integer(0),
+        "dtype": checks.one_of(lambda: ("fp32", "bf16")),
+        "grad_clip": checks.number(0.0),
+        "log_every": checks.integer(1),
+    },
+    "samples": {"count": checks.integer(0), "steps": checks.integer(1)},
+}
+_TOP = ("model_type", "model_path", "training_method", "learning_rate", "per_layer_lr", "memory", "data", *_BLOCKS)
+
+
+def load_options(path: str | Path, overrides: Sequence[str] = (), max_steps: int | None = None) -> RunOptions:
+    """Read and check a training config.
+
+    Args:
+        path: JSON file.
+        overrides: ``a.b=value`` assignments, applied before checking; values are JSON, or else plain text.
+        max_steps: overrides ``train.steps``.
+
+    Raises:
+        ConfigError: names the field, the value and what is allowed.
+    """
+    raw = read_json(path)
+    for assignment in overrides:
+        apply_override(raw, assignment)
+    if max_steps is not None:
+        _section(raw, "train")["steps"] = max_steps
+    checks.known_keys("config", raw, _TOP)
+    for key in ("model_type", "model_path", "data", "train"):
+        if key not in raw:
+            raise ConfigError(f"Missing key {key!r} in config {str(path)!r}. Add it, or pass --set {key}=....")
+    _check_memory(raw.get("memory", {}))
+    blocks = {name: checks.fields(name, _section(raw, name), allowed) for name, allowed in _BLOCKS.items()}
+    train = _train(blocks["train"])
+    method = checks.one_of(lambda: (FULL, LORA))("training_method", raw.get("training_method", _method(raw)))
+    if method == FULL and "adapter" in raw:
+        raise ConfigError(f"Invalid training_method={FULL!r} with an 'adapter' block: remove one of them.")
+    return RunOptions(
+        model_type=checks.text("model_type", raw["model_type"]),
+        model_path=checks.text("model_path", raw["model_path"]),
+        training_method=method,
+        adapter=_adapter(blocks["adapter"]),
+        data=checks.mapping("data", raw["data"]),
+        optimizer=_optimizer(blocks["optimizer"]),
+        schedule=_schedule(blocks["schedule"], train.steps),
+        train=train,
+        samples=SampleOptions(**blocks["samples"]),
+        plan=load_config(raw),
+        raw=raw,
+    )
+
+
+def apply_override(raw: dict[str, Any], assignment: str) -> None:
+    """Apply ``a.b.c=value`` in place.
+
+    Raises:
+        ConfigError: no ``=``, or a path through something that is no object.
+    """
+    path, sign, text = assignment.partition("=")
+    if not sign or not path:
+        raise ConfigError(f"Invalid --set {assignment!r}: expected KEY.SUBKEY=VALUE, such as train.steps=100.")
+    try:
+        value = json.loads(text)
+    except json.JSONDecodeError:
+        value = text
+    *parents, last = path.split(".")
+    target: Any = raw
+    for parent in parents:
+        target = target.setdefault(parent, {})
+        if not isinstance(target, dict):
+            raise ConfigError(f"Invalid --set {assignment!r}: {parent!r} is not an object in the config.")
+    target[last] = value
+
+
+def _section(raw: dict[str, Any], name: str) -> dict[str, Any]:
+    section = raw.get(name, {})
+    checks.mapping(name, section)
+    if name in ("train",):
+        raw[name] = section
+    return dict(section) if name != "train" else section
+
+
+def _method(raw: Mapping[str, Any]) -> str:
+    """The seed's configs say ``adapter`` and leave training_method out."""
+    return LORA if "adapter" in raw else FULL
+
+
+def _check_memory(raw: object) -> None:
+    memory = checks.fields("memory", checks.mapping("memory", raw), {"stagehand": checks.mapping})
+    stagehand = checks.fields("memory.stagehand", memory.get("stagehand", {}), _STAGEHAND)
+    if stagehand.get("enabled"):
+        raise ConfigError(
+            "Invalid memory.stagehand.enabled=True: block streaming is not part of this version. "
+            "Set it to false, or shard with --sharding fsdp2."
+        )
+
+
+def _train(values: dict[str, Any]) -> TrainOptions:
+    for key in ("steps", "global_batch"):
+        if key not in values:
+            raise ConfigError(f"Missing key 'train.{key}': an integer >= 1 is needed.")
+    return TrainOptions(**values)
+
+
+def _adapter(values: dict[str, Any]) -> AdapterOptions:
+    values.pop("type", None)
+    values.setdefault("alpha", float(values.get("rank", 16)))
+    return AdapterOptions(**values)
+
+
+def _optimizer(values: dict[str, Any]) -> OptimizerOptions:
+    if "betas" in values and (len(values["betas"]) != 2 or max(values["betas"]) >= 1.0):
+        raise checks.invalid("optimizer.betas", list(values["betas"]), "two numbers in [0, 1)")
+    if "type" in values:
+        values["kind"] = values.pop("type")
+    return OptimizerOptions(**values)
+
+
+def _schedule(values: dict[str, Any], steps: int) -> Schedule:
+    if "type" in values:
+        values["kind"] = values.pop("type")
+    return Schedule(total_steps=steps, **values)

@@ -1,0 +1,103 @@
+"""Who this process is among the ranks, and how ranks fail together."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import TypeVar
+
+import torch
+import torch.distributed as dist
+
+from dist_layerlr.errors import ConfigError, LayerLRError
+
+Result = TypeVar("Result")
+COLLECTIVE_TIMEOUT = timedelta(minutes=30)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Runtime:
+    """One rank."""
+
+    rank: int
+    world_size: int
+    local_rank: int
+    device: torch.device
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this rank prints and writes."""
+        return self.rank == 0
+
+    def agree(self, work: Callable[[], Result]) -> Result:
+        """Run ``work`` on every rank; if any rank fails, all raise the first failing rank's error.
+
+        Raises:
+            LayerLRError: of this rank, or the same class and text as on the rank that failed.
+        """
+        error: LayerLRError | None = None
+        try:
+            result = work()
+        except LayerLRError as caught:
+            error = caught
+        if self.world_size > 1:
+            everyone: list[LayerLRError | None] = [None] * self.world_size
+            dist.all_gather_object(everyone, error)
+            error = next((e for e in everyone if e is not None), None)
+        if error is not None:
+            raise error
+        return result
+
+
+def launched_world_size() -> int:
+    """World size that the launcher set; 1 without one."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def launched_rank() -> int:
+    """Rank that the launcher set; 0 without one."""
+    return int(os.environ.get("RANK", "0"))
+
+
+def check_launch(sharding: str, global_batch: int) -> None:
+    """Refuse a launcher that does not fit the sharding, before any process group exists.
+
+    Raises:
+        ConfigError: a sharder without a launcher, several ranks without a sharder, or a batch that ranks cannot share.
+    """
+    world = launched_world_size()
+    if sharding != "none" and "RANK" not in os.environ:
+        command = "deepspeed --num_gpus 2" if sharding == "zero" else "torchrun --nproc_per_node 2"
+        raise ConfigError(
+            f"Invalid --sharding {sharding}: it needs a launcher. Start it with: {command} launch/train.py ..."
+        )
+    if sharding == "none" and world > 1:
+        raise ConfigError(
+            f"Invalid --sharding none with {world} ranks: each would train alone. "
+            "Pass --sharding ddp or fsdp2, or --deepspeed_config ds_configs/zero2.json."
+        )
+    if global_batch % world:
+        raise ConfigError(
+            f"Invalid train.global_batch={global_batch}: must be a multiple of the world size {world}. "
+            f"The nearest are {global_batch - global_batch % world} and {global_batch + world - global_batch % world}."
+        )
+
+
+def start(sharding: str) -> Runtime:
+    """Join the process group (gloo on CPU, NCCL on CUDA) and choose the device."""
+    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+    cuda = torch.cuda.is_available()
+    device = torch.device("cuda", local_rank) if cuda else torch.device("cpu")
+    if cuda:
+        torch.cuda.set_device(device)
+    if sharding != "none" and not dist.is_initialized():
+        dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", timeout=COLLECTIVE_TIMEOUT)
+    return Runtime(rank=launched_rank(), world_size=launched_world_size(), local_rank=local_rank, device=device)
+
+
+def stop() -> None:
+    """Leave the process group."""
+    if dist.is_available() and dist.is_initialized():
+        dist.destroy_process_group()

@@ -1,0 +1,126 @@
+"""Finetune a diffusion transformer with per-layer learning rates, under any launcher.
+
+    python launch/train.py --config launch/configs/quickstart.json
+    torchrun --nproc_per_node 2 launch/train.py --config FILE --sharding fsdp2
+    deepspeed --num_gpus 2 launch/train.py --config FILE --deepspeed_config ds_configs/zero2.json
+
+Writes plan.json, verify.json, metrics.jsonl, lr_grid.png, samples/ and final/ into --output-dir. Bad input ends with one
+line on rank 0 and status 2 on every rank, before training. SIGINT and SIGTERM finish the step, save, and end with 0.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+
+try:
+    import dist_layerlr  # noqa: F401
+except ModuleNotFoundError:  # started from a checkout that is not installed
+    sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+
+from parts.engines import SHARDINGS, ZERO, build_engine
+from parts.options import RunOptions, load_options
+from parts.runtime import Runtime, check_launch, launched_rank, start, stop
+
+from dist_layerlr.errors import LayerLRError
+from dist_layerlr.report import grid
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the job. Returns the exit status."""
+    args = _parser().parse_args(argv)
+    try:
+        options = load_options(args.config, args.set, args.max_steps)
+        sharding = _sharding(args)
+        if not args.plan_only:
+            check_launch(sharding, options.train.global_batch)
+        runtime = start("none" if args.plan_only else sharding)
+        return _run(args, options, sharding, runtime)
+    except LayerLRError as error:
+        if launched_rank() == 0:
+            print(f"train.py: error: {error}", file=sys.stderr, flush=True)
+        return 2
+    finally:
+        stop()
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--config", required=True, metavar="FILE", help="training config (JSON)")
+    parser.add_argument("--sharding", choices=SHARDINGS, help="how ranks share the model (default: none)")
+    parser.add_argument("--deepspeed_config", metavar="FILE", help="train under DeepSpeed with this ds_config")
+    parser.add_argument("--output-dir", default="runs/latest", metavar="DIR", help="default: runs/latest")
+    parser.add_argument("--max-steps", type=int, metavar="N", help="overrides train.steps")
+    parser.add_argument("--set", action="append", default=[], metavar="A.B=C", help="override one config value")
+    parser.add_argument("--plan-only", action="store_true", help="print the grid and stop")
+    parser.add_argument("--local_rank", type=int, default=0, help=argparse.SUPPRESS)  # the deepspeed launcher adds it
+    return parser
+
+
+def _sharding(args: argparse.Namespace) -> str:
+    from dist_layerlr.errors import ConfigError
+
+    if args.deepspeed_config is None:
+        return args.sharding or "none"
+    if args.sharding is not None:
+        raise ConfigError("Invalid --sharding with --deepspeed_config: DeepSpeed shards the model. Pass one of them.")
+    return ZERO
+
+
+def _run(args: argparse.Namespace, options: RunOptions, sharding: str, runtime: Runtime) -> int:
+    from parts import outputs
+    from parts.data import open_dataset
+    from parts.families import get_family
+    from parts.loop import micro_batch_size, train
+    from parts.metrics import MetricsFile
+    from parts.weights import check_weights, empty_model, read_model_config
+
+    from dist_layerlr import plan_model
+
+    family = get_family(options.model_type)
+    model = runtime.agree(lambda: empty_model(family, options))
+    plan = runtime.agree(lambda: plan_model(model, options.plan))
+    say = print if runtime.is_main else (lambda *_, **__: None)
+    say(grid(plan), flush=True)
+    if args.plan_only:
+        return 0
+    files = runtime.agree(lambda: check_weights(model, options.model_path))
+    data = runtime.agree(lambda: open_dataset(options.data))
+    shape = read_model_config(options.model_path)
+    runtime.agree(lambda: _check_data(data, family, shape))
+    micro_batch_size(options, runtime.world_size)
+    folder = runtime.agree(lambda: outputs.open_output_dir(args.output_dir, probe=runtime.is_main))
+
+    engine = build_engine(sharding, model, plan, options, runtime, files, args.deepspeed_config)
+    proof = engine.prove(1.0)
+    say(proof.line(), flush=True)
+    if runtime.is_main:
+        outputs.write_text(folder / "plan.json", plan.to_json() + "\n")
+        outputs.draw_plan(plan, folder)
+    metrics = MetricsFile(folder / "metrics.jsonl") if runtime.is_main else None
+    outcome = train(engine, family, data, options, runtime, metrics)
+    after = engine.prove(outcome.last_factor)
+    weights = outputs.save_weights(engine, plan, options, runtime, folder, outcome.steps)
+    if runtime.is_main:
+        outputs.write_json(folder / "verify.json", {"start": proof.to_dict(), "end": after.to_dict()})
+    picture = None if outcome.stopped else outputs.draw_generated(engine, family, data, options, runtime, folder)
+    say(f"{'stopped by a signal after' if outcome.stopped else 'finished'} {outcome.steps} steps; weights in {weights}")
+    if picture is not None:
+        say(f"learning rates in {folder / 'lr_grid.png'}, samples in {picture}")
+    return 0
+
+
+def _check_data(data, family, model_config) -> None:  # type: ignore[no-untyped-def]
+    """Refuse a sample that the model cannot take, looking at shapes alone where the dataset knows them."""
+    import torch
+
+    shapes = getattr(data, "shapes", None)
+    for i in range(len(data) if shapes is not None else 1):
+        sample = {k: torch.empty(s, device="meta") for k, s in shapes(i).items()} if shapes else data[i]
+        family.check_sample(model_config, sample, data.name(i))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
