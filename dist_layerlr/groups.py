@@ -20,8 +20,8 @@ ParamGroup = dict[str, Any]
 def param_groups(plan: Plan, model: nn.Module) -> list[ParamGroup]:
     """Build the optimizer's groups on the live parameters of a model.
 
-    ``torch.optim.AdamW(param_groups(plan, model), weight_decay=0.01)``. Call it after FSDP or DDP has wrapped the model,
-    and before ``deepspeed.initialize``.
+    ``torch.optim.AdamW(param_groups(plan, model), weight_decay=0.01)``. Call it after FSDP or DDP has wrapped the
+    model, and before ``deepspeed.initialize``.
 
     Returns:
         One dict per distinct (lr, weight decay): ``params``, absolute ``lr`` and ``initial_lr``, a unique ``name``, and

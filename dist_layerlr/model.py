@@ -60,9 +60,9 @@ def unwrap(model: nn.Module) -> nn.Module:
     while True:
         kinds = {c.__name__ for c in type(model).__mro__}
         if kinds.intersection(_OUTER_WRAPPERS):
-            model = model.module
+            model = model.get_submodule("module")
         elif "OptimizedModule" in kinds:
-            model = model._orig_mod
+            model = model.get_submodule("_orig_mod")
         else:
             return model
 

@@ -1,7 +1,7 @@
 """The plan: canonical name -> learning rate and weight decay, and everything that led to them. Pure.
 
-``lr(name) = component_lr[component] * depth_factor(block) * scale``. It is made once, on the unsharded model, from names
-and true shapes; afterwards it is the only source of learning rates.
+``lr(name) = component_lr[component] * depth_factor(block) * scale``. It is made once, on the unsharded model, from
+names and true shapes; afterwards it is the only source of learning rates.
 """
 
 from __future__ import annotations

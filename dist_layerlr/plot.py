@@ -1,4 +1,4 @@
-"""The plan as a picture: blocks across, components down, one panel per stack, learning rate as colour on a log scale."""
+"""The plan as a picture: blocks across, components down, a panel per stack, learning rate as colour on a log scale."""
 
 from __future__ import annotations
 

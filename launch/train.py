@@ -4,8 +4,8 @@
     torchrun --nproc_per_node 2 launch/train.py --config FILE --sharding fsdp2
     deepspeed --num_gpus 2 launch/train.py --config FILE --deepspeed_config ds_configs/zero2.json
 
-Writes plan.json, verify.json, metrics.jsonl, lr_grid.png, samples/ and final/ into --output-dir. Bad input ends with one
-line on rank 0 and status 2 on every rank, before training. SIGINT and SIGTERM finish the step, save, and end with 0.
+Writes plan.json, verify.json, metrics.jsonl, lr_grid.png, samples/ and final/ into --output-dir. Bad input ends with
+one line on rank 0 and status 2 on every rank, before training. SIGINT and SIGTERM finish the step, save, end with 0.
 """
 
 from __future__ import annotations
@@ -71,7 +71,7 @@ def _sharding(args: argparse.Namespace) -> str:
 
 def _run(args: argparse.Namespace, options: RunOptions, sharding: str, runtime: Runtime) -> int:
     from parts import outputs
-    from parts.data import open_dataset
+    from parts.data import check_dataset, open_dataset
     from parts.families import get_family
     from parts.loop import micro_batch_size, train
     from parts.metrics import MetricsFile
@@ -89,7 +89,7 @@ def _run(args: argparse.Namespace, options: RunOptions, sharding: str, runtime: 
     files = runtime.agree(lambda: check_weights(model, options.model_path))
     data = runtime.agree(lambda: open_dataset(options.data))
     shape = read_model_config(options.model_path)
-    runtime.agree(lambda: _check_data(data, family, shape))
+    runtime.agree(lambda: check_dataset(data, family, shape))
     micro_batch_size(options, runtime.world_size)
     folder = runtime.agree(lambda: outputs.open_output_dir(args.output_dir, probe=runtime.is_main))
 
@@ -110,16 +110,6 @@ def _run(args: argparse.Namespace, options: RunOptions, sharding: str, runtime: 
     if picture is not None:
         say(f"learning rates in {folder / 'lr_grid.png'}, samples in {picture}")
     return 0
-
-
-def _check_data(data, family, model_config) -> None:  # type: ignore[no-untyped-def]
-    """Refuse a sample that the model cannot take, looking at shapes alone where the dataset knows them."""
-    import torch
-
-    shapes = getattr(data, "shapes", None)
-    for i in range(len(data) if shapes is not None else 1):
-        sample = {k: torch.empty(s, device="meta") for k, s in shapes(i).items()} if shapes else data[i]
-        family.check_sample(model_config, sample, data.name(i))
 
 
 if __name__ == "__main__":

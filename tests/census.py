@@ -2,8 +2,8 @@
 
 ``<model>.tsv.gz`` lists a real-size model, ``<model>.lora.tsv.gz`` its LoRA tensors, ``<model>.kohya.tsv.gz`` the same
 under flattened names. Columns: name, shape, stack, block_idx, block_count (per stack), expected, accept (acceptable
-components, ``other`` meaning that no rule names the parameter), detail, trunk_idx, trunk_count (one depth over the trunk
-in forward order), seed_literal, seed_literal_cross_first (what the seed's patterns say as raw substrings).
+components, ``other`` meaning that no rule names the parameter), detail, trunk_idx, trunk_count (one depth over the
+trunk in forward order), seed_literal, seed_literal_cross_first (what the seed's patterns say as raw substrings).
 """
 
 from __future__ import annotations

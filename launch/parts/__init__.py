@@ -1,0 +1,1 @@
+"""The parts of ``launch/train.py``: families, data, engines, loop."""

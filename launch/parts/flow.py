@@ -79,7 +79,7 @@ def sample(
     seed: int,
     steps: int,
     device: torch.device | str,
-    shift: float = 1.0,
+    shift: float = 2.0,
 ) -> Tensor:
     """Walk from noise to data with ``steps`` Euler steps.
 

@@ -65,8 +65,8 @@ def draw_plan(plan: Plan, folder: Path) -> None:
 def save_weights(engine: Engine, plan: Plan, options: RunOptions, runtime: Runtime, folder: Path, step: int) -> Path:
     """Gather and write the trained weights under original names. Collective.
 
-    A full finetune becomes a diffusers model folder, a LoRA a PEFT adapter folder. The plan's digest and the step are in
-    the safetensors metadata.
+    A full finetune becomes a diffusers model folder, a LoRA a PEFT adapter folder. The plan's digest and the step are
+    in the safetensors metadata.
 
     Returns:
         The weights file.

@@ -40,7 +40,9 @@ def test_every_parameter_has_an_acceptable_component(file: str):
     entries = plan_of(file).entries
     assert entries.keys() == {row.name for row in census.rows(file)}
     wrong = {row.name: entries[row.name].component for row in census.rows(file)}
-    wrong = {row.name: (wrong[row.name], set(row.accept)) for row in census.rows(file) if wrong[row.name] not in row.accept}
+    wrong = {
+        row.name: (wrong[row.name], set(row.accept)) for row in census.rows(file) if wrong[row.name] not in row.accept
+    }
     assert wrong == {}
 
 

@@ -161,7 +161,13 @@ ROWS = {
         model=vit(),
         rate=0.75,
         convention="timm",
-        expected={"cls_token": 0.031676, "patch_embed.": 0.031676, "blocks.0.": 0.042235, "blocks.11.": 1.0, "norm.": 1.0},
+        expected={
+            "cls_token": 0.031676,
+            "patch_embed.": 0.031676,
+            "blocks.0.": 0.042235,
+            "blocks.11.": 1.0,
+            "norm.": 1.0,
+        },
     ),
     "timm .75, no head, one unmatched token": Row(
         model=vit("other_token"),
@@ -241,14 +247,20 @@ def test_the_timm_convention_is_timms_group_matcher(extra: tuple[str, ...]):
 def rfdetr(layers: int) -> list[ParamInfo]:
     encoder = "backbone.0.encoder.encoder."
     names = [f"{encoder}embeddings.{part}" for part in ("cls_token", "position_embeddings", "patch_embeddings.weight")]
-    names += [f"{encoder}encoder.layer.{i}.attention.attention.query.{k}" for i in range(layers) for k in ("weight", "bias")]
+    names += [
+        f"{encoder}encoder.layer.{i}.attention.attention.query.{k}" for i in range(layers) for k in ("weight", "bias")
+    ]
     names += [f"{encoder}layernorm.weight", "backbone.0.projector.stages.0.0.cv1.conv.weight"]
     names += [f"transformer.decoder.layers.{i}.self_attn.in_proj_weight" for i in range(3)]
     names += ["transformer.decoder.norm.weight", "class_embed.weight", "query_feat.weight"]
     return [ParamInfo(name=name, shape=VECTOR) for name in names]
 
 
-EMBED, FIRST, LAST_BLOCK, FINAL = "embeddings.", "encoder.layer.0.", "encoder.layer.11.", "encoder.layernorm."
+ENCODER = "backbone.0.encoder.encoder."
+EMBED, FIRST, LAST_BLOCK, FINAL = (
+    ENCODER + x for x in ("embeddings.", "encoder.layer.0.", "encoder.layer.11.", "layernorm.")
+)
+REST = {"transformer.decoder.": 7e-5, "backbone.0.projector.": 1e-4, "class_embed": 1e-4, "query_feat": 1e-4}
 RFDETR_ROWS = [
     ("rfdetr", [2, 5, 8, 11], {EMBED: 4.04071e-6, FIRST: 5.05088e-6, LAST_BLOCK: 5.88e-5, FINAL: 7.35e-5}),
     ("rfdetr", [3, 6, 9, 12], {EMBED: 3.23256e-6, FIRST: 4.04071e-6, LAST_BLOCK: 4.704e-5, FINAL: 7.35e-5}),
@@ -258,33 +270,33 @@ RFDETR_ROWS = [
 ]
 
 
-@pytest.mark.parametrize(("convention", "indexes", "expected"), RFDETR_ROWS)
-def test_rfdetr_rates_are_absolute(convention: str, indexes: list[int] | None, expected: dict[str, float]):
+@pytest.mark.parametrize(("convention", "indexes", "encoder"), RFDETR_ROWS)
+def test_rfdetr_rates_are_absolute(convention: str, indexes: list[int] | None, encoder: dict[str, float]):
     block = {"enabled": True, "preset": "rfdetr", "convention": convention}
     if indexes:
         block["out_feature_indexes"] = indexes
     plan = build_plan(rfdetr(12), {"learning_rate": 1e-4, "per_layer_lr": block})
-    expected = {f"backbone.0.encoder.encoder.{key}": lr for key, lr in expected.items() if key != FINAL and key == EMBED} | {
-        f"backbone.0.encoder.encoder.{key}": lr for key, lr in expected.items() if key.startswith("encoder.layer.")
-    } | {"backbone.0.encoder.encoder.layernorm.": expected[FINAL]}
-    expected |= {"transformer.decoder.": 7e-5, "backbone.0.projector.": 1e-4, "class_embed": 1e-4, "query_feat": 1e-4}
-    for prefix, lr in expected.items():
+    for prefix, lr in (encoder | REST).items():
         found = [e.lr for e in plan.entries.values() if e.name.startswith(prefix)]
         assert found == pytest.approx([lr] * len(found), rel=3e-6) and found, prefix
 
 
-@pytest.mark.parametrize("spelling", ["blocks", "layer"])
+SPELLINGS = {
+    "blocks": ["backbone.0.pos_embed", "backbone.0.patch_embed.proj.weight"],
+    "layer": ["backbone.0.embeddings.cls_token", "backbone.0.embeddings.patch_embeddings.weight"],
+}
+
+
+@pytest.mark.parametrize("spelling", SPELLINGS)
 def test_the_seed_rule_reads_both_spellings_of_a_vit(spelling: str):
-    """The quoted function, applied to LW-DETR's names as it stands and to DINOv2's after a change of words."""
-    tops = {"blocks": ("pos_embed", "patch_embed.proj.weight"), "layer": ("embeddings.x", "embeddings.patch_embeddings.w")}
-    names = [f"backbone.0.{name}" for name in tops[spelling]]
-    names += [f"backbone.0.encoder.{spelling}.{k}.attn.qkv.weight" for k in range(4)]
+    """The quoted function, on LW-DETR's names as it stands and on DINOv2's with the words changed."""
+    names = [*SPELLINGS[spelling], *(f"backbone.0.encoder.{spelling}.{k}.attn.qkv.weight" for k in range(4))]
     names += ["backbone.0.norm.weight", "head.weight"]
-    block = {"enabled": True, "preset": "rfdetr", "lr_encoder": 1e-3, "lr_vit_layer_decay": 0.7}
-    plan = build_plan([(name, VECTOR) for name in names], {"learning_rate": 1e-4, "per_layer_lr": block | {"regions": [
-        {"match": "backbone", "lr": 1e-3, "depth_strategy": "layer_decay", "layer_decay": 0.7}]}})
-    powers = [5, 5, 4, 3, 2, 1, 0]
-    assert [e.lr for e in plan.entries.values()] == pytest.approx([*(1e-3 * 0.7**p for p in powers), 1e-4], rel=1e-12)
+    region = {"match": "backbone", "lr": 1e-3, "depth_strategy": "layer_decay", "layer_decay": 0.7}
+    block = {"enabled": True, "component_lr": {}, "depth_strategy": "flat", "regions": [region]}
+    plan = build_plan([(name, VECTOR) for name in names], {"learning_rate": 1e-4, "per_layer_lr": block})
+    expected = [*(1e-3 * 0.7**power for power in (5, 5, 4, 3, 2, 1, 0)), 1e-4]
+    assert [e.lr for e in plan.entries.values()] == pytest.approx(expected, rel=1e-12)
 
 
 def test_residual_branches_of_the_seed_rule_are_not_decayed():

@@ -27,7 +27,9 @@ def _of(family: str, pattern: str) -> Allowance:
 
 ALLOWED: dict[str, Allowance] = {
     "SD3.5's attn2 attends to itself": _of("sd35", r"\.attn2\."),
-    "LTX-2's audio to video and video to audio attention is cross": _of("ltx2", r"\.(audio_to_video|video_to_audio)_attn\."),
+    "LTX-2's audio to video and video to audio attention is cross": _of(
+        "ltx2", r"\.(audio_to_video|video_to_audio)_attn\."
+    ),
     "Wan's attn2.add_* projects the image prompt": _of("wan21_i2v", r"\.attn2\.add_[kv]_proj\."),
     "Sana's feed-forward is made of convolutions": _of("sana", r"\.ff\.conv_"),
     "an MLP of an embedder is no block's feed-forward (A6)": lambda file, e: (

@@ -6,11 +6,16 @@ import inspect
 from collections.abc import Iterable, Mapping
 from difflib import get_close_matches
 from importlib import import_module
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+import torch
 
 from dist_layerlr.errors import ConfigError
 
 from .base import Dataset
+
+if TYPE_CHECKING:
+    from ..families.base import Family
 
 # Imported only when asked for: each kind has its own dependencies.
 KINDS: dict[str, str] = {
@@ -34,6 +39,18 @@ def open_dataset(options: Mapping[str, Any]) -> Dataset:
     _check_fields(kind, fields, inspect.signature(dataset_class).parameters)
     dataset: Dataset = dataset_class(**fields)
     return dataset
+
+
+def check_dataset(data: Dataset, family: Family, model_config: Mapping[str, Any]) -> None:
+    """Refuse a dataset that the model cannot take: every sample's shapes where they are known, else the first sample.
+
+    Raises:
+        ModelSourceError: label, field, shape found and shape needed.
+    """
+    shapes = getattr(data, "shapes", None)
+    for i in range(len(data) if shapes is not None else 1):
+        sample = data[i] if shapes is None else {k: torch.empty(s, device="meta") for k, s in shapes(i).items()}
+        family.check_sample(model_config, sample, data.name(i))
 
 
 def _check_fields(kind: str, fields: Mapping[str, Any], allowed: Mapping[str, inspect.Parameter]) -> None:

@@ -2,7 +2,11 @@
 
 The scans are scikit-learn's bundled ``load_digits`` (8x8 pixels, real people's digits). One of them bounces about a
 dark square canvas. There is no text encoder: each of the 14 words below has a fixed random embedding, and a prompt such
-as "seven down left" is the three embeddings of its words.
+as "seven backslash" is the two embeddings of its words. (One word would do no good: attention over a single key has no
+gradient for its queries and keys.)
+
+A path word says along which line the digit moves but not which way. Video transformers with rotary positions know only
+how far apart two frames are, so one this small cannot be told by a prompt which end of a clip comes first.
 """
 
 from __future__ import annotations
@@ -17,8 +21,9 @@ from torch import Tensor
 from dist_layerlr.errors import ConfigError
 
 DIGIT_WORDS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
-MOVE_WORDS = (("up", "down"), ("left", "right"))
-VOCABULARY = (*DIGIT_WORDS, *MOVE_WORDS[0], *MOVE_WORDS[1])
+PATHS = {"across": (0, 1), "upright": (1, 0), "slash": (-1, 1), "backslash": (1, 1)}
+"""Word -> (down, right) direction; a clip follows it forwards or backwards."""
+VOCABULARY = (*DIGIT_WORDS, *PATHS)
 SCAN = 8
 """Height and width of a scan in pixels."""
 
@@ -31,6 +36,8 @@ class Clip:
 
     digit: int
     """0 to 9."""
+    path: str
+    """Key of ``PATHS``."""
     scan: int
     """Row of ``load_digits().images``."""
     start: tuple[int, int]
@@ -54,10 +61,10 @@ class MovingDigits:
     canvas: int = 12
     """Height and width in pixels, 8 to 64."""
     speed: int = 1
-    """Pixels per frame along each axis, 1 to 8."""
+    """Pixels per frame along each axis that the path follows, 1 to 8."""
     starts: int = 1
-    """Starting places along each axis, 1 to 64, whole steps from the edge behind the digit; 1 means its corner."""
-    scans_per_digit: int = 4
+    """Starting places along each axis, 1 to 64, whole steps from the edge behind the digit; 1 means that edge."""
+    scans_per_digit: int = 3
     """Different scans of each digit in use, 1 to 174. A few minutes on a CPU suffice for a few of them."""
     text_dim: int = 32
     """Width of the word embeddings, 4 to 4096; equals the model's ``text_dim``."""
@@ -76,7 +83,7 @@ class MovingDigits:
         return self.clips
 
     def __getitem__(self, index: int) -> dict[str, Tensor]:
-        """Return ``latents`` (1, F, H, W) in [-1, 1], -1 the dark background, and ``prompt_embeds`` (3, text_dim).
+        """Return ``latents`` (1, F, H, W) in [-1, 1], -1 the dark background, and ``prompt_embeds`` (2, text_dim).
 
         Raises:
             IndexError: ``index`` is not in [0, len).
@@ -91,10 +98,9 @@ class MovingDigits:
         return {"latents": canvas, "prompt_embeds": _embeddings(self.seed, self.text_dim)[words]}
 
     def name(self, index: int) -> str:
-        """Return the prompt, for instance ``"seven down left"``."""
+        """Return the prompt, for instance ``"seven backslash"``."""
         clip = self.clip(index)
-        moves = (pair[int(step > 0)] for pair, step in zip(MOVE_WORDS, clip.velocity, strict=True))
-        return " ".join((DIGIT_WORDS[clip.digit], *moves))
+        return f"{DIGIT_WORDS[clip.digit]} {clip.path}"
 
     def clip(self, index: int) -> Clip:
         """Return what sample ``index`` shows.
@@ -107,15 +113,16 @@ class MovingDigits:
         random = np.random.default_rng([self.seed, _CLIP_STREAM, index])
         digit = index % len(DIGIT_WORDS)
         scans = np.flatnonzero(_scans()[1] == digit)[: self.scans_per_digit]
-        (top, down), (left, right) = self._line(random), self._line(random)
-        return Clip(digit=digit, scan=int(random.choice(scans)), start=(top, left), velocity=(down, right))
+        path, way = str(random.choice(list(PATHS))), int(random.choice((-1, 1)))
+        (top, down), (left, right) = (self._line(sign * way, random) for sign in PATHS[path])
+        return Clip(digit=digit, path=path, scan=int(random.choice(scans)), start=(top, left), velocity=(down, right))
 
-    def _line(self, random: np.random.Generator) -> tuple[int, int]:
-        """Draw a start, whole steps from an edge, and a velocity that meets no edge in its first step if it can."""
-        room, sign = self.canvas - SCAN, int(random.choice((-1, 1)))
+    def _line(self, sign: int, random: np.random.Generator) -> tuple[int, int]:
+        """Draw a start on one axis, whole steps from the edge behind it (centred if sign is 0), and its velocity."""
+        room = self.canvas - SCAN
         places = min(self.starts, max(room // self.speed, 1))
         start = self.speed * int(random.integers(places))
-        return (start if sign > 0 else room - start), sign * self.speed
+        return (room // 2, start, room - start)[sign], sign * self.speed
 
     def _bounce(self, start: int, velocity: int, frame: int) -> int:
         """Return the position at ``frame``, reflected at both edges."""

@@ -26,7 +26,7 @@ class Engine(Protocol):
         ...
 
     def step(self, factor: float) -> float:
-        """Step the optimizer at plan x ``factor`` and clear gradients. Returns the global gradient norm before clipping."""
+        """Step at plan x ``factor`` and clear gradients. Returns the global gradient norm before clipping."""
         ...
 
     def prove(self, factor: float) -> Proof:

@@ -1,0 +1,162 @@
+"""Bad input ends before training, with one line on rank 0 and status 2 on every rank; nobody hangs."""
+
+from __future__ import annotations
+
+import copy
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import train
+from ranks import run_ranks
+from safetensors.torch import save_file
+
+ROOT = Path(__file__).resolve().parent.parent.parent
+Config = dict[str, Any]
+
+
+def _edit(path: str, value: Any) -> Callable[[Config, Path], None]:
+    def edit(config: Config, folder: Path) -> None:
+        *parents, last = path.split(".")
+        for parent in parents:
+            config = config.setdefault(parent, {})
+        config[last] = value
+
+    return edit
+
+
+def _model_without_safetensors(config: Config, folder: Path) -> None:
+    target = folder / "empty_model"
+    target.mkdir()
+    (target / "config.json").write_text((Path(config["model_path"]) / "config.json").read_text())
+    config["model_path"] = str(target)
+
+
+def _truncated_model(config: Config, folder: Path) -> None:
+    _model_without_safetensors(config, folder)
+    whole = save_bytes(folder)
+    (Path(config["model_path"]) / "diffusion_pytorch_model.safetensors").write_bytes(whole[: len(whole) // 2])
+
+
+def save_bytes(folder: Path) -> bytes:
+    file = folder / "some.safetensors"
+    save_file({"x": torch.zeros(64, 64)}, str(file))
+    return file.read_bytes()
+
+
+def _wrong_cached_shape(config: Config, folder: Path) -> None:
+    cache = folder / "cache"
+    cache.mkdir()
+    save_file({"latents": torch.zeros(3, 4, 16, 16), "prompt_embeds": torch.zeros(3, 32)}, str(cache / "a.safetensors"))
+    config["data"] = {"kind": "cached", "folder": str(cache)}
+
+
+CASES: dict[str, tuple[Callable[[Config, Path], None], list[str]]] = {
+    "unknown config key": (_edit("trian", {}), ["'trian'", "Did you mean 'train'"]),
+    "unknown per_layer_lr key": (_edit("per_layer_lr.min_dept_factor", 0.3), ["Did you mean 'min_depth_factor'"]),
+    "factor out of range": (_edit("per_layer_lr.min_depth_factor", 1.3), ["min_depth_factor=1.3", "[0, 1]"]),
+    "negative rate": (_edit("per_layer_lr.component_lr.ffn", -1e-4), ["component_lr.ffn=-0.0001", ">= 0"]),
+    "NaN rate": (_edit("per_layer_lr.default_lr", float("nan")), ["default_lr=nan"]),
+    "unknown strategy": (_edit("per_layer_lr.depth_strategy", "cosin"), ["'cosin'", "Did you mean 'cosine'"]),
+    "table of the wrong type": (_edit("per_layer_lr.depth_table", "0.3"), ["depth_table='0.3'", "list"]),
+    "pattern that matches nothing": (
+        _edit("per_layer_lr.patterns", [{"match": "blocs.*", "component": "ffn"}]),
+        ["patterns[0].match='blocs.*'", "matches no parameter"],
+    ),
+    "region that matches nothing": (
+        _edit("per_layer_lr.regions", [{"match": "decoder", "lr": 1e-4}]),
+        ["regions[0].match='decoder'", "matches no parameter"],
+    ),
+    "model folder without safetensors": (_model_without_safetensors, ["No .safetensors file"]),
+    "truncated safetensors": (_truncated_model, ["diffusion_pytorch_model.safetensors", "truncated"]),
+    "no such model folder": (_edit("model_path", "nowhere"), ["nowhere"]),
+    "missing data folder": (_edit("data", {"kind": "cached", "folder": "nowhere"}), ["nowhere"]),
+    "cached sample of the wrong shape": (_wrong_cached_shape, ["a", "latents", "(3, 4, 16, 16)"]),
+    "batch the ranks cannot share": (_edit("train.global_batch", 7), ["global_batch=7", "2"]),
+    "micro batch that does not divide": (_edit("train.micro_batch", 3), ["micro_batch=3", "4"]),
+    "streaming asked for": (_edit("memory.stagehand.enabled", True), ["stagehand"]),
+}
+
+
+def _broken(case: str, config: Config, folder: Path) -> list[str]:
+    edit, wanted = CASES[case]
+    broken = copy.deepcopy(config)
+    edit(broken, folder)
+    (folder / "config.json").write_text(json.dumps(broken))
+    return wanted
+
+
+def _train_on_rank(rank: int, world_size: int, files: list[str], folder: str) -> list[tuple[int, str]]:
+    """Exit status and standard error of every case, on one rank."""
+    import contextlib
+    import io
+
+    import torch.distributed as dist
+
+    dist.destroy_process_group()
+    results = []
+    for number, file in enumerate(files):
+        os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(29700 + number))
+        said = io.StringIO()
+        with contextlib.redirect_stderr(said), contextlib.redirect_stdout(io.StringIO()):
+            status = train.main(["--config", file, "--sharding", "fsdp2", "--output-dir", f"{folder}/out"])
+        results.append((status, said.getvalue()))
+    return results
+
+
+def test_every_rank_ends_with_status_2_and_rank_0_says_one_line(run_config: Config, tmp_path: Path) -> None:
+    files, wanted = [], []
+    for i, case in enumerate(CASES):
+        folder = tmp_path / str(i)
+        folder.mkdir()
+        wanted.append(_broken(case, run_config, folder))
+        files.append(str(folder / "config.json"))
+    by_rank = run_ranks(_train_on_rank, 2, files, str(tmp_path), deadline_s=200)
+    for i, case in enumerate(CASES):
+        (status0, said0), (status1, said1) = by_rank[0][i], by_rank[1][i]
+        assert (status0, status1) == (2, 2), f"{case}: {said0} {said1}"
+        assert said0.startswith("train.py: error: ") and said0.count("\n") == 1, f"{case}: {said0!r}"
+        assert said1 == "", f"{case}: rank 1 said {said1!r}"
+        for text in wanted[i]:
+            assert text in said0, f"{case}: {said0!r} lacks {text!r}"
+    assert not (tmp_path / "out" / "metrics.jsonl").exists()
+
+
+def test_corrupt_json_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = tmp_path / "broken.json"
+    file.write_text('{"model_type": "wan",')
+    assert train.main(["--config", str(file)]) == 2
+    said = capsys.readouterr().err
+    assert "broken.json" in said and "not JSON" in said and said.count("\n") == 1
+
+
+def test_a_sharder_without_a_launcher_names_the_launcher(run_config: Config, tmp_path: Path) -> None:
+    file = tmp_path / "config.json"
+    file.write_text(json.dumps(run_config))
+    program = [sys.executable, str(ROOT / "launch" / "train.py"), "--config", str(file), "--sharding", "fsdp2"]
+    env = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
+    done = subprocess.run(program, capture_output=True, text=True, timeout=120, env=env, cwd=tmp_path)
+    assert done.returncode == 2
+    assert "torchrun --nproc_per_node 2" in done.stderr and done.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize("block", ["scheduler", "optimizer"])
+def test_a_ds_config_that_would_take_over_the_rates_is_refused(
+    block: str, run_config: Config, tmp_path: Path
+) -> None:
+    from dist_layerlr.errors import ConfigError
+    from parts.engines.zero import read_zero_config
+    from parts.options import load_options
+
+    file = tmp_path / "config.json"
+    file.write_text(json.dumps(run_config))
+    ds = tmp_path / "ds.json"
+    ds.write_text(json.dumps({"zero_optimization": {"stage": 2}, block: {"type": "WarmupLR", "params": {}}}))
+    with pytest.raises(ConfigError, match=f"'{block}' block would replace"):
+        read_zero_config(str(ds), load_options(file), 2)
