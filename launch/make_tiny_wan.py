@@ -86,9 +86,10 @@ def _parser() -> argparse.ArgumentParser:
         ("--channels", 1, "latent channels in and out"),
         ("--patch", 12, "patch height and width"),
         ("--text-dim", 32, "width of the prompt embeddings"),
-        ("--freq-dim", 64, "width of the timestep's sinusoids, a multiple of 2"),
+        ("--freq-dim", 64, "width of the timestep's sinusoids, a multiple of 2, at least 6"),
     ):
-        parser.add_argument(flag, type=_positive, default=default, help=f"{meaning} (default {default})")
+        check = _even if "multiple of 2" in meaning else _positive
+        parser.add_argument(flag, type=check, default=default, help=f"{meaning} (default {default})")
     parser.add_argument("--seed", type=int, default=0, help="of the weights (default 0)")
     return parser
 
@@ -97,6 +98,13 @@ def _positive(text: str) -> int:
     number = int(text) if text.isdecimal() else 0
     if number < 1:
         raise argparse.ArgumentTypeError(f"{text!r} is not an integer of 1 or more")
+    return number
+
+
+def _even(text: str) -> int:
+    number = _positive(text)
+    if number % 2 or number < 6:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a multiple of 2 of at least 6")
     return number
 
 

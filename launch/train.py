@@ -37,7 +37,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         if not args.plan_only:
             check_launch(sharding, options.train.global_batch)
         runtime = start("none" if args.plan_only else sharding)
-        return _run(args, options, sharding, runtime)
+        status = _run(args, options, sharding, runtime)
+        runtime.barrier()
+        return status
     except LayerLRError as error:
         if launched_rank() == 0:
             print(f"train.py: error: {error}", file=sys.stderr, flush=True)
@@ -112,5 +114,12 @@ def _run(args: argparse.Namespace, options: RunOptions, sharding: str, runtime: 
     return 0
 
 
+def _leave(status: int) -> None:
+    """End the process without interpreter shutdown: gloo's threads can outlive it and abort a run that is complete."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)
+
+
 if __name__ == "__main__":
-    sys.exit(main())
+    _leave(main())

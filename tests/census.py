@@ -13,9 +13,19 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
+from dist_layerlr import build_plan
+from dist_layerlr.plan import Plan
+
 FOLDER = Path(__file__).parent / "census"
 UNETS = ("sd15", "sdxl")
 """Models whose depth is one ordered stack: their block and count are the trunk columns."""
+
+RATES = {"self_attn": 4e-4, "cross_attn": 2e-4, "ffn": 3e-4, "norm": 5e-5}
+DEFAULT_LR = 1e-4
+CONFIG = {
+    "per_layer_lr": {"enabled": True, "component_lr": RATES, "default_lr": DEFAULT_LR, "unmatched": "default"},
+}
+"""All four components named, linear depth."""
 
 Shape = tuple[int, ...]
 
@@ -69,6 +79,13 @@ def rows(file: str) -> tuple[Row, ...]:
 def shapes(file: str) -> dict[str, Shape]:
     """``{name: shape}`` as ``build_plan`` takes it."""
     return {raw["name"]: _shape(raw["shape"]) for raw in table(file)}
+
+
+@cache
+def plan(file: str) -> Plan:
+    """The plan of a file under ``CONFIG``, an adapter's against its base."""
+    base = base_of(file)
+    return build_plan(shapes(file), CONFIG, base=shapes(base) if base else None)
 
 
 def _row(raw: dict[str, str], depth: str) -> Row:

@@ -31,6 +31,11 @@ class Runtime:
         """Whether this rank prints and writes."""
         return self.rank == 0
 
+    def barrier(self) -> None:
+        """Wait for all ranks, so that none leaves while another still talks to it."""
+        if self.world_size > 1:
+            dist.barrier()
+
     def agree(self, work: Callable[[], Result]) -> Result:
         """Run ``work`` on every rank; if any rank fails, all raise the first failing rank's error.
 
@@ -94,7 +99,8 @@ def start(sharding: str) -> Runtime:
         torch.cuda.set_device(device)
     if sharding != "none" and not dist.is_initialized():
         dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", timeout=COLLECTIVE_TIMEOUT)
-    return Runtime(rank=launched_rank(), world_size=launched_world_size(), local_rank=local_rank, device=device)
+    world = 1 if sharding == "none" else launched_world_size()
+    return Runtime(rank=launched_rank(), world_size=world, local_rank=local_rank, device=device)
 
 
 def stop() -> None:

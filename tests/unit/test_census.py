@@ -2,16 +2,11 @@
 
 from __future__ import annotations
 
-from functools import cache
-
 import pytest
 
 from dist_layerlr import build_plan
-from dist_layerlr.plan import Plan
 from tests import census
 
-RATES = {"self_attn": 4e-4, "cross_attn": 2e-4, "ffn": 3e-4, "norm": 5e-5}
-CONFIG = {"per_layer_lr": {"enabled": True, "component_lr": RATES, "default_lr": 1e-4, "unmatched": "default"}}
 RFDETR = {
     "learning_rate": 1e-4,
     "per_layer_lr": {
@@ -24,12 +19,6 @@ RFDETR = {
 }
 
 
-@cache
-def plan_of(file: str) -> Plan:
-    base = census.base_of(file)
-    return build_plan(census.shapes(file), CONFIG, base=census.shapes(base) if base else None)
-
-
 def test_the_census_is_complete():
     assert len(census.files()) == 24
     assert sum(len(census.rows(file)) for file in census.files()) == 22_535
@@ -37,7 +26,7 @@ def test_the_census_is_complete():
 
 @pytest.mark.parametrize("file", census.files())
 def test_every_parameter_has_an_acceptable_component(file: str):
-    entries = plan_of(file).entries
+    entries = census.plan(file).entries
     assert entries.keys() == {row.name for row in census.rows(file)}
     wrong = {row.name: entries[row.name].component for row in census.rows(file)}
     wrong = {
@@ -48,7 +37,7 @@ def test_every_parameter_has_an_acceptable_component(file: str):
 
 @pytest.mark.parametrize("file", census.files())
 def test_every_parameter_sits_in_its_block(file: str):
-    entries = plan_of(file).entries
+    entries = census.plan(file).entries
     wrong = {}
     for row in census.rows(file):
         entry = entries[row.name]
@@ -60,19 +49,19 @@ def test_every_parameter_sits_in_its_block(file: str):
 
 @pytest.mark.parametrize("file", census.files())
 def test_every_rate_is_the_component_rate_times_the_linear_factor(file: str):
-    entries, aux = plan_of(file).entries, ("refiner", "vace")
+    entries, aux = census.plan(file).entries, ("refiner", "vace")
     for row in census.rows(file):
         entry = entries[row.name]
         trunk = row.stack is not None and not any(word in row.stack for word in aux)
         x = row.block / (row.blocks - 1) if trunk and row.blocks > 1 else 0.0
-        rate = RATES.get(entry.component, 1e-4)
+        rate = census.RATES.get(entry.component, census.DEFAULT_LR)
         assert entry.lr == pytest.approx(rate * (1.0 - x * 0.7), rel=1e-12), row.name
 
 
 @pytest.mark.parametrize("file", [file for file in census.files() if file.endswith(".kohya")])
 def test_a_flattened_name_trains_like_its_peft_twin(file: str):
     base = census.base_of(file)
-    flat, dotted = plan_of(file).entries, plan_of(f"{base}.lora").entries
+    flat, dotted = census.plan(file).entries, census.plan(f"{base}.lora").entries
     rows = census.table(file)
     assert {row["peft_name"] for row in rows} == dotted.keys()
     for row in rows:

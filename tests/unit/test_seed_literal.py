@@ -8,12 +8,9 @@ from functools import cache
 
 import pytest
 
-from dist_layerlr import build_plan
 from dist_layerlr.plan import PlanEntry
 from tests import census
 
-RATES = {"self_attn": 4e-4, "cross_attn": 2e-4, "ffn": 3e-4, "norm": 5e-5}
-CONFIG = {"per_layer_lr": {"enabled": True, "component_lr": RATES, "default_lr": 1e-4, "unmatched": "default"}}
 FILES = [file for file in census.files() if not file.endswith(".kohya")]  # the literals do not fit flattened names
 MODELS_THE_SEED_DOES_NOT_NAME = ("llama31_8b", "dinov2_base", "rfdetr_base")
 
@@ -47,8 +44,7 @@ ALLOWED: dict[str, Allowance] = {
 @cache
 def differences(file: str) -> tuple[PlanEntry, ...]:
     """Entries whose component is not the literal one."""
-    base = census.base_of(file)
-    entries = build_plan(census.shapes(file), CONFIG, base=census.shapes(base) if base else None).entries
+    entries = census.plan(file).entries
     return tuple(entries[r.name] for r in census.rows(file) if entries[r.name].component != r.seed_literal)
 
 
