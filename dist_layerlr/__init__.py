@@ -32,7 +32,9 @@ _HOME = {
     "plan_model": "model",
     "param_groups": "groups",
     "scale_lrs": "groups",
+    "attach": "proof",
     "read_back": "proof",
+    "optimizer_state": "proof",
     "verify": "proof",
     "Proof": "proof",
 }

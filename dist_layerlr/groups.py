@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from dist_layerlr.errors import PlanMismatch
 from dist_layerlr.model import live_parameters
@@ -30,7 +31,15 @@ def param_groups(plan: Plan, model: nn.Module) -> list[ParamGroup]:
     Raises:
         PlanMismatch: the model's trainable parameters are not those of the plan.
     """
-    live = {name: param for name, param in live_parameters(model).items() if param.requires_grad}
+    return build_groups(plan, {n: p for n, p in live_parameters(model).items() if p.requires_grad})
+
+
+def build_groups(plan: Plan, live: Mapping[str, Tensor]) -> list[ParamGroup]:
+    """The plan's groups on given tensors, ``{canonical name: what is stepped for it}``.
+
+    Raises:
+        PlanMismatch: the names are not those of the plan.
+    """
     _check_same_names(plan, live)
     return [_group(spec, live) for spec in plan.groups]
 
@@ -41,14 +50,14 @@ def scale_lrs(optimizer: Any, factor: float) -> None:
         group[LR] = group[INITIAL_LR] * factor
 
 
-def _group(spec: GroupSpec, live: dict[str, nn.Parameter]) -> ParamGroup:
+def _group(spec: GroupSpec, live: Mapping[str, Tensor]) -> ParamGroup:
     group: ParamGroup = {"params": [live[n] for n in spec.names], LR: spec.lr, INITIAL_LR: spec.lr, NAME: spec.name}
     if spec.weight_decay is not None:
         group["weight_decay"] = spec.weight_decay
     return group
 
 
-def _check_same_names(plan: Plan, live: dict[str, nn.Parameter]) -> None:
+def _check_same_names(plan: Plan, live: Mapping[str, Tensor]) -> None:
     missing = [n for n in plan.entries if n not in live]
     extra = [n for n in live if n not in plan.entries]
     if not missing and not extra:

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.optim import Optimizer
 
-from dist_layerlr.adapters import LiveParam, ReadBack, detect
+from dist_layerlr.adapters import LiveParam, Pieces, StatePiece, base, detect
+from dist_layerlr.adapters.base import MakeOptimizer
 from dist_layerlr.errors import PlanMismatch
 from dist_layerlr.plan import Plan, PlanEntry
 
@@ -24,6 +27,7 @@ _CAUSES = {
     "elements": "a shard is stepped twice or not at all; one sharder wraps part of the model only",
     "unplanned": "adapters or requires_grad changed after the plan was made; make the plan last",
     "repeated": "two groups hold the same parameter",
+    "internals": "a library changed where it keeps its shards",
     "plan": "ranks read different configs or models; give every rank the same files",
 }
 
@@ -53,17 +57,42 @@ class Proof:
         return asdict(self)
 
 
+def attach(plan: Plan, model: nn.Module, make: MakeOptimizer) -> Optimizer:
+    """Build an optimizer that trains every parameter at the plan's rate, whatever shards the model.
+
+    ``optimizer = attach(plan, model, lambda groups: torch.optim.AdamW(groups, weight_decay=0.01))``. Call it after FSDP
+    or DDP has wrapped the model, and before ``deepspeed.initialize``.
+
+    Args:
+        plan: made from the same model before it was wrapped.
+        model: plain, DDP, FSDP1 (``use_orig_params`` True or False) or FSDP2.
+        make: groups -> optimizer; each group has ``params``, absolute ``lr``, ``initial_lr``, ``name``, and
+            ``weight_decay`` where the plan gives one.
+
+    Raises:
+        PlanMismatch: the model's trainable parameters are not those of the plan, or it is a DeepSpeed engine already.
+    """
+    return detect(model).attach(plan, model, make)
+
+
 def read_back(model: nn.Module, optimizer: Any = None) -> dict[str, LiveParam]:
     """{canonical name: lr, weight decay, local elements} of this rank, from the live optimizer and shards."""
-    return detect(model).read_back(model, optimizer).live
+    return base.read_back(detect(model).pieces(model, optimizer))
+
+
+def optimizer_state(model: nn.Module, optimizer: Any = None) -> dict[str, list[StatePiece]]:
+    """{canonical name: this rank's optimizer state}, wherever the sharder keeps it. Never runs a step to create it."""
+    return base.state(detect(model).pieces(model, optimizer))
 
 
 def verify(plan: Plan, model: nn.Module, optimizer: Any = None, *, factor: float = 1.0) -> Proof:
     """Compare the live optimizer with the plan on every rank. Collective: call it on all ranks.
 
+    It needs no ``attach``: it audits a model and optimizer that anybody prepared.
+
     Args:
         plan: of this model.
-        model: as it is trained: plain, DDP, FSDP2, or a DeepSpeed engine.
+        model: as it is trained: plain, DDP, FSDP1, FSDP2, or a DeepSpeed engine.
         optimizer: the one that is stepped; a DeepSpeed engine brings its own.
         factor: the schedule's multiplier that is in force.
 
@@ -71,11 +100,14 @@ def verify(plan: Plan, model: nn.Module, optimizer: Any = None, *, factor: float
         PlanMismatch: on all ranks alike, naming the first ten parameters, the rank, the likely cause and its fix.
     """
     adapter = detect(model)
-    back = adapter.read_back(model, optimizer)
-    default_decay = _default_decay(model, optimizer)
-    problems = _local_problems(plan, back, factor, default_decay)
+    try:
+        found = adapter.pieces(model, optimizer)
+        live = base.read_back(found)
+        problems = _local_problems(plan, found, live, factor, _default_decay(model, optimizer))
+    except PlanMismatch as error:
+        live, problems = {}, [("internals", str(error))]
     ranks = _agree(problems, plan.digest)
-    _check_elements(plan, back)
+    _check_elements(plan, live)
     return Proof(
         sharder=adapter.label,
         ranks=ranks,
@@ -102,19 +134,21 @@ def _default_decay(model: nn.Module, optimizer: Any) -> float:
     return 0.0
 
 
-def _local_problems(plan: Plan, back: ReadBack, factor: float, default_decay: float) -> list[Problem]:
+def _local_problems(
+    plan: Plan, found: Pieces, live: Mapping[str, LiveParam], factor: float, default_decay: float
+) -> list[Problem]:
     problems: list[Problem] = []
     for name, entry in plan.entries.items():
-        live = back.live.get(name)
-        if live is None:
+        if name not in live:
             problems.append(("not stepped", f"{name}: not stepped by the optimizer"))
         else:
-            problems += _compare(entry, live, factor, default_decay)
-    problems += [("unplanned", f"{n}: stepped at lr {p.lr:g}, not in the plan") for n, p in back.live.items()
-                 if n not in plan.entries and p.lr != 0.0]  # fmt: skip
-    problems += [("repeated", f"{n}: stepped by two groups") for n in back.repeated]
-    if back.strangers:
-        problems.append(("not stepped", f"{back.strangers} tensors in the optimizer are no parameters of the model"))
+            problems += _compare(entry, live[name], factor, default_decay)
+    problems += [
+        ("unplanned", f"{n}: stepped at lr {p.lr:g}, not in the plan") for n, p in live.items() if n not in plan.entries
+    ]
+    problems += [("repeated", f"{n}: stepped by two groups") for n in base.repeated(found)]
+    if found.strangers:
+        problems.append(("not stepped", f"{found.strangers} tensors in the optimizer are no parameters of the model"))
     return problems
 
 
@@ -145,17 +179,17 @@ def _agree(problems: list[Problem], digest: str) -> int:
     return len(everyone)
 
 
-def _check_elements(plan: Plan, back: ReadBack) -> None:
+def _check_elements(plan: Plan, live: Mapping[str, LiveParam]) -> None:
     """Local element counts, summed over ranks, must equal the true sizes."""
     names = sorted(plan.entries)
-    counts = torch.tensor([back.live[n].numel for n in names], dtype=torch.int64)
+    counts = torch.tensor([live[n].numel for n in names], dtype=torch.int64)
     if dist.is_available() and dist.is_initialized():
         device = "cuda" if dist.get_backend() == "nccl" else "cpu"
         counts = counts.to(device)
         dist.all_reduce(counts)
     problems: list[Problem] = []
     for name, count in zip(names, counts.tolist(), strict=True):
-        wanted = plan.entries[name].numel * back.live[name].replicas
+        wanted = plan.entries[name].numel * live[name].replicas
         if count != wanted:
             problems.append(("elements", f"{name}: {count} elements stepped over all ranks, {wanted} expected"))
     if problems:

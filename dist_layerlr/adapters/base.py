@@ -1,14 +1,61 @@
-"""What an adapter must answer about live, sharded parameters."""
+"""What an adapter answers about live, sharded parameters: the pieces that this rank's optimizer steps.
+
+Rates, element counts, optimizer state and observed updates all follow from the pieces, the same way for every sharder.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
-from torch import nn
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+from torch.optim import Optimizer
 
+from dist_layerlr.errors import PlanMismatch
+from dist_layerlr.groups import ParamGroup
 from dist_layerlr.model import live_parameters
+from dist_layerlr.plan import Plan
+
+MakeOptimizer = Callable[[list[ParamGroup]], Optimizer]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Piece:
+    """A run of elements of one named parameter inside one tensor that the optimizer steps."""
+
+    name: str
+    """Canonical name."""
+    group: ParamGroup
+    """The live group that steps it."""
+    owner: Tensor
+    """The optimizer's parameter, key of its state."""
+    offset: int
+    """First element in the flattened local owner."""
+    numel: int
+    """Elements here; 0 for an empty shard."""
+    start: int
+    """First element in the flattened, unsharded parameter."""
+    replicas: int = 1
+    """Ranks that step each element."""
+
+    def of(self, tensor: Tensor) -> Tensor:
+        """The same run of a tensor laid out as the owner: its value, gradient or a moment. Flat, local."""
+        local = tensor.to_local() if isinstance(tensor, DTensor) else tensor
+        return local.detach().reshape(-1)[self.offset : self.offset + self.numel]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Pieces:
+    """All pieces of this rank."""
+
+    pieces: list[Piece] = field(default_factory=list)
+    strangers: int = 0
+    """Tensors in the optimizer that are no parameter of the model (stale ones)."""
+    optimizer: Any = None
+    """The innermost optimizer, whose ``state`` is keyed by owners."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -23,15 +70,14 @@ class LiveParam:
     """Number of ranks that step each element."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class ReadBack:
-    """Everything the live optimizer steps, by canonical name."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StatePiece:
+    """Optimizer state of one piece."""
 
-    live: dict[str, LiveParam] = field(default_factory=dict)
-    repeated: list[str] = field(default_factory=list)
-    """Names that more than one group steps."""
-    strangers: int = 0
-    """Tensors in the optimizer that are no parameter of the model (stale ones)."""
+    start: int
+    """First element in the flattened, unsharded parameter."""
+    tensors: Mapping[str, Tensor]
+    """State by key: flat tensors as long as the piece, or scalars (``step``)."""
 
 
 class Adapter(Protocol):
@@ -44,21 +90,79 @@ class Adapter(Protocol):
         """Whether this sharder wraps the model."""
         ...
 
-    def read_back(self, model: nn.Module, optimizer: Any) -> ReadBack:
-        """Read lr and weight decay of every parameter from the objects that will be stepped."""
+    def attach(self, plan: Plan, model: nn.Module, make: MakeOptimizer) -> Optimizer:
+        """Build the plan's groups on live tensors and the optimizer on the groups."""
+        ...
+
+    def pieces(self, model: nn.Module, optimizer: Any) -> Pieces:
+        """List what this rank's optimizer steps."""
         ...
 
 
-def read_groups(groups: Iterable[dict[str, Any]], model: nn.Module, count: Any) -> ReadBack:
-    """Read ordinary groups whose tensors are the model's own parameters.
+def read_back(found: Pieces) -> dict[str, LiveParam]:
+    """{canonical name: live rate, weight decay, local elements}; pieces of one name are added up."""
+    live: dict[str, LiveParam] = {}
+    for piece in found.pieces:
+        before = live.get(piece.name)
+        live[piece.name] = LiveParam(
+            lr=float(piece.group["lr"]),
+            weight_decay=float(piece.group.get("weight_decay", 0.0)),
+            numel=piece.numel + (before.numel if before else 0),
+            replicas=piece.replicas,
+        )
+    return live
+
+
+def repeated(found: Pieces) -> list[str]:
+    """Names with two pieces that overlap: stepped twice."""
+    seen: dict[str, list[tuple[int, int]]] = {}
+    twice: dict[str, None] = {}
+    for piece in found.pieces:
+        end = piece.start + piece.numel
+        for start, stop in seen.setdefault(piece.name, []):
+            if max(start, piece.start) < min(stop, end) or (start, stop) == (piece.start, end):
+                twice[piece.name] = None
+        seen[piece.name].append((piece.start, end))
+    return list(twice)
+
+
+def state(found: Pieces) -> dict[str, list[StatePiece]]:
+    """{canonical name: this rank's optimizer state}, views where the layout allows; empty before the first step."""
+    result: dict[str, list[StatePiece]] = {}
+    for piece in found.pieces:
+        held = found.optimizer.state.get(piece.owner, {}) if found.optimizer is not None else {}
+        tensors = {
+            key: value if value.ndim == 0 else piece.of(value)
+            for key, value in held.items()
+            if isinstance(value, Tensor)
+        }
+        if tensors:
+            result.setdefault(piece.name, []).append(StatePiece(start=piece.start, tensors=tensors))
+    return result
+
+
+def innermost(optimizer: Any) -> Any:
+    """Look through wrappers such as AcceleratedOptimizer to the torch optimizer."""
+    while not isinstance(optimizer, Optimizer) and hasattr(optimizer, "optimizer"):
+        optimizer = optimizer.optimizer
+    while type(optimizer).__name__ == "AcceleratedOptimizer":
+        optimizer = optimizer.optimizer
+    return optimizer
+
+
+def pieces_by_identity(
+    groups: Iterable[ParamGroup],
+    names: Mapping[int, str],
+    place: Callable[[Tensor], tuple[int, int, int]],
+) -> tuple[list[Piece], int]:
+    """Pieces of groups whose tensors are the model's own parameters, and the number of strangers.
 
     Args:
         groups: the live ``param_groups``.
-        model: however wrapped.
-        count: parameter -> (local elements, replicas).
+        names: {id of a live parameter: canonical name}.
+        place: parameter -> (start, local elements, replicas).
     """
-    names = {id(param): name for name, param in live_parameters(model).items()}
-    result = ReadBack()
+    pieces: list[Piece] = []
     strangers = 0
     for group in groups:
         for param in group["params"]:
@@ -66,13 +170,27 @@ def read_groups(groups: Iterable[dict[str, Any]], model: nn.Module, count: Any) 
             if name is None:
                 strangers += 1
                 continue
-            if name in result.live:
-                result.repeated.append(name)
-            numel, replicas = count(param)
-            result.live[name] = LiveParam(
-                lr=float(group["lr"]),
-                weight_decay=float(group.get("weight_decay", 0.0)),
-                numel=numel,
-                replicas=replicas,
+            start, numel, replicas = place(param)
+            pieces.append(
+                Piece(name=name, group=group, owner=param, offset=0, numel=numel, start=start, replicas=replicas)
             )
-    return ReadBack(live=result.live, repeated=result.repeated, strangers=strangers)
+    return pieces, strangers
+
+
+def names_by_id(model: nn.Module) -> dict[int, str]:
+    """{id of a live parameter: canonical name}."""
+    return {id(param): name for name, param in live_parameters(model).items()}
+
+
+def world_size() -> int:
+    """Ranks in the default process group; 1 without one."""
+    dist = torch.distributed
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
+def internals_moved(library: str, version: str, what: str) -> PlanMismatch:
+    """The one wording for a private attribute that is no longer what it was."""
+    return PlanMismatch(
+        f"Cannot read back {library}: {what} is not what it was in {version}, which this adapter was written for. "
+        f"Use that version, or report the one you have."
+    )

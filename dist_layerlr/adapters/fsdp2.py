@@ -7,17 +7,29 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch.distributed as dist
-from torch import nn
+from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
+from torch.optim import Optimizer
 
-from dist_layerlr.adapters.base import ReadBack, read_groups
+from dist_layerlr.adapters.base import (
+    MakeOptimizer,
+    Pieces,
+    innermost,
+    internals_moved,
+    names_by_id,
+    pieces_by_identity,
+    world_size,
+)
+from dist_layerlr.groups import ParamGroup, param_groups
+from dist_layerlr.plan import Plan
+from dist_layerlr.segments import dim0_range
 
 
 class Fsdp2Adapter:
-    """Local shards of DTensors, dim 0 chunked; HSDP replicates them over the mesh's other dimension."""
+    """Local shards of DTensors, dimension 0 chunked; HSDP replicates them over the mesh's other dimension."""
 
-    label = "fsdp2"
+    def __init__(self) -> None:
+        self.label = "fsdp2"
 
     def handles(self, model: nn.Module) -> bool:
         """Whether any module is an ``FSDPModule``."""
@@ -25,16 +37,42 @@ class Fsdp2Adapter:
 
         return any(isinstance(module, FSDPModule) for module in model.modules())
 
-    def read_back(self, model: nn.Module, optimizer: Any) -> ReadBack:
-        """Read the groups by parameter identity, counting local elements."""
-        return read_groups(optimizer.param_groups, model, _count)
+    def attach(self, plan: Plan, model: nn.Module, make: MakeOptimizer) -> Optimizer:
+        """Ordinary groups, split where a foreach call could not take the tensors together."""
+        return make([part for group in param_groups(plan, model) for part in _split_by_mesh(group)])
+
+    def pieces(self, model: nn.Module, optimizer: Any) -> Pieces:
+        """Local shards, by identity."""
+        inner = innermost(optimizer)
+        found, strangers = pieces_by_identity(inner.param_groups, names_by_id(model), _place)
+        return Pieces(pieces=found, strangers=strangers, optimizer=inner)
 
 
-def _count(param: nn.Parameter) -> tuple[int, int]:
+def _split_by_mesh(group: ParamGroup) -> list[ParamGroup]:
+    """One group per device mesh: foreach and fused calls cannot mix DTensors of two meshes, or DTensors and tensors."""
+    parts: dict[Any, list[Tensor]] = {}
+    for param in group["params"]:
+        parts.setdefault(param.device_mesh if isinstance(param, DTensor) else None, []).append(param)
+    names = [group["name"]] + [f"{group['name']}@{i}" for i in range(1, len(parts))]
+    return [{**group, "params": params, "name": name} for name, params in zip(names, parts.values(), strict=True)]
+
+
+def _place(param: Tensor) -> tuple[int, int, int]:
+    """(start, local elements, replicas)."""
     if not isinstance(param, DTensor):
-        return param.numel(), dist.get_world_size()
-    replicas = 1
-    for size, placement in zip(param.device_mesh.shape, param.placements, strict=True):
+        return 0, param.numel(), world_size()
+    replicas, rank, ranks = 1, 0, 1
+    coordinate = param.device_mesh.get_coordinate()
+    for dim, placement in enumerate(param.placements):
+        size = param.device_mesh.size(dim)
         if placement.is_replicate():
             replicas *= size
-    return param.to_local().numel(), replicas
+        elif coordinate is not None:
+            rank, ranks = rank * size + coordinate[dim], ranks * size
+    local = param.to_local().numel()
+    start, numel = dim0_range(param.shape, ranks, rank)
+    if any(p.is_shard() and not p.is_shard(0) for p in param.placements):
+        return 0, local, replicas
+    if numel != local:
+        raise internals_moved("FSDP2", "torch 2.13", f"the shard of a {tuple(param.shape)} DTensor ({local} elements)")
+    return start, local, replicas

@@ -4,16 +4,19 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch.distributed as dist
 from torch import nn
+from torch.optim import Optimizer
 
-from dist_layerlr.adapters.base import ReadBack, read_groups
+from dist_layerlr.adapters.base import MakeOptimizer, Pieces, innermost, names_by_id, pieces_by_identity, world_size
+from dist_layerlr.groups import param_groups
+from dist_layerlr.plan import Plan
 
 
 class PlainAdapter:
     """No sharding. DDP only adds a ``module.`` prefix."""
 
-    label = "unsharded"
+    def __init__(self) -> None:
+        self.label = "unsharded"
 
     def handles(self, model: nn.Module) -> bool:
         """True: the last adapter asked."""
@@ -21,7 +24,13 @@ class PlainAdapter:
             self.label = "ddp"
         return True
 
-    def read_back(self, model: nn.Module, optimizer: Any) -> ReadBack:
-        """Read the groups by parameter identity. Ranks hold whole copies."""
-        replicas = dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
-        return read_groups(optimizer.param_groups, model, lambda p: (p.numel(), replicas))
+    def attach(self, plan: Plan, model: nn.Module, make: MakeOptimizer) -> Optimizer:
+        """Ordinary groups."""
+        return make(param_groups(plan, model))
+
+    def pieces(self, model: nn.Module, optimizer: Any) -> Pieces:
+        """Whole parameters, by identity. Ranks hold copies."""
+        inner = innermost(optimizer)
+        ranks = world_size()
+        found, strangers = pieces_by_identity(inner.param_groups, names_by_id(model), lambda p: (0, p.numel(), ranks))
+        return Pieces(pieces=found, strangers=strangers, optimizer=inner)

@@ -1,74 +1,136 @@
-"""DeepSpeed ZeRO 0 to 2: after ``deepspeed.initialize`` the groups hold one flat partition each, and names are gone.
+"""DeepSpeed ZeRO 0 to 3: after ``deepspeed.initialize`` the groups hold flat partitions, and names are gone.
 
-The engine keeps ``param_names`` of the unwrapped module; the optimizer keeps the original parameters of each group in
-the same order as its ``param_groups``. Read in deepspeed 0.19.8: stage 0 ``param_groups`` (or ``fp16_groups``,
-``bf16_groups`` of the mixed precision optimizers), stage 1 and 2 ``bit16_groups`` with ``_hp_mapping`` per parameter.
+Private, read in deepspeed 0.19.8. Stage 1 and 2: ``bit16_groups`` (original parameters of each group), their
+``_hp_mapping``, ``single_partition_of_fp32_groups``. Stage 3: ``fp16_groups`` per sub-group, ``sub_group_to_group_id``,
+``fp32_partitioned_groups_flat``, ``ds_numel`` and ``partition_numel()`` per parameter. Stage 0: the client optimizer, or
+``bf16_groups`` / ``fp16_groups`` of the mixed precision wrappers.
 """
 
 from __future__ import annotations
 
 from typing import Any
 
-import torch.distributed as dist
-from torch import nn
+from torch import Tensor, nn
+from torch.optim import Optimizer
 
-from dist_layerlr.adapters.base import LiveParam, ReadBack
+from dist_layerlr.adapters.base import MakeOptimizer, Piece, Pieces, internals_moved, world_size
 from dist_layerlr.errors import PlanMismatch
 from dist_layerlr.names import canonical_name
+from dist_layerlr.plan import Plan
+from dist_layerlr.segments import zero3_partition, zero3_range
 
 
 class ZeroAdapter:
     """Original parameters of each group, and the fragment of them that this rank steps."""
 
-    label = "zero"
+    def __init__(self) -> None:
+        self.label = "zero"
 
     def handles(self, model: nn.Module) -> bool:
         """Whether the model is a DeepSpeed engine."""
         return any(c.__name__ == "DeepSpeedEngine" for c in type(model).__mro__)
 
-    def read_back(self, model: nn.Module, optimizer: Any = None) -> ReadBack:
-        """Read the engine's own optimizer; ``optimizer`` is ignored, it may be a stale outer object."""
+    def attach(self, plan: Plan, model: nn.Module, make: MakeOptimizer) -> Optimizer:
+        """Refuse: the engine has already partitioned its optimizer.
+
+        Raises:
+            PlanMismatch: always.
+        """
+        raise PlanMismatch(
+            "attach() was called on a DeepSpeed engine, which has already built its optimizer. "
+            "Attach to the model first, then deepspeed.initialize(model=model, optimizer=optimizer, config=...)."
+        )
+
+    def pieces(self, model: nn.Module, optimizer: Any = None) -> Pieces:
+        """Read the engine's own optimizer; the ``optimizer`` argument is ignored, it may be a stale outer object."""
         engine: Any = model
-        stage = engine.zero_optimization_stage()
+        stage = int(engine.zero_optimization_stage())
         self.label = f"zero {stage}"
-        live_optimizer = engine.optimizer
         names = {id(p): canonical_name(n) for n, p in engine.module.named_parameters()}
-        result = ReadBack()
+        try:
+            triples = _walk(engine.optimizer, stage)
+        except (AttributeError, KeyError, IndexError) as error:
+            raise internals_moved(f"ZeRO stage {stage}", "deepspeed 0.19.8", repr(error)) from None
+        pieces: list[Piece] = []
         strangers = 0
-        for group, params in zip(live_optimizer.param_groups, _group_params(live_optimizer, stage), strict=True):
-            for param in params:
-                name = names.get(id(param))
-                if name is None:
-                    strangers += 1
-                    continue
-                if name in result.live:
-                    result.repeated.append(name)
-                numel, replicas = _count(param, stage)
-                result.live[name] = LiveParam(
-                    lr=float(group["lr"]),
-                    weight_decay=float(group.get("weight_decay", 0.0)),
-                    numel=numel,
-                    replicas=replicas,
-                )
-        return ReadBack(live=result.live, repeated=result.repeated, strangers=strangers)
+        for param, piece in triples:
+            name = names.get(id(param))
+            if name is None:
+                strangers += 1
+            else:
+                pieces.append(
+                    Piece(
+                        name=name, group=piece[0], owner=piece[1], offset=piece[2], numel=piece[3], start=piece[4],
+                        replicas=world_size() if stage == 0 and piece[5] else 1,
+                    )
+                )  # fmt: skip
+        return Pieces(pieces=pieces, strangers=strangers, optimizer=getattr(engine.optimizer, "optimizer", None))
 
 
-def _group_params(optimizer: Any, stage: int) -> list[list[nn.Parameter]]:
-    """The original parameters of each live group."""
-    for attribute in ("bit16_groups", "bf16_groups", "fp16_groups"):
-        if hasattr(optimizer, attribute) and stage < 3:
-            return [list(group) for group in getattr(optimizer, attribute)]
-    if stage == 0:
-        return [list(group["params"]) for group in optimizer.param_groups]
-    raise PlanMismatch(
-        f"Cannot read back ZeRO stage {stage} from {type(optimizer).__name__}. Supported stages: 0, 1, 2. "
-        "If this stage worked before, DeepSpeed changed its internals: report the version."
-    )
+Found = tuple[nn.Parameter, tuple[Any, Tensor, int, int, int, bool]]
+"""(original parameter, (group, owner, offset, numel, start, whole on every rank))."""
 
 
-def _count(param: nn.Parameter, stage: int) -> tuple[int, int]:
-    """(elements of this rank's partition, ranks that hold them)."""
-    if stage == 0:
-        return param.numel(), dist.get_world_size()
-    mapping = getattr(param, "_hp_mapping", None)
-    return (mapping.get_hp_fragment_address().numel if mapping is not None else 0), 1
+def _walk(optimizer: Any, stage: int) -> list[Found]:
+    if stage == 3:
+        return _stage3(optimizer)
+    if hasattr(optimizer, "bit16_groups"):
+        return _fragments(optimizer, optimizer.bit16_groups, optimizer.single_partition_of_fp32_groups)
+    if hasattr(optimizer, "bf16_groups"):
+        return _fragments(optimizer, optimizer.bf16_groups, optimizer.fp32_groups_flat_partition)
+    if hasattr(optimizer, "fp16_groups"):
+        return _flat_copies(optimizer)
+    return [(p, (group, p, 0, p.numel(), 0, True)) for group in optimizer.param_groups for p in group["params"]]
+
+
+def _fragments(optimizer: Any, originals: Any, owners: Any) -> list[Found]:
+    """Stage 1, 2 and BF16_Optimizer: a parameter's fragment in this rank's flat fp32 partition."""
+    found: list[Found] = []
+    for group, params, owner in zip(optimizer.param_groups, originals, owners, strict=True):
+        for param in params:
+            mapping = param._hp_mapping
+            if mapping is None:
+                found.append((param, (group, owner, 0, 0, 0, False)))
+            else:
+                here, there = mapping.hp_fragment_address, mapping.lp_fragment_address
+                found.append((param, (group, owner, here.start, here.numel, there.start, False)))
+    return found
+
+
+def _flat_copies(optimizer: Any) -> list[Found]:
+    """FP16_Optimizer at stage 0: whole flat fp32 copies on every rank."""
+    found: list[Found] = []
+    for group, params, owner in zip(
+        optimizer.param_groups, optimizer.fp16_groups, optimizer.fp32_groups_flat, strict=True
+    ):
+        offset = 0
+        for param in params:
+            found.append((param, (group, owner, offset, param.numel(), 0, True)))
+            offset += param.numel()
+    return found
+
+
+def _stage3(optimizer: Any) -> list[Found]:
+    """Stage 3: partitions of the parameters of a sub-group, laid end to end, padding included."""
+    found: list[Found] = []
+    for sub_group, params in enumerate(optimizer.fp16_groups):
+        group = optimizer.param_groups[optimizer.sub_group_to_group_id[sub_group]]
+        owner = optimizer.fp32_partitioned_groups_flat[sub_group]
+        offset = 0
+        for param in params:
+            ranks, rank = optimizer_ranks(param)
+            partition = param.partition_numel()
+            if partition != zero3_partition(param.ds_numel, ranks):
+                raise internals_moved("ZeRO stage 3", "deepspeed 0.19.8", f"a partition of {partition} elements")
+            start, numel = zero3_range(param.ds_numel, ranks, rank)
+            found.append((param, (group, owner, offset, numel, start, False)))
+            offset += partition
+    return found
+
+
+def optimizer_ranks(param: Any) -> tuple[int, int]:
+    """(ranks that share a ZeRO-3 parameter, this rank among them)."""
+    import torch.distributed as dist
+
+    group = param.ds_process_group
+    return dist.get_world_size(group), dist.get_rank(group)

@@ -281,6 +281,17 @@ def test_rfdetr_rates_are_absolute(convention: str, indexes: list[int] | None, e
         assert found == pytest.approx([lr] * len(found), rel=3e-6) and found, prefix
 
 
+def test_rfdetr_regions_fit_the_names_of_transformers_too():
+    encoder = "model.backbone.backbone."
+    names = [f"{encoder}encoder.layer.{i}.attention.q_proj.weight" for i in range(2)]
+    names += [f"{encoder}embeddings.cls_token", f"{encoder}layernorm.weight", "model.backbone.projector.conv.weight"]
+    names += ["model.decoder.layers.0.mlp.fc1.weight", "model.enc_output.0.weight", "my_decoder.weight"]
+    config = {"learning_rate": 1e-4, "per_layer_lr": {"enabled": True, "preset": "rfdetr"}}
+    plan = build_plan([(name, VECTOR) for name in names], config)
+    expected = [1.5e-4 * 0.8**2, 1.5e-4 * 0.8, 1.5e-4 * 0.8**3, 1.5e-4, 1e-4, 7e-5, 1e-4, 1e-4]
+    assert [e.lr for e in plan.entries.values()] == pytest.approx(expected, rel=1e-12)
+
+
 SPELLINGS = {
     "blocks": ["backbone.0.pos_embed", "backbone.0.patch_embed.proj.weight"],
     "layer": ["backbone.0.embeddings.cls_token", "backbone.0.embeddings.patch_embeddings.weight"],
