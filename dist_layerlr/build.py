@@ -60,7 +60,22 @@ def build_plan(params: Params, config: Config | Mapping[str, Any] | str | Path, 
         if p.info.trainable
     }
     frozen = len(placed) - len(entries)
-    return Plan(entries=entries, config=config, frozen=frozen, warnings=check_plan(entries, config))
+    notes = (*_notes(placed, config.per_layer_lr, alone=base is None), *check_plan(entries, config))
+    return Plan(entries=entries, config=config, frozen=frozen, warnings=notes)
+
+
+def _notes(placed: list[_Placed], block: PerLayerLR, *, alone: bool) -> list[str]:
+    """Warnings that need more than the finished entries."""
+    notes = []
+    if alone and all(p.path.is_adapter for p in placed):
+        notes.append(
+            "only adapter parameters are listed: block counts come from them alone; give the full model (--base)"
+        )
+    for region in block.regions:
+        members = [p for p in placed if p.region is region]
+        if members and not any(p.info.trainable for p in members):
+            notes.append(f"region {region.match!r} matches frozen parameters only")
+    return notes
 
 
 def _infos(params: Params) -> list[ParamInfo]:
@@ -106,8 +121,8 @@ def _place(infos: list[ParamInfo], base: list[ParamInfo] | None, block: PerLayer
         index = module_index(base_paths)
         paths = [parse(i.name, index) for i in infos]
         locations = [stack_map.locate(p) for p in paths]
-    patterns = _first_match(infos, block.patterns, "patterns")
-    regions = _first_match(infos, block.regions, "regions")
+    patterns = _first_match(infos, paths, block.patterns, "patterns")
+    regions = _first_match(infos, paths, block.regions, "regions")
     label = _Labeller(siblings)
     return [
         _Placed(info=info, path=path, location=loc, label=label(info, path, loc, pattern), region=region)
@@ -154,15 +169,19 @@ class _Labeller:
         return label
 
 
-def _first_match(infos: list[ParamInfo], rules: Sequence[Any], what: str) -> list[Any]:
-    """For each parameter the first rule that matches it; a rule that matches no parameter at all is an error."""
+def _first_match(infos: list[ParamInfo], paths: list[ParamPath], rules: Sequence[Any], what: str) -> list[Any]:
+    """For each parameter the first rule that matches its name, or its name in the base model.
+
+    A rule that matches no parameter at all is an error.
+    """
     if not rules:
         return [None] * len(infos)
     hits = [False] * len(rules)
     matchers = [compile_pattern(rule.match) for rule in rules]
     chosen: list[Any] = []
-    for info in infos:
-        matched = [i for i, matches in enumerate(matchers) if matches(info.name)]
+    for info, path in zip(infos, paths, strict=True):
+        resolved = ".".join((*path.owner, path.leaf))
+        matched = [i for i, matches in enumerate(matchers) if matches(info.name) or matches(resolved)]
         for i in matched:
             hits[i] = True
         chosen.append(rules[matched[0]] if matched else None)

@@ -18,10 +18,15 @@ def number(low: float, high: float = math.inf, *, open_low: bool = False) -> Che
     allowed = f"a number in {left}{low:g}, {high:g}]" if high < math.inf else f"a finite number >= {low:g}"
 
     def check(path: str, value: object) -> float:
-        good = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
-        if not good or not low <= value <= high or (open_low and value == low):  # type: ignore[operator]
+        if not isinstance(value, (int, float)) or isinstance(value, bool):
             raise invalid(path, value, allowed)
-        return float(value)  # type: ignore[arg-type]
+        try:
+            parsed = float(value)
+        except OverflowError:
+            parsed = math.inf
+        if not math.isfinite(parsed) or not low <= parsed <= high or (open_low and parsed == low):
+            raise invalid(path, parsed, allowed)
+        return float(value)
 
     return check
 

@@ -17,7 +17,7 @@ COMPONENTS = (SELF_ATTN, CROSS_ATTN, FFN, NORM)
 FINE_COMPONENTS = ("modulation", "embed", "head", "conv", "fused")
 
 _NORM_CLASS = re.compile(r"(?<!Ada)(Layer|RMS|Group|Batch|Instance)Norm(\dd)?$|^Norm$")
-_NORM = re.compile(r"norm(?!al)|^ln(_\w+|\d*)$|^bn\d*$", re.IGNORECASE)
+_NORM = re.compile(r"norm(?!als?(_|$))|^ln(_\w+|\d*)$|^bn\d*$", re.IGNORECASE)
 _MATRIX_CLASSES = frozenset({"Linear", "Conv1d", "Conv2d", "Conv3d", "Embedding"})
 _CROSS_LEAF = re.compile(r"^(add_\w+_proj|to_add_out|to_added_\w+|to_(q|k|v|out)_t)$")
 _CROSS = re.compile(
@@ -26,7 +26,7 @@ _CROSS = re.compile(
     re.IGNORECASE,
 )
 _FFN = re.compile(
-    r"(^|_)(ff|ffn|mlp|mlps)$|^ff_[it]$|^feed_?forward|^DenseReluDense$|^intermediate$|^(gate|up|down)_proj$|^experts$"
+    r"(^|_)(ff|ffn|mlp|mlps|ff_in)$|^ff_[it]$|^feed_?forward|^DenseReluDense$|^intermediate$|^(gate|up|down)_proj$|^experts$"
     r"|^block_sparse_moe$"
 )
 _FFN_BESIDE_ATTENTION = re.compile(r"^(linear[12]|fc[12]|output)$")

@@ -177,7 +177,9 @@ def read_json(path: str | Path) -> dict[str, Any]:
         loaded = json.loads(Path(path).read_text(encoding="utf-8"), object_pairs_hook=unique)
     except OSError as error:
         raise ConfigError(f"Cannot read config file {str(path)!r}: {error.strerror}.") from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except ConfigError:
+        raise
+    except (ValueError, RecursionError) as error:
         raise ConfigError(f"Invalid config file {str(path)!r}: not JSON ({error}).") from None
     if not isinstance(loaded, dict):
         raise ConfigError(f"Invalid config file {str(path)!r}: must hold a JSON object, got {type(loaded).__name__}.")
@@ -237,6 +239,8 @@ def _region(index: int, raw: dict[str, Any], outer: DepthSettings) -> Region:
 def _check_depth(path: str, depth: DepthSettings) -> None:
     if depth.depth_strategy == "table" and not depth.depth_table:
         raise ConfigError(f"Invalid {path}.depth_strategy='table': needs depth_table, a list of 2 or more factors.")
+    if depth.depth_strategy == LAYER_DECAY and depth.depth_scope == "trunk":
+        raise ConfigError(f"Invalid {path}.depth_scope='trunk': layer_decay numbers each stack. Remove depth_scope.")
 
 
 def _check_components(block: PerLayerLR) -> None:

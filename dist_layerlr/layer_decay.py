@@ -30,8 +30,9 @@ LayerId = Callable[[ParamPath, Location | None, int], int]
 _EMBEDDINGS = r"^(pos_embed|patch_embed|embeddings$|position_embedding|patch_embedding"
 _SEED_EMBEDDINGS = re.compile(_EMBEDDINGS + ")")
 _BEIT_EMBEDDINGS = re.compile(_EMBEDDINGS + "|cls_token$|mask_token$)")
+_TIMM_EMBEDDINGS = re.compile(r"^cls_token|reg_token|pos_embed|patch_embed|norm_pre|^embeddings$")
 _DINO_EMBEDDINGS = re.compile(_EMBEDDINGS + "|cls_token$|mask_token$|storage_tokens$|register_tokens$|reg_token$)")
-_FINAL_NORM = re.compile(r"^(norm|layernorm)")
+_FINAL_NORM = re.compile(r"^(norm(?!_pre)|layernorm)")
 
 
 def layer_decay_factors(members: Sequence[Member], settings: DepthSettings) -> list[float]:
@@ -81,13 +82,13 @@ def _numbered(embeddings: re.Pattern[str]) -> LayerId:
 
 
 _beit = _numbered(_BEIT_EMBEDDINGS)
-_dino = _numbered(_DINO_EMBEDDINGS)
+_timm_numbered = _numbered(_TIMM_EMBEDDINGS)
 
 
 def _timm(path: ParamPath, loc: Location | None, layers: int) -> int:
     if loc is None and _FINAL_NORM.search((*path.owner, path.leaf)[0]):
         return layers
-    return _dino(path, loc, layers)
+    return _timm_numbered(path, loc, layers)
 
 
 def _stage(path: ParamPath, container: str) -> tuple[int, int] | None:
@@ -119,7 +120,7 @@ CONVENTIONS: dict[str, LayerId] = {
     "seed": _numbered(_SEED_EMBEDDINGS),
     "rfdetr": _numbered(_SEED_EMBEDDINGS),
     "beit": _beit,
-    "dinov3": _dino,
+    "dinov3": _numbered(_DINO_EMBEDDINGS),
     "timm": _timm,
     "mmdet": _mmdet,
     "mmdet_stage": _mmdet_stage,

@@ -16,13 +16,22 @@ WRAPPER_SEGMENTS = frozenset({"_fsdp_wrapped_module", "_checkpoint_wrapped_modul
 PEFT_PREFIX = ("base_model", "model")
 PEFT_SEGMENTS = frozenset({"base_layer", "original_module"})
 
-# Any segment that starts so opens the adapter's own part of a name: `to_q.lora_A.default.weight`, `to_q.hada_w1_a.x`.
+# Such a segment opens the adapter's own part of a name: `to_q.lora_A.default.weight`, `to_q.hada_w1_a`. Whole keys, so
+# that a real module called `bone_encoder` is none.
 _ADAPTER = re.compile(
-    r"(lora|lokr|hada|oft|boft|vera|ia3|fourierft|randlora|shira|hra|road|miss|bone|dora|ln_tuning)_|alpha$|diff(_b)?$"
+    r"^(lora_(A|B|down|up|mid|embedding_A|embedding_B|magnitude_vector)|lokr_(w1|w2|t1|t2)(_a|_b)?|hada_(w1|w2)_(a|b)"
+    r"|hada_t[12]|oft_(R|L|diag|blocks)|boft_(R|s)|vera_(A|B|lambda_b|lambda_d)|ia3_l|fourierft_spectrum|shira_weight"
+    r"|randlora_(A|B|lambda|gamma)|hra_u|road_(theta|alpha)|miss_block|bone_block|dora_scale|ln_tuning_layers|alpha"
+    r"|diff(_b)?)$"
 )
 _ADAPTER_B = frozenset({"lora_B", "lora_up", "lora_embedding_B"})
 # kohya and musubi flatten a module path into one segment behind one of these.
 _FLAT_PREFIX = re.compile(r"(lora_(unet|te\d?|transformer)|lycoris)_")
+# What pipelines and trainers put before the model's own names.
+_PIPELINE_PREFIXES = tuple(
+    tuple(p.split("."))
+    for p in "transformer transformer_2 unet diffusion_model model.diffusion_model lora_unet lora_transformer".split()
+)
 
 FlatIndex = Mapping[str, tuple[str, ...]]
 
@@ -121,17 +130,13 @@ def _resolve(name: str, path: tuple[str, ...], modules: FlatIndex | None) -> tup
             f"Parameter {name!r} has a flattened (kohya) name, which cannot be read without the full model. "
             "Give the full model's names too (--base MODEL)."
         )
-    for start in range(len(path)):
-        found = modules.get(".".join(path[start:]))
-        if found is not None:
-            return found
-    flat = _FLAT_PREFIX.match(path[0]) if path else None
-    if flat:
-        found = modules.get(path[0][flat.end() :])
-        if found is None:
-            raise ModelSourceError(
-                f"Parameter {name!r} names a module that the base model does not have. "
-                "Check that --base is the model this adapter was trained on."
-            )
-        return found
-    return path
+    flat = _FLAT_PREFIX.match(path[0]) if len(path) == 1 else None
+    spellings = [path, *(path[len(p) :] for p in _PIPELINE_PREFIXES if path[: len(p)] == p)]
+    keys = [".".join(s) for s in spellings] + ([path[0][flat.end() :]] if flat else [])
+    found = next((modules[key] for key in keys if key in modules), None)
+    if found is None:
+        raise ModelSourceError(
+            f"Parameter {name!r} names a module that the base model does not have. "
+            "Check that --base is the model this adapter was trained on, in the same naming."
+        )
+    return found

@@ -21,14 +21,14 @@ def compile_pattern(pattern: str) -> Matcher:
     stands for one or more segments (``**``: none too), so ``*.bias`` finds every bias. ``re:`` searches anywhere.
 
     Raises:
-        ConfigError: the regular expression does not compile.
+        ConfigError: the pattern does not compile.
     """
-    if pattern.startswith("re:"):
-        try:
-            return _searcher(re.compile(pattern[3:]))
-        except re.error as error:
-            raise ConfigError(f"Invalid match={pattern!r}: not a regular expression ({error}).") from None
-    return _searcher(re.compile(_glob_to_regex(pattern)))
+    is_regex = pattern.startswith("re:")
+    try:
+        return _searcher(re.compile(pattern[3:] if is_regex else _glob_to_regex(pattern)))
+    except re.error as error:
+        kind = "regular expression" if is_regex else "glob"
+        raise ConfigError(f"Invalid match={pattern!r}: not a {kind} ({error}).") from None
 
 
 def nearest(wanted: str, names: Iterable[str], count: int = 3) -> list[str]:
@@ -45,7 +45,7 @@ def _searcher(compiled: re.Pattern[str]) -> Matcher:
 
 def _glob_to_regex(pattern: str) -> str:
     out = "^"
-    segments = pattern.split(".")
+    segments = re.split(r"\.(?![^\[\]]*\])", pattern)  # a dot inside [...] is a character of the class
     for i, segment in enumerate(segments):
         last = i == len(segments) - 1
         if segment == "**":

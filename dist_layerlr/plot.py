@@ -24,8 +24,10 @@ def draw_grid(plan: Plan, path: Path) -> None:
     Cells with learning rate 0 or without parameters stay grey. A cell's value is the mean over its elements.
 
     Raises:
-        ConfigError: matplotlib is not installed.
+        ConfigError: matplotlib is not installed, or the file is no .png or cannot be written.
     """
+    if path.suffix != ".png":
+        raise ConfigError(f"Invalid picture file {str(path)!r}: must end in .png.")
     try:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.colors import LogNorm
@@ -47,7 +49,10 @@ def draw_grid(plan: Plan, path: Path) -> None:
     figure.suptitle(f"Learning rates of {plan.config.model_type} ({strategy})", fontsize=14)
     bar = figure.colorbar(_scalar_map(norm), ax=list(axes), label="learning rate", fraction=0.03, pad=0.01)
     _label_bar(bar, low, high)
-    figure.savefig(path)
+    try:
+        figure.savefig(path)
+    except OSError as error:
+        raise ConfigError(f"Cannot write picture {str(path)!r}: {error.strerror}.") from None
 
 
 Cells = dict[tuple[str, int], float]

@@ -32,7 +32,7 @@ def read_model(source: str | Path) -> list[ParamInfo]:
         rows = _read_tsv(sys.stdin, "stdin")
     elif path.is_dir():
         rows = _read_folder(path)
-    elif not path.exists():
+    elif not _exists(path):
         raise ModelSourceError(f"Cannot read model {str(source)!r}: no such file or folder.")
     elif path.suffix == ".safetensors":
         rows = read_header(path)
@@ -91,7 +91,17 @@ def parse_shape(text: str) -> Shape:
     inner = text.strip().strip("()[]").strip()
     if inner in ("", "-", "scalar"):
         return ()
-    return tuple(int(part) for part in re.split(r"\s*[x,]\s*|\s+", inner.rstrip(", ")))
+    parts = re.split(r"\s*[x,]\s*|\s+", inner.rstrip(", "))
+    if not all(part.isdecimal() for part in parts):
+        raise ValueError(f"not a shape: {text!r}")
+    return tuple(int(part) for part in parts)
+
+
+def _exists(path: Path) -> bool:
+    try:
+        return path.exists()
+    except OSError:  # a name longer than the file system allows
+        return False
 
 
 def _info(name: str, shape: Shape) -> ParamInfo:
@@ -115,9 +125,9 @@ def _read_files(files: Iterable[Path]) -> list[tuple[str, Shape]]:
 def _indexed_files(index: Path) -> list[Path]:
     try:
         listed = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-    except (OSError, ValueError, KeyError, AttributeError) as error:
+        files = [index.parent / name for name in listed]
+    except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
         raise ModelSourceError(f"Cannot read checkpoint index {str(index)!r}: {error!r}.") from None
-    files = [index.parent / name for name in listed]
     missing = [f.name for f in files if not f.exists()]
     if missing:
         raise ModelSourceError(f"Checkpoint folder {str(index.parent)!r} lacks {missing[0]!r}, which its index lists.")

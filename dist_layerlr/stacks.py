@@ -57,9 +57,12 @@ class _Container:
     children: set[int] = field(default_factory=set)
     attention_children: set[int] = field(default_factory=set)
 
+    is_middle: bool = False
+    """A UNet's middle stage: one block, whatever lies in it."""
+
     @property
     def length(self) -> int:
-        return max(self.children) + 1
+        return 1 if self.is_middle else max(self.children) + 1
 
 
 def is_attention(segment: str) -> bool:
@@ -82,7 +85,7 @@ class StackMap:
         """The block of a parameter, or None outside blocks."""
         owner = path.owner
         for i, segment in enumerate(owner):
-            if segment.isdigit():
+            if segment.isdecimal():
                 found = self._locations.get((owner[:i], int(segment)))
             else:
                 found = self._locations.get((owner[: i + 1], None)) if owner[: i + 1] in self._stages else None
@@ -98,7 +101,7 @@ def _find_containers(paths: Iterable[ParamPath]) -> dict[Segments, _Container]:
     attention: dict[str, bool] = {}
     for order, path in enumerate(paths):
         owner = path.owner
-        keyed = [i for i, segment in enumerate(owner) if segment.isdigit()]
+        keyed = [i for i, segment in enumerate(owner) if segment.isdecimal()]
         last_attention = -1
         for i, segment in enumerate(owner):
             if segment not in attention:
@@ -106,7 +109,9 @@ def _find_containers(paths: Iterable[ParamPath]) -> dict[Segments, _Container]:
             if attention[segment]:
                 last_attention = i
             if segment in middles:
-                containers.setdefault(owner[: i + 1], _Container(order)).children.add(0)
+                middle = containers.setdefault(owner[: i + 1], _Container(order))
+                middle.is_middle = True
+                middle.children.add(0)
         for i in keyed:
             container = containers.setdefault(owner[:i], _Container(order))
             child = int(owner[i])
@@ -119,6 +124,8 @@ def _find_containers(paths: Iterable[ParamPath]) -> dict[Segments, _Container]:
 def _choose_stacks(containers: dict[Segments, _Container]) -> list[Segments]:
     """The outermost containers that qualify; nothing nested in a stack is a stack."""
     many = [path for path, c in containers.items() if len(c.attention_children) >= 2]
+    if () in many and any(len(path) > 1 for path in many):
+        many.remove(())  # a list of models, each with stacks of its own
     named = [path for path in containers if path and path[-1] in STACK_NAMES]
     chosen = _outermost(many + named)
     above = {path[:i] for path in chosen for i in range(len(path))}
