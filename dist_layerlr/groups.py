@@ -50,6 +50,14 @@ def scale_lrs(optimizer: Any, factor: float) -> None:
         group[LR] = group[INITIAL_LR] * factor
 
 
+def write_group(group: ParamGroup, lr: float, weight_decay: float | None, factor: float) -> None:
+    """Put a planned rate into a live group, at ``factor`` of a schedule. Weight decay None leaves the group's own."""
+    group[INITIAL_LR] = lr
+    group[LR] = lr * factor
+    if weight_decay is not None:
+        group["weight_decay"] = weight_decay
+
+
 def _group(spec: GroupSpec, live: Mapping[str, Tensor]) -> ParamGroup:
     group: ParamGroup = {"params": [live[n] for n in spec.names], LR: spec.lr, INITIAL_LR: spec.lr, NAME: spec.name}
     if spec.weight_decay is not None:

@@ -14,22 +14,9 @@ from torch.optim import Optimizer
 
 from dist_layerlr.adapters import LiveParam, Pieces, StatePiece, base, detect
 from dist_layerlr.adapters.base import MakeOptimizer
+from dist_layerlr.agreement import SHOWN, Problem, agree, mismatch
 from dist_layerlr.errors import PlanMismatch
 from dist_layerlr.plan import Plan, PlanEntry
-
-SHOWN = 10
-_CAUSES = {
-    "not stepped": "the optimizer was built before the model was sharded, or from other parameters; build it with "
-    "param_groups(plan, model) after sharding (before deepspeed.initialize)",
-    "lr": "a scheduler, a checkpoint or an optimizer block overwrote the groups' rates; drive them with scale_lrs, and "
-    "remove scheduler and optimizer blocks from the sharder's own config",
-    "weight decay": "a checkpoint or an optimizer block overwrote the groups' settings",
-    "elements": "a shard is stepped twice or not at all; one sharder wraps part of the model only",
-    "unplanned": "adapters or requires_grad changed after the plan was made; make the plan last",
-    "repeated": "two groups hold the same parameter",
-    "internals": "a library changed where it keeps its shards",
-    "plan": "ranks read different configs or models; give every rank the same files",
-}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -106,7 +93,7 @@ def verify(plan: Plan, model: nn.Module, optimizer: Any = None, *, factor: float
         problems = _local_problems(plan, found, live, factor, _default_decay(model, optimizer))
     except PlanMismatch as error:
         live, problems = {}, [("internals", str(error))]
-    ranks = _agree(problems, plan.digest)
+    ranks = agree(problems, plan.digest)
     _check_elements(plan, live)
     return Proof(
         sharder=adapter.label,
@@ -117,10 +104,6 @@ def verify(plan: Plan, model: nn.Module, optimizer: Any = None, *, factor: float
         digest=plan.digest,
         step_factor=factor,
     )
-
-
-Problem = tuple[str, str]
-"""(kind: a key of _CAUSES, text)."""
 
 
 def _default_decay(model: nn.Module, optimizer: Any) -> float:
@@ -163,22 +146,6 @@ def _compare(entry: PlanEntry, live: LiveParam, factor: float, default_decay: fl
     return problems
 
 
-def _agree(problems: list[Problem], digest: str) -> int:
-    """Let every rank know every rank's problems, and raise the same error everywhere."""
-    mine = (digest, len(problems), problems[:SHOWN])
-    everyone = [mine]
-    if dist.is_available() and dist.is_initialized():
-        everyone = [mine] * dist.get_world_size()
-        dist.all_gather_object(everyone, mine)
-    digests = [d for d, _, _ in everyone]
-    if len(set(digests)) > 1:
-        raise _mismatch(0, [("plan", f"plans differ between ranks: {digests}")], 1)
-    for rank, (_, count, shown) in enumerate(everyone):
-        if count:
-            raise _mismatch(rank, shown, count)
-    return len(everyone)
-
-
 def _check_elements(plan: Plan, live: Mapping[str, LiveParam]) -> None:
     """Local element counts, summed over ranks, must equal the true sizes."""
     names = sorted(plan.entries)
@@ -193,11 +160,4 @@ def _check_elements(plan: Plan, live: Mapping[str, LiveParam]) -> None:
         if count != wanted:
             problems.append(("elements", f"{name}: {count} elements stepped over all ranks, {wanted} expected"))
     if problems:
-        raise _mismatch(0, problems[:SHOWN], len(problems))
-
-
-def _mismatch(rank: int, shown: list[Problem], count: int) -> PlanMismatch:
-    more = f" (first {len(shown)} of {count})" if count > len(shown) else ""
-    lines = "\n".join(f"  {text}" for _, text in shown)
-    causes = "\n".join(f"  likely cause: {_CAUSES[kind]}." for kind in dict.fromkeys(k for k, _ in shown))
-    return PlanMismatch(f"The live optimizer differs from the plan on rank {rank}{more}:\n{lines}\n{causes}")
+        raise mismatch(0, problems[:SHOWN], len(problems))

@@ -1,6 +1,6 @@
 """DeepSpeed ZeRO 0 to 3: after ``deepspeed.initialize`` the groups hold flat partitions, and names are gone.
 
-Private, read in deepspeed 0.19.8. Stage 1 and 2: ``bit16_groups`` (original parameters of each group), their
+Private, read in deepspeed 0.19.8. Stages 1 and 2: ``bit16_groups`` (original parameters of each group), their
 ``_hp_mapping``, ``single_partition_of_fp32_groups``. Stage 3: ``fp16_groups`` per sub-group, ``sub_group_to_group_id``,
 ``fp32_partitioned_groups_flat``, ``ds_numel`` and ``partition_numel()`` per parameter. Stage 0: the client optimizer, or
 ``bf16_groups`` / ``fp16_groups`` of the mixed precision wrappers.

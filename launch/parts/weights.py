@@ -104,22 +104,34 @@ def load_weights(model: nn.Module, files: Mapping[str, Path], *, seed: int, devi
     Every rank reads one tensor at a time and keeps its own shard of it, so no rank ever holds the whole model when
     parameters are DTensors. Weights become float32.
     """
-    from safetensors import safe_open
-
-    loaded: dict[str, Tensor] = {}
-    handles = {path: safe_open(str(path), framework="pt") for path in set(files.values())}
-    for name, param in model.named_parameters():
-        if not param.is_meta:
-            continue
-        if _is_adapter(name):
-            full = _fresh_adapter(name, tuple(param.shape), seed)
-        else:
-            full = handles[files[base_name(name)]].get_tensor(base_name(name)).float()
-        loaded[name] = _placed_like(param, full.to(device))
+    loaded = {
+        name: _placed_like(param, read_tensor(name, tuple(param.shape), files, seed=seed).to(device))
+        for name, param in model.named_parameters()
+        if param.is_meta
+    }
     model.load_state_dict(loaded, strict=False, assign=True)
     for name, param in model.named_parameters():
         assert not param.is_meta, f"{name} was not loaded"
     model.to(device)
+
+
+def load_module(module: nn.Module, path: str, files: Mapping[str, Path], *, seed: int, device: torch.device) -> None:
+    """Load the parameters that ``module`` itself owns, in place of meta ones. ``path`` is its name in the model."""
+    for leaf, param in list(module.named_parameters(recurse=False)):
+        name = f"{path}.{leaf}" if path else leaf
+        full = read_tensor(name, tuple(param.shape), files, seed=seed)
+        setattr(module, leaf, nn.Parameter(full.to(device), param.requires_grad))
+
+
+def read_tensor(name: str, shape: tuple[int, ...], files: Mapping[str, Path], *, seed: int) -> Tensor:
+    """One whole parameter, float32, on the CPU: from its file, or fresh if an adapter owns it."""
+    from safetensors import safe_open
+
+    if _is_adapter(name):
+        return _fresh_adapter(name, shape, seed)
+    with safe_open(str(files[base_name(name)]), framework="pt") as file:
+        tensor: Tensor = file.get_tensor(base_name(name))
+    return tensor.float()
 
 
 def base_name(name: str) -> str:
@@ -129,19 +141,47 @@ def base_name(name: str) -> str:
 
 
 def full_tensors(model: nn.Module, *, keep: bool) -> Iterator[tuple[str, Tensor]]:
-    """Yield (canonical name, whole CPU tensor) of all trained weights; collective, one tensor at a time.
+    """Yield (canonical name, whole CPU tensor) of all trained weights; collective, a tensor or FSDP1 unit at a time.
 
     Args:
-        model: unwrapped, maybe sharded by FSDP2.
+        model: without DDP or engine around it, maybe sharded by FSDP1, FSDP2 or ZeRO-3.
         keep: False on ranks that only take part in the gathering.
     """
-    lora = any(_is_adapter(n) for n, _ in model.named_parameters())
+    lora = _has_adapter(model)
+    for name, full in _gathered(model):
+        if keep and (not lora or _is_adapter(name)):
+            yield canonical_name(name), full.detach().cpu().clone().contiguous()
+
+
+def _gathered(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Whole tensors, valid until the next one is asked for."""
+    from torch.distributed.fsdp import FullyShardedDataParallel as FSDP1
+
+    units = [(path, module) for path, module in model.named_modules() if isinstance(module, FSDP1)]
+    for path, unit in units:
+        with FSDP1.summon_full_params(unit, recurse=False, writeback=False):
+            inner = [m for m in unit.modules() if isinstance(m, FSDP1) and m is not unit]
+            below = {id(p) for m in inner for p in m.parameters()}
+            for name, param in unit.named_parameters():
+                if id(param) not in below:
+                    yield f"{path}.{name}" if path else name, param
+    if units:
+        return
     for name, param in model.named_parameters():
-        if lora and not _is_adapter(name):
-            continue
-        full = param.detach().full_tensor() if isinstance(param, DTensor) else param.detach()
-        if keep:
-            yield canonical_name(name), full.cpu().contiguous()
+        if hasattr(param, "ds_id"):
+            import deepspeed
+
+            with deepspeed.zero.GatheredParameters([param]):
+                yield name, param
+        elif isinstance(param, DTensor):
+            yield name, param.detach().full_tensor()
+        else:
+            yield name, param
+
+
+def _has_adapter(model: nn.Module) -> bool:
+    """Whether PEFT injected an adapter; parameter names do not tell under FSDP1's flat parameters."""
+    return bool(getattr(model, "peft_config", None) or getattr(getattr(model, "module", None), "peft_config", None))
 
 
 def _placed_like(param: nn.Parameter, full: Tensor) -> Tensor:

@@ -157,6 +157,21 @@ def test_01_verify_names_what_load_with_assign_took_out_of_the_optimizer(at: At)
 
 
 @cases
+def test_01_effect_check_sees_that_nothing_moved(at: At) -> None:
+    class Idle(torch.optim.SGD):
+        def step(self, closure: Any = None) -> None:
+            """Report rates, apply none."""
+
+    model = make_model()
+    plan = dist_layerlr.plan_model(model, CONFIG)
+    optimizer = dist_layerlr.attach(plan, fsdp2(model), lambda groups: Idle(groups, lr=1.0))
+    dist_layerlr.verify(plan, model, optimizer)
+    backward(model, 0, at.rank)
+    with pytest.raises(PlanMismatch, match=r"planned lr 0\.00"), dist_layerlr.effect_check(plan, model, optimizer):
+        optimizer.step()
+
+
+@cases
 def test_01_attach_after_wrapping_trains_every_name_as_one_process_would(at: At) -> None:
     reference = trained(3)
     for label, wrap in WRAPS.items():
@@ -191,8 +206,10 @@ def test_02_attach_on_fsdp1_flat_gives_each_name_its_own_rate(at: At) -> None:
     optimizer = dist_layerlr.attach(plan, sharded, adamw)
     assert {n: p.lr for n, p in dist_layerlr.read_back(sharded, optimizer).items()} == wanted_rates()
     before = whole(sharded)
-    with dist_layerlr.effect_check(plan, sharded, optimizer):
-        train(sharded, optimizer, at.rank)
+    backward(sharded, 0, at.rank)
+    with dist_layerlr.effect_check(plan, sharded, optimizer) as observed:
+        optimizer.step()
+    assert observed
     assert close(observed_rates(before, whole(sharded)), wanted_rates())
 
 
@@ -236,7 +253,7 @@ def test_06_reapply_puts_the_new_plan_back_after_a_resume(at: At) -> None:
     model, new, optimizer = another_plan_is_resumed(at)
     with pytest.raises(PlanMismatch, match="lr"):
         dist_layerlr.verify(new, model, optimizer)
-    dist_layerlr.reapply(new, optimizer, model)
+    dist_layerlr.reapply(new, model, optimizer)
     dist_layerlr.verify(new, model, optimizer)
     before = whole(model)
     assert steps_taken(optimizer) == {1}
@@ -281,7 +298,7 @@ def test_09_clip_grad_norm_clips_by_the_norm_of_the_whole_model_under_every_shar
         sharded = wrap(model)
         optimizer = dist_layerlr.attach(plan, sharded, sgd)
         backward(sharded, 0, at.rank)
-        norm = dist_layerlr.clip_grad_norm(sharded, optimizer, 0.05)
+        norm = dist_layerlr.clip_grad_norm(sharded, 0.05)
         assert float(norm) == pytest.approx(true_norm(), rel=1e-5), label
         optimizer.step()
         assert farthest(whole(sharded), reference) < 1e-7, label
@@ -399,7 +416,7 @@ def test_13_nothing_of_ours_steps_before_training(at: At) -> None:
         dist_layerlr.verify(plan, sharded, optimizer)
         dist_layerlr.read_back(sharded, optimizer)
         dist_layerlr.check_manifest(dist_layerlr.manifest(plan, sharded, optimizer), plan, sharded, optimizer)
-        dist_layerlr.reapply(plan, optimizer, sharded)
+        dist_layerlr.reapply(plan, sharded, optimizer)
         assert steps_taken(optimizer) <= {0}, label
         train(sharded, optimizer, at.rank, steps=2)
         assert steps_taken(optimizer) == {2}, label
@@ -449,14 +466,13 @@ def test_22_naive_ranks_with_different_rates_train_on_without_an_error(at: At) -
 
 @cases
 def test_22_verify_stops_every_rank_when_their_plans_differ(at: At) -> None:
-    for label, wrap in WRAPS.items():
+    for wrap in WRAPS.values():
         model = make_model()
         plan = dist_layerlr.plan_model(model, config(default_lr=RATES["default"] * (1 + at.rank)))
         sharded = wrap(model)
         with pytest.raises(PlanMismatch, match="differ between ranks"):
             # Whichever of the two looks first.
             dist_layerlr.verify(plan, sharded, dist_layerlr.attach(plan, sharded, adamw))
-        assert label
 
 
 # --- rules of other projects ---

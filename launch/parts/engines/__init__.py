@@ -12,7 +12,7 @@ from ..options import RunOptions
 from ..runtime import Runtime
 from .base import Engine
 
-SHARDINGS = ("none", "ddp", "fsdp2")
+SHARDINGS = ("none", "ddp", "fsdp1", "fsdp1_flat", "fsdp2", "hsdp")
 ZERO = "zero"
 
 

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dist_layerlr import checks, param_groups, scale_lrs, verify
+from dist_layerlr import attach, check_ds_config, checks, scale_lrs, verify
 from dist_layerlr.config import read_json
 from dist_layerlr.errors import ConfigError
 from dist_layerlr.plan import Plan
@@ -23,7 +23,7 @@ from ..runtime import Runtime
 from ..weights import full_tensors, load_weights
 from .native import make_optimizer
 
-STAGES = (0, 1, 2)
+STAGES = (0, 1, 2, 3)
 
 
 class ZeroEngine:
@@ -41,7 +41,7 @@ class ZeroEngine:
         config = read_zero_config(config_file, options, runtime.world_size)
         load_weights(model, files, seed=options.train.seed, device=runtime.device)
         model.train()
-        optimizer = make_optimizer(param_groups(plan, model), options.optimizer)
+        optimizer = attach(plan, model, lambda groups: make_optimizer(groups, options.optimizer))
         self._plan = plan
         self.model = _initialize(model, optimizer, config)
 
@@ -66,7 +66,7 @@ class ZeroEngine:
         return verify(self._plan, self.model, factor=factor)
 
     def trained_tensors(self, *, keep: bool) -> Iterator[tuple[str, Tensor]]:
-        """Stages 0 to 2 keep whole weights on every rank."""
+        """Stages 0 to 2 keep whole weights on every rank; stage 3 gathers one tensor at a time."""
         return full_tensors(self.model.module, keep=keep)
 
 
@@ -74,17 +74,14 @@ def read_zero_config(path: str, options: RunOptions, world_size: int) -> dict[st
     """Read a ds_config and fill in what the training config decides.
 
     Raises:
-        ConfigError: a scheduler or optimizer block, batch sizes that contradict the training config, or another stage.
+        ConfigError: settings that would take the plan's rates over, or that contradict the training config.
     """
     config = read_json(path)
-    for block in ("scheduler", "optimizer"):
-        if block in config:
-            raise ConfigError(
-                f"Invalid {path}: its {block!r} block would replace the plan's learning rates. Remove it; "
-                f"the training config's {'schedule' if block == 'scheduler' else block!r} block does that job."
-            )
+    check_ds_config(config)
     stage = config.get("zero_optimization", {}).get("stage", 0)
     checks.one_of(lambda: tuple(map(str, STAGES)))(f"{path}: zero_optimization.stage", str(stage))
+    if config.get("bf16", {}).get("enabled") and options.train.dtype != "bf16":
+        raise ConfigError(f"Invalid {path}: bf16.enabled=true needs train.dtype='bf16', got {options.train.dtype!r}.")
     share = options.train.global_batch // world_size
     micro = options.train.micro_batch or share
     filled = {"train_micro_batch_size_per_gpu": micro, "gradient_accumulation_steps": share // micro}
@@ -94,7 +91,9 @@ def read_zero_config(path: str, options: RunOptions, world_size: int) -> dict[st
             raise ConfigError(
                 f"Invalid {path}: {key}={config[key]}, but train.global_batch needs {value}. Remove the key."
             )
-    return {**config, **filled, "gradient_clipping": options.train.grad_clip, "zero_allow_untested_optimizer": True}
+    # A torch optimizer is what the plan was attached to; DeepSpeed would otherwise insist on its own for offload.
+    fixed = {"zero_allow_untested_optimizer": True, "zero_force_ds_cpu_optimizer": False}
+    return {**config, **filled, **fixed, "gradient_clipping": options.train.grad_clip}
 
 
 def _initialize(model: nn.Module, optimizer: torch.optim.Optimizer, config: dict[str, Any]) -> Any:

@@ -1,0 +1,61 @@
+"""Ranks fail together: every rank hears every rank's problems and raises the same error."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch.distributed as dist
+
+from dist_layerlr.errors import PlanMismatch
+
+Problem = tuple[str, str]
+"""(kind: a key of CAUSES, text)."""
+SHOWN = 10
+CAUSES = {
+    "not stepped": "the optimizer was built before the model was sharded, or from other parameters; build it with "
+    "attach(plan, model, make) after sharding (before deepspeed.initialize)",
+    "lr": "a scheduler, a checkpoint or an optimizer block overwrote the groups' rates, or groups were merged; drive them "
+    "with PlanSchedule, call reapply after every load, and remove scheduler and optimizer blocks from the sharder's config",
+    "weight decay": "a checkpoint or an optimizer block overwrote the groups' settings; call reapply after every load",
+    "elements": "a shard is stepped twice or not at all; one sharder wraps part of the model only",
+    "unplanned": "adapters or requires_grad changed after the plan was made; make the plan last",
+    "repeated": "two groups hold the same parameter",
+    "internals": "a library changed where it keeps its shards",
+    "plan": "ranks read different configs or models; give every rank the same files",
+    "effect": "the optimizer does not use its groups' rates (one that adapts or rescales them, or a stale copy of a group)",
+    "layout": "groups or their order changed since the checkpoint was written; make the plan from the same config, or "
+    "load by name",
+}
+
+
+def everyone(mine: Any) -> list[Any]:
+    """What each rank contributes, by rank. Collective when a process group exists."""
+    if not (dist.is_available() and dist.is_initialized()):
+        return [mine]
+    gathered: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(gathered, mine)
+    return gathered
+
+
+def agree(problems: list[Problem], digest: str) -> int:
+    """Raise the first failing rank's problems on every rank. Returns the number of ranks.
+
+    Raises:
+        PlanMismatch: any rank has a problem, or digests differ.
+    """
+    heard = everyone((digest, len(problems), problems[:SHOWN]))
+    digests = [d for d, _, _ in heard]
+    if len(set(digests)) > 1:
+        raise mismatch(0, [("plan", f"plans differ between ranks: {digests}")], 1)
+    for rank, (_, count, shown) in enumerate(heard):
+        if count:
+            raise mismatch(rank, shown, count)
+    return len(heard)
+
+
+def mismatch(rank: int, shown: list[Problem], count: int) -> PlanMismatch:
+    """The one wording: rank, problems, likely causes with their fixes."""
+    more = f" (first {len(shown)} of {count})" if count > len(shown) else ""
+    lines = "\n".join(f"  {text}" for _, text in shown)
+    causes = "\n".join(f"  likely cause: {CAUSES[kind]}." for kind in dict.fromkeys(k for k, _ in shown))
+    return PlanMismatch(f"The live optimizer differs from the plan on rank {rank}{more}:\n{lines}\n{causes}")

@@ -1,0 +1,59 @@
+"""Clip by the norm over all ranks, by the sharder's own method."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+from dist_layerlr.adapters import detect
+from dist_layerlr.errors import ConfigError
+
+
+def clip_grad_norm(model: nn.Module, max_norm: float) -> float:
+    """Scale all gradients so that their global norm is at most ``max_norm``. Collective.
+
+    ``torch.nn.utils.clip_grad_norm_`` on an FSDP1 model uses each rank's own norm, silently; this does not.
+
+    Args:
+        model: plain, DDP, FSDP1 or FSDP2.
+        max_norm: infinity measures without clipping.
+
+    Returns:
+        The norm before clipping.
+
+    Raises:
+        ConfigError: the model is a DeepSpeed engine, which clips inside its step.
+    """
+    label = detect(model).label
+    if label.startswith("zero"):
+        raise ConfigError(
+            "Invalid clip_grad_norm on a DeepSpeed engine: set 'gradient_clipping' in its config instead."
+        )
+    if label.startswith("fsdp1"):
+        return float(model.clip_grad_norm_(max_norm))  # type: ignore[operator]
+    return _clip([p for p in model.parameters() if p.grad is not None], max_norm)
+
+
+def _clip(params: list[nn.Parameter], max_norm: float) -> float:
+    """One norm over tensors and DTensors of several meshes, which no single torch call takes together."""
+    meshes: dict[Any, list[nn.Parameter]] = {}
+    for param in params:
+        meshes.setdefault(param.device_mesh if isinstance(param, DTensor) else None, []).append(param)
+    norms = []
+    for members in meshes.values():
+        norm = torch.nn.utils.get_total_norm([_gradient(p) for p in members])
+        norms.append(norm.full_tensor() if isinstance(norm, DTensor) else norm)
+    if not norms:
+        return 0.0
+    total = torch.linalg.vector_norm(torch.stack(norms))
+    for members in meshes.values():
+        torch.nn.utils.clip_grads_with_norm_(members, max_norm, total)
+    return float(total)
+
+
+def _gradient(param: nn.Parameter) -> Tensor:
+    assert param.grad is not None
+    return param.grad

@@ -1,0 +1,112 @@
+"""The effect check: what a step really did to each parameter, against the plan's learning rate.
+
+``verify`` proves what the optimizer reports. An optimizer that reports one rate and applies another is caught here, from
+the update itself: ``before - after = lr * direction``, and the direction follows from the optimizer's state.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from dist_layerlr.adapters import Piece, detect
+from dist_layerlr.agreement import Problem, agree
+from dist_layerlr.plan import Plan
+
+SAMPLES = 64
+"""Elements looked at per piece: the check costs O(names), not O(elements)."""
+TOLERANCE = 0.02
+"""Relative error of an observed rate that is still rounding."""
+
+
+@contextmanager
+def effect_check(
+    plan: Plan, model: nn.Module, optimizer: Any = None, *, factor: float = 1.0
+) -> Iterator[dict[str, float]]:
+    """Wrap one ``optimizer.step()`` (or ``engine.step()``) and compare every observed rate. Collective at exit.
+
+    Args:
+        plan: of this model.
+        model: as it is trained.
+        optimizer: AdamW, Adam or SGD; a DeepSpeed engine brings its own.
+        factor: the schedule's multiplier that is in force.
+
+    Yields:
+        {name: observed lr}, filled when the block ends. Names without a gradient, with an empty shard, or under an
+        optimizer whose state does not give the direction are absent.
+
+    Raises:
+        PlanMismatch: on all ranks alike, when an observed rate is off by more than 2 % and rounding.
+    """
+    adapter = detect(model)
+    pieces = [p for p in adapter.pieces(model, optimizer).pieces if p.numel]
+    before = [_sample(p, p.owner).clone() for p in pieces]
+    gradients = [None if p.owner.grad is None else _sample(p, p.owner.grad).clone() for p in pieces]
+    observed: dict[str, float] = {}
+    yield observed
+    found = adapter.pieces(model, optimizer)
+    problems: list[Problem] = []
+    for piece, old, gradient in zip(pieces, before, gradients, strict=True):
+        direction = _direction(piece, found.optimizer, old, gradient)
+        entry = plan.entries.get(piece.name)
+        if direction is None or entry is None:
+            continue
+        rate, slack = _rate(old, _sample(piece, piece.owner), direction)
+        if slack > rate_scale(entry.lr * factor):
+            continue  # rounding of the weights hides the update
+        observed[piece.name] = rate
+        wanted = entry.lr * factor
+        if abs(rate - wanted) > TOLERANCE * wanted + slack:
+            problems.append(("effect", f"{piece.name}: planned lr {wanted:.6g}, the step moved it at {rate:.6g}"))
+    agree(problems, plan.digest)
+
+
+def rate_scale(lr: float) -> float:
+    """Rounding larger than this share of a rate makes an observation worthless; LR 0 is always observable."""
+    return 0.5 * lr if lr > 0 else float("inf")
+
+
+def _sample(piece: Piece, tensor: Tensor) -> Tensor:
+    """Up to SAMPLES evenly spaced elements, float64, on the CPU."""
+    values = piece.of(tensor)
+    step = max(1, values.numel() // SAMPLES)
+    return values[::step][:SAMPLES].double().cpu()
+
+
+def _direction(piece: Piece, optimizer: Any, old: Tensor, gradient: Tensor | None) -> Tensor | None:
+    """What the step multiplied by lr, from the state it left: AdamW, Adam, SGD; None where that is unknown."""
+    group: dict[str, Any] = piece.group
+    state = optimizer.state.get(piece.owner, {}) if optimizer is not None else {}
+    decay = float(group.get("weight_decay", 0.0))
+    if "exp_avg_sq" in state and "betas" in group:
+        return _adam_direction(piece, optimizer, state, old)
+    if state.get("momentum_buffer") is not None and not group.get("nesterov"):
+        return _sample(piece, state["momentum_buffer"])
+    if group.get("momentum") == 0 and gradient is not None:
+        return gradient + decay * old
+    return None
+
+
+def _adam_direction(piece: Piece, optimizer: Any, state: dict[str, Any], old: Tensor) -> Tensor:
+    group: dict[str, Any] = piece.group
+    beta1, beta2 = group["betas"]
+    step = float(state["step"])
+    first = _sample(piece, state["exp_avg"]) / (1 - beta1**step)
+    second = _sample(piece, state["exp_avg_sq"]) / (1 - beta2**step)
+    direction: Tensor = first / (second.sqrt() + float(group["eps"]))
+    decoupled = group.get("decoupled_weight_decay", getattr(optimizer, "adam_w_mode", True))
+    return direction + float(group.get("weight_decay", 0.0)) * old if decoupled else direction
+
+
+def _rate(old: Tensor, new: Tensor, direction: Tensor) -> tuple[float, float]:
+    """Least-squares rate of ``old - new = rate * direction``, and how far rounding of the weights may move it."""
+    power = float(direction.square().sum())
+    if power == 0.0:
+        return 0.0, float("inf")
+    rate = float(((old - new) * direction).sum()) / power
+    rounding = torch.finfo(torch.float32).eps * old.abs()
+    return rate, float((rounding * direction.abs()).sum()) / power

@@ -1,0 +1,170 @@
+"""Refuse, before training, what would silently change the plan's learning rates: schedulers, ds_configs, optimizers."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from torch import nn
+
+from dist_layerlr.adapters import detect
+from dist_layerlr.errors import ConfigError
+
+_KEEPS_RATIOS = frozenset(
+    "LambdaLR MultiplicativeLR StepLR MultiStepLR ConstantLR LinearLR ExponentialLR PolynomialLR WarmupCosineLR "
+    "PlanSchedule".split()
+)
+_WRITES_ONE_RATE = {
+    "OneCycleLR": "drives every group to the same max_lr",
+    "OneCycle": "drives every group to the same rates",
+    "CyclicLR": "cycles every group between the same two rates",
+    "LRRangeTest": "gives every group the same rate",
+    "SWALR": "anneals every group to the same swa_lr",
+}
+_NOT_ELEMENTWISE = {
+    "Adafactor": "factors its state over whole matrices, so shards train differently",
+    "Lamb": "scales each update by a norm over the whole tensor",
+    "LAMB": "scales each update by a norm over the whole tensor",
+    "LARS": "scales each update by a norm over the whole tensor",
+    "Muon": "orthogonalises whole matrices",
+    "SM3": "keeps row and column statistics of whole matrices",
+    "Shampoo": "preconditions whole matrices",
+}
+_ONE_RATE_FOR_ALL = frozenset({"Prodigy", "DAdaptAdam", "DAdaptAdaGrad", "DAdaptSGD", "DAdaptLion"})
+_USE_OURS = "Use PlanSchedule(optimizer, Schedule(...)): one multiplier for all rates."
+
+
+def check_scheduler(scheduler: Any) -> None:
+    """Refuse a learning rate scheduler that does not keep the ratios between groups.
+
+    Args:
+        scheduler: any torch, DeepSpeed or Accelerate scheduler.
+
+    Raises:
+        ConfigError: names the scheduler and what it would do.
+    """
+    name = type(scheduler).__name__
+    if name == "AcceleratedScheduler":
+        _check_accelerated(scheduler)
+        return
+    if name in ("SequentialLR", "ChainedScheduler"):
+        for inner in scheduler._schedulers:
+            check_scheduler(inner)
+        return
+    if name in _WRITES_ONE_RATE:
+        raise ConfigError(f"Invalid scheduler {name}: it {_WRITES_ONE_RATE[name]}. {_USE_OURS}")
+    if getattr(scheduler, "eta_min", 0.0):
+        raise ConfigError(
+            f"Invalid scheduler {name}(eta_min={scheduler.eta_min:g}): all groups end at that one rate. "
+            f"Set eta_min=0, or give the floor as a ratio. {_USE_OURS}"
+        )
+    if any(getattr(scheduler, "min_lrs", [])) and name == "ReduceLROnPlateau":
+        raise ConfigError(f"Invalid scheduler {name}(min_lr={scheduler.min_lrs}): low groups stop early. Set min_lr=0.")
+    if name in ("WarmupLR", "WarmupDecayLR"):
+        _check_proportional(name, scheduler)
+    if name == "LambdaLR" and len({id(f) for f in scheduler.lr_lambdas}) > 1:
+        raise ConfigError(f"Invalid scheduler {name} with a function per group: ratios change. Give one function.")
+
+
+def _check_accelerated(scheduler: Any) -> None:
+    """``AcceleratedScheduler`` steps once per process unless told otherwise."""
+    from accelerate.state import AcceleratorState
+
+    ranks = AcceleratorState().num_processes
+    if scheduler.step_with_optimizer and not scheduler.split_batches and ranks > 1:
+        raise ConfigError(
+            f"Invalid scheduler {type(scheduler.scheduler).__name__} prepared by Accelerate: it is stepped {ranks} times "
+            "per optimizer step. Do not prepare it; step PlanSchedule yourself, or pass "
+            "step_scheduler_with_optimizer=False."
+        )
+    check_scheduler(scheduler.scheduler)
+
+
+def _check_proportional(name: str, scheduler: Any) -> None:
+    """DeepSpeed's warmups go from min_lrs to max_lrs, lists that a scalar fills with one value."""
+    targets: Sequence[float] = scheduler.max_lrs
+    groups = scheduler.optimizer.param_groups
+    planned = [float(g.get("initial_lr", g["lr"])) for g in groups]
+    ratios = [t / p for t, p in zip(targets, planned, strict=False) if p > 0]
+    if len(targets) != len(planned) or any(not math.isclose(r, ratios[0], rel_tol=1e-6) for r in ratios):
+        raise ConfigError(
+            f"Invalid scheduler {name}(warmup_max_lr={list(targets)[:3]}...): it would write these over the planned "
+            f"{planned[:3]}.... {_USE_OURS}"
+        )
+
+
+def check_ds_config(config: Mapping[str, Any]) -> None:
+    """Refuse settings of a ds_config that take the learning rates over or make them unprovable.
+
+    Raises:
+        ConfigError: names the setting, what it would do, and what to write instead.
+    """
+    scheduler = config.get("scheduler")
+    if scheduler and scheduler.get("type") != "WarmupCosineLR":
+        raise ConfigError(
+            f"Invalid ds_config 'scheduler' block {scheduler.get('type')!r}: it would write one rate over every planned "
+            f"learning rate. Remove the block. {_USE_OURS}"
+        )
+    optimizer = config.get("optimizer")
+    if optimizer:
+        raise ConfigError(
+            f"Invalid ds_config 'optimizer' block {optimizer.get('type')!r}: it is silently ignored beside a client "
+            "optimizer, or replaces the planned groups. Remove the block; build the optimizer with attach()."
+        )
+    zero = config.get("zero_optimization", {})
+    if zero.get("round_robin_gradients"):
+        raise ConfigError(
+            "Invalid ds_config zero_optimization.round_robin_gradients=true: DeepSpeed then reads back the wrong weights "
+            "(safe_get_full_fp32_param). Remove it."
+        )
+    ratio = zero.get("offload_optimizer", {}).get("ratio", 1.0)
+    if ratio < 1.0:
+        raise ConfigError(
+            f"Invalid ds_config offload_optimizer.ratio={ratio}: the part left on the device keeps a stale copy of the "
+            "first group's rate. Set it to 1.0 or remove it."
+        )
+
+
+def check_optimizer(optimizer: Any, model: nn.Module | None = None) -> None:
+    """Refuse optimizers whose update does not work element by element, or that cannot hold several rates.
+
+    Args:
+        optimizer: a torch optimizer.
+        model: as it is trained; unsharded models may use any optimizer that holds several rates.
+
+    Raises:
+        ConfigError: names the optimizer and the reason.
+    """
+    name = type(optimizer).__name__
+    label = "unsharded" if model is None else detect(model).label
+    if model is not None and label.startswith("zero"):
+        label = f"zero {model.zero_optimization_stage()}"  # type: ignore[operator]
+    sharded = model is None or label not in ("unsharded", "ddp", "zero 0")
+    if name in _NOT_ELEMENTWISE and sharded:
+        raise ConfigError(f"Invalid optimizer {name} on sharded parameters: it {_NOT_ELEMENTWISE[name]}. Use AdamW.")
+    if name in _ONE_RATE_FOR_ALL:
+        raise ConfigError(f"Invalid optimizer {name}: it adapts one rate for all groups. Use AdamW, or one flat rate.")
+    if name == "Adagrad" and (model is None or label in ("zero 1", "zero 2", "zero 3")):
+        raise ConfigError(
+            "Invalid optimizer Adagrad under ZeRO: DeepSpeed rebuilds it from its constructor's defaults, without the "
+            "planned groups. Use AdamW."
+        )
+
+
+def check_sharding(model: nn.Module, wanted: str) -> None:
+    """Make sure that what was asked for is what wraps the model.
+
+    Args:
+        model: as it is trained.
+        wanted: `unsharded`, `ddp`, `fsdp1`, `fsdp1 flat`, `fsdp2` or `zero`.
+
+    Raises:
+        ConfigError: something else, or nothing, wraps it.
+    """
+    found = detect(model).label
+    if found != wanted and not (wanted == "fsdp1" and found == "fsdp1 flat"):
+        raise ConfigError(
+            f"Invalid sharding: {wanted!r} was asked for, but the model is {found!r} ({type(model).__name__}). "
+            "A plugin was dropped (Accelerate does so on CPU), or prepare() was not called."
+        )

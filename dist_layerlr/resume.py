@@ -1,0 +1,61 @@
+"""After a load: the plan's rates go back on by name, and a checkpoint of another layout is refused before it is read."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+
+from dist_layerlr.adapters import detect
+from dist_layerlr.agreement import Problem, agree
+from dist_layerlr.groups import write_group
+from dist_layerlr.plan import Plan
+
+
+def reapply(plan: Plan, model: nn.Module, optimizer: Any = None, *, factor: float = 1.0) -> None:
+    """Write the plan's lr, initial_lr and weight decay over whatever a checkpoint put into the live groups. By name.
+
+    Raises:
+        PlanMismatch: on all ranks alike, when one group steps names with different planned rates.
+    """
+    found = detect(model).pieces(model, optimizer)
+    chosen: dict[int, tuple[Any, Any]] = {}
+    problems: list[Problem] = []
+    for piece in found.pieces:
+        entry = plan.entries.get(piece.name)
+        if entry is None:
+            continue
+        _, first = chosen.setdefault(id(piece.group), (piece.group, entry))
+        if (first.lr, first.weight_decay) != (entry.lr, entry.weight_decay):
+            problems.append(("layout", f"{piece.name} and {first.name} share a group but have different planned rates"))
+    agree(problems, plan.digest)
+    for group, entry in chosen.values():
+        write_group(group, entry.lr, entry.weight_decay, factor)
+
+
+def manifest(plan: Plan, model: nn.Module, optimizer: Any = None) -> dict[str, Any]:
+    """Describe which run of which parameter sits where in this rank's optimizer. JSON-ready; store it with a checkpoint."""
+    found = detect(model).pieces(model, optimizer)
+    groups: dict[int, list[list[Any]]] = {}
+    for piece in found.pieces:
+        groups.setdefault(id(piece.group), []).append([piece.name, piece.offset, piece.start, piece.numel])
+    return {"digest": plan.digest, "groups": list(groups.values())}
+
+
+def check_manifest(saved: dict[str, Any], plan: Plan, model: nn.Module, optimizer: Any = None) -> None:
+    """Refuse to load a positional checkpoint into another layout. Call it before the load, on all ranks.
+
+    Raises:
+        PlanMismatch: on all ranks alike, naming what moved.
+    """
+    live = manifest(plan, model, optimizer)["groups"]
+    problems: list[Problem] = []
+    if len(live) != len(saved["groups"]):
+        problems.append(("layout", f"the checkpoint has {len(saved['groups'])} groups, the live optimizer {len(live)}"))
+    for number, (before, now) in enumerate(zip(saved["groups"], live, strict=False)):
+        for old, new in zip(before, now, strict=False):
+            if list(old) != list(new):
+                problems.append(("layout", f"group {number}: the checkpoint has {old[0]} where {new[0]} is now"))
+        if len(before) != len(now):
+            problems.append(("layout", f"group {number}: {len(before)} parameters in the checkpoint, {len(now)} now"))
+    agree(problems, plan.digest)

@@ -1,0 +1,126 @@
+"""Put a meta-device model under torch's own sharders, weights loaded into place. One function per sharder."""
+
+from __future__ import annotations
+
+import os
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from dist_layerlr.plan import Plan
+
+from ..options import RunOptions
+from ..runtime import Runtime
+from ..weights import load_module, load_weights
+
+Files = dict[str, Path]
+Wrap = Callable[[nn.Module, Plan, RunOptions, Runtime, Files], nn.Module]
+
+
+def whole(model: nn.Module, plan: Plan, options: RunOptions, runtime: Runtime, files: Files) -> nn.Module:
+    """One process, the whole model."""
+    load_weights(model, files, seed=options.train.seed, device=runtime.device)
+    return model
+
+
+def ddp(model: nn.Module, plan: Plan, options: RunOptions, runtime: Runtime, files: Files) -> nn.Module:
+    """A whole copy on every rank."""
+    from torch.nn.parallel import DistributedDataParallel
+
+    load_weights(model, files, seed=options.train.seed, device=runtime.device)
+    ids = [runtime.local_rank] if runtime.device.type == "cuda" else None
+    return DistributedDataParallel(model, device_ids=ids)
+
+
+def fsdp2(model: nn.Module, plan: Plan, options: RunOptions, runtime: Runtime, files: Files) -> nn.Module:
+    """``fully_shard`` over all ranks; every rank reads each tensor and keeps its rows."""
+    return _fully_shard(model, plan, options, runtime, files, (runtime.world_size,), ("shard",))
+
+
+def hsdp(model: nn.Module, plan: Plan, options: RunOptions, runtime: Runtime, files: Files) -> nn.Module:
+    """``fully_shard`` inside a node, replicated over nodes; on one node, over two halves of it."""
+    local = int(os.environ.get("LOCAL_WORLD_SIZE", runtime.world_size))
+    replicas = runtime.world_size // local if local < runtime.world_size else 2 - runtime.world_size % 2
+    shape = (replicas, runtime.world_size // replicas)
+    return _fully_shard(model, plan, options, runtime, files, shape, ("replicate", "shard"))
+
+
+def fsdp1(model: nn.Module, plan: Plan, options: RunOptions, runtime: Runtime, files: Files) -> nn.Module:
+    """FSDP1 with original parameters kept."""
+    return _flatten(model, plan, options, runtime, files, use_orig_params=True)
+
+
+def fsdp1_flat(model: nn.Module, plan: Plan, options: RunOptions, runtime: Runtime, files: Files) -> nn.Module:
+    """FSDP1 with flat parameters only, Accelerate's default."""
+    return _flatten(model, plan, options, runtime, files, use_orig_params=False)
+
+
+WRAPS: dict[str, Wrap] = {
+    "none": whole,
+    "ddp": ddp,
+    "fsdp1": fsdp1,
+    "fsdp1_flat": fsdp1_flat,
+    "fsdp2": fsdp2,
+    "hsdp": hsdp,
+}
+
+
+def _fully_shard(
+    model: nn.Module, plan: Plan, options: RunOptions, runtime: Runtime, files: Files, shape: tuple[int, ...],
+    names: tuple[str, ...],
+) -> nn.Module:  # fmt: skip
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    # The loop never writes into an output in place, which is what this warning is about.
+    warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
+    mesh = init_device_mesh(runtime.device.type, shape, mesh_dim_names=names)
+    for block in _blocks(model, plan):
+        fully_shard(block, mesh=mesh)
+    fully_shard(model, mesh=mesh)
+    load_weights(model, files, seed=options.train.seed, device=runtime.device)
+    return model
+
+
+def _flatten(
+    model: nn.Module, plan: Plan, options: RunOptions, runtime: Runtime, files: Files, *, use_orig_params: bool
+) -> nn.Module:
+    """Wrap units one by one; each reads its own weights just before it is flattened."""
+    from torch.distributed.fsdp import FullyShardedDataParallel
+    from torch.distributed.fsdp.wrap import CustomPolicy
+
+    units = {id(m) for m in _blocks(model, plan)}
+    if not use_orig_params:
+        units |= {id(m) for m in _trainable_leaves(model)}
+    paths = {id(module): path for path, module in model.named_modules()}
+
+    def materialize(module: nn.Module) -> None:
+        load_module(module, paths[id(module)], files, seed=options.train.seed, device=runtime.device)
+
+    return FullyShardedDataParallel(
+        model,
+        auto_wrap_policy=CustomPolicy(lambda module: id(module) in units),
+        param_init_fn=materialize,
+        use_orig_params=use_orig_params,
+        device_id=runtime.device,
+    )
+
+
+def _trainable_leaves(model: nn.Module) -> list[nn.Module]:
+    """Adapter layers of a frozen model: a flat parameter cannot mix frozen and trainable ones."""
+    if all(p.requires_grad for p in model.parameters()):
+        return []
+    return [m for m in model.modules() if any(p.requires_grad for p in m.parameters(recurse=False))]
+
+
+def _blocks(model: nn.Module, plan: Plan) -> list[nn.Module]:
+    """The modules that the plan calls blocks, in order."""
+    stacks = dict.fromkeys(e.stack for e in plan.entries.values() if e.stack is not None)
+    blocks: list[nn.Module] = []
+    for stack in stacks:
+        container: Any = model.get_submodule(stack)
+        blocks += list(container.children()) if isinstance(container, (nn.ModuleList, nn.Sequential)) else [container]
+    return blocks
