@@ -79,9 +79,7 @@ def once(work: Callable[[], None]) -> float:
 
 def synthetic(count: int) -> list[tuple[str, tuple[int, ...]]]:
     """A model of ``count`` names in blocks of ten."""
-    return [
-        (f"transformer_blocks.{i}.{s}.weight", (64, 64)) for i in range(count // len(SUFFIXES)) for s in SUFFIXES
-    ]
+    return [(f"transformer_blocks.{i}.{s}.weight", (64, 64)) for i in range(count // len(SUFFIXES)) for s in SUFFIXES]
 
 
 if __name__ == "__main__":

@@ -437,7 +437,19 @@ def test_18_naive_adafactor_on_fsdp1_shards_computes_other_updates(at: At) -> No
 
 
 @cases
-def test_18_attach_refuses_adafactor_on_shards_by_name(at: At) -> None:
+def test_18_adafactor_on_shards_is_refused_with_the_reason(at: At) -> None:
+    for wrap in (fsdp1_orig, fsdp1_flat, fsdp2):
+        model = wrap(make_model())
+        optimizer = torch.optim.Adafactor(model.parameters(), lr=1e-3)
+        with pytest.raises(ConfigError, match="Adafactor.*whole matrices"):
+            dist_layerlr.check_optimizer(optimizer, model)
+        dist_layerlr.check_optimizer(adamw(model.parameters()), model)
+    model = DDP(make_model())
+    dist_layerlr.check_optimizer(torch.optim.Adafactor(model.parameters(), lr=1e-3), model)
+
+
+@cases
+def test_18_attach_itself_refuses_adafactor_on_shards(at: At) -> None:
     for wrap in (fsdp1_orig, fsdp1_flat, fsdp2):
         model = make_model()
         plan = dist_layerlr.plan_model(model, CONFIG)

@@ -147,9 +147,7 @@ def test_a_sharder_without_a_launcher_names_the_launcher(run_config: Config, tmp
 
 
 @pytest.mark.parametrize("block", ["scheduler", "optimizer"])
-def test_a_ds_config_that_would_take_over_the_rates_is_refused(
-    block: str, run_config: Config, tmp_path: Path
-) -> None:
+def test_a_ds_config_that_would_take_over_the_rates_is_refused(block: str, run_config: Config, tmp_path: Path) -> None:
     from dist_layerlr.errors import ConfigError
     from parts.engines.zero import read_zero_config
     from parts.options import load_options

@@ -12,6 +12,7 @@ from torch import nn
 
 from dist_layerlr.plan import Plan
 
+from ..families import get_family
 from ..options import RunOptions
 from ..runtime import Runtime
 from ..weights import load_module, load_weights
@@ -95,6 +96,7 @@ def _flatten(
     units = {id(m) for m in _blocks(model, plan)}
     if not use_orig_params:
         units |= {id(m) for m in _trainable_leaves(model)}
+        units |= {id(model.get_submodule(path)) for path in get_family(options.model_type).flat_units}
     paths = {id(module): path for path, module in model.named_modules()}
 
     def materialize(module: nn.Module) -> None:

@@ -29,6 +29,11 @@ class Family(Protocol):
         """Module name endings that LoRA adapts unless the config says otherwise."""
         ...
 
+    @property
+    def flat_units(self) -> tuple[str, ...]:
+        """Modules whose ``parameters()`` the forward reads: each becomes a flat FSDP1 unit, else it would see none."""
+        ...
+
     def velocity(self, model: nn.Module, noisy: Tensor, timestep: Tensor, batch: Mapping[str, Tensor]) -> Tensor:
         """Call the model, however wrapped, and return the velocity (B, C, F, H, W).
 

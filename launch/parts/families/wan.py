@@ -16,6 +16,7 @@ class Wan:
     """Text-to-video Wan: the prompt is the only condition, one timestep per clip."""
 
     model_type = "wan"
+    flat_units = ("condition_embedder.time_embedder",)
     lora_targets = (*_ATTENTION, "ffn.net.0.proj", "ffn.net.2")
 
     @property
