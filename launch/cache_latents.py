@@ -30,6 +30,7 @@ from tqdm import tqdm
 if find_spec("dist_layerlr") is None:  # a checkout that is not installed
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from dist_layerlr.errors import ConfigError, LayerLRError, ModelSourceError
 from parts.data.cached import CAPTION, LATENTS, PROMPT_EMBEDS, CachedDataset, read_header
 from parts.encode import (
     ClipSize,
@@ -45,8 +46,6 @@ from parts.encode import (
     load_vae,
     vae_layout,
 )
-
-from dist_layerlr.errors import ConfigError, LayerLRError, ModelSourceError
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}

@@ -20,12 +20,11 @@ try:
 except ModuleNotFoundError:  # started from a checkout that is not installed
     sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
+from dist_layerlr.errors import LayerLRError
+from dist_layerlr.report import grid
 from parts.engines import SHARDINGS, ZERO, build_engine
 from parts.options import RunOptions, load_options
 from parts.runtime import Runtime, check_launch, launched_rank, start, stop
-
-from dist_layerlr.errors import LayerLRError
-from dist_layerlr.report import grid
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -72,14 +71,13 @@ def _sharding(args: argparse.Namespace) -> str:
 
 
 def _run(args: argparse.Namespace, options: RunOptions, sharding: str, runtime: Runtime) -> int:
+    from dist_layerlr import plan_model
     from parts import outputs
     from parts.data import check_dataset, open_dataset
     from parts.families import get_family
     from parts.loop import micro_batch_size, train
     from parts.metrics import MetricsFile
     from parts.weights import check_weights, empty_model, read_model_config
-
-    from dist_layerlr import plan_model
 
     family = get_family(options.model_type)
     model = runtime.agree(lambda: empty_model(family, options))

@@ -13,9 +13,10 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import save_file
+
 import train
 from ranks import run_ranks
-from safetensors.torch import save_file
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 Config = dict[str, Any]

@@ -24,9 +24,8 @@ pytest.importorskip("diffusers", reason="needs the train extra")
 pytest.importorskip("transformers", reason="needs the train extra")
 
 import cache_latents
-from parts.data.cached import CachedDataset, read_header
-
 from dist_layerlr.errors import ConfigError, ModelSourceError
+from parts.data.cached import CachedDataset, read_header
 
 WORDS = ["a", "red", "blue", "square", "moves", "left", "right"]
 WAN_MEAN, WAN_STD = [0.5, -1.0, 0.25, 2.0], [2.0, 0.5, 4.0, 1.5]

@@ -5,17 +5,17 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-import make_tiny_wan
 import numpy as np
 import pytest
 import torch
+
+import make_tiny_wan
+from dist_layerlr.errors import ConfigError, ModelSourceError
 from parts.data import open_dataset
 from parts.data.digits import DIGIT_WORDS, PATHS, SCAN, MovingDigits
 from parts.families import FAMILIES, get_family
 from parts.flow import euler_sigmas, make_flow_batch, mix_seed, sample
 from parts.samples import draw_samples
-
-from dist_layerlr.errors import ConfigError, ModelSourceError
 
 TINY = [
     "--layers",
