@@ -104,7 +104,8 @@ def _run(args: argparse.Namespace, options: RunOptions, sharding: str, runtime: 
     after = engine.prove(outcome.last_factor)
     weights = outputs.save_weights(engine, plan, options, runtime, folder, outcome.steps)
     if runtime.is_main:
-        outputs.write_json(folder / "verify.json", {"start": proof.to_dict(), "end": after.to_dict()})
+        seen = {"start": proof.to_dict(), "end": after.to_dict(), "first_step_lr": outcome.observed}
+        outputs.write_json(folder / "verify.json", seen)
     picture = None if outcome.stopped else outputs.draw_generated(engine, family, data, options, runtime, folder)
     say(f"{'stopped by a signal after' if outcome.stopped else 'finished'} {outcome.steps} steps; weights in {weights}")
     if picture is not None:

@@ -37,6 +37,8 @@ class Outcome:
     """Whether a signal ended it early."""
     last_factor: float
     """Schedule multiplier of the last step."""
+    observed: dict[str, float]
+    """{name: rate at which the first step moved it}; this rank's, where the update shows it."""
 
 
 class StopFlag:
@@ -76,13 +78,15 @@ def train(
         metrics: where rank 0 writes its rows; None elsewhere.
     """
     steps = options.train.steps
-    factor = 1.0
+    factor, stopped = 1.0, False
+    observed: dict[str, float] = {}
     with catch_signals() as stop, _progress(steps, runtime) as show:
         for step in range(steps):
             started = time.perf_counter()
             factor = options.schedule.factor(step)
             loss = _accumulate(engine, family, data, options, runtime, step)
-            norm = engine.step(factor)
+            # The first step is watched: it proves the effective rates, not only the reported ones.
+            norm = engine.step(factor, observed=observed if step == 0 else None)
             loss, stopped = _share(loss, stop.raised, runtime)
             row = {
                 "step": step, "loss": loss, "lr_factor": factor, "grad_norm": norm,
@@ -92,8 +96,9 @@ def train(
                 metrics.write(row)
             show(row)
             if stopped:
-                return Outcome(steps=step + 1, stopped=True, last_factor=factor)
-    return Outcome(steps=steps, stopped=False, last_factor=factor)
+                steps = step + 1
+                break
+    return Outcome(steps=steps, stopped=stopped, last_factor=factor, observed=observed)
 
 
 def micro_batch_size(options: RunOptions, world_size: int) -> int:

@@ -280,9 +280,19 @@ def test_04_reapply_puts_every_rate_back_by_name_after_a_universal_load(at: At) 
                 dist_layerlr.verify(plan, resumed)
         dist_layerlr.reapply(plan, resumed)
         dist_layerlr.verify(plan, resumed)
+
+
+@cases
+def test_04_training_goes_on_alike_after_a_universal_load_and_reapply(at: At) -> None:
+    for stage in (1, 3):
+        _, engine = our_engine(stage)
+        plan, resumed = our_engine(stage, **UNIVERSAL)
+        universal_resume(at, stage, engine, resumed)
+        dist_layerlr.reapply(plan, resumed)
         run(engine, at, first=2)
         run(resumed, at, first=2)
-        assert farthest(masters(engine), masters(resumed)) < 1e-6, stage
+        apart = farthest(masters(engine), masters(resumed))
+        assert apart < 1e-6, (stage, apart)
 
 
 # --- 5: schedulers of the ds_config ---

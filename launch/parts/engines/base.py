@@ -25,8 +25,11 @@ class Engine(Protocol):
         """Accumulate gradients of ``loss``, already divided by the number of micro steps."""
         ...
 
-    def step(self, factor: float) -> float:
-        """Step at plan x ``factor`` and clear gradients. Returns the global gradient norm before clipping."""
+    def step(self, factor: float, *, observed: dict[str, float] | None = None) -> float:
+        """Step at plan x ``factor`` and clear gradients. Returns the global gradient norm before clipping.
+
+        With ``observed``, the rate at which the step really moved each parameter is checked and filled in.
+        """
         ...
 
     def prove(self, factor: float) -> Proof:

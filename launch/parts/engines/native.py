@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from dist_layerlr import attach, clip_grad_norm, scale_lrs, verify
+from dist_layerlr import attach, clip_grad_norm, effect_check, scale_lrs, verify
 from dist_layerlr.model import unwrap
 from dist_layerlr.plan import Plan
 from dist_layerlr.proof import Proof
@@ -45,11 +45,12 @@ class NativeEngine:
         """Accumulate gradients."""
         torch.autograd.backward(loss)
 
-    def step(self, factor: float) -> float:
+    def step(self, factor: float, *, observed: dict[str, float] | None = None) -> float:
         """Clip, step at plan x ``factor``, clear gradients."""
         norm = clip_grad_norm(self.model, self._clip or float("inf"))
         scale_lrs(self.optimizer, factor)
-        self.optimizer.step()
+        with observe(self._plan, self.model, self.optimizer, factor, observed):
+            self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         return norm
 
@@ -60,6 +61,19 @@ class NativeEngine:
     def trained_tensors(self, *, keep: bool) -> Iterator[tuple[str, Tensor]]:
         """Gather shards, one tensor (FSDP1: one unit) at a time."""
         return full_tensors(unwrap(self.model), keep=keep)
+
+
+@contextmanager
+def observe(
+    plan: Plan, model: nn.Module, optimizer: Any, factor: float, observed: dict[str, float] | None
+) -> Iterator[None]:
+    """Check what the step inside really does, and report it in ``observed``; None: do not look."""
+    if observed is None:
+        yield
+        return
+    with effect_check(plan, model, optimizer, factor=factor) as rates:
+        yield
+    observed.update(rates)
 
 
 def make_optimizer(groups: list[dict[str, Any]], options: OptimizerOptions) -> torch.optim.Optimizer:

@@ -21,7 +21,7 @@ from dist_layerlr.proof import Proof
 from ..options import RunOptions
 from ..runtime import Runtime
 from ..weights import full_tensors, load_weights
-from .native import make_optimizer
+from .native import make_optimizer, observe
 
 STAGES = (0, 1, 2, 3)
 
@@ -54,10 +54,11 @@ class ZeroEngine:
         """Accumulate gradients; ``loss`` is already divided by the number of micro steps."""
         self.model.backward(loss, scale_wrt_gas=False)
 
-    def step(self, factor: float) -> float:
+    def step(self, factor: float, *, observed: dict[str, float] | None = None) -> float:
         """Step at plan x ``factor``."""
         scale_lrs(self.model.optimizer, factor)
-        self.model.step()
+        with observe(self._plan, self.model, None, factor, observed):
+            self.model.step()
         norm = self.model.get_global_grad_norm()
         return float(norm) if norm is not None else float("nan")
 

@@ -1,0 +1,469 @@
+"""Silent failures that need no process group: names, shapes, schedulers, loads, and rules of other projects.
+
+Numbers in the names are the rows of the table of 22 silent failures; `peers` are rules of other projects. The first
+test of a row asserts that naive code still fails without an error: when it no longer passes, upstream mended it.
+No test runs a backward pass: the same process forks ranks later.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
+from torch.optim import lr_scheduler
+
+import dist_layerlr
+from dist_layerlr.errors import ConfigError, PlanMismatch, UnmatchedParams
+from toy import (
+    CONFIG,
+    RATES,
+    WIDTH,
+    adamw,
+    config,
+    copy_of,
+    fill_grads,
+    make_model,
+    movement,
+    naive_component,
+    naive_groups,
+    wanted_rates,
+)
+
+
+def step(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    fill_grads(model)
+    optimizer.step()
+    optimizer.zero_grad()
+
+
+def planned(model: nn.Module, rule: Any = CONFIG) -> tuple[dist_layerlr.Plan, torch.optim.Optimizer]:
+    plan = dist_layerlr.plan_model(model, rule)
+    return plan, dist_layerlr.attach(plan, model, adamw)
+
+
+# --- 3: torch matches groups by position on load ---
+
+
+def two_layers(order: tuple[str, str]) -> tuple[nn.Module, torch.optim.Optimizer]:
+    torch.manual_seed(0)
+    model = nn.ModuleDict({"a": nn.Linear(4, 4, bias=False), "b": nn.Linear(4, 4, bias=False)})
+    rates = {"a": 1e-2, "b": 1e-4}
+    groups = [{"params": [(f"{name}.weight", model[name].weight)], "lr": rates[name]} for name in order]
+    return model, torch.optim.AdamW(groups, weight_decay=0.0)
+
+
+def test_03_naive_load_into_swapped_groups_swaps_rates_moments_and_their_labels() -> None:
+    model, optimizer = two_layers(("a", "b"))
+    step(model, optimizer)
+    other, swapped = two_layers(("b", "a"))
+    swapped.load_state_dict(optimizer.state_dict())
+    rates = {id(p): group["lr"] for group in swapped.param_groups for p in group["params"]}
+    assert (rates[id(other["a"].weight)], rates[id(other["b"].weight)]) == (1e-4, 1e-2)
+    moments = swapped.state[other["a"].weight]["exp_avg"], optimizer.state[model["b"].weight]["exp_avg"]
+    assert torch.equal(*moments)
+    assert swapped.param_groups[0]["param_names"] == ["a.weight"]
+    assert swapped.param_groups[0]["params"][0] is other["b"].weight
+
+
+def test_03_check_manifest_refuses_swapped_groups_before_the_load() -> None:
+    model, optimizer = two_layers(("a", "b"))
+    rule = {"per_layer_lr": {"enabled": True, "component_lr": {}, "default_lr": 1e-2, "unmatched": "default"}}
+    plan = dist_layerlr.plan_model(model, rule)
+    saved = dist_layerlr.manifest(plan, model, optimizer)
+    dist_layerlr.check_manifest(saved, plan, model, optimizer)
+    other, swapped = two_layers(("b", "a"))
+    with pytest.raises(PlanMismatch, match=r"a\.weight.*b\.weight"):
+        dist_layerlr.check_manifest(saved, plan, other, swapped)
+
+
+# --- 5: schedulers that write one rate (torch's; DeepSpeed's are tested on engines) ---
+
+RATIO = 100.0
+
+
+def two_rates() -> torch.optim.Optimizer:
+    params = [nn.Parameter(torch.zeros(1)), nn.Parameter(torch.zeros(1))]
+    return torch.optim.SGD([{"params": [params[0]], "lr": 4e-4}, {"params": [params[1]], "lr": 4e-6}], momentum=0.9)
+
+
+def ratio_after(scheduler: Any, steps: int = 10) -> float:
+    for _ in range(steps):
+        scheduler.optimizer.step()
+        if isinstance(scheduler, lr_scheduler.ReduceLROnPlateau):
+            scheduler.step(1.0)
+        else:
+            scheduler.step()
+    high, low = (group["lr"] for group in scheduler.optimizer.param_groups)
+    return high / low
+
+
+Make = Callable[[torch.optim.Optimizer], Any]
+FLATTENS: dict[str, tuple[Make, float]] = {
+    "OneCycleLR": (lambda o: lr_scheduler.OneCycleLR(o, max_lr=1e-3, total_steps=12), 1.0),
+    "CyclicLR": (lambda o: lr_scheduler.CyclicLR(o, base_lr=1e-5, max_lr=1e-3, step_size_up=4), 1.0),
+    "CosineAnnealingLR": (lambda o: lr_scheduler.CosineAnnealingLR(o, T_max=10, eta_min=1e-5), 1.0),
+    "CosineAnnealingWarmRestarts": (
+        lambda o: lr_scheduler.CosineAnnealingWarmRestarts(o, T_0=11, eta_min=1e-5),
+        pytest.approx(1.8, abs=0.1),
+    ),
+    "ReduceLROnPlateau": (
+        lambda o: lr_scheduler.ReduceLROnPlateau(o, factor=0.5, patience=0, min_lr=1e-6),
+        pytest.approx(1.0, abs=0.6),
+    ),
+    "SWALR": (lambda o: torch.optim.swa_utils.SWALR(o, swa_lr=1e-4, anneal_epochs=5), 1.0),
+    "MultiplicativeLR": (
+        lambda o: lr_scheduler.MultiplicativeLR(o, [lambda _: 0.5, lambda _: 1.0]),
+        pytest.approx(100 * 0.5**10),
+    ),
+    "SequentialLR": (
+        lambda o: lr_scheduler.SequentialLR(
+            o, [lr_scheduler.LinearLR(o), lr_scheduler.CosineAnnealingLR(o, T_max=5, eta_min=1e-5)], milestones=[5]
+        ),
+        pytest.approx(1.0, rel=0.3),
+    ),
+}
+KEEPS: dict[str, Make] = {
+    "LambdaLR": lambda o: lr_scheduler.LambdaLR(o, lambda step: 0.9**step),
+    "LinearLR": lambda o: lr_scheduler.LinearLR(o, 0.1, total_iters=5),
+    "PolynomialLR": lambda o: lr_scheduler.PolynomialLR(o, total_iters=20),
+    "ExponentialLR": lambda o: lr_scheduler.ExponentialLR(o, 0.9),
+    "StepLR": lambda o: lr_scheduler.StepLR(o, 3),
+    "CosineAnnealingLR": lambda o: lr_scheduler.CosineAnnealingLR(o, T_max=20),
+    "ReduceLROnPlateau": lambda o: lr_scheduler.ReduceLROnPlateau(o, factor=0.5, patience=2),
+    "SequentialLR": lambda o: lr_scheduler.SequentialLR(
+        o, [lr_scheduler.LinearLR(o), lr_scheduler.CosineAnnealingLR(o, T_max=20)], milestones=[5]
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", FLATTENS)
+def test_05_naive_scheduler_loses_the_ratio_of_two_groups(kind: str) -> None:
+    make, ratio = FLATTENS[kind]
+    found = ratio_after(make(two_rates()))
+    assert found == (pytest.approx(ratio) if isinstance(ratio, float) else ratio)
+
+
+def test_05_naive_cosine_floor_raises_a_group_that_lies_below_it() -> None:
+    optimizer = two_rates()
+    ratio_after(lr_scheduler.CosineAnnealingLR(optimizer, T_max=10, eta_min=1e-5))
+    assert optimizer.param_groups[1]["lr"] > 4e-6
+
+
+@pytest.mark.parametrize("kind", FLATTENS)
+def test_05_check_scheduler_refuses_what_loses_ratios(kind: str) -> None:
+    with pytest.raises(ConfigError, match=kind if kind != "SequentialLR" else "CosineAnnealingLR"):
+        dist_layerlr.check_scheduler(FLATTENS[kind][0](two_rates()))
+
+
+@pytest.mark.parametrize("kind", KEEPS)
+def test_05_check_scheduler_lets_through_what_keeps_ratios(kind: str) -> None:
+    dist_layerlr.check_scheduler(KEEPS[kind](two_rates()))
+    assert ratio_after(KEEPS[kind](two_rates())) == pytest.approx(RATIO)
+
+
+@pytest.mark.parametrize("kind", ["constant", "linear", "cosine"])
+def test_05_plan_schedule_keeps_ratios_with_a_floor(kind: str) -> None:
+    model = make_model()
+    plan, optimizer = planned(model)
+    schedule = dist_layerlr.Schedule(kind=kind, warmup_steps=2, total_steps=6, min_ratio=0.2)
+    driver = dist_layerlr.PlanSchedule(optimizer, schedule)
+    for _ in range(8):
+        step(model, optimizer)
+        driver.step()
+        dist_layerlr.verify(plan, model, optimizer, factor=driver.factor)
+    assert driver.factor == pytest.approx(1.0 if kind == "constant" else 0.2)
+
+
+# --- 6: a load brings the old rates back ---
+
+
+def test_06_naive_load_restores_the_old_rates_and_the_schedulers_old_base_rates() -> None:
+    old, new = two_rates(), two_rates()
+    for group in new.param_groups:
+        group["lr"] *= 10
+    before, after = lr_scheduler.LambdaLR(old, lambda _: 1.0), lr_scheduler.LambdaLR(new, lambda _: 1.0)
+    assert after.base_lrs == [4e-3, 4e-5]
+    new.load_state_dict(old.state_dict())
+    assert [group["lr"] for group in new.param_groups] == [4e-4, 4e-6]
+    after.load_state_dict(before.state_dict())
+    assert after.base_lrs == [4e-4, 4e-6]
+    assert [group["initial_lr"] for group in new.param_groups] == [4e-4, 4e-6]
+
+
+def test_06_reapply_and_plan_schedule_keep_the_new_plan_through_a_load() -> None:
+    schedule = dist_layerlr.Schedule(kind="linear", total_steps=5)
+    model = make_model()
+    _, old = planned(model)
+    step(model, old)
+    driver = dist_layerlr.PlanSchedule(old, schedule)
+    driver.step()
+    assert driver.state_dict().keys() == {"last_step"}
+    plan, new = planned(
+        model, config(component_lr={"self_attn": 1e-2, "ffn": 2e-2}, default_lr=3e-2, weight_decay=0.3)
+    )
+    new.load_state_dict(old.state_dict())
+    resumed = dist_layerlr.PlanSchedule(new, schedule)
+    resumed.load_state_dict(driver.state_dict())
+    assert resumed.factor == 0.75
+    with pytest.raises(PlanMismatch, match="lr"):
+        dist_layerlr.verify(plan, model, new, factor=0.75)
+    dist_layerlr.reapply(plan, model, new, factor=0.75)
+    dist_layerlr.verify(plan, model, new, factor=0.75)
+    resumed.step()
+    dist_layerlr.verify(plan, model, new, factor=0.5)
+
+
+# --- 10: shapes ---
+
+
+def test_10_a_meta_model_gives_the_plan_of_the_real_one() -> None:
+    with torch.device("meta"):
+        shapes_only = make_model()
+    rule = config(weight_decay=0.1, no_decay=["ndim<=1"])
+    assert dist_layerlr.plan_model(shapes_only, rule).digest == dist_layerlr.plan_model(make_model(), rule).digest
+
+
+# --- 11: names ---
+
+
+def compiled(model: nn.Module) -> nn.Module:
+    return torch.compile(model)
+
+
+def blocks_compiled(model: Any) -> nn.Module:
+    for i, block in enumerate(model.blocks):
+        model.blocks[i] = torch.compile(block)
+    return model
+
+
+def checkpointed(model: Any) -> nn.Module:
+    for i, block in enumerate(model.blocks):
+        model.blocks[i] = checkpoint_wrapper(block)
+    return model
+
+
+PREFIXES = {"compiled": compiled, "blocks compiled": blocks_compiled, "checkpointed": checkpointed}
+
+
+def rule_by_start(name: str) -> float:
+    """A user's rule for the first block."""
+    return 1e-2 if re.match(r"blocks\.0\.(norm|attn|mlp)", name) else 1e-4
+
+
+@pytest.mark.parametrize("wrap", PREFIXES)
+def test_11_naive_rule_falls_through_to_the_default_once_wrapped(wrap: str) -> None:
+    assert {rule_by_start(name) for name, _ in make_model().named_parameters()} == {1e-2, 1e-4}
+    assert {rule_by_start(name) for name, _ in PREFIXES[wrap](make_model()).named_parameters()} == {1e-4}
+
+
+def test_11_naive_stripping_of_a_prefix_eats_into_module_names() -> None:
+    assert "blocks.0.submodule.weight".replace("module.", "") == "blocks.0.subweight"
+    assert dist_layerlr.canonical_name("blocks.0.submodule.weight") == "blocks.0.submodule.weight"
+
+
+@pytest.mark.parametrize("wrap", PREFIXES)
+def test_11_a_wrapped_model_has_the_plan_of_the_plain_one(wrap: str) -> None:
+    rule = config(
+        depth_strategy="linear", min_depth_factor=0.5, patterns=[{"match": "blocks.0.mlp.*", "component": "self_attn"}]
+    )
+    plain = dist_layerlr.plan_model(make_model(), rule)
+    model = PREFIXES[wrap](make_model())
+    plan, optimizer = planned(model, rule)
+    assert plan.digest == plain.digest
+    dist_layerlr.verify(plain, model, optimizer)
+    assert dist_layerlr.read_back(model, optimizer).keys() == wanted_rates().keys()
+
+
+def test_11_a_name_without_a_rule_is_reported_or_refused() -> None:
+    warned = dist_layerlr.plan_model(make_model(), config(unmatched="warn"))
+    assert any("emb.weight" in text for text in warned.warnings)
+    with pytest.raises(UnmatchedParams, match=r"emb\.weight"):
+        dist_layerlr.plan_model(make_model(), config(unmatched="error"))
+
+
+# --- 12: groups ---
+
+
+def test_12_no_group_of_a_plan_is_empty_and_names_are_unique() -> None:
+    model = make_model()
+    for name, param in model.named_parameters():
+        param.requires_grad_(".attn." not in name)
+    plan = dist_layerlr.plan_model(model, config(depth_strategy="linear"))
+    assert all(group.names for group in plan.groups)
+    assert len({group.name for group in plan.groups}) == len(plan.groups)
+    assert not [name for group in plan.groups for name in group.names if ".attn." in name]
+
+
+# --- 16: stale group dicts ---
+
+
+def test_16_naive_reference_to_a_group_goes_stale_on_load() -> None:
+    model = make_model()
+    optimizer = adamw(naive_groups(model.named_parameters()))
+    held = optimizer.param_groups[0]
+    optimizer.load_state_dict(optimizer.state_dict())
+    held["lr"] = 0.0
+    before = copy_of(model)
+    step(model, optimizer)
+    assert min(movement(before, copy_of(model)).values()) > 0.0
+
+
+def test_16_plan_schedule_drives_the_live_groups_after_a_load() -> None:
+    model = make_model()
+    plan, optimizer = planned(model)
+    driver = dist_layerlr.PlanSchedule(optimizer, dist_layerlr.Schedule(kind="linear", total_steps=3))
+    optimizer.load_state_dict(optimizer.state_dict())
+    driver.step()
+    dist_layerlr.verify(plan, model, optimizer, factor=0.5)
+    fill_grads(model)
+    with dist_layerlr.effect_check(plan, model, optimizer, factor=0.5) as observed:
+        optimizer.step()
+    assert observed == pytest.approx({name: 0.5 * rate for name, rate in wanted_rates().items()}, rel=1e-2)
+
+
+# --- 17: tied weights ---
+
+
+class Tied(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed_tokens = nn.Embedding(11, WIDTH)
+        self.blocks = make_model().blocks
+        self.lm_head = nn.Linear(WIDTH, 11, bias=False)
+        self.lm_head.weight = self.embed_tokens.weight
+
+
+HEAD_RULE = config(
+    patterns=[{"match": "lm_head.weight", "component": "head"}], component_lr={"head": 1e-2, "self_attn": 4e-3}
+)
+
+
+def test_17_naive_rule_for_a_tied_head_matches_nothing() -> None:
+    names = [name for name, _ in Tied().named_parameters()]
+    assert [name for name in names if name.startswith("lm_head")] == []
+    assert "embed_tokens.weight" in names
+
+
+def test_17_a_rule_for_the_name_that_lost_is_an_error() -> None:
+    with pytest.raises(ConfigError, match=r"lm_head\.weight"):
+        dist_layerlr.plan_model(Tied(), HEAD_RULE)
+
+
+def test_17_tied_names_are_listed_when_their_rules_differ() -> None:
+    rule = config(component_lr={"head": 1e-2, "embed": 1e-3, "self_attn": 4e-3})
+    plan = dist_layerlr.plan_model(Tied(), rule)
+    assert plan.entries["embed_tokens.weight"].lr == 1e-3
+    assert any("embed_tokens.weight" in text and "lm_head.weight" in text for text in plan.warnings), plan.warnings
+
+
+# --- 18: optimizers ---
+
+
+class Lamb(torch.optim.SGD):
+    """Stands for the many packages that bring one; only its name counts."""
+
+
+def test_18_optimizers_that_mix_elements_are_refused_by_name() -> None:
+    params = list(make_model().parameters())
+    for optimizer in (torch.optim.Adafactor(params), Lamb(params, lr=1e-3)):
+        with pytest.raises(ConfigError, match=type(optimizer).__name__):
+            dist_layerlr.check_optimizer(optimizer)
+    for optimizer in (
+        torch.optim.AdamW(params),
+        torch.optim.Adam(params),
+        torch.optim.SGD(params),
+        torch.optim.NAdam(params),
+    ):
+        dist_layerlr.check_optimizer(optimizer)
+
+
+# --- 21: number of groups ---
+
+
+def test_21_a_plan_has_one_group_per_distinct_rate_and_decay() -> None:
+    model = make_model()
+    flat = dist_layerlr.plan_model(model, config(weight_decay=0.1, no_decay=["ndim<=1"]))
+    assert len(flat.groups) == 2 * len(RATES) < len(flat.entries)
+    deep = dist_layerlr.plan_model(model, config(depth_strategy="linear", min_depth_factor=0.5))
+    assert len(deep.groups) == len({entry.lr for entry in deep.entries.values()})
+
+
+# --- rules of other projects ---
+
+
+def timm_scales(named: Any, decay: float = 0.75) -> set[float]:
+    """timm's layer ids, from its description: what the matcher does not know belongs to the last layer."""
+    layers = []
+    for name, _ in named:
+        block = re.match(r"^blocks\.(\d+)", name)
+        layers.append(0 if name.startswith("emb.") else 1 + int(block[1]) if block else None)
+    last = max((layer for layer in layers if layer is not None), default=0) + 1
+    return {decay ** (last - (last if layer is None else layer)) for layer in layers}
+
+
+def test_peers_naive_timm_rule_on_a_compiled_model_gives_every_name_scale_one() -> None:
+    assert len(timm_scales(make_model().named_parameters())) == 5
+    assert timm_scales(compiled(make_model()).named_parameters()) == {1.0}
+
+
+@pytest.mark.parametrize("wrap", PREFIXES)
+def test_peers_our_layer_decay_does_not_see_wrappers(wrap: str) -> None:
+    rule = config(component_lr={}, default_lr=1.0, depth_strategy="layer_decay", layer_decay=0.75, convention="timm")
+    plan = dist_layerlr.plan_model(PREFIXES[wrap](make_model()), rule)
+    assert plan.digest == dist_layerlr.plan_model(make_model(), rule).digest
+    rates = {name.split(".")[1]: entry.lr for name, entry in plan.entries.items() if name.startswith("blocks.")}
+    assert rates == pytest.approx({"0": 0.75**3, "1": 0.75**2, "2": 0.75})
+
+
+KOHYA_WEIGHTS = [0.1 * (i + 1) for i in range(25)]  # 12 down, mid, 12 up; one weight each
+
+
+def kohya_block(name: str) -> int:
+    """kohya's `get_block_index` for SD1.5, from its description: -1 for a name it does not know."""
+    found = re.search(r"lora_unet_(down|up)_blocks_(\d+)_(attentions|resnets)_(\d+)", name)
+    if "mid_block" in name:
+        return 12
+    if found is None:
+        return -1
+    return (1 if found[1] == "down" else 13) + 3 * int(found[2]) + int(found[4])
+
+
+def test_peers_naive_kohya_index_of_an_unknown_name_takes_the_last_blocks_rate() -> None:
+    assert KOHYA_WEIGHTS[kohya_block("lora_unet_down_blocks_0_attentions_0_proj_in")] == KOHYA_WEIGHTS[1]
+    for name in ("lora_unet_conv_in", "lora_unet_time_embedding_linear_1"):
+        assert kohya_block(name) == -1
+        assert KOHYA_WEIGHTS[kohya_block(name)] == KOHYA_WEIGHTS[24] == max(KOHYA_WEIGHTS)
+
+
+def test_peers_our_names_outside_blocks_take_no_blocks_factor() -> None:
+    unet = {
+        "conv_in.weight": (8, 4, 3, 3),
+        "time_embedding.linear_1.weight": (8, 8),
+        **{
+            f"{stage}.attentions.0.transformer_blocks.0.{attention}.to_q.weight": (8, 8)
+            for stage in ("down_blocks.0", "down_blocks.1", "mid_block", "up_blocks.0", "up_blocks.1")
+            for attention in ("attn1", "attn2")
+        },
+    }
+    rule = config(depth_strategy="linear", min_depth_factor=0.2, component_lr={"self_attn": 1e-3}, default_lr=1e-4)
+    plan = dist_layerlr.build_plan(unet, rule)
+    outside = [plan.entries[name] for name in ("conv_in.weight", "time_embedding.linear_1.weight")]
+    assert {(entry.factor, entry.lr, entry.block) for entry in outside} == {(1.0, 1e-4, None)}
+    last = plan.entries["up_blocks.1.attentions.0.transformer_blocks.0.attn1.to_q.weight"]
+    assert last.factor == pytest.approx(0.2)
+    adapter = {f"lora_unet_{name.removesuffix('.weight').replace('.', '_')}.lora_down.weight": (4, 8) for name in unet}
+    flattened = dist_layerlr.build_plan(adapter, rule, base=unet)
+    assert {entry.factor for name, entry in flattened.entries.items() if "blocks" not in name and "mid" not in name} == {
+        1.0
+    }
+
+
+def test_the_naive_rule_of_these_tests_means_what_the_plan_means() -> None:
+    plan = dist_layerlr.plan_model(make_model(), CONFIG)
+    assert {name: entry.lr for name, entry in plan.entries.items()} == wanted_rates()
+    assert {naive_component(name) for name in plan.entries} == set(RATES)
