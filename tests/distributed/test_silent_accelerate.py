@@ -240,12 +240,10 @@ def test_07_verify_counts_the_ranks_itself(at: At) -> None:
     with fresh_state():
         model = make_model()
         plan = dist_layerlr.plan_model(model, CONFIG)
-        accelerator = Accelerator(deepspeed_plugin=DeepSpeedPlugin(hf_ds_config=zero_config(1, train_batch_size=4)))
+        accelerator = Accelerator(deepspeed_plugin=DeepSpeedPlugin(hf_ds_config=zero_config(1)))
         assert accelerator.num_processes == 1
-        settings = {**zero_config(1), "train_batch_size": 8}
-        engine = deepspeed.initialize(model=model, optimizer=dist_layerlr.attach(plan, model, adamw), config=settings)[
-            0
-        ]
+        optimizer = dist_layerlr.attach(plan, model, adamw)
+        engine = deepspeed.initialize(model=model, optimizer=optimizer, config=zero_config(1))[0]
         dist_layerlr.check_sharding(engine, "zero")
         assert dist_layerlr.verify(plan, engine).ranks == 2
 

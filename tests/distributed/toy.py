@@ -27,6 +27,7 @@ BLOCK = {
     "depth_strategy": "flat",
     "unmatched": "default",
 }
+DEADLINE_S = 300.0  # for all cases of a file; they need 20 on idle cores
 CONFIG = {"per_layer_lr": BLOCK}
 """The same three rates that `naive_groups` gives to an unwrapped model."""
 
@@ -229,7 +230,7 @@ class Cases:
         chosen = {item.name for item in request.session.items if getattr(item, "module", None) is request.module}
         names = [name for name in self._bodies if name in chosen]
         with tempfile.TemporaryDirectory() as folder:
-            return Outcomes(run_ranks(self._on_rank, self._world_size, names, folder))
+            return Outcomes(run_ranks(self._on_rank, self._world_size, names, folder, deadline_s=DEADLINE_S))
 
     def _on_rank(self, rank: int, world_size: int, names: list[str], folder: str) -> dict[str, Outcome]:
         if self._before is not None:
@@ -262,6 +263,6 @@ def _together(name: str, at: At, kind: str) -> bool:
     keys = [f"case/{name}/{rank}" for rank in range(at.world_size)]
     try:
         store.wait(keys, timedelta(seconds=15))
-    except dist.DistStoreError:
+    except RuntimeError:  # the other rank waits in a collective of this case, or is gone
         return False
     return len({store.get(key) for key in keys}) == 1

@@ -18,13 +18,16 @@ from safetensors.torch import load_file
 ROOT = Path(__file__).resolve().parent.parent.parent
 TRAIN = str(ROOT / "launch" / "train.py")
 BIN = Path(sys.executable).parent
+TORCHRUN = ["torchrun", "--nproc_per_node"]
+DEEPSPEED = ["deepspeed", "--num_gpus", "2", TRAIN, "--deepspeed_config"]
 LAUNCHES = {
-    "ddp on 2 ranks": ["torchrun", "--nproc_per_node", "2", TRAIN, "--sharding", "ddp"],
-    "fsdp2 on 2 ranks": ["torchrun", "--nproc_per_node", "2", TRAIN, "--sharding", "fsdp2"],
-    "fsdp2 on 4 ranks": ["torchrun", "--nproc_per_node", "4", TRAIN, "--sharding", "fsdp2"],
-    "zero 2 on 2 ranks": [
-        *["deepspeed", "--num_gpus", "2", TRAIN, "--deepspeed_config", str(ROOT / "ds_configs" / "zero2.json")]
-    ],
+    "ddp on 2 ranks": [*TORCHRUN, "2", TRAIN, "--sharding", "ddp"],
+    "fsdp1 on 2 ranks": [*TORCHRUN, "2", TRAIN, "--sharding", "fsdp1"],
+    "fsdp1 flat on 2 ranks": [*TORCHRUN, "2", TRAIN, "--sharding", "fsdp1_flat"],
+    "fsdp2 on 2 ranks": [*TORCHRUN, "2", TRAIN, "--sharding", "fsdp2"],
+    "fsdp2 on 4 ranks": [*TORCHRUN, "4", TRAIN, "--sharding", "fsdp2"],
+    "hsdp on 2 ranks": [*TORCHRUN, "2", TRAIN, "--sharding", "hsdp"],
+    **{f"zero {stage} on 2 ranks": [*DEEPSPEED, str(ROOT / "ds_configs" / f"zero{stage}.json")] for stage in range(4)},
 }
 PORTS = iter(range(29610, 29700))
 
@@ -73,8 +76,8 @@ def test_final_weights_do_not_depend_on_launcher_sharder_or_world_size(
     for label, command in LAUNCHES.items():
         done = run(command, config, tmp_path / label)
         assert done.returncode == 0, f"{label}:\n{done.stdout}\n{done.stderr}"
-        ranks = label.split(" on ")[1]
-        assert f"verified on {ranks} ({label.split(' on ')[0]})" in done.stdout
+        sharder, ranks = label.replace("hsdp", "fsdp2").split(" on ")
+        assert f"verified on {ranks} ({sharder})" in done.stdout
         assert largest_difference(reference, weights(tmp_path / label)) <= 1e-5, label
 
     # The check can fail: three times the rate of one component is far outside the bar.

@@ -1,0 +1,75 @@
+"""SIGINT and SIGTERM finish the step in progress, save, and end with status 0, on all ranks together."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+from safetensors import safe_open
+
+ROOT = Path(__file__).resolve().parent.parent.parent
+TRAIN = str(ROOT / "launch" / "train.py")
+
+
+def start(program: list[str], config: dict[str, Any], folder: Path) -> subprocess.Popen[str]:
+    """Start a run that would take hours, and wait until it has done three steps."""
+    config["train"]["steps"] = 100_000
+    file = folder / "config.json"
+    file.write_text(json.dumps(config))
+    process = subprocess.Popen(
+        [*program, "--config", str(file), "--output-dir", str(folder / "out")],
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=folder,
+    )  # fmt: skip
+    wait_until(lambda: len(rows(folder)) >= 3, process)
+    return process
+
+
+def rows(folder: Path) -> list[dict[str, Any]]:
+    file = folder / "out" / "metrics.jsonl"
+    return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
+
+
+def wait_until(done: Callable[[], bool], process: subprocess.Popen[str], deadline_s: float = 120.0) -> None:
+    end = time.monotonic() + deadline_s
+    while not done():
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < end, "no progress"
+        time.sleep(0.05)
+
+
+def check_saved(folder: Path, said: str) -> None:
+    done = rows(folder)[-1]["step"] + 1
+    assert f"stopped by a signal after {done} steps" in said
+    with safe_open(str(folder / "out" / "final" / "diffusion_pytorch_model.safetensors"), framework="pt") as file:
+        assert file.metadata()["step"] == str(done)
+    assert (folder / "out" / "verify.json").exists()
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_one_process_finishes_the_step_and_saves(number: int, run_config: dict[str, Any], tmp_path: Path) -> None:
+    process = start([sys.executable, TRAIN], run_config, tmp_path)
+    process.send_signal(number)
+    said, complaint = process.communicate(timeout=60)
+    assert process.returncode == 0, complaint
+    check_saved(tmp_path, said)
+
+
+def test_a_signal_to_one_rank_stops_all_ranks_together(run_config: dict[str, Any], tmp_path: Path) -> None:
+    torchrun = str(Path(sys.executable).parent / "torchrun")
+    program = [torchrun, "--standalone", "--nproc_per_node", "2", TRAIN, "--sharding", "fsdp2"]
+    process = start(program, run_config, tmp_path)
+    ranks = [child.pid for child in psutil.Process(process.pid).children() if TRAIN in child.cmdline()]
+    assert len(ranks) == 2
+    os.kill(max(ranks), signal.SIGTERM)
+    said, complaint = process.communicate(timeout=120)
+    assert process.returncode == 0, complaint
+    check_saved(tmp_path, said)
