@@ -11,10 +11,6 @@ from torch import nn
 from dist_layerlr.adapters import detect
 from dist_layerlr.errors import ConfigError
 
-_KEEPS_RATIOS = frozenset(
-    "LambdaLR MultiplicativeLR StepLR MultiStepLR ConstantLR LinearLR ExponentialLR PolynomialLR WarmupCosineLR "
-    "PlanSchedule".split()
-)
 _WRITES_ONE_RATE = {
     "OneCycleLR": "drives every group to the same max_lr",
     "OneCycle": "drives every group to the same rates",
@@ -63,7 +59,7 @@ def check_scheduler(scheduler: Any) -> None:
         raise ConfigError(f"Invalid scheduler {name}(min_lr={scheduler.min_lrs}): low groups stop early. Set min_lr=0.")
     if name in ("WarmupLR", "WarmupDecayLR"):
         _check_proportional(name, scheduler)
-    if name == "LambdaLR" and len({id(f) for f in scheduler.lr_lambdas}) > 1:
+    if name in ("LambdaLR", "MultiplicativeLR") and len({id(f) for f in scheduler.lr_lambdas}) > 1:
         raise ConfigError(f"Invalid scheduler {name} with a function per group: ratios change. Give one function.")
 
 
@@ -111,6 +107,11 @@ def check_ds_config(config: Mapping[str, Any]) -> None:
         raise ConfigError(
             f"Invalid ds_config 'optimizer' block {optimizer.get('type')!r}: it is silently ignored beside a client "
             "optimizer, or replaces the planned groups. Remove the block; build the optimizer with attach()."
+        )
+    if "gradient_clipping" not in config:
+        raise ConfigError(
+            "Invalid ds_config without 'gradient_clipping': DeepSpeed's default changed to 1.0 and clips silently. "
+            "State it; 0.0 means no clipping."
         )
     zero = config.get("zero_optimization", {})
     if zero.get("round_robin_gradients"):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +30,9 @@ def plan_model(model: nn.Module, config: Config | Mapping[str, Any] | str | Path
         PlanMismatch: names or shapes are already lost (flattened by FSDP1).
         ConfigError, ModelSourceError, UnmatchedParams: as ``build_plan``.
     """
-    return build_plan(describe(model), config)
+    infos = describe(model)
+    plan = build_plan(infos, config)
+    return replace(plan, warnings=(*plan.warnings, *_tie_warnings(model, infos, plan)))
 
 
 def describe(model: nn.Module) -> list[ParamInfo]:
@@ -53,6 +56,27 @@ def describe(model: nn.Module) -> list[ParamInfo]:
             )
         )
     return infos
+
+
+def _tie_warnings(model: nn.Module, infos: list[ParamInfo], plan: Plan) -> list[str]:
+    """A tied parameter trains under its first name; say so where its other name would have another rate."""
+    first: dict[int, str] = {}
+    others: dict[str, ParamInfo] = {}
+    owners: dict[str, str] = {}
+    for raw, param in unwrap(model).named_parameters(remove_duplicate=False):
+        name = canonical_name(raw)
+        kept = first.setdefault(id(param), name)
+        if kept != name:
+            others[name] = ParamInfo(name=name, shape=true_shape(param), trainable=param.requires_grad)
+            owners[name] = kept
+    if not others:
+        return []
+    asked = build_plan([*infos, *others.values()], plan.config).entries
+    return [
+        f"{other} is tied to {kept} and trains at its lr {plan.entries[kept].lr:g}, not at {asked[other].lr:g}"
+        for other, kept in owners.items()
+        if other in asked and kept in plan.entries and asked[other].lr != plan.entries[kept].lr
+    ]
 
 
 def unwrap(model: nn.Module) -> nn.Module:

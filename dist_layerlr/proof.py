@@ -16,6 +16,7 @@ from dist_layerlr.adapters import LiveParam, Pieces, StatePiece, base, detect
 from dist_layerlr.adapters.base import MakeOptimizer
 from dist_layerlr.agreement import SHOWN, Problem, agree, mismatch
 from dist_layerlr.errors import PlanMismatch
+from dist_layerlr.guard import check_optimizer
 from dist_layerlr.plan import Plan, PlanEntry
 
 
@@ -58,8 +59,11 @@ def attach(plan: Plan, model: nn.Module, make: MakeOptimizer) -> Optimizer:
 
     Raises:
         PlanMismatch: the model's trainable parameters are not those of the plan, or it is a DeepSpeed engine already.
+        ConfigError: an optimizer that cannot train these parameters at several rates (see ``check_optimizer``).
     """
-    return detect(model).attach(plan, model, make)
+    optimizer = detect(model).attach(plan, model, make)
+    check_optimizer(optimizer, model)
+    return optimizer
 
 
 def read_back(model: nn.Module, optimizer: Any = None) -> dict[str, LiveParam]:

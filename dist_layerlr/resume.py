@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
-from dist_layerlr.adapters import detect
+from dist_layerlr.adapters import Pieces, detect
 from dist_layerlr.agreement import Problem, agree
 from dist_layerlr.groups import write_group
 from dist_layerlr.plan import Plan
@@ -29,8 +29,25 @@ def reapply(plan: Plan, model: nn.Module, optimizer: Any = None, *, factor: floa
         if (first.lr, first.weight_decay) != (entry.lr, entry.weight_decay):
             problems.append(("layout", f"{piece.name} and {first.name} share a group but have different planned rates"))
     agree(problems, plan.digest)
+    _unshare_steps(found)
     for group, entry in chosen.values():
         write_group(group, entry.lr, entry.weight_decay, factor)
+
+
+def _unshare_steps(found: Pieces) -> None:
+    """Give every owner a step counter of its own.
+
+    DeepSpeed 0.19.8's universal load at stage 3 puts one tensor into the state of all sub-groups, and each counts it up.
+    """
+    seen: set[int] = set()
+    owners = {id(p.owner): p.owner for p in found.pieces}
+    for owner in owners.values():
+        held = found.optimizer.state.get(owner, {}) if found.optimizer is not None else {}
+        step = held.get("step")
+        if isinstance(step, Tensor):
+            if step.data_ptr() in seen:
+                held["step"] = step.clone()
+            seen.add(step.data_ptr())
 
 
 def manifest(plan: Plan, model: nn.Module, optimizer: Any = None) -> dict[str, Any]:

@@ -78,7 +78,6 @@ def read_zero_config(path: str, options: RunOptions, world_size: int) -> dict[st
         ConfigError: settings that would take the plan's rates over, or that contradict the training config.
     """
     config = read_json(path)
-    check_ds_config(config)
     stage = config.get("zero_optimization", {}).get("stage", 0)
     checks.one_of(lambda: tuple(map(str, STAGES)))(f"{path}: zero_optimization.stage", str(stage))
     if config.get("bf16", {}).get("enabled") and options.train.dtype != "bf16":
@@ -94,7 +93,9 @@ def read_zero_config(path: str, options: RunOptions, world_size: int) -> dict[st
             )
     # A torch optimizer is what the plan was attached to; DeepSpeed would otherwise insist on its own for offload.
     fixed = {"zero_allow_untested_optimizer": True, "zero_force_ds_cpu_optimizer": False}
-    return {**config, **filled, **fixed, "gradient_clipping": options.train.grad_clip}
+    complete = {**config, **filled, **fixed, "gradient_clipping": options.train.grad_clip}
+    check_ds_config(complete)
+    return complete
 
 
 def _initialize(model: nn.Module, optimizer: torch.optim.Optimizer, config: dict[str, Any]) -> Any:
