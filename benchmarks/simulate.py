@@ -71,11 +71,10 @@ def by_unit(plan: Plan, ranks: int) -> Held:
 
 
 def by_group(plan: Plan, ranks: int) -> Held:
-    """ZeRO-1 and -2: the parameters of an optimizer group laid end to end, in the group's order."""
-    for group in plan.groups:
-        members = [plan.entries[name] for name in group.names]
-        for entry, pieces in flattened(members, ranks, align=ZERO_ALIGN):
-            yield entry.name, group.lr, pieces
+    """ZeRO-1 and -2 under a segmented optimizer, as the trainer has it: all parameters laid end to end."""
+    rates = {name: lr for name, lr, _ in stepped(plan)}
+    for entry, pieces in flattened(list(plan.entries.values()), ranks, align=ZERO_ALIGN):
+        yield entry.name, rates[entry.name], pieces
 
 
 SHARDINGS: dict[str, Callable[[Plan, int], Held]] = {

@@ -33,6 +33,7 @@ _HOME = {
     "param_groups": "groups",
     "scale_lrs": "groups",
     "attach": "proof",
+    "bind": "proof",
     "read_back": "proof",
     "optimizer_state": "proof",
     "effect_check": "effect",

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch.distributed as dist
@@ -20,7 +22,7 @@ CAUSES = {
     "elements": "a shard is stepped twice or not at all; one sharder wraps part of the model only",
     "unplanned": "adapters or requires_grad changed after the plan was made; make the plan last",
     "repeated": "two groups hold the same parameter",
-    "internals": "a library changed where it keeps its shards",
+    "error": "an exception of that rank, not of all; its own log has the traceback",
     "plan": "ranks read different configs or models; give every rank the same files",
     "effect": "the optimizer does not use its groups' rates (one that adapts or rescales them, or a stale copy of a group)",
     "layout": "groups or their order changed since the checkpoint was written; make the plan from the same config, or "
@@ -37,20 +39,37 @@ def everyone(mine: Any) -> list[Any]:
     return gathered
 
 
-def agree(problems: list[Problem], digest: str) -> int:
-    """Raise the first failing rank's problems on every rank. Returns the number of ranks.
+@contextmanager
+def together(digest: str) -> Iterator[list[Problem]]:
+    """Collect this rank's problems; at exit every rank raises what any rank found. Collective.
+
+    An exception inside the block is a problem too, whatever its type: the other ranks do not wait for a rank that left.
+    One that all ranks raise alike passes unchanged.
 
     Raises:
-        PlanMismatch: any rank has a problem, or digests differ.
+        PlanMismatch: a rank has a problem or an exception of its own, or digests differ.
     """
+    problems: list[Problem] = []
+    failure: Exception | None = None
+    try:
+        yield problems
+    except Exception as error:
+        failure = error
+        problems[:] = [("error", f"{type(error).__name__}: {error}")]
     heard = everyone((digest, len(problems), problems[:SHOWN]))
-    digests = [d for d, _, _ in heard]
+    if failure is not None and all(h == heard[0] for h in heard):
+        raise failure
+    found = _first_mismatch(heard)
+    if found is not None:
+        raise found from failure
+
+
+def _first_mismatch(heard: list[tuple[str, int, list[Problem]]]) -> PlanMismatch | None:
+    digests = [digest for digest, _, _ in heard]
     if len(set(digests)) > 1:
-        raise mismatch(0, [("plan", f"plans differ between ranks: {digests}")], 1)
-    for rank, (_, count, shown) in enumerate(heard):
-        if count:
-            raise mismatch(rank, shown, count)
-    return len(heard)
+        return mismatch(0, [("plan", f"plans differ between ranks: {digests}")], 1)
+    failing = ((rank, count, shown) for rank, (_, count, shown) in enumerate(heard) if count)
+    return next((mismatch(rank, shown, count) for rank, count, shown in failing), None)
 
 
 def mismatch(rank: int, shown: list[Problem], count: int) -> PlanMismatch:

@@ -14,13 +14,15 @@ import torch
 from torch import Tensor, nn
 
 from dist_layerlr.adapters import Piece, detect
-from dist_layerlr.agreement import Problem, agree
+from dist_layerlr.agreement import together
 from dist_layerlr.plan import Plan
 
 SAMPLES = 64
 """Elements looked at per piece: the check costs O(names), not O(elements)."""
 TOLERANCE = 0.02
 """Relative error of an observed rate that is still rounding."""
+_ADAMS = frozenset({"Adam", "AdamW", "DeepSpeedCPUAdam", "FusedAdam"})
+"""Optimizers, and their subclasses, that move by Adam's formula; others (NAdam, RAdam) share its state but not that."""
 
 
 @contextmanager
@@ -43,26 +45,44 @@ def effect_check(
         PlanMismatch: on all ranks alike, when an observed rate is off by more than 2 % and rounding.
     """
     adapter = detect(model)
-    pieces = [p for p in adapter.pieces(model, optimizer).pieces if p.numel]
-    before = [_sample(p, p.owner).clone() for p in pieces]
-    gradients = [None if p.owner.grad is None else _sample(p, p.owner.grad).clone() for p in pieces]
+    before = adapter.pieces(model, optimizer)
+    pieces = [p for p in before.pieces if p.numel]
+    weights = [_sample(p, p.owner).clone() for p in pieces]
     observed: dict[str, float] = {}
-    yield observed
-    found = adapter.pieces(model, optimizer)
-    problems: list[Problem] = []
-    for piece, old, gradient in zip(pieces, before, gradients, strict=True):
-        direction = _direction(piece, found.optimizer, old, gradient)
-        entry = plan.entries.get(piece.name)
-        if direction is None or entry is None:
-            continue
-        rate, slack = _rate(old, _sample(piece, piece.owner), direction)
-        if slack > rate_scale(entry.lr * factor):
-            continue  # rounding of the weights hides the update
-        observed[piece.name] = rate
-        wanted = entry.lr * factor
-        if abs(rate - wanted) > TOLERANCE * wanted + slack:
-            problems.append(("effect", f"{piece.name}: planned lr {wanted:.6g}, the step moved it at {rate:.6g}"))
-    agree(problems, plan.digest)
+    with _gradients(pieces, before.optimizer) as gradients:
+        yield observed
+    with together(plan.digest) as problems:
+        here = {p.name for p in before.pieces}
+        problems += [("not stepped", f"{n}: not stepped by the optimizer") for n in plan.entries if n not in here]
+        stepped = adapter.pieces(model, optimizer).optimizer
+        for piece, old in zip(pieces, weights, strict=True):
+            direction = _direction(piece, stepped, old, gradients.get(id(piece)))
+            entry = plan.entries.get(piece.name)
+            if direction is None or entry is None:
+                continue
+            wanted = entry.lr * factor
+            rate, slack = _rate(old, _sample(piece, piece.owner), direction)
+            if slack > rate_scale(wanted):
+                continue  # rounding of the weights hides the update
+            observed[piece.name] = rate
+            if abs(rate - wanted) > TOLERANCE * wanted + slack:
+                problems.append(("effect", f"{piece.name}: planned lr {wanted:.6g}, the step moved it at {rate:.6g}"))
+
+
+@contextmanager
+def _gradients(pieces: list[Piece], optimizer: Any) -> Iterator[dict[int, Tensor]]:
+    """{id of a piece: gradient samples}, taken as the inner optimizer starts: sharders hand them over only then."""
+    taken: dict[int, Tensor] = {}
+
+    def take(*_: Any) -> None:
+        taken.update({id(p): _sample(p, p.owner.grad).clone() for p in pieces if p.owner.grad is not None})
+
+    handle = optimizer.register_step_pre_hook(take) if isinstance(optimizer, torch.optim.Optimizer) else None
+    try:
+        yield taken
+    finally:
+        if handle is not None:
+            handle.remove()
 
 
 def rate_scale(lr: float) -> float:
@@ -80,14 +100,21 @@ def _sample(piece: Piece, tensor: Tensor) -> Tensor:
 def _direction(piece: Piece, optimizer: Any, old: Tensor, gradient: Tensor | None) -> Tensor | None:
     """What the step multiplied by lr, from the state it left: AdamW, Adam, SGD; None where that is unknown."""
     group: dict[str, Any] = piece.group
+    kinds = {c.__name__ for c in type(optimizer).__mro__}
     state = optimizer.state.get(piece.owner, {}) if optimizer is not None else {}
-    decay = float(group.get("weight_decay", 0.0))
-    if "exp_avg_sq" in state and "betas" in group:
+    if group.get("maximize"):
+        return None
+    if kinds & _ADAMS and "exp_avg_sq" in state:
         return _adam_direction(piece, optimizer, state, old)
+    return _sgd_direction(piece, state, old, gradient) if "SGD" in kinds else None
+
+
+def _sgd_direction(piece: Piece, state: dict[str, Any], old: Tensor, gradient: Tensor | None) -> Tensor | None:
+    group: dict[str, Any] = piece.group
     if state.get("momentum_buffer") is not None and not group.get("nesterov"):
         return _sample(piece, state["momentum_buffer"])
     if group.get("momentum") == 0 and gradient is not None:
-        return gradient + decay * old
+        return gradient + float(group.get("weight_decay", 0.0)) * old
     return None
 
 
@@ -96,7 +123,7 @@ def _adam_direction(piece: Piece, optimizer: Any, state: dict[str, Any], old: Te
     beta1, beta2 = group["betas"]
     step = float(state["step"])
     first = _sample(piece, state["exp_avg"]) / (1 - beta1**step)
-    second = _sample(piece, state["exp_avg_sq"]) / (1 - beta2**step)
+    second = _sample(piece, state.get("max_exp_avg_sq", state["exp_avg_sq"])) / (1 - beta2**step)
     direction: Tensor = first / (second.sqrt() + float(group["eps"]))
     decoupled = group.get("decoupled_weight_decay", getattr(optimizer, "adam_w_mode", True))
     return direction + float(group.get("weight_decay", 0.0)) * old if decoupled else direction

@@ -137,7 +137,7 @@ def check_optimizer(optimizer: Any, model: nn.Module | None = None) -> None:
     Raises:
         ConfigError: names the optimizer and the reason.
     """
-    name = type(optimizer).__name__
+    name = type(getattr(optimizer, "inner", None) or optimizer).__name__
     label = "unsharded" if model is None else detect(model).label
     if model is not None and label.startswith("zero"):
         label = f"zero {model.zero_optimization_stage()}"  # type: ignore[operator]

@@ -12,12 +12,13 @@ import torch.distributed as dist
 from torch import nn
 from torch.optim import Optimizer
 
+from dist_layerlr import checks
 from dist_layerlr.adapters import LiveParam, Pieces, StatePiece, base, detect
-from dist_layerlr.adapters.base import MakeOptimizer
-from dist_layerlr.agreement import SHOWN, Problem, agree, mismatch
+from dist_layerlr.agreement import SHOWN, Problem, mismatch, together
 from dist_layerlr.errors import PlanMismatch
 from dist_layerlr.guard import check_optimizer
 from dist_layerlr.plan import Plan, PlanEntry
+from dist_layerlr.segmented import MakeOptimizer, Segmented, Slice
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -45,25 +46,47 @@ class Proof:
         return asdict(self)
 
 
-def attach(plan: Plan, model: nn.Module, make: MakeOptimizer) -> Optimizer:
+def attach(plan: Plan, model: nn.Module, make: MakeOptimizer, *, emission: str = base.AUTO) -> Optimizer:
     """Build an optimizer that trains every parameter at the plan's rate, whatever shards the model.
 
     ``optimizer = attach(plan, model, lambda groups: torch.optim.AdamW(groups, weight_decay=0.01))``. Call it after FSDP
-    or DDP has wrapped the model, and before ``deepspeed.initialize``.
+    or DDP has wrapped the model, and before ``deepspeed.initialize``. Collective: call it on all ranks.
 
     Args:
         plan: made from the same model before it was wrapped.
         model: plain, DDP, FSDP1 (``use_orig_params`` True or False) or FSDP2.
         make: groups -> optimizer; each group has ``params``, absolute ``lr``, ``initial_lr``, ``name``, and
             ``weight_decay`` where the plan gives one.
+        emission: `groups` (ordinary parameter groups), `segmented` (one group outside, rates applied on slices; give it
+            when DeepSpeed follows, then call ``bind``), or `auto`: segmented where groups cannot work (flat FSDP1).
 
     Raises:
         PlanMismatch: the model's trainable parameters are not those of the plan, or it is a DeepSpeed engine already.
         ConfigError: an optimizer that cannot train these parameters at several rates (see ``check_optimizer``).
     """
-    optimizer = detect(model).attach(plan, model, make)
-    check_optimizer(optimizer, model)
+    checks.one_of(lambda: base.EMISSIONS)("emission", emission)
+    with together(plan.digest):
+        optimizer = detect(model).attach(plan, model, make, emission)
+        check_optimizer(optimizer, model)
     return optimizer
+
+
+def bind(plan: Plan, engine: nn.Module) -> None:
+    """Tell a segmented optimizer where DeepSpeed put its parameters. Call it after ``deepspeed.initialize``. Collective.
+
+    Raises:
+        PlanMismatch: on all ranks alike: the engine's optimizer is not segmented, or names differ from the plan's.
+    """
+    with together(plan.digest):
+        optimizer = detect(engine).pieces(engine, None).optimizer
+        if not isinstance(optimizer, Segmented):
+            raise PlanMismatch(
+                f"bind() needs a segmented optimizer, the engine has {type(optimizer).__name__}. "
+                "Build it with attach(plan, model, make, emission='segmented') before deepspeed.initialize."
+            )
+        optimizer.unbind()
+        found = detect(engine).pieces(engine, None)
+        optimizer.bind([Slice(name=p.name, owner=p.owner, offset=p.offset, numel=p.numel) for p in found.pieces])
 
 
 def read_back(model: nn.Module, optimizer: Any = None) -> dict[str, LiveParam]:
@@ -91,17 +114,14 @@ def verify(plan: Plan, model: nn.Module, optimizer: Any = None, *, factor: float
         PlanMismatch: on all ranks alike, naming the first ten parameters, the rank, the likely cause and its fix.
     """
     adapter = detect(model)
-    try:
+    with together(plan.digest) as problems:
         found = adapter.pieces(model, optimizer)
         live = base.read_back(found)
-        problems = _local_problems(plan, found, live, factor, _default_decay(model, optimizer))
-    except PlanMismatch as error:
-        live, problems = {}, [("internals", str(error))]
-    ranks = agree(problems, plan.digest)
+        problems += _local_problems(plan, found, live, factor, _default_decay(model, optimizer))
     _check_elements(plan, live)
     return Proof(
         sharder=adapter.label,
-        ranks=ranks,
+        ranks=base.world_size(),
         parameters=len(plan.entries),
         elements=sum(e.numel for e in plan.entries.values()),
         groups=len(plan.groups),

@@ -7,7 +7,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from dist_layerlr.adapters import Pieces, detect
-from dist_layerlr.agreement import Problem, agree
+from dist_layerlr.agreement import Problem, together
 from dist_layerlr.groups import write_group
 from dist_layerlr.plan import Plan
 
@@ -18,17 +18,17 @@ def reapply(plan: Plan, model: nn.Module, optimizer: Any = None, *, factor: floa
     Raises:
         PlanMismatch: on all ranks alike, when one group steps names with different planned rates.
     """
-    found = detect(model).pieces(model, optimizer)
     chosen: dict[int, tuple[Any, Any]] = {}
-    problems: list[Problem] = []
-    for piece in found.pieces:
-        entry = plan.entries.get(piece.name)
-        if entry is None:
-            continue
-        _, first = chosen.setdefault(id(piece.group), (piece.group, entry))
-        if (first.lr, first.weight_decay) != (entry.lr, entry.weight_decay):
-            problems.append(("layout", f"{piece.name} and {first.name} share a group but have different planned rates"))
-    agree(problems, plan.digest)
+    with together(plan.digest) as problems:
+        found = detect(model).pieces(model, optimizer)
+        for piece in found.pieces:
+            entry = plan.entries.get(piece.name)
+            if entry is None:
+                continue
+            _, first = chosen.setdefault(id(piece.group), (piece.group, entry))
+            if (first.lr, first.weight_decay) != (entry.lr, entry.weight_decay):
+                text = f"{piece.name} and {first.name} share a group but have different planned rates"
+                problems.append(("layout", text))
     _unshare_steps(found)
     for group, entry in chosen.values():
         write_group(group, entry.lr, entry.weight_decay, factor)
@@ -65,14 +65,18 @@ def check_manifest(saved: dict[str, Any], plan: Plan, model: nn.Module, optimize
     Raises:
         PlanMismatch: on all ranks alike, naming what moved.
     """
-    live = manifest(plan, model, optimizer)["groups"]
+    with together(plan.digest) as problems:
+        problems += _moved(saved["groups"], manifest(plan, model, optimizer)["groups"])
+
+
+def _moved(saved: list[list[Any]], live: list[list[Any]]) -> list[Problem]:
     problems: list[Problem] = []
-    if len(live) != len(saved["groups"]):
-        problems.append(("layout", f"the checkpoint has {len(saved['groups'])} groups, the live optimizer {len(live)}"))
-    for number, (before, now) in enumerate(zip(saved["groups"], live, strict=False)):
+    if len(live) != len(saved):
+        problems.append(("layout", f"the checkpoint has {len(saved)} groups, the live optimizer {len(live)}"))
+    for number, (before, now) in enumerate(zip(saved, live, strict=False)):
         for old, new in zip(before, now, strict=False):
             if list(old) != list(new):
                 problems.append(("layout", f"group {number}: the checkpoint has {old[0]} where {new[0]} is now"))
         if len(before) != len(now):
             problems.append(("layout", f"group {number}: {len(before)} parameters in the checkpoint, {len(now)} now"))
-    agree(problems, plan.digest)
+    return problems

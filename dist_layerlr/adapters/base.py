@@ -6,7 +6,7 @@ Rates, element counts, optimizer state and observed updates all follow from the 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 import torch
@@ -18,8 +18,10 @@ from dist_layerlr.errors import PlanMismatch
 from dist_layerlr.groups import ParamGroup
 from dist_layerlr.model import live_parameters
 from dist_layerlr.plan import Plan
+from dist_layerlr.segmented import MakeOptimizer, Segmented, Slice, local
 
-MakeOptimizer = Callable[[list[ParamGroup]], Optimizer]
+GROUPS, SEGMENTED, AUTO = "groups", "segmented", "auto"
+EMISSIONS = (AUTO, GROUPS, SEGMENTED)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -90,13 +92,40 @@ class Adapter(Protocol):
         """Whether this sharder wraps the model."""
         ...
 
-    def attach(self, plan: Plan, model: nn.Module, make: MakeOptimizer) -> Optimizer:
-        """Build the plan's groups on live tensors and the optimizer on the groups."""
+    def attach(self, plan: Plan, model: nn.Module, make: MakeOptimizer, emission: str) -> Optimizer:
+        """Build the optimizer on live tensors, as ordinary groups or in segments."""
         ...
 
     def pieces(self, model: nn.Module, optimizer: Any) -> Pieces:
         """List what this rank's optimizer steps."""
         ...
+
+
+def resolve(found: Pieces) -> Pieces:
+    """Look inside a segmented optimizer: its inner groups hold the rates, and only bound slices are stepped."""
+    optimizer = found.optimizer
+    if not isinstance(optimizer, Segmented) or optimizer.inner is None:
+        return found
+    groups = optimizer.groups_by_name()
+    pieces = [
+        replace(p, group=groups[p.name])
+        for p in found.pieces
+        if p.name in groups and (optimizer.steps(p.name, p.owner, p.offset, p.numel) or not p.numel)
+    ]
+    return replace(found, pieces=pieces)
+
+
+def segment_whole(plan: Plan, model: nn.Module, make: MakeOptimizer) -> Segmented:
+    """A segmented optimizer on parameters that are stepped whole, or as whole local shards."""
+    live = {name: p for name, p in live_parameters(model).items() if p.requires_grad}
+    return segment(plan, [Slice(name=n, owner=p, offset=0, numel=local(p).numel()) for n, p in live.items()], make)
+
+
+def segment(plan: Plan, slices: Iterable[Slice], make: MakeOptimizer) -> Segmented:
+    """A segmented optimizer on the owners of ``slices``."""
+    slices = list(slices)
+    owners = {id(s.owner): s.owner for s in slices}
+    return Segmented(plan, owners.values(), make, slices)
 
 
 def read_back(found: Pieces) -> dict[str, LiveParam]:

@@ -1,7 +1,7 @@
 """FSDP1 (``FullyShardedDataParallel``): one flat parameter per wrapped unit.
 
 With ``use_orig_params=True`` the original parameters stay, as 1-D views of this rank's shard, or empty. With False only
-flat parameters are visible, with one learning rate each; here per-name views of the flat shard are stepped instead.
+flat parameters are visible, with one learning rate each; there the rates are applied in segments.
 
 Private, read in torch 2.13: ``module._handle.flat_param`` and its ``_fqns``, ``_shard_param_infos``, ``_params``,
 ``_numels``, ``_shared_param_infos``.
@@ -13,18 +13,24 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from dist_layerlr.adapters.base import MakeOptimizer, Piece, Pieces, innermost, internals_moved, world_size
-from dist_layerlr.errors import PlanMismatch
+from dist_layerlr.adapters.base import (
+    SEGMENTED,
+    Piece,
+    Pieces,
+    innermost,
+    internals_moved,
+    resolve,
+    segment,
+    world_size,
+)
 from dist_layerlr.groups import build_groups
 from dist_layerlr.names import canonical_name
 from dist_layerlr.plan import Plan
+from dist_layerlr.segmented import MakeOptimizer, Slice
 from dist_layerlr.segments import flat_ranges
-
-VIEWS = "_dist_layerlr_views"  # attribute of an optimizer that steps views; never checkpointed
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -42,6 +48,16 @@ class Shard:
     """First element in the flattened original parameter."""
     replicas: int
 
+    @property
+    def owner(self) -> Any:
+        """What an optimizer holds: the original parameter, or the flat one."""
+        return self.flat if self.param is None else self.param
+
+    @property
+    def trainable(self) -> bool:
+        """Whether it requires a gradient."""
+        return bool(self.owner.requires_grad)
+
 
 class Fsdp1Adapter:
     """Flat parameters, by the handle's own map of original names."""
@@ -56,25 +72,20 @@ class Fsdp1Adapter:
             self.label = "fsdp1 flat"
         return found
 
-    def attach(self, plan: Plan, model: nn.Module, make: MakeOptimizer) -> Optimizer:
-        """Groups on the original parameters, or on views of the flat shards."""
-        shards = [s for s in iterate_shards(model) if s.flat.requires_grad or s.param is not None]
-        if all(s.param is not None for s in shards):
-            live = {s.name: s.param for s in shards if s.param is not None and s.param.requires_grad}
-            return make(build_groups(plan, live))
-        views = FlatViews(shards)
-        return views.drive(make(build_groups(plan, views.by_name())))
+    def attach(self, plan: Plan, model: nn.Module, make: MakeOptimizer, emission: str) -> Optimizer:
+        """Groups on the original parameters; flat parameters are always stepped in segments."""
+        shards = [s for s in iterate_shards(model) if s.trainable]
+        if emission == SEGMENTED or any(s.param is None for s in shards):
+            return segment(plan, [_slice(s) for s in shards], make)
+        return make(build_groups(plan, {s.name: s.param for s in shards if s.param is not None}))
 
     def pieces(self, model: nn.Module, optimizer: Any) -> Pieces:
-        """Views, original parameters, or whole flat parameters that somebody else put into an optimizer."""
+        """Original parameters, or runs of flat parameters that a segmented or a naive optimizer holds."""
         inner = innermost(optimizer)
-        views: FlatViews | None = getattr(inner, VIEWS, None)
-        by_owner: dict[int, list[tuple[Shard, int]]] = {}
-        for shard in iterate_shards(model):
-            view = views.view_of(shard) if views is not None else None
-            owner = view if view is not None else shard.param if shard.param is not None else shard.flat
-            offset = shard.offset if owner is shard.flat else 0
-            by_owner.setdefault(id(owner), []).append((shard, offset))
+        by_owner: dict[int, list[Slice]] = {}
+        shards = {s.name: s for s in iterate_shards(model)}
+        for shard in shards.values():
+            by_owner.setdefault(id(shard.owner), []).append(_slice(shard))
         pieces: list[Piece] = []
         strangers = 0
         for group in inner.param_groups:
@@ -83,12 +94,17 @@ class Fsdp1Adapter:
                 strangers += not found
                 pieces += [
                     Piece(
-                        name=s.name, group=group, owner=param, offset=offset, numel=s.numel, start=s.start,
-                        replicas=s.replicas,
+                        name=s.name, group=group, owner=param, offset=s.offset, numel=s.numel,
+                        start=shards[s.name].start, replicas=shards[s.name].replicas,
                     )
-                    for s, offset in found
+                    for s in found
                 ]  # fmt: skip
-        return Pieces(pieces=pieces, strangers=strangers, optimizer=inner)
+        return resolve(Pieces(pieces=pieces, strangers=strangers, optimizer=inner))
+
+
+def _slice(shard: Shard) -> Slice:
+    offset = 0 if shard.param is not None else shard.offset
+    return Slice(name=shard.name, owner=shard.owner, offset=offset, numel=shard.numel)
 
 
 def iterate_shards(model: nn.Module) -> Iterator[Shard]:
@@ -137,55 +153,3 @@ def _check_ranges(flat: Any, infos: Any, handle: Any) -> None:
         live = (info.intra_param_start_idx, info.numel_in_shard) if info.in_shard else (0, 0)
         if live != (start, numel):
             raise internals_moved("FSDP1", "torch 2.13", f"the shard of {fqn} ({live}, computed {(start, numel)})")
-
-
-class FlatViews:
-    """Per-name Parameters that share storage with the flat shards, and the hooks that keep them fresh."""
-
-    def __init__(self, shards: list[Shard]):
-        self._shards = [s for s in shards if s.flat.requires_grad]
-        self._views = [nn.Parameter(s.flat.data[s.offset : s.offset + s.numel]) for s in self._shards]
-        self._index = {(s.name): i for i, s in enumerate(self._shards)}
-
-    def by_name(self) -> dict[str, Tensor]:
-        """{canonical name: view}; empty views where this rank holds nothing, so that groups agree on all ranks."""
-        return {s.name: v for s, v in zip(self._shards, self._views, strict=True)}
-
-    def view_of(self, shard: Shard) -> Tensor | None:
-        """The view that is stepped for a shard."""
-        index = self._index.get(shard.name)
-        return None if index is None else self._views[index]
-
-    def drive(self, optimizer: Optimizer) -> Optimizer:
-        """Bind gradients before each step; clear the flat gradients after it and in ``zero_grad``."""
-        optimizer.register_step_pre_hook(lambda *_: self._bind())
-        optimizer.register_step_post_hook(lambda *_: self._clear())
-        original = optimizer.zero_grad
-
-        def zero_grad(set_to_none: bool = True) -> None:
-            self._clear()
-            original(set_to_none)
-
-        optimizer.zero_grad = zero_grad  # type: ignore[method-assign]
-        setattr(optimizer, VIEWS, self)
-        return optimizer
-
-    @torch.no_grad()
-    def _bind(self) -> None:
-        for shard, view in zip(self._shards, self._views, strict=True):
-            flat = shard.flat
-            # FSDP may have reallocated the shard (lazy init, offload).
-            live = flat.data[shard.offset : shard.offset + shard.numel]
-            if live.numel() != shard.numel:
-                raise PlanMismatch(
-                    f"The flat shard of {shard.name} has {flat.numel()} elements inside optimizer.step(). "
-                    "Step outside summon_full_params and after backward has finished."
-                )
-            if view.data_ptr() != live.data_ptr():
-                view.data = live
-            gradient = flat.grad
-            view.grad = None if gradient is None else gradient[shard.offset : shard.offset + shard.numel]
-
-    def _clear(self) -> None:
-        for shard in self._shards:
-            shard.flat.grad = None

@@ -12,16 +12,19 @@ from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from dist_layerlr.adapters.base import (
-    MakeOptimizer,
+    SEGMENTED,
     Pieces,
     innermost,
     internals_moved,
     names_by_id,
     pieces_by_identity,
+    resolve,
+    segment_whole,
     world_size,
 )
 from dist_layerlr.groups import ParamGroup, param_groups
 from dist_layerlr.plan import Plan
+from dist_layerlr.segmented import MakeOptimizer
 from dist_layerlr.segments import dim0_range
 
 
@@ -37,15 +40,17 @@ class Fsdp2Adapter:
 
         return any(isinstance(module, FSDPModule) for module in model.modules())
 
-    def attach(self, plan: Plan, model: nn.Module, make: MakeOptimizer) -> Optimizer:
-        """Ordinary groups, split where a foreach call could not take the tensors together."""
+    def attach(self, plan: Plan, model: nn.Module, make: MakeOptimizer, emission: str) -> Optimizer:
+        """Ordinary groups, split where a foreach call could not take the tensors together, or segments."""
+        if emission == SEGMENTED:
+            return segment_whole(plan, model, make)
         return make([part for group in param_groups(plan, model) for part in _split_by_mesh(group)])
 
     def pieces(self, model: nn.Module, optimizer: Any) -> Pieces:
         """Local shards, by identity."""
         inner = innermost(optimizer)
         found, strangers = pieces_by_identity(inner.param_groups, names_by_id(model), _place)
-        return Pieces(pieces=found, strangers=strangers, optimizer=inner)
+        return resolve(Pieces(pieces=found, strangers=strangers, optimizer=inner))
 
 
 def _split_by_mesh(group: ParamGroup) -> list[ParamGroup]:

@@ -7,9 +7,19 @@ from typing import Any
 from torch import nn
 from torch.optim import Optimizer
 
-from dist_layerlr.adapters.base import MakeOptimizer, Pieces, innermost, names_by_id, pieces_by_identity, world_size
+from dist_layerlr.adapters.base import (
+    SEGMENTED,
+    Pieces,
+    innermost,
+    names_by_id,
+    pieces_by_identity,
+    resolve,
+    segment_whole,
+    world_size,
+)
 from dist_layerlr.groups import param_groups
 from dist_layerlr.plan import Plan
+from dist_layerlr.segmented import MakeOptimizer
 
 
 class PlainAdapter:
@@ -24,13 +34,13 @@ class PlainAdapter:
             self.label = "ddp"
         return True
 
-    def attach(self, plan: Plan, model: nn.Module, make: MakeOptimizer) -> Optimizer:
-        """Ordinary groups."""
-        return make(param_groups(plan, model))
+    def attach(self, plan: Plan, model: nn.Module, make: MakeOptimizer, emission: str) -> Optimizer:
+        """Ordinary groups, unless segments are asked for."""
+        return segment_whole(plan, model, make) if emission == SEGMENTED else make(param_groups(plan, model))
 
     def pieces(self, model: nn.Module, optimizer: Any) -> Pieces:
         """Whole parameters, by identity. Ranks hold copies."""
         inner = innermost(optimizer)
         ranks = world_size()
         found, strangers = pieces_by_identity(inner.param_groups, names_by_id(model), lambda p: (0, p.numel(), ranks))
-        return Pieces(pieces=found, strangers=strangers, optimizer=inner)
+        return resolve(Pieces(pieces=found, strangers=strangers, optimizer=inner))

@@ -13,10 +13,11 @@ from typing import Any
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from dist_layerlr.adapters.base import MakeOptimizer, Piece, Pieces, internals_moved, world_size
+from dist_layerlr.adapters.base import Piece, Pieces, internals_moved, resolve, world_size
 from dist_layerlr.errors import PlanMismatch
 from dist_layerlr.names import canonical_name
 from dist_layerlr.plan import Plan
+from dist_layerlr.segmented import MakeOptimizer
 from dist_layerlr.segments import zero3_partition, zero3_range
 
 
@@ -30,7 +31,7 @@ class ZeroAdapter:
         """Whether the model is a DeepSpeed engine."""
         return any(c.__name__ == "DeepSpeedEngine" for c in type(model).__mro__)
 
-    def attach(self, plan: Plan, model: nn.Module, make: MakeOptimizer) -> Optimizer:
+    def attach(self, plan: Plan, model: nn.Module, make: MakeOptimizer, emission: str) -> Optimizer:
         """Refuse: the engine has already partitioned its optimizer.
 
         Raises:
@@ -64,7 +65,12 @@ class ZeroAdapter:
                         replicas=world_size() if stage == 0 and piece[5] else 1,
                     )
                 )  # fmt: skip
-        return Pieces(pieces=pieces, strangers=strangers, optimizer=getattr(engine.optimizer, "optimizer", None))
+        inner = (
+            engine.optimizer
+            if isinstance(engine.optimizer, Optimizer)
+            else getattr(engine.optimizer, "optimizer", None)
+        )
+        return resolve(Pieces(pieces=pieces, strangers=strangers, optimizer=inner))
 
 
 Found = tuple[nn.Parameter, tuple[Any, Tensor, int, int, int, bool]]
@@ -79,7 +85,7 @@ def _walk(optimizer: Any, stage: int) -> list[Found]:
     if hasattr(optimizer, "bf16_groups"):
         return _fragments(optimizer, optimizer.bf16_groups, optimizer.fp32_groups_flat_partition)
     if hasattr(optimizer, "fp16_groups"):
-        return _flat_copies(optimizer)
+        return _copies(optimizer) if hasattr(optimizer, "fp32_groups") else _flat_copies(optimizer)
     return [(p, (group, p, 0, p.numel(), 0, True)) for group in optimizer.param_groups for p in group["params"]]
 
 
@@ -95,6 +101,17 @@ def _fragments(optimizer: Any, originals: Any, owners: Any) -> list[Found]:
                 here, there = mapping.hp_fragment_address, mapping.lp_fragment_address
                 found.append((param, (group, owner, here.start, here.numel, there.start, False)))
     return found
+
+
+def _copies(optimizer: Any) -> list[Found]:
+    """FP16_UnfusedOptimizer, stage 0 with bf16 or fp16: an fp32 copy of each parameter on every rank."""
+    return [
+        (param, (group, copy, 0, param.numel(), 0, True))
+        for group, params, copies in zip(
+            optimizer.param_groups, optimizer.fp16_groups, optimizer.fp32_groups, strict=True
+        )
+        for param, copy in zip(params, copies, strict=True)
+    ]
 
 
 def _flat_copies(optimizer: Any) -> list[Found]:

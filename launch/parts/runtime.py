@@ -90,6 +90,48 @@ def check_launch(sharding: str, global_batch: int) -> None:
         )
 
 
+_FSDP1, _FSDP2 = ("fsdp1", "fsdp1_flat"), ("fsdp2", "hsdp")
+
+
+def check_accelerate_env(sharding: str) -> None:
+    """Refuse an ``accelerate launch`` whose own sharding options contradict ``--sharding``.
+
+    Accelerate only passes them on, as environment variables; train.py shards by ``--sharding`` alone.
+
+    Args:
+        sharding: what train.py will do; `zero` for ``--deepspeed_config``.
+
+    Raises:
+        ConfigError: names what Accelerate was told, and both ways out.
+    """
+    told, fits = _accelerate_wants()
+    if told is None or sharding in fits:
+        return
+    asked = "--deepspeed_config" if sharding == "zero" else f"--sharding {sharding}"
+    instead = {"zero": "--deepspeed_config FILE"}.get(fits[0], f"--sharding {fits[0]}") if fits else ""
+    choice = f"Pass {instead} to train.py, or launch" if fits else "Launch"
+    raise ConfigError(
+        f"Invalid {asked}: accelerate launch was told {told}, which train.py would ignore. "
+        f"{choice} with `accelerate launch --multi_gpu` and no sharding of its own (check its config file)."
+    )
+
+
+def _accelerate_wants() -> tuple[str | None, tuple[str, ...]]:
+    """What Accelerate's launcher was told, and the shardings that mean the same. Names as of accelerate 1.15."""
+    if _flag("ACCELERATE_USE_DEEPSPEED"):
+        return "--use_deepspeed", ("zero",)
+    if _flag("ACCELERATE_USE_MEGATRON_LM"):
+        return "--use_megatron_lm", ()
+    if _flag("ACCELERATE_USE_FSDP"):
+        version = os.environ.get("FSDP_VERSION", "1")
+        return f"--use_fsdp --fsdp_version {version}", _FSDP2 if version == "2" else _FSDP1
+    return None, ()
+
+
+def _flag(name: str) -> bool:
+    return os.environ.get(name, "").lower() in ("1", "true", "t", "yes", "y", "on")
+
+
 def start(sharding: str) -> Runtime:
     """Join the process group (gloo on CPU, NCCL on CUDA) and choose the device."""
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))

@@ -80,4 +80,6 @@ def make_optimizer(groups: list[dict[str, Any]], options: OptimizerOptions) -> t
     """Build the optimizer that the config names on the plan's groups."""
     if options.kind == "sgd":
         return torch.optim.SGD(groups, lr=0.0, momentum=options.momentum, weight_decay=options.weight_decay)
-    return torch.optim.AdamW(groups, lr=0.0, betas=options.betas, eps=options.eps, weight_decay=options.weight_decay)
+    settings = {"betas": options.betas, "eps": options.eps, "weight_decay": options.weight_decay}
+    # One pass over memory on CPU and CUDA alike: see benchmarks/step_cost.py.
+    return torch.optim.AdamW(groups, lr=0.0, fused=True, **settings)

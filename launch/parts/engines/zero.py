@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dist_layerlr import attach, check_ds_config, checks, scale_lrs, verify
+from dist_layerlr import attach, bind, check_ds_config, checks, scale_lrs, verify
 from dist_layerlr.config import read_json
 from dist_layerlr.errors import ConfigError
 from dist_layerlr.plan import Plan
@@ -41,9 +41,10 @@ class ZeroEngine:
         config = read_zero_config(config_file, options, runtime.world_size)
         load_weights(model, files, seed=options.train.seed, device=runtime.device)
         model.train()
-        optimizer = attach(plan, model, lambda groups: make_optimizer(groups, options.optimizer))
+        optimizer = attach(plan, model, lambda groups: make_optimizer(groups, options.optimizer), emission="segmented")
         self._plan = plan
         self.model = _initialize(model, optimizer, config)
+        bind(plan, self.model)
 
     def micro_step(self, *, last: bool) -> AbstractContextManager[None]:
         """Tell the engine where a step ends, so that it steps when told and not by its own count."""

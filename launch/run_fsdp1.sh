@@ -1,0 +1,16 @@
+#!/usr/bin/env bash
+# FSDP1, original parameters kept. --sharding fsdp1_flat trains flat parameters only, as Accelerate's default.
+#
+#   bash launch/run_fsdp1.sh --config launch/configs/quickstart.json   # after launch/quickstart.sh made its model
+#   NGPU=8 bash launch/run_fsdp1.sh --config FILE --sharding fsdp1_flat --max-steps 100     # the last one counts
+#   DRY_RUN=1 bash launch/run_fsdp1.sh --config FILE      # prints every learning rate; needs no GPU
+set -euo pipefail
+
+NGPU=${NGPU:-2}                                  # ranks on this machine, one per GPU
+TRAIN=$(cd "$(dirname "$0")" && pwd)/train.py
+export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}     # CPU threads per rank
+
+if [ "${DRY_RUN:-0}" = 1 ]; then
+  exec "${PYTHON:-python3}" "$TRAIN" --plan-only --sharding fsdp1 "$@"
+fi
+exec torchrun --standalone --nproc_per_node "$NGPU" "$TRAIN" --sharding fsdp1 "$@"
