@@ -100,7 +100,8 @@ def _sample(piece: Piece, tensor: Tensor) -> Tensor:
 def _direction(piece: Piece, optimizer: Any, old: Tensor, gradient: Tensor | None) -> Tensor | None:
     """What the step multiplied by lr, from the state it left: AdamW, Adam, SGD; None where that is unknown."""
     group: dict[str, Any] = piece.group
-    kinds = {c.__name__ for c in type(optimizer).__mro__}
+    # A segmented optimizer holds the state, the one inside it the formula.
+    kinds = {c.__name__ for c in type(getattr(optimizer, "inner", optimizer)).__mro__}
     state = optimizer.state.get(piece.owner, {}) if optimizer is not None else {}
     if group.get("maximize"):
         return None

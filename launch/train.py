@@ -24,7 +24,7 @@ from dist_layerlr.errors import LayerLRError
 from dist_layerlr.report import grid
 from parts.engines import SHARDINGS, ZERO, build_engine
 from parts.options import RunOptions, load_options
-from parts.runtime import Runtime, check_launch, launched_rank, start, stop
+from parts.runtime import Runtime, check_accelerate_env, check_launch, launched_rank, start, stop
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -34,6 +34,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         options = load_options(args.config, args.set, args.max_steps)
         sharding = _sharding(args)
         if not args.plan_only:
+            check_accelerate_env(sharding)
             check_launch(sharding, options.train.global_batch)
         runtime = start("none" if args.plan_only else sharding)
         status = _run(args, options, sharding, runtime)

@@ -168,7 +168,11 @@ def _gathered(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
     if units:
         return
     for name, param in model.named_parameters():
-        if hasattr(param, "ds_id"):
+        if param.requires_grad and (hasattr(param, "ds_id") or hasattr(param, "_hp_mapping")):
+            from deepspeed.utils import safe_get_full_fp32_param
+
+            yield name, safe_get_full_fp32_param(param)  # the fp32 master, also where the model is bf16
+        elif hasattr(param, "ds_id"):
             import deepspeed
 
             with deepspeed.zero.GatheredParameters([param]):

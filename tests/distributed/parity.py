@@ -7,8 +7,6 @@ from __future__ import annotations
 
 import functools
 import gc
-import logging
-import os
 import re
 import traceback
 from collections.abc import Callable, Iterator
@@ -103,6 +101,7 @@ class Recipe:
     schedule: str = "cosine"
     """`linear`, `cosine`: PlanSchedule. `lambda`: torch's LambdaLR."""
     lora: bool = False
+    emission: str = "auto"
     layered: bool = True
     """False: one rate for everything, the largest of the plan."""
 
@@ -274,17 +273,6 @@ def compare(full: Weights, recipe: Recipe) -> Measured:
     off = {n: float((full[n].float() - wanted[n]).abs().max()) for n in wanted}
     worst = max(off, key=lambda n: off[n])
     return Measured(off[worst], worst, max(float((wanted[n] - start[n]).abs().max()) for n in wanted), recipe.bar)
-
-
-def start_deepspeed() -> None:
-    """DeepSpeed on the ranks' process group, without compiling its shared memory op."""
-    import deepspeed
-
-    size = os.environ["WORLD_SIZE"]
-    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT="29500", LOCAL_WORLD_SIZE=size)
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
-    deepspeed.init_distributed("gloo", verbose=False)
 
 
 class Case(NamedTuple):

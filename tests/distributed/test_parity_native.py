@@ -4,50 +4,20 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
 from torch import nn
 from torch._dynamo import OptimizedModule  # before the fork: the import takes longer than all cases that need it
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecision, MixedPrecisionPolicy, ShardingStrategy, fully_shard
+from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecision, MixedPrecisionPolicy
 from torch.distributed.fsdp import FullyShardedDataParallel as FSDP
 from torch.distributed.fsdp.wrap import CustomPolicy, ModuleWrapPolicy
-from torch.nn.parallel import DistributedDataParallel as DDP
-from torch.optim.lr_scheduler import LambdaLR
 
-from dist_layerlr import attach, canonical_name, clip_grad_norm, plan_model
-from dist_layerlr.model import unwrap
-from parity import (
-    Block,
-    Case,
-    Frozen,
-    Measured,
-    Outcome,
-    Recipe,
-    Weights,
-    check,
-    measure,
-    no_worse_than_flat,
-    run_cases,
-)
-
-Wrap = Callable[[Any], Any]
-
-
-def fsdp1(model: nn.Module, *, flat: bool = False, strategy: str = "FULL_SHARD", **more: Any) -> FSDP:
-    return FSDP(
-        model,
-        use_orig_params=not flat,
-        sharding_strategy=ShardingStrategy[strategy],
-        auto_wrap_policy=more.pop("policy", ModuleWrapPolicy({Block, Frozen})),
-        device_id=torch.device("cpu"),
-        **more,
-    )
+from drivers import SHARDERS, Native, Wrap, fsdp1, fsdp1_flat, fsdp2
+from parity import Case, Frozen, Measured, Outcome, Recipe, check, measure, no_worse_than_flat, run_cases
 
 
 def fsdp1_hybrid(model: nn.Module, *, flat: bool) -> FSDP:
@@ -58,14 +28,6 @@ def fsdp1_flat_lora(model: nn.Module) -> FSDP:
     """A flat parameter cannot mix trained and frozen, so every trained leaf is a unit."""
     trained = CustomPolicy(lambda m: bool(p := list(m.parameters(recurse=False))) and p[0].requires_grad)
     return fsdp1(model, flat=True, policy=trained)
-
-
-def fsdp2(model: Any, mesh: tuple[int, ...] | None = None, **more: Any) -> Any:
-    shape = mesh or (dist.get_world_size(),)
-    device_mesh = init_device_mesh("cpu", shape, mesh_dim_names=("replicate", "shard")[-len(shape) :])
-    for block in next(m for n, m in model.named_modules() if n.rpartition(".")[2] == "blocks"):
-        fully_shard(block, mesh=device_mesh, **more)
-    return fully_shard(model, mesh=device_mesh, **more)
 
 
 def in_blocks(change: Callable[[nn.Module], Any], wrap: Wrap) -> Wrap:
@@ -82,57 +44,16 @@ def in_blocks(change: Callable[[nn.Module], Any], wrap: Wrap) -> Wrap:
 compiled = functools.partial(torch.compile, backend="eager")
 
 
-class Native:
-    """A model under torch's own sharders."""
-
-    def __init__(self, wrap: Wrap, recipe: Recipe):
-        model = recipe.model()
-        self.plan = plan_model(model, recipe.config)
-        self.model = wrap(model)
-        self.optimizer = attach(self.plan, self.model, recipe.make)
-        self.scheduler = LambdaLR(self.optimizer, recipe.factor) if recipe.schedule == "lambda" else None
-        self._recipe = recipe
-
-    def micro_step(self, *, last: bool) -> AbstractContextManager[Any]:
-        if hasattr(self.model, "no_sync"):
-            return nullcontext() if last else self.model.no_sync()
-        if hasattr(self.model, "set_requires_gradient_sync"):
-            self.model.set_requires_gradient_sync(last)
-        return nullcontext()
-
-    def backward(self, loss: torch.Tensor) -> None:
-        (loss / self._recipe.accumulate).backward()
-
-    def step(self) -> None:
-        if self._recipe.clip is not None:
-            assert clip_grad_norm(self.model, self._recipe.clip) > self._recipe.clip
-        self.optimizer.step()
-        self.optimizer.zero_grad()
-        if self.scheduler is not None:
-            self.scheduler.step()
-
-    def full(self) -> Weights:
-        inner = unwrap(self.model)
-        whole = FSDP.summon_full_params(inner, writeback=False) if isinstance(inner, FSDP) else nullcontext()
-        with whole:
-            return {
-                canonical_name(n): (p.full_tensor() if hasattr(p, "full_tensor") else p).detach().clone()
-                for n, p in inner.named_parameters()
-            }
-
-
 def train(wrap: Wrap, recipe: Recipe) -> Measured:
     driver = Native(wrap, recipe)
     return measure(driver, recipe, driver.scheduler)
 
 
-FLAT = functools.partial(fsdp1, flat=True)
 BF16 = {
     "fsdp1": functools.partial(fsdp1, mixed_precision=MixedPrecision(torch.bfloat16, torch.float32)),
-    "fsdp1 flat": functools.partial(FLAT, mixed_precision=MixedPrecision(torch.bfloat16, torch.float32)),
+    "fsdp1 flat": functools.partial(fsdp1_flat, mixed_precision=MixedPrecision(torch.bfloat16, torch.float32)),
     "fsdp2": functools.partial(fsdp2, mp_policy=MixedPrecisionPolicy(torch.bfloat16, torch.float32)),
 }
-SHARDERS: dict[str, Wrap] = {"ddp": DDP, "fsdp1": fsdp1, "fsdp1 flat": FLAT, "fsdp2": fsdp2}
 LORA_SHARDERS: dict[str, Wrap] = {**SHARDERS, "fsdp1 flat": fsdp1_flat_lora}
 COMPILED_UNITS = ModuleWrapPolicy({OptimizedModule, Frozen})
 COMPILED_SHARDERS: dict[str, Wrap] = {
@@ -143,8 +64,8 @@ COMPILED_SHARDERS: dict[str, Wrap] = {
 VARIANTS: dict[str, Wrap] = {
     "fsdp1 SHARD_GRAD_OP": functools.partial(fsdp1, strategy="SHARD_GRAD_OP"),
     "fsdp1 NO_SHARD": functools.partial(fsdp1, strategy="NO_SHARD"),
-    "fsdp1 flat SHARD_GRAD_OP": functools.partial(FLAT, strategy="SHARD_GRAD_OP"),
-    "fsdp1 flat NO_SHARD": functools.partial(FLAT, strategy="NO_SHARD"),
+    "fsdp1 flat SHARD_GRAD_OP": functools.partial(fsdp1_flat, strategy="SHARD_GRAD_OP"),
+    "fsdp1 flat NO_SHARD": functools.partial(fsdp1_flat, strategy="NO_SHARD"),
     "fsdp2 with CPU offload": functools.partial(fsdp2, offload_policy=CPUOffloadPolicy(pin_memory=False)),
     "fsdp2 kept gathered after forward": functools.partial(fsdp2, reshard_after_forward=False),
     "fsdp2 as HSDP 2x1": functools.partial(fsdp2, mesh=(2, 1)),
@@ -171,6 +92,7 @@ def bf16_case(name: str, wrap: Wrap) -> Case:
 CASES = [
     *(case(f"{n}, {o}", w, optimizer=o) for n, w in SHARDERS.items() for o in ("adamw", "foreach", "fused", "sgd")),
     *(case(n, w, schedule="linear") for n, w in VARIANTS.items()),
+    *(case(f"{n}, segmented", w, emission="segmented") for n, w in SHARDERS.items()),
     *(case(f"{n}, 2 micro steps", w, accumulate=2) for n, w in SHARDERS.items()),
     *(case(f"{n}, clipped", w, clip=0.1) for n, w in SHARDERS.items()),
     *(case(f"{n}, LambdaLR", w, schedule="lambda") for n, w in SHARDERS.items()),

@@ -3,99 +3,17 @@
 from __future__ import annotations
 
 import functools
-from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
-import deepspeed
 import pytest
-import torch
-import torch._dynamo  # noqa: F401  before the fork, as DeepSpeed's parts: imports take longer than most cases
-from deepspeed.runtime import bf16_optimizer
-from deepspeed.runtime.fp16 import unfused_optimizer  # noqa: F401
-from deepspeed.runtime.zero import stage3, stage_1_and_2  # noqa: F401
-from deepspeed.utils import safe_get_full_fp32_param
-from torch.optim.lr_scheduler import LambdaLR
 
-from dist_layerlr import attach, canonical_name, check_ds_config, plan_model
-from parity import (
-    GLOBAL_BATCH,
-    Case,
-    Measured,
-    Outcome,
-    Recipe,
-    Weights,
-    check,
-    measure,
-    no_worse_than_flat,
-    run_cases,
-    start_deepspeed,
-)
+from drivers import Zero, start_deepspeed
+from parity import Case, Measured, Outcome, Recipe, check, measure, no_worse_than_flat, run_cases
 
-bf16_optimizer.see_memory_usage = lambda *_, **__: None  # collects garbage for every group
 STAGES = (0, 1, 2, 3)
 CPU = {"device": "cpu"}
 BF16 = {"bf16": {"enabled": True}}
 UNFORCED = {"zero_force_ds_cpu_optimizer": False}  # else DeepSpeed compiles its CPUAdam, for minutes
-
-
-def ds_config(stage: int, recipe: Recipe, **fields: Any) -> dict[str, Any]:
-    """A config that changes no arithmetic; ``zero`` holds more of its zero_optimization block."""
-    ranks = torch.distributed.get_world_size()
-    config = {
-        "train_micro_batch_size_per_gpu": GLOBAL_BATCH // ranks // recipe.accumulate,
-        "gradient_accumulation_steps": recipe.accumulate,
-        "zero_optimization": {"stage": stage, **fields.pop("zero", {})},
-        "gradient_clipping": recipe.clip or 0.0,
-        "zero_allow_untested_optimizer": True,
-        "steps_per_print": 10**9,
-        **fields,
-    }
-    check_ds_config(config)
-    return config
-
-
-class Zero:
-    """A model in a DeepSpeed engine."""
-
-    optimizer = None
-
-    def __init__(self, recipe: Recipe, stage: int, *, zero_init: bool = False, compiled: bool = False, **fields: Any):
-        config = ds_config(stage, recipe, **fields)
-        with deepspeed.zero.Init(config_dict_or_path=config) if zero_init else nullcontext():
-            model: Any = recipe.model()
-        for block in model.blocks if compiled else ():
-            block.compile(backend="eager")
-        self.plan = plan_model(model, recipe.config)
-        optimizer = attach(self.plan, model, recipe.make)
-        self.scheduler = LambdaLR(optimizer, recipe.factor) if recipe.schedule == "lambda" else None
-        self.model, *_ = deepspeed.initialize(
-            model=model, optimizer=optimizer, lr_scheduler=self.scheduler, config=config
-        )
-        if "bf16" in fields:
-            self.model.module.register_forward_pre_hook(lambda _, inputs: tuple(x.bfloat16() for x in inputs))
-
-    def micro_step(self, *, last: bool) -> AbstractContextManager[Any]:
-        return nullcontext()
-
-    def backward(self, loss: torch.Tensor) -> None:
-        """And step: the engine counts micro steps, and steps at the last one."""
-        self.model.backward(loss)
-        self.model.step()
-
-    def step(self) -> None:
-        pass
-
-    def full(self) -> Weights:
-        return {canonical_name(n): whole(p) for n, p in self.model.module.named_parameters()}
-
-
-def whole(param: Any) -> torch.Tensor:
-    """The fp32 master weight, or the weight where there is none."""
-    master = safe_get_full_fp32_param(param) if param.requires_grad else None
-    if master is not None:
-        return master.detach().clone().float()
-    with deepspeed.zero.GatheredParameters([param], enabled=hasattr(param, "ds_id")):
-        return param.detach().clone().float()
 
 
 def train(recipe: Recipe, stage: int, **settings: Any) -> Measured:
@@ -120,6 +38,9 @@ CASES = [
     *(case(", clipped", s, recipe=Recipe(clip=0.1)) for s in (1, 3)),
     *(case(", 2 micro steps", s, recipe=Recipe(accumulate=2)) for s in STAGES),
     *(case(", LoRA", s, recipe=Recipe(lora=True)) for s in STAGES),
+    *(case(", segmented", s, recipe=Recipe(emission="segmented")) for s in STAGES),
+    *(case(", segmented, sgd", s, recipe=Recipe(emission="segmented", optimizer="sgd")) for s in STAGES),
+    case(", segmented, LoRA", 3, recipe=Recipe(emission="segmented", lora=True)),
     *(case(", compiled blocks", s, compiled=True) for s in (2, 3)),
     *(case(", optimizer offload", s, **OPTIMIZER_OFFLOAD) for s in (1, 2, 3)),
     case(", gradients not contiguous", 2, zero={"contiguous_gradients": False}),

@@ -127,7 +127,7 @@ def test_every_shipped_config_trains_to_the_weights_of_the_unsharded_run(
         stage = read_json(file)["zero_optimization"]["stage"]
         assert (result["sharder"], result["ranks"]) == (f"zero {stage}", 2)
         assert len(result["losses"]) == 2 and all(map(math.isfinite, result["losses"]))
-        assert result["watched"] > 0 or stage == 0, file.stem
+        assert result["watched"] > 0, file.stem
         assert result["flat"] == [], file.stem
         assert result["weights"].keys() == alone["weights"].keys()
         for name, wanted in alone["weights"].items():

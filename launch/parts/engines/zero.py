@@ -39,7 +39,10 @@ class ZeroEngine:
         config_file: str,
     ):
         config = read_zero_config(config_file, options, runtime.world_size)
-        load_weights(model, files, seed=options.train.seed, device=runtime.device)
+        # Stage 3 partitions on the way to the card, which need not hold the whole model.
+        stage = config.get("zero_optimization", {}).get("stage", 0)
+        device = torch.device("cpu") if stage == 3 else runtime.device
+        load_weights(model, files, seed=options.train.seed, device=device)
         model.train()
         optimizer = attach(plan, model, lambda groups: make_optimizer(groups, options.optimizer), emission="segmented")
         self._plan = plan
