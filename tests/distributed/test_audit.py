@@ -72,11 +72,11 @@ def test_groups_that_are_right_by_hand_pass(at: At) -> None:
 @cases
 def test_one_optimizer_over_flat_parameters_is_refused_by_name(at: At) -> None:
     model = fsdp1_flat(RECIPE.model())
-    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-4, weight_decay=0.1)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3, weight_decay=0.1)
     with pytest.raises(PlanMismatch) as error:
         verify(plan(), model, optimizer)
     text = str(error.value)
-    assert re.search(r"blocks\.0\.attn1\.to_q\.weight: planned lr 0\.004, live 0\.0003", text)
+    assert re.search(r"\(first 10 of \d\d\):", text) and re.search(r"  patch\.weight: planned lr 0\.0003, live 0\.002", text)
     assert "groups were merged" in text and "attach(plan, model, make)" not in text
     assert len(read_back(model, optimizer)) == len(RECIPE.wanted())
 
@@ -146,15 +146,18 @@ def sharded() -> dict[str, Callable[[], tuple[nn.Module, Any]]]:
 
 @cases
 def test_every_piece_holds_the_elements_that_the_adapter_says_it_holds(at: At) -> None:
-    wanted = {name: param.detach().flatten() for name, param in RECIPE.model().named_parameters()}
+    fresh = {name: param.detach().flatten() for name, param in RECIPE.model().named_parameters()}
     for sharder, build in sharded().items():
         model, optimizer = build()
         pieces = detect(model).pieces(model, optimizer).pieces
         assert {p.name for p in pieces} == RECIPE.wanted().keys(), sharder
         for piece in pieces:
-            held, whole = piece.of(piece.owner).float(), wanted[piece.name]
-            rounded = whole.bfloat16().float() if "bf16" in sharder else whole
-            assert torch.equal(held, rounded[piece.start : piece.start + piece.numel]), (sharder, piece.name)
+            whole = fresh[piece.name].bfloat16().float() if "bf16" in sharder else fresh[piece.name]
+            if sharder == "zero 0 bf16":  # DeepSpeed steps it once with zero gradients, which decays weights
+                rate, decay = RECIPE.wanted()[piece.name]
+                whole = whole * (1 - rate * decay)
+            held = piece.of(piece.owner).float()
+            assert torch.equal(held, whole[piece.start : piece.start + piece.numel]), (sharder, piece.name)
 
 
 @cases
@@ -197,7 +200,7 @@ def test_canary_fsdp2_keeps_names_and_makes_dtensors(at: At) -> None:
     model = fsdp2(RECIPE.model())
     for name, param in model.named_parameters():
         assert name in dict(RECIPE.model().named_parameters()) and isinstance(param, DTensor)
-        assert param.device_mesh.get_coordinate() == [at.rank] and [p.is_shard(0) for p in param.placements] == [True]
+        assert tuple(param.device_mesh.get_coordinate()) == (at.rank,) and [p.is_shard(0) for p in param.placements] == [True]
 
 
 @cases
