@@ -15,7 +15,8 @@ Check = Callable[[str, object], Any]
 def number(low: float, high: float = math.inf, *, open_low: bool = False) -> Check:
     """A finite number in [low, high], or (low, high]."""
     left = "(" if open_low else "["
-    allowed = f"a number in {left}{low:g}, {high:g}]" if high < math.inf else f"a finite number >= {low:g}"
+    above = ">" if open_low else ">="
+    allowed = f"a number in {left}{low:g}, {high:g}]" if high < math.inf else f"a finite number {above} {low:g}"
 
     def check(path: str, value: object) -> float:
         if not isinstance(value, (int, float)) or isinstance(value, bool):
@@ -43,8 +44,8 @@ def integer(low: int) -> Check:
 
 
 def numbers(*, at_least: int) -> Check:
-    """A list of finite numbers >= 0."""
-    return _sequence(number(0.0), f"a list of {at_least} or more numbers >= 0", at_least, tuple)
+    """A list of numbers in [0, 1]."""
+    return _sequence(number(0.0, 1.0), f"a list of {at_least} or more numbers in [0, 1]", at_least, tuple)
 
 
 def integers(*, at_least: int) -> Check:

@@ -28,6 +28,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
     except BrokenPipeError:
         sys.stderr.close()
+    except OSError as error:
+        print(f"dist-layerlr: error: cannot write the output: {error.strerror}", file=sys.stderr)
+        return 2
     return 0
 
 

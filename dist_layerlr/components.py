@@ -73,6 +73,8 @@ class Label:
     """Opt-in label that replaces ``component`` when the user lists it in component_lr."""
     rule: str = ""
     """The rule that hit, for `explain`."""
+    is_norm: bool = False
+    """Whether the tensor is a norm's own weight or bias, whatever component it is given."""
 
 
 Rule = Callable[[ParamView], str | None]
@@ -117,14 +119,14 @@ def classify(view: ParamView) -> Label:
 
 def _norm_label(view: ParamView) -> Label | None:
     if view.owner_class is not None and _NORM_CLASS.search(view.owner_class):
-        return Label(component=NORM, rule=f"owner module is a {view.owner_class}")
+        return Label(component=NORM, rule=f"owner module is a {view.owner_class}", is_norm=True)
     named = [s for s in view.path if _NORM.search(s)]
     if not named:
         return None
     owner = view.path[-2] if view.path[-1].isdigit() and len(view.path) > 1 else view.path[-1]
     plain = view.leaf in ("weight", "bias", "gamma", "beta", "scale")
     if owner == named[-1] and plain and view.owner_class not in _MATRIX_CLASSES:
-        return Label(component=NORM, rule=f"segment {owner!r} names a norm")
+        return Label(component=NORM, rule=f"segment {owner!r} names a norm", is_norm=True)
     return Label(
         component=NORM, fine="modulation", rule=f"segment {named[-1]!r} names a norm, the tensor is a matrix in it"
     )

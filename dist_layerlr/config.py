@@ -104,13 +104,16 @@ def _no_decay(path: str, value: object) -> tuple[str, ...]:
     rules = checks.strings(path, value)
     for rule in rules:
         if rule not in ("ndim<=1", "norm"):
-            compile_pattern(rule)
+            _pattern(path, rule)
     return rules
 
 
 def _pattern(path: str, value: object) -> str:
     text = checks.text(path, value)
-    compile_pattern(text)
+    try:
+        compile_pattern(text)
+    except ConfigError as error:
+        raise ConfigError(f"Invalid {path}: {error}") from None
     return text
 
 
@@ -190,6 +193,7 @@ def _read_block(raw: object, learning_rate: float | None) -> PerLayerLR:
     if raw is None:
         return PerLayerLR(default_lr=FALLBACK_LR if learning_rate is None else learning_rate)
     given = _expand_preset(checks.mapping(BLOCK, raw), learning_rate)
+    checks.known_keys(BLOCK, given, [*_BLOCK_FIELDS, "preset"])
     values = checks.fields(BLOCK, given, _BLOCK_FIELDS)
     depth = replace(DepthSettings(), **{k: values.pop(k) for k in _DEPTH_FIELDS if k in values})
     _check_depth(BLOCK, depth)
@@ -210,6 +214,8 @@ def _expand_preset(given: Mapping[str, Any], learning_rate: float | None) -> dic
     if name in PRESETS:
         return {**PRESETS[name], **block}
     function = PRESET_FUNCTIONS[name]
+    if "layer_decay" in block:  # the region's rate has a name of its own in this preset
+        block.setdefault("lr_vit_layer_decay", block.pop("layer_decay"))
     own = {k: block.pop(k) for k in inspect.signature(function).parameters if k in block}
     for key, value in own.items():
         _PRESET_PARAMETERS[key](f"{BLOCK}.{key}", value)
@@ -227,6 +233,9 @@ _PRESET_PARAMETERS: dict[str, checks.Check] = {
 
 def _region(index: int, raw: dict[str, Any], outer: DepthSettings) -> Region:
     own = {k: raw.pop(k) for k in _DEPTH_FIELDS if k in raw}
+    if own.get("depth_strategy") == LAYER_DECAY:
+        # A floor and a scope that were meant for a curve do not carry over to layer decay.
+        own = {"min_depth_factor": None, "depth_scope": "stack", **own}
     depth = replace(outer, **own) if own else None
     path = f"{BLOCK}.regions[{index}]"
     if depth is not None:
@@ -250,4 +259,4 @@ def _check_components(block: PerLayerLR) -> None:
     checks.known_keys(f"{BLOCK}.component_lr", block.component_lr, known_components() | named)
     listed = known_components() | {"default"} | block.component_lr.keys()
     for i, rule in enumerate(block.patterns):
-        checks.known_keys(f"{BLOCK}.patterns[{i}].component", {rule.component: None}, listed)
+        checks.one_of(lambda: tuple(sorted(listed)))(f"{BLOCK}.patterns[{i}].component", rule.component)

@@ -95,7 +95,7 @@ def register_depth(name: str, function: DepthFunction) -> None:
 def depth_factor(block: int, blocks: int, settings: DepthSettings) -> float:
     """Evaluate the curve at ``x = block / (blocks - 1)``. A single block has factor 1.0.
 
-    The ends are exact: no rounding leaves [min_depth_factor, 1].
+    No rounding leaves [min_depth_factor, 1].
     """
     if settings.depth_strategy == "table" and len(settings.depth_table) == blocks:
         return settings.depth_table[block]

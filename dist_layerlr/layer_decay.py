@@ -52,6 +52,11 @@ def layer_decay_factors(members: Sequence[Member], settings: DepthSettings) -> l
             "depth_strategy='layer_decay' found no transformer blocks to number. "
             "Check the region's match, or use another depth_strategy."
         )
+    if layers < blocks:
+        raise ConfigError(
+            f"Invalid num_layers={layers}: the model has {blocks} blocks, and rates would rise above the head's. "
+            f"Must be >= {blocks} (for RF-DETR: the last of out_feature_indexes plus 1)."
+        )
     layer_id = CONVENTIONS[settings.convention]
     floor = settings.min_depth_factor or 0.0
     ids, tops = [], []

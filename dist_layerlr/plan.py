@@ -1,7 +1,7 @@
 """The plan: canonical name -> learning rate and weight decay, and everything that led to them. Pure.
 
-``lr(name) = component_lr[component] * depth_factor(block) * scale``. It is made once, on the unsharded model, from
-names and true shapes; afterwards it is the only source of learning rates.
+``lr(name) = component_lr[component] * depth_factor(block)``, times region and LoRA+ multipliers. It is made once, on the
+unsharded model, from names and true shapes; afterwards it is the only source of learning rates.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from math import prod
 from typing import Any
 
 from dist_layerlr.config import Config
+from dist_layerlr.depth import DepthSettings
 from dist_layerlr.names import natural_key
 
 Shape = tuple[int, ...]
@@ -39,7 +40,7 @@ class ParamInfo:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PlanEntry:
-    """One trainable parameter: ``lr = base_lr * factor * scale``."""
+    """One trainable parameter: ``lr = base_lr * factor * multiplier * lora_plus``."""
 
     name: str
     shape: Shape
@@ -56,8 +57,12 @@ class PlanEntry:
     base_lr: float
     factor: float
     """Depth factor."""
-    scale: float
-    """Region multiplier times LoRA+ ratio."""
+    depth: DepthSettings | None
+    """What gave the factor; None when per_layer_lr is off."""
+    multiplier: float
+    """lr_multiplier of the region."""
+    lora_plus: float
+    """lora_plus_ratio of a lora_B, else 1."""
     lr: float
     weight_decay: float | None
     """None: the optimizer's own."""

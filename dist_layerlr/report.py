@@ -5,13 +5,14 @@ from __future__ import annotations
 import csv
 import io
 
+from dist_layerlr.depth import LAYER_DECAY, DepthSettings
 from dist_layerlr.errors import ModelSourceError
 from dist_layerlr.names import canonical_name, natural_key
 from dist_layerlr.patterns import nearest
 from dist_layerlr.plan import Plan, PlanEntry, cell_name
 
 Cell = tuple[str | None, int | None, str]
-NAME_WIDTH = 50
+NAME_WIDTH = 51
 
 
 def cells(plan: Plan) -> dict[Cell, list[PlanEntry]]:
@@ -41,14 +42,21 @@ def grid(plan: Plan) -> str:
     if not block.enabled:
         return f"{head} off: flat lr={format_lr(plan.config.flat_lr)} total_params={len(plan.entries)}"
     lines = [
-        f"{head} strategy={block.depth.depth_strategy} min_depth_factor={block.depth.floor:g} "
+        f"{head} strategy={block.depth.depth_strategy} {_shape(block.depth)} "
         f"groups={len(plan.groups)} total_params={len(plan.entries)}"
     ]
-    lines += [
-        f"  {cell_name(cell):<{NAME_WIDTH}} lr={_lrs(rows)}  params={len(rows)}" for cell, rows in cells(plan).items()
-    ]
+    rows_by_cell = cells(plan)
+    width = max([NAME_WIDTH, *(len(cell_name(cell)) for cell in rows_by_cell)])
+    lines += [f"  {cell_name(c):<{width}} lr={_lrs(rows)}  params={len(rows)}" for c, rows in rows_by_cell.items()]
     lines += [f"[per_layer_lr] warning: {text}" for text in plan.warnings]
     return "\n".join(lines)
+
+
+def _shape(depth: DepthSettings) -> str:
+    """The number that shapes the curve most."""
+    if depth.depth_strategy == LAYER_DECAY:
+        return f"layer_decay={depth.layer_decay:g}"
+    return f"min_depth_factor={depth.floor:g}"
 
 
 def format_lr(lr: float) -> str:
@@ -86,10 +94,9 @@ def explain(plan: Plan, name: str) -> str:
     if entry is None:
         near = nearest(name, plan.entries) or sorted(plan.entries, key=natural_key)[:3]
         raise ModelSourceError(f"No trainable parameter {name!r} in this model. Nearest: {', '.join(near)}.")
-    place = "outside every block: depth factor 1"
+    place = "outside every block" if entry.depth is not None else "not asked: per_layer_lr is off"
     if entry.stack is not None and entry.block is not None:
         place = f"container {entry.stack!r}, block {entry.block} of {entry.blocks}"
-    depth = plan.config.per_layer_lr.depth.depth_strategy
     decay = "the optimizer's" if entry.weight_decay is None else f"{entry.weight_decay:g}"
     return "\n".join(
         [
@@ -99,9 +106,21 @@ def explain(plan: Plan, name: str) -> str:
             f"  place         {place}",
             f"  region        {entry.region or 'none'}",
             f"  base lr       {entry.base_lr:g}",
-            f"  depth factor  {entry.factor:.6g} ({depth if entry.region is None else 'as the region says'})",
-            f"  scale         {entry.scale:g} (region multiplier and LoRA+)",
+            f"  depth factor  {entry.factor:.6g} ({_curve(entry)})",
+            f"  multiplier    {entry.multiplier:g} (the region's)",
+            f"  LoRA+         {entry.lora_plus:g}",
             f"  lr            {entry.lr:.6g}",
             f"  weight decay  {decay}",
         ]
     )
+
+
+def _curve(entry: PlanEntry) -> str:
+    """Which curve at which place gave the factor."""
+    depth = entry.depth
+    if depth is None or (entry.block is None and depth.depth_strategy != LAYER_DECAY):
+        return "no depth here"
+    if depth.depth_strategy == LAYER_DECAY:
+        return f"layer_decay {depth.layer_decay:g}, convention {depth.convention}"
+    place = f"x = {entry.block}/{(entry.blocks or 1) - 1}" if (entry.blocks or 1) > 1 else "the only block"
+    return f"{depth.depth_strategy}, {_shape(depth)}, {place}, scope {depth.depth_scope}"

@@ -6,6 +6,7 @@ import gzip
 import json
 import re
 import sys
+import zlib
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
@@ -30,10 +31,10 @@ def read_model(source: str | Path) -> list[ParamInfo]:
     path = Path(source)
     if str(source) == "-":
         rows = _read_tsv(sys.stdin, "stdin")
-    elif path.is_dir():
-        rows = _read_folder(path)
     elif not _exists(path):
         raise ModelSourceError(f"Cannot read model {str(source)!r}: no such file or folder.")
+    elif path.is_dir():
+        rows = _read_folder(path)
     elif path.suffix == ".safetensors":
         rows = read_header(path)
     else:
@@ -141,7 +142,7 @@ def _read_tsv_file(path: Path) -> list[tuple[str, Shape]]:
                 return _read_tsv(lines, str(path))
         with path.open(encoding="utf-8") as lines:
             return _read_tsv(lines, str(path))
-    except (OSError, EOFError, UnicodeDecodeError) as error:
+    except (OSError, EOFError, UnicodeDecodeError, zlib.error) as error:
         raise ModelSourceError(
             f"Cannot read name list {str(path)!r}: {error}. Expected text lines of name<TAB>shape (or .gz of it)."
         ) from None
@@ -157,6 +158,8 @@ def _tsv_rows(lines: Iterable[str], where: str) -> Iterator[tuple[str, Shape]]:
         if columns == [""] or (number == 1 and columns[:2] == ["name", "shape"]):
             continue
         try:
+            if not columns[0]:
+                raise ValueError("no name")
             yield columns[0], parse_shape(columns[1])
         except (IndexError, ValueError):
             raise ModelSourceError(

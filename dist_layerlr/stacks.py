@@ -168,7 +168,7 @@ def _number_blocks(
         together = ", ".join(".".join(s) for s in members)
         for stack in members:
             count = containers[stack].length
-            for i in range(count):
+            for i in [0] if stack in middles else containers[stack].children:
                 locations[(stack, None if stack in middles else i)] = Location(
                     stack=".".join(stack),
                     block=start + i if is_unet else i,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from dist_layerlr.components import COMPONENTS, DEFAULT, NORM
+from dist_layerlr.components import DEFAULT, NORM
 from dist_layerlr.config import Config
 from dist_layerlr.errors import UnmatchedParams
 from dist_layerlr.plan import PlanEntry, total_numel
@@ -28,6 +28,7 @@ def check_plan(entries: Mapping[str, PlanEntry], config: Config) -> tuple[str, .
         *_unused(rows, config),
         _loud_default(rows, config),
         _held_still(rows),
+        "log_grad_norms has no effect in this version" if config.per_layer_lr.log_grad_norms else "",
     ]
     return tuple(text for text in found if text)
 
@@ -44,7 +45,8 @@ def _unmatched(rows: list[PlanEntry], total: int, config: Config) -> str:
             f"No rule names {share} (unmatched='error'): {names}. Add a pattern or a region for them, list one of the "
             "fine components (modulation, embed, head, conv, fused), or set unmatched to 'warn' or 'default'."
         )
-    return f"{share} match no component and take default_lr={config.per_layer_lr.default_lr:g}: {_few(missed)}"
+    default = f"default_lr={config.per_layer_lr.default_lr:g} (times depth in blocks)"
+    return f"{share} match no component and take {default}: {_few(missed)}"
 
 
 def _region_gives_no_lr(entry: PlanEntry, config: Config) -> bool:
@@ -62,7 +64,7 @@ def _unlisted(rows: list[PlanEntry], total: int, config: Config) -> str:
     kinds = ", ".join(sorted({e.component for e in missed}))
     return (
         f"component_lr does not list {kinds}: {len(missed)} parameters ({total_numel(missed) / total:.1%} of the "
-        f"elements) take default_lr={config.per_layer_lr.default_lr:g}"
+        f"elements) take default_lr={config.per_layer_lr.default_lr:g} (times depth in blocks)"
     )
 
 
@@ -83,7 +85,7 @@ def _unused(rows: list[PlanEntry], config: Config) -> list[str]:
     return [
         f"component_lr.{key} applies to no trainable parameter of this model"
         for key in given
-        if key not in used and (key not in COMPONENTS or key != NORM)
+        if key not in used and key != NORM
     ]
 
 

@@ -117,9 +117,8 @@ def iterate_shards(model: nn.Module) -> Iterator[Shard]:
         handle = getattr(module, "_handle", None)
         if handle is None or not any(c.__name__ == "FullyShardedDataParallel" for c in type(module).__mro__):
             continue
-        flat = handle.flat_param
         try:
-            yield from _unit(canonical_name(path), flat, handle)
+            yield from _unit(canonical_name(path), handle.flat_param, handle)
         except AttributeError as error:
             raise internals_moved("FSDP1", "torch 2.13", str(error)) from None
 

@@ -133,8 +133,8 @@ class Zero:
         config = ds_config(stage, recipe, **fields)
         with deepspeed.zero.Init(config_dict_or_path=config) if zero_init else nullcontext():
             model: Any = recipe.model()
-        for block in model.blocks if compiled else ():
-            block.compile(backend="eager")
+        if compiled:
+            model.blocks[0].compile(backend="eager")
         self.plan = plan_model(model, recipe.config)
         optimizer = attach(self.plan, model, recipe.make, emission=recipe.emission)
         self.scheduler = LambdaLR(optimizer, recipe.factor) if recipe.schedule == "lambda" else None

@@ -50,7 +50,7 @@ BAD_VALUES = {
     "min_depth_factor": (UNIT, "a number in [0, 1]"),
     "peak_position": (UNIT, "a number in [0, 1]"),
     "layer_decay": (RATE, "a number in (0, 1]"),
-    "depth_table": (TABLE, "numbers >= 0|a finite number >= 0"),
+    "depth_table": (TABLE, "numbers in [0, 1]|a number in [0, 1]"),
     "depth_scope": (("global", 1, None), "one of stack, trunk"),
     "convention": (("deit", 3), "one of seed, rfdetr, beit, dinov3, timm"),
     "num_layers": ((0, -1, 1.5, "12", True), "an integer >= 1"),

@@ -343,3 +343,32 @@ def test_a_plan_without_surprises_has_no_warnings():
     inside = {n: s for n, s in toy().items() if n.startswith("blocks")}
     assert build_plan(inside, config()).warnings == ()
     assert not [w for w in build_plan(toy(), config(unmatched="default")).warnings if "match no component" in w]
+
+
+def test_a_rule_that_an_earlier_one_hides_is_said():
+    regions = [{"match": "blocks.1", "depth_strategy": "flat"}, {"match": "blocks.1.attn1", "lr": 5e-4}]
+    warnings = build_plan(toy(), config(regions=regions)).warnings
+    assert any("regions[1].match='blocks.1.attn1' never applies" in w for w in warnings)
+
+
+def test_no_decay_norm_holds_whatever_component_a_pattern_gives_the_norm():
+    rule = [{"match": "*.norm1", "component": "ffn"}]
+    plan = build_plan(toy(), config(patterns=rule, weight_decay=0.1, no_decay=["norm"]))
+    norm = plan.entries["blocks.0.norm1.weight"]
+    assert (norm.component, norm.weight_decay) == ("ffn", 0.0)
+
+
+def test_a_layer_count_below_the_models_is_refused():
+    with pytest.raises(ConfigError, match="num_layers=2"):
+        build_plan(toy(), config(depth_strategy="layer_decay", num_layers=2))
+
+
+def test_a_floor_for_curves_does_not_reach_a_region_with_layer_decay():
+    region = {"match": "blocks", "depth_strategy": "layer_decay", "layer_decay": 0.1}
+    plan = build_plan(toy(), config(min_depth_factor=0.5, regions=[region]))
+    assert plan.entries["blocks.0.norm1.weight"].factor == pytest.approx(0.1**3)
+
+
+def test_a_huge_block_index_costs_nothing():
+    names = {f"blocks.{i}.attn1.to_q.weight": (4, 4) for i in (0, 99_999_999)}
+    assert build_plan(names, config()).entries["blocks.99999999.attn1.to_q.weight"].blocks == 100_000_000

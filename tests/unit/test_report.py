@@ -58,8 +58,8 @@ def test_the_grid_has_the_seeds_format():
     assert HEADER.match(lines[0]) and lines[0].endswith(f"total_params={len(shapes)}")
     rows = [LINE.match(line) for line in lines[1:] if not line.startswith("[per_layer_lr] warning: ")]
     assert all(rows) and len(rows) == 24
-    assert lines[1] == "  transformer_blocks.000.ffn                         lr=0.000300  params=1"
-    assert lines[2] == "  transformer_blocks.000.self_attn                   lr=0.000400  params=3"
+    assert lines[1] == "  transformer_blocks.000.ffn                          lr=0.000300  params=1"
+    assert lines[2] == "  transformer_blocks.000.self_attn                    lr=0.000400  params=3"
     for row in rows:
         factor = 1 - int(row[2]) / 11 * 0.7
         assert float(row[4]) == pytest.approx({"ffn": 3e-4, "self_attn": 4e-4}[row[3]] * factor, abs=5.1e-7)
@@ -90,7 +90,7 @@ def test_explain_gives_every_factor():
     assert text.splitlines()[0] == "blocks.2.attn2.to_q.weight"
     assert "8x8 (64 elements)" in lines["shape"] and "cross_attn: segment 'attn2'" in lines["component"]
     assert "container 'blocks', block 2 of 3" in lines["place"] and lines["region"].endswith("blocks.2")
-    assert lines["base lr"].endswith("0.0002") and " 0.3 " in lines["depth factor"] and " 0.5 " in lines["scale"]
+    assert lines["base lr"].endswith("0.0002") and " 0.3 " in lines["depth factor"] and " 0.5 " in lines["multiplier"]
     assert lines["lr"].split()[-1] == "3e-05" and lines["weight decay"].endswith("the optimizer's")
 
 
