@@ -686,7 +686,10 @@ def test_22_naive_ranks_with_different_rates_train_on_without_an_error(at: At) -
 
 @cases
 def test_22_verify_stops_every_rank_when_their_plans_differ(at: At) -> None:
+    rule = config(default_lr=RATES["default"] * (1 + at.rank))
+    with pytest.raises(PlanMismatch, match="differ between ranks"):
+        our_engine(1, rule)  # attach asks already
     for stage in (1, 3):
-        plan, engine = our_engine(stage, config(default_lr=RATES["default"] * (1 + at.rank)))
+        _, engine = our_engine(stage)
         with pytest.raises(PlanMismatch, match="differ between ranks"):
-            dist_layerlr.verify(plan, engine)
+            dist_layerlr.verify(dist_layerlr.plan_model(make_model(), rule), engine)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -16,6 +17,14 @@ import torch
 from safetensors.torch import save_file
 
 import train
+from dist_layerlr import checks
+from dist_layerlr.errors import ConfigError, ModelSourceError
+from parts.cli import complain
+from parts.families import get_family
+from parts.loop import sample_index
+from parts.options import load_options
+from parts.runtime import Runtime, check_launch, is_shared
+from parts.weights import empty_model
 from ranks import run_ranks
 
 ROOT = Path(__file__).resolve().parent.parent.parent
@@ -51,6 +60,10 @@ def save_bytes(folder: Path) -> bytes:
     return file.read_bytes()
 
 
+def _block_adapter(config: Config, folder: Path) -> None:
+    config.update(training_method="lora", adapter={"target_modules": ["blocks.0"]})
+
+
 def _wrong_cached_shape(config: Config, folder: Path) -> None:
     cache = folder / "cache"
     cache.mkdir()
@@ -81,6 +94,8 @@ CASES: dict[str, tuple[Callable[[Config, Path], None], list[str]]] = {
     "cached sample of the wrong shape": (_wrong_cached_shape, ["a", "latents", "(3, 4, 16, 16)"]),
     "batch the ranks cannot share": (_edit("train.global_batch", 7), ["global_batch=7", "2"]),
     "micro batch that does not divide": (_edit("train.micro_batch", 3), ["micro_batch=3", "4"]),
+    "warmup longer than the run": (_edit("schedule.warmup_steps", 6), ["warmup_steps=6", "train.steps=5"]),
+    "adapter on a whole block": (_block_adapter, ["target_modules=['blocks.0']", "linear", "'attn1.to_q'"]),
     "streaming asked for": (_edit("memory.stagehand.enabled", True), ["stagehand"]),
 }
 
@@ -129,6 +144,100 @@ def test_every_rank_ends_with_status_2_and_rank_0_says_one_line(run_config: Conf
     assert not (tmp_path / "out" / "metrics.jsonl").exists()
 
 
+def test_a_broken_sample_on_one_rank_ends_all_with_its_error(run_config: Config, tmp_path: Path) -> None:
+    victim = sample_index(4, 8, run_config["train"]["seed"])  # 4: the first of the second rank
+    for i in range(8):
+        value = float("nan") if i == victim else 0.0
+        sample = {"latents": torch.full((1, 2, 12, 12), value), "prompt_embeds": torch.zeros(2, 32)}
+        save_file(sample, str(tmp_path / f"{i}.safetensors"))
+    run_config["data"] = {"kind": "cached", "folder": str(tmp_path)}
+    file = tmp_path / "config.json"
+    file.write_text(json.dumps(run_config))
+    first, second = run_ranks(_train_on_rank, 2, [str(file)], str(tmp_path))
+    (status0, said0), (status1, said1) = first[0], second[0]
+    assert (status0, status1) == (2, 2)
+    assert f"train.py: error: {tmp_path}/{victim}.safetensors: latents holds NaN" in said0
+    assert "error" not in said1
+
+
+def _fail_alone(rank: int, world_size: int) -> tuple[bool, bool, str]:
+    """Whether an agreed error and an error of one rank count as shared, and what this rank says of the latter."""
+    import contextlib
+    import io
+
+    runtime = Runtime(rank=rank, world_size=world_size, local_rank=rank, device=torch.device("cpu"))
+    said = io.StringIO()
+    try:
+        runtime.agree(lambda: checks.integer(rank)("x", 0))
+    except ConfigError as error:
+        agreed = is_shared(error)
+    mine = ConfigError("two\nlines")
+    with contextlib.redirect_stderr(said):
+        complain("train.py", mine, everywhere=not is_shared(mine))
+    return agreed, is_shared(mine), said.getvalue()
+
+
+def test_an_error_that_ranks_do_not_share_is_said_by_its_own_rank() -> None:
+    assert run_ranks(_fail_alone, 2) == [
+        (True, False, "train.py: error: two lines\n"),
+        (True, False, "train.py: error: [rank 1] two lines\n"),
+    ]
+
+
+def test_everything_that_a_config_lacks_is_named_at_once(capsys: pytest.CaptureFixture[str]) -> None:
+    assert train.main(["--config", str(ROOT / "launch" / "configs" / "wan.json")]) == 2
+    said = capsys.readouterr().err
+    assert "model_path, data, train.steps, train.global_batch" in said and said.count("\n") == 1
+    assert "--set model_path=DIR --set data.kind=cached --set data.folder=DIR --set train.steps=N" in said
+
+
+def test_a_family_that_cannot_be_trained_is_named_before_anything_else(capsys: pytest.CaptureFixture[str]) -> None:
+    assert train.main(["--config", str(ROOT / "launch" / "configs" / "ltx2.json"), "--plan-only"]) == 2
+    assert "model_type='ltx2': must be one of wan" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("rank", ["0", "1"])
+def test_a_bad_flag_is_one_line_on_rank_0(
+    rank: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("RANK", rank)
+    with pytest.raises(SystemExit, match="2"):
+        train.main(["--config", "c.json", "--max-steps", "many"])
+    said = capsys.readouterr().err
+    assert said == "" if rank == "1" else said.startswith("train.py: error: ") and said.count("\n") == 1
+
+
+@pytest.mark.parametrize(("name", "value"), [("WORLD_SIZE", "abc"), ("WORLD_SIZE", "0"), ("RANK", "-1")])
+def test_a_broken_launcher_variable_is_named(
+    name: str, value: str, run_config: Config, write_config: Callable[..., Path], monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    monkeypatch.setenv(name, value)
+    assert train.main(["--config", str(write_config(run_config))]) == 2
+    said = capsys.readouterr().err
+    assert f"Invalid {name}={value!r}: must be an integer >=" in said and said.count("\n") == 1
+
+
+def test_deepspeed_without_a_launcher_names_the_flag_that_was_given() -> None:
+    with pytest.raises(ConfigError, match=r"Invalid --deepspeed_config: .*deepspeed --num_gpus 2"):
+        check_launch("zero", 8)
+
+
+@pytest.mark.parametrize(
+    "content",
+    ["[]", '{"num_layers": "2"}', '{"num_layers": 2, "patch_size": 3}', '{"num_layers": 2, "text_dim": null}'],
+)
+def test_a_model_config_that_builds_nothing_is_one_line(
+    content: str, run_config: Config, write_config: Callable[..., Path], tmp_path: Path
+) -> None:
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "config.json").write_text(content)
+    run_config["model_path"] = str(tmp_path / "model")
+    with pytest.raises(ModelSourceError, match=r"model/config\.json") as caught:
+        empty_model(get_family("wan"), load_options(write_config(run_config)))
+    assert "\n" not in str(caught.value)
+
+
 def test_corrupt_json_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     file = tmp_path / "broken.json"
     file.write_text('{"model_type": "wan",')
@@ -147,15 +256,24 @@ def test_a_sharder_without_a_launcher_names_the_launcher(run_config: Config, tmp
     assert "torchrun --nproc_per_node 2" in done.stderr and done.stderr.count("\n") == 1
 
 
-@pytest.mark.parametrize("block", ["scheduler", "optimizer"])
-def test_a_ds_config_that_would_take_over_the_rates_is_refused(block: str, run_config: Config, tmp_path: Path) -> None:
-    from dist_layerlr.errors import ConfigError
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"scheduler": {"type": "WarmupLR", "params": {}}}, "'scheduler' block"),
+        ({"optimizer": {"type": "WarmupLR", "params": {}}}, "'optimizer' block"),
+        ({"zero_optimization": 3}, "zero_optimization=3: must be a JSON object"),
+        ({"zero_optimization": {"stag": 2}}, "stag=2"),
+        ({"zero_optimization": {"stage": 2, "offload_optimizer": {"ratio": "x"}}}, "offload_optimizer.ratio='x'"),
+        ({"bf16": 5}, "bf16=5: must be a JSON object"),
+        ({"gradient_clipping": 5}, "gradient_clipping=5, but train.grad_clip=1.0"),
+    ],
+)
+def test_a_ds_config_that_takes_over_contradicts_or_is_wrong_is_refused_in_one_line(
+    change: Config, says: str, run_config: Config, write_config: Callable[..., Path]
+) -> None:
     from parts.engines.zero import read_zero_config
-    from parts.options import load_options
 
-    file = tmp_path / "config.json"
-    file.write_text(json.dumps(run_config))
-    ds = tmp_path / "ds.json"
-    ds.write_text(json.dumps({"zero_optimization": {"stage": 2}, block: {"type": "WarmupLR", "params": {}}}))
-    with pytest.raises(ConfigError, match=f"'{block}' block"):
-        read_zero_config(str(ds), load_options(file), 2)
+    ds = write_config({"zero_optimization": {"stage": 2}, **change}, "ds.json")
+    with pytest.raises(ConfigError, match=re.escape(says)) as caught:
+        read_zero_config(str(ds), load_options(write_config(run_config)), 2)
+    assert "\n" not in str(caught.value)

@@ -238,7 +238,7 @@ def test_a_clip_text_encoder_keeps_its_padding_and_limits_max_tokens(models: Mod
     found = cache_latents.encode_caption(encoder, cache_latents.load_tokenizer(models.tokenizer), "a red square", 6)
     assert bool((found != 0).any(1).all())
     cache_latents.check_tokens(7, encoder)
-    with pytest.raises(ConfigError, match=r"--max-tokens=8. Must be in \[1, 7\]"):
+    with pytest.raises(ConfigError, match=r"--max-tokens=8: must be in \[1, 7\]"):
         cache_latents.check_tokens(8, encoder)
 
 

@@ -15,7 +15,7 @@ from parts.data import open_dataset
 from parts.data.digits import DIGIT_WORDS, PATHS, SCAN, MovingDigits
 from parts.families import FAMILIES, get_family
 from parts.flow import euler_sigmas, make_flow_batch, mix_seed, sample
-from parts.samples import draw_samples
+from parts.samples import _short, draw_samples
 
 TINY = [
     "--layers",
@@ -187,7 +187,7 @@ def test_samples_have_the_promised_layout() -> None:
     ],
 )
 def test_a_value_out_of_range_is_named_with_its_range(field: str, value: object) -> None:
-    with pytest.raises(ConfigError, match=rf"data\.{field}={value}\. Must be an integer in \["):
+    with pytest.raises(ConfigError, match=rf"data\.{field}={value}: must be an integer in \["):
         open_dataset({"kind": "digits", field: value})
 
 
@@ -196,7 +196,7 @@ def test_a_value_out_of_range_is_named_with_its_range(field: str, value: object)
     [
         ({}, r"data\.kind=None"),
         ({"kind": "digit"}, "Did you mean 'digits'"),
-        ({"kind": "digits", "canvass": 16}, r"data\.canvass.*Did you mean 'canvas'"),
+        ({"kind": "digits", "canvass": 16}, "'canvass' in data of kind 'digits'.*Did you mean 'canvas'"),
     ],
 )
 def test_unknown_kinds_and_keys_name_the_nearest(options: dict[str, object], message: str) -> None:
@@ -213,7 +213,7 @@ def test_reading_past_the_end_is_an_index_error() -> None:
 
 
 def test_unknown_model_type_names_the_allowed_ones() -> None:
-    with pytest.raises(ConfigError, match=r"model_type='wam'.*\['wan'.*Did you mean 'wan'"):
+    with pytest.raises(ConfigError, match="model_type='wam': must be one of wan.*Did you mean 'wan'"):
         get_family("wam")
     assert all(family.model_type == key for key, family in FAMILIES.items())
 
@@ -278,10 +278,27 @@ def test_image_to_video_checkpoints_are_refused(model_config: dict[str, object])
         get_family("wan").check_sample({**model_config, "in_channels": 36, "out_channels": 16}, CLIP)
 
 
-def test_tiny_wan_refuses_a_file_as_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize("patch", [[1, 2], [1, 0, 2], [1, 2, 2.0]])
+def test_a_patch_size_that_cuts_nothing_is_refused(model_config: dict[str, object], patch: list[int]) -> None:
+    with pytest.raises(ModelSourceError, match=r"patch_size=.*must be 3 integers >= 1"):
+        get_family("wan").check_sample({**model_config, "patch_size": patch}, CLIP)
+
+
+@pytest.mark.parametrize("place", ["taken", "taken/below", "/proc/nowhere"])
+def test_tiny_wan_refuses_a_place_it_cannot_write_to(
+    place: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     (tmp_path / "taken").write_text("")
-    assert make_tiny_wan.main([str(tmp_path / "taken"), *TINY]) == 2
-    assert "OUT_DIR" in capsys.readouterr().err
+    assert make_tiny_wan.main([str(tmp_path / place), *TINY]) == 2
+    said = capsys.readouterr().err
+    assert said.startswith("make_tiny_wan.py: error: Invalid OUT_DIR=") and said.count("\n") == 1
+
+
+def test_tiny_wan_refuses_a_seed_that_torch_cannot_take(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        make_tiny_wan.main([str(tmp_path / "wan"), "--seed", str(2**64)])
+    said = capsys.readouterr().err
+    assert "--seed" in said and "[0, 2**63)" in said and said.count("\n") == 1
 
 
 # The picture
@@ -293,3 +310,19 @@ def test_the_picture_is_written_for_any_channel_count(tmp_path: Path, channels: 
     path = tmp_path / "new" / "samples.png"
     draw_samples(path, clips, clips * 40, ["one up left", "two"])
     assert path.read_bytes().startswith(b"\x89PNG") and path.stat().st_size > 5_000
+
+
+@pytest.mark.parametrize("frames", [1, 21])
+def test_the_picture_stays_small_whatever_the_captions_say(tmp_path: Path, frames: int) -> None:
+    from PIL import Image
+
+    clips = torch.zeros(3, 3, frames, 8, 8)
+    draw_samples(tmp_path / "samples.png", clips, clips, ["costs $x_$", "word " * 80, "two\nlines"])
+    with Image.open(tmp_path / "samples.png") as picture:
+        assert picture.width < 2400 and picture.height < 500
+
+
+def test_a_long_caption_becomes_the_start_of_one_line() -> None:
+    assert _short("seven backslash") == "seven backslash"
+    assert _short("a\n b\tc") == "a b c"
+    assert _short("word " * 80) == "word word word word word word…"

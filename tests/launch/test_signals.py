@@ -16,6 +16,9 @@ import psutil
 import pytest
 from safetensors import safe_open
 
+import train
+from ranks import run_ranks
+
 ROOT = Path(__file__).resolve().parent.parent.parent
 TRAIN = str(ROOT / "launch" / "train.py")
 
@@ -73,3 +76,29 @@ def test_a_signal_to_one_rank_stops_all_ranks_together(run_config: dict[str, Any
     said, complaint = process.communicate(timeout=120)
     assert process.returncode == 0, complaint
     check_saved(tmp_path, said)
+
+
+def signal_while_saving(rank: int, world_size: int, arguments: list[str]) -> int:
+    """Two signals, as every rank gets on Ctrl-C, at the moment when training is over and nothing is saved."""
+    from parts import outputs
+
+    save = outputs.save_weights
+
+    def interrupted(*args: Any) -> Path:
+        os.kill(os.getpid(), signal.SIGINT)
+        os.kill(os.getpid(), signal.SIGINT)
+        os.kill(os.getpid(), signal.SIGTERM)
+        return save(*args)
+
+    outputs.save_weights = interrupted
+    return train.main(arguments)
+
+
+def test_signals_while_saving_do_not_cut_it_short(
+    run_config: dict[str, Any], write_config: Callable[..., Path], tmp_path: Path
+) -> None:
+    run_config["train"]["steps"] = 1
+    arguments = ["--config", str(write_config(run_config)), "--output-dir", str(tmp_path / "out")]
+    assert run_ranks(signal_while_saving, 1, arguments) == [0]
+    assert (tmp_path / "out" / "final" / "diffusion_pytorch_model.safetensors").exists()
+    assert (tmp_path / "out" / "verify.json").exists()
