@@ -19,7 +19,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 from PIL import Image, ImageOps
@@ -31,6 +31,7 @@ if find_spec("dist_layerlr") is None:  # a checkout that is not installed
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from dist_layerlr.errors import ConfigError, LayerLRError, ModelSourceError
+from parts.cli import Parser, complain
 from parts.data.cached import CAPTION, LATENTS, PROMPT_EMBEDS, CachedDataset, read_header
 from parts.encode import (
     ClipSize,
@@ -248,16 +249,9 @@ def check_written(
 # Command line
 
 
-class _Parser(argparse.ArgumentParser):
-    """Reports a bad flag in one line, as every other error of this program."""
-
-    def error(self, message: str) -> NoReturn:
-        self.exit(2, f"{self.prog}: error: {message}; see --help.\n")
-
-
 def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     """Read the command line; a bad one ends the program with status 2."""
-    parser = _Parser(prog="cache_latents", description="Encode captioned images and clips for training.")
+    parser = Parser(prog="cache_latents", description="Encode captioned images and clips for training.")
     parser.add_argument("--input", type=Path, required=True, metavar="DIR", help="images or clips with captions")
     parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="one safetensors file per sample")
     parser.add_argument("--vae", type=Path, required=True, metavar="DIR", help="local folder of a diffusers VAE")
@@ -364,7 +358,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         written = encode_all(args)
         dataset = CachedDataset(str(args.output))  # also proves that all files in the folder agree
     except LayerLRError as error:
-        print(f"cache_latents: error: {error}", file=sys.stderr)
+        complain("cache_latents", error)
         return 2
     shapes, data = dataset.shapes(0), f"--set data.kind=cached --set data.folder={args.output}"
     print(

@@ -13,20 +13,28 @@ import math
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import nn
+
+from parts.cli import Parser, complain
+
+_PROGRAM = "make_tiny_wan.py"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Write the checkpoint and say what was written; return the exit status."""
     options = _parser().parse_args(arguments)
     out = Path(options.out_dir)
-    if out.exists() and not out.is_dir():
-        print(f"Invalid OUT_DIR={str(out)!r}. Must be a folder or not exist yet; choose another.", file=sys.stderr)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        model: Any = build(options)
+        model.save_pretrained(out)
+    except (OSError, SafetensorError) as error:
+        complain(_PROGRAM, f"Invalid OUT_DIR={str(out)!r}: cannot be written to ({error}); choose another folder.")
         return 2
-    model = build(options)
-    model.save_pretrained(out)
     weights = sum(file.stat().st_size for file in out.glob("*.safetensors"))
     count = sum(parameter.numel() for parameter in model.parameters())
     print(
@@ -41,7 +49,7 @@ def build(options: argparse.Namespace) -> nn.Module:
     from diffusers import WanTransformer3DModel
 
     torch.manual_seed(options.seed)
-    model = WanTransformer3DModel(
+    model: nn.Module = WanTransformer3DModel(
         patch_size=(1, options.patch, options.patch),
         num_attention_heads=options.heads,
         attention_head_dim=options.head_dim,
@@ -68,15 +76,17 @@ def _initialise(model: nn.Module) -> None:
             nn.init.normal_(weight, std=0.1 / math.sqrt(weight.shape[1]))
         else:
             nn.init.xavier_uniform_(weight.flatten(1))
+        if module.bias is None:
+            continue
         if name.endswith((".attn1.to_q", ".attn1.to_k")):
             # Rotary positions act on these: a head that starts with a bias already prefers some relative places.
             nn.init.normal_(module.bias)
-        elif module.bias is not None:
+        else:
             nn.init.zeros_(module.bias)
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description="Write a small random Wan checkpoint.")
+    parser = Parser(prog=_PROGRAM, description="Write a small random Wan checkpoint.")
     parser.add_argument("out_dir", metavar="OUT_DIR", help="folder to write; made if missing")
     for flag, default, meaning in (
         ("--layers", 4, "transformer blocks"),
@@ -90,7 +100,7 @@ def _parser() -> argparse.ArgumentParser:
     ):
         check = _even if "multiple of 2" in meaning else _positive
         parser.add_argument(flag, type=check, default=default, help=f"{meaning} (default {default})")
-    parser.add_argument("--seed", type=int, default=0, help="of the weights (default 0)")
+    parser.add_argument("--seed", type=_seed, default=0, help="of the weights (default 0)")
     return parser
 
 
@@ -98,6 +108,13 @@ def _positive(text: str) -> int:
     number = int(text) if text.isdecimal() else 0
     if number < 1:
         raise argparse.ArgumentTypeError(f"{text!r} is not an integer of 1 or more")
+    return number
+
+
+def _seed(text: str) -> int:
+    number = int(text) if text.isdecimal() else -1
+    if not 0 <= number < 2**63:
+        raise argparse.ArgumentTypeError(f"{text!r} is not an integer in [0, 2**63)")
     return number
 
 

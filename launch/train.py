@@ -4,8 +4,10 @@
     torchrun --nproc_per_node 2 launch/train.py --config FILE --sharding fsdp2
     deepspeed --num_gpus 2 launch/train.py --config FILE --deepspeed_config ds_configs/zero2.json
 
-Writes plan.json, verify.json, metrics.jsonl, lr_grid.png, samples/ and final/ into --output-dir. Bad input ends with
-one line on rank 0 and status 2 on every rank, before training. SIGINT and SIGTERM finish the step, save, end with 0.
+Writes plan.json, verify.json, metrics.jsonl, lr_grid.png, samples/ and final/ into --output-dir, in place of those of
+an earlier run. Bad input ends with one line and status 2 on every rank, before training unless it is a broken sample. A
+loss of NaN or infinity ends with one line and status 1, nothing saved. SIGINT and SIGTERM finish the step, save, end
+with 0.
 """
 
 from __future__ import annotations
@@ -14,6 +16,8 @@ import argparse
 import os
 import sys
 from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 try:
     import dist_layerlr  # noqa: F401
@@ -22,9 +26,17 @@ except ModuleNotFoundError:  # started from a checkout that is not installed
 
 from dist_layerlr.errors import LayerLRError
 from dist_layerlr.report import grid
+from parts.cli import Parser, complain
 from parts.engines import SHARDINGS, ZERO, build_engine
 from parts.options import RunOptions, load_options
-from parts.runtime import Runtime, check_accelerate_env, check_launch, launched_rank, start, stop
+from parts.runtime import Diverged, Runtime, check_accelerate_env, check_launch, is_shared, start, stop
+
+if TYPE_CHECKING:
+    from dist_layerlr.plan import Plan
+    from parts.data.base import Dataset
+    from parts.engines.base import Engine
+    from parts.families.base import Family
+    from parts.loop import StopFlag
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -41,15 +53,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         runtime.barrier()
         return status
     except LayerLRError as error:
-        if launched_rank() == 0:
-            print(f"train.py: error: {error}", file=sys.stderr, flush=True)
-        return 2
+        complain("train.py", error, everywhere=not is_shared(error))
+        return 1 if isinstance(error, Diverged) else 2
     finally:
         stop()
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    form = argparse.RawDescriptionHelpFormatter
+    parser = Parser(prog="train.py", description=__doc__, formatter_class=form)
     parser.add_argument("--config", required=True, metavar="FILE", help="training config (JSON)")
     parser.add_argument("--sharding", choices=SHARDINGS, help="how ranks share the model (default: none)")
     parser.add_argument("--deepspeed_config", metavar="FILE", help="train under DeepSpeed with this ds_config")
@@ -76,9 +88,8 @@ def _run(args: argparse.Namespace, options: RunOptions, sharding: str, runtime: 
     from parts import outputs
     from parts.data import check_dataset, open_dataset
     from parts.families import get_family
-    from parts.loop import micro_batch_size, train
-    from parts.metrics import MetricsFile
-    from parts.weights import check_weights, empty_model, read_model_config
+    from parts.loop import catch_signals, micro_batch_size
+    from parts.weights import check_weights, empty_model
 
     family = get_family(options.model_type)
     model = runtime.agree(lambda: empty_model(family, options))
@@ -89,20 +100,34 @@ def _run(args: argparse.Namespace, options: RunOptions, sharding: str, runtime: 
         return 0
     files = runtime.agree(lambda: check_weights(model, options.model_path))
     data = runtime.agree(lambda: open_dataset(options.data))
-    shape = read_model_config(options.model_path)
+    shape: Any = model.config
     runtime.agree(lambda: check_dataset(data, family, shape))
-    micro_batch_size(options, runtime.world_size)
-    folder = runtime.agree(lambda: outputs.open_output_dir(args.output_dir, probe=runtime.is_main))
-
+    runtime.agree(lambda: micro_batch_size(options, runtime.world_size))
+    folder = runtime.agree(lambda: outputs.open_output_dir(args.output_dir, options.model_path, probe=runtime.is_main))
     engine = build_engine(sharding, model, plan, options, runtime, files, args.deepspeed_config)
-    proof = engine.prove(1.0)
+    with catch_signals() as stop:
+        _train_and_save(engine, family, data, plan, options, runtime, folder, stop)
+    return 0
+
+
+def _train_and_save(
+    engine: Engine, family: Family, data: Dataset, plan: Plan, options: RunOptions, runtime: Runtime, folder: Path,
+    stop: StopFlag,
+) -> None:  # fmt: skip
+    from parts import outputs
+    from parts.loop import train
+    from parts.metrics import MetricsFile
+
+    say = print if runtime.is_main else (lambda *_, **__: None)
+    proof = runtime.agree(lambda: engine.prove(1.0))
     say(proof.line(), flush=True)
     if runtime.is_main:
+        outputs.remove_previous_run(folder)
         outputs.write_text(folder / "plan.json", plan.to_json() + "\n")
         outputs.draw_plan(plan, folder)
     metrics = MetricsFile(folder / "metrics.jsonl") if runtime.is_main else None
-    outcome = train(engine, family, data, options, runtime, metrics)
-    after = engine.prove(outcome.last_factor)
+    outcome = train(engine, family, data, options, runtime, metrics, stop)
+    after = runtime.agree(lambda: engine.prove(outcome.last_factor))
     weights = outputs.save_weights(engine, plan, options, runtime, folder, outcome.steps)
     if runtime.is_main:
         seen = {"start": proof.to_dict(), "end": after.to_dict(), "first_step_lr": outcome.observed}
@@ -111,7 +136,6 @@ def _run(args: argparse.Namespace, options: RunOptions, sharding: str, runtime: 
     say(f"{'stopped by a signal after' if outcome.stopped else 'finished'} {outcome.steps} steps; weights in {weights}")
     if picture is not None:
         say(f"learning rates in {folder / 'lr_grid.png'}, samples in {picture}")
-    return 0
 
 
 def _leave(status: int) -> None:

@@ -62,13 +62,13 @@ def check_size(size: ClipSize, layout: VaeLayout) -> None:
         if value % layout.spatial or value <= 0:
             below = max(layout.spatial, value // layout.spatial * layout.spatial)
             raise ConfigError(
-                f"Invalid {flag}={value}. Must be a multiple of {layout.spatial} for {layout.class_name}; "
+                f"Invalid {flag}={value}: must be a multiple of {layout.spatial} for {layout.class_name}; "
                 f"set --height and --width, for example {flag} {below}."
             )
     if (size.frames - 1) % layout.temporal:
         fits = (size.frames - 1) // layout.temporal * layout.temporal + 1
         raise ConfigError(
-            f"Invalid --frames={size.frames}. Must be {layout.temporal}k+1 (1, {layout.temporal + 1}, "
+            f"Invalid --frames={size.frames}: must be {layout.temporal}k+1 (1, {layout.temporal + 1}, "
             f"{2 * layout.temporal + 1}, ...) for {layout.class_name}; set --frames {fits}."
         )
 
@@ -82,7 +82,7 @@ def check_tokens(max_tokens: int, encoder: Any) -> None:
     limit = getattr(encoder.config, "max_position_embeddings", None)
     if limit is not None and max_tokens > limit:
         raise ConfigError(
-            f"Invalid --max-tokens={max_tokens}. Must be in [1, {limit}] for {type(encoder).__name__}; "
+            f"Invalid --max-tokens={max_tokens}: must be in [1, {limit}] for {type(encoder).__name__}; "
             f"set --max-tokens {limit}."
         )
 

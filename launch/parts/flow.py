@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from dist_layerlr.errors import ConfigError
+from dist_layerlr import checks
 
 TIMESTEPS = 1000.0
 """The timestep of pure noise: ``timestep = sigma * TIMESTEPS``, as Wan and most flow models count."""
@@ -113,9 +113,9 @@ def euler_sigmas(steps: int, shift: float = 1.0) -> list[float]:
         ConfigError: ``steps`` or ``shift`` is out of range.
     """
     if steps < 1:
-        raise ConfigError(f"Invalid samples.steps={steps!r}. Must be an integer of 1 or more; 20 is plenty.")
+        raise checks.invalid("samples.steps", steps, "an integer >= 1")
     if not shift > 0:
-        raise ConfigError(f"Invalid samples.shift={shift!r}. Must be above 0; 1 means evenly spaced steps.")
+        raise checks.invalid("samples.shift", shift, "a number > 0")
     return [_bend(1 - index / steps, shift) for index in range(steps + 1)]
 
 

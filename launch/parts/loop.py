@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import math
 import signal
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from types import FrameType
 
 import torch
@@ -21,9 +24,10 @@ from .families.base import Family
 from .flow import make_flow_batch, mix_seed
 from .metrics import MetricsFile, peak_memory_gb
 from .options import RunOptions
-from .runtime import Runtime
+from .runtime import Diverged, Runtime
 
 Batch = dict[str, Tensor]
+LOWER = "Lower the learning rates, or set train.grad_clip."
 _ORDER_STREAM = 3
 
 
@@ -42,7 +46,7 @@ class Outcome:
 
 
 class StopFlag:
-    """Set by SIGINT and SIGTERM; the step in progress is finished first."""
+    """Set by SIGINT and SIGTERM; the step in progress is finished and saved first."""
 
     def __init__(self) -> None:
         self.raised = False
@@ -54,7 +58,10 @@ class StopFlag:
 
 @contextmanager
 def catch_signals() -> Iterator[StopFlag]:
-    """Turn SIGINT and SIGTERM into a flag inside the block. A second SIGINT is handled as usual."""
+    """Turn SIGINT and SIGTERM into a flag inside the block, however many come.
+
+    On Ctrl-C every rank gets two: one from the terminal, one from torchrun. SIGQUIT and SIGKILL end a run at once.
+    """
     flag = StopFlag()
     before = {number: signal.signal(number, flag) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
@@ -65,8 +72,9 @@ def catch_signals() -> Iterator[StopFlag]:
 
 
 def train(
-    engine: Engine, family: Family, data: Dataset, options: RunOptions, runtime: Runtime, metrics: MetricsFile | None
-) -> Outcome:
+    engine: Engine, family: Family, data: Dataset, options: RunOptions, runtime: Runtime, metrics: MetricsFile | None,
+    stop: StopFlag | None = None,
+) -> Outcome:  # fmt: skip
     """Train for ``options.train.steps`` optimizer steps, or until a signal. Collective.
 
     Args:
@@ -76,24 +84,35 @@ def train(
         options: of the run.
         runtime: this rank.
         metrics: where rank 0 writes its rows; None elsewhere.
+        stop: ends the run after the step in which any rank sees it raised.
+
+    Raises:
+        Diverged: the loss is NaN or infinite.
     """
+    # The norms' weights are float32 under bf16 autocast, so torch takes its unfused kernel: slower, the same numbers.
+    warnings.filterwarnings("ignore", message="Mismatch dtype between input and weight")
     steps = options.train.steps
     factor, stopped = 1.0, False
     observed: dict[str, float] = {}
-    with catch_signals() as stop, _progress(steps, runtime) as show:
+    with _progress(steps, runtime) as show:
         for step in range(steps):
             started = time.perf_counter()
             factor = options.schedule.factor(step)
             loss = _accumulate(engine, family, data, options, runtime, step)
+            loss, stopped = _share(loss, stop is not None and stop.raised, runtime)
+            finite = math.isfinite(loss)
             # The first step is watched: it proves the effective rates, not only the reported ones.
-            norm = engine.step(factor, observed=observed if step == 0 else None)
-            loss, stopped = _share(loss, stop.raised, runtime)
+            norm = engine.step(factor, observed=observed if step == 0 else None) if finite else math.nan
             row = {
                 "step": step, "loss": loss, "lr_factor": factor, "grad_norm": norm,
                 "s_per_step": time.perf_counter() - started, "peak_memory_gb": peak_memory_gb(runtime.device),
             }  # fmt: skip
-            if metrics is not None and (step % options.train.log_every == 0 or step == steps - 1 or stopped):
+            if metrics is not None and (
+                step % options.train.log_every == 0 or step == steps - 1 or stopped or not finite
+            ):
                 metrics.write(row)
+            if not finite:
+                raise Diverged(f"loss is {loss} at step {step}; nothing is saved. {LOWER}")
             show(row)
             if stopped:
                 steps = step + 1
@@ -141,7 +160,8 @@ def _accumulate(
     for part in range(parts):
         numbers = list(range(first + part * micro, first + (part + 1) * micro))
         indices = [sample_index(n, len(data), options.train.seed) for n in numbers]
-        batch = {key: value.to(runtime.device) for key, value in stack_samples(data, indices).items()}
+        read = runtime.agree(partial(stack_samples, data, indices))
+        batch = {key: value.to(runtime.device) for key, value in read.items()}
         with engine.micro_step(last=part == parts - 1):
             loss = _loss(engine, family, batch, numbers, options) / parts
             engine.backward(loss)

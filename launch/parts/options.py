@@ -13,6 +13,8 @@ from dist_layerlr.config import Config, load_config, read_json
 from dist_layerlr.errors import ConfigError
 from dist_layerlr.schedule import KINDS, Schedule
 
+from .families import get_family
+
 LORA, FULL = "lora", "fine_tune"
 
 
@@ -123,6 +125,16 @@ _BLOCKS: dict[str, dict[str, checks.Check]] = {
 _TOP = ("model_type", "model_path", "training_method", "learning_rate", "per_layer_lr", "memory", "data", *_BLOCKS)
 
 
+_NEEDED = {
+    "model_type": "model_type=wan",
+    "model_path": "model_path=DIR",
+    "data": "data.kind=cached --set data.folder=DIR",
+    "train.steps": "train.steps=N",
+    "train.global_batch": "train.global_batch=N",
+}
+"""Key without a default: what to add for it."""
+
+
 def load_options(path: str | Path, overrides: Sequence[str] = (), max_steps: int | None = None) -> RunOptions:
     """Read and check a training config.
 
@@ -138,14 +150,14 @@ def load_options(path: str | Path, overrides: Sequence[str] = (), max_steps: int
     for assignment in overrides:
         apply_override(raw, assignment)
     if max_steps is not None:
-        _section(raw, "train")["steps"] = max_steps
+        raw["train"] = {**_section(raw, "train"), "steps": max_steps}
     checks.known_keys("config", raw, _TOP)
-    for key in ("model_type", "model_path", "data", "train"):
-        if key not in raw:
-            raise ConfigError(f"Missing key {key!r} in config {str(path)!r}. Add it, or pass --set {key}=....")
+    if "model_type" in raw:
+        get_family(checks.text("model_type", raw["model_type"]))
+    _check_complete(raw, path)
     _check_memory(raw.get("memory", {}))
     blocks = {name: checks.fields(name, _section(raw, name), allowed) for name, allowed in _BLOCKS.items()}
-    train = _train(blocks["train"])
+    train = TrainOptions(**blocks["train"])
     method = checks.one_of(lambda: (FULL, LORA))("training_method", raw.get("training_method", _method(raw)))
     if method == FULL and "adapter" in raw:
         raise ConfigError(f"Invalid training_method={FULL!r} with an 'adapter' block: remove one of them.")
@@ -156,7 +168,8 @@ def load_options(path: str | Path, overrides: Sequence[str] = (), max_steps: int
         adapter=_adapter(blocks["adapter"]),
         data=checks.mapping("data", raw["data"]),
         optimizer=_optimizer(blocks["optimizer"]),
-        schedule=_schedule(blocks["schedule"], train.steps),
+        # A run cut short by --max-steps may end within its warmup.
+        schedule=_schedule(blocks["schedule"], train.steps, cut_short=max_steps is not None),
         train=train,
         samples=SampleOptions(**blocks["samples"]),
         plan=load_config(raw),
@@ -186,12 +199,17 @@ def apply_override(raw: dict[str, Any], assignment: str) -> None:
     target[last] = value
 
 
-def _section(raw: dict[str, Any], name: str) -> dict[str, Any]:
-    section = raw.get(name, {})
-    checks.mapping(name, section)
-    if name in ("train",):
-        raw[name] = section
-    return dict(section) if name != "train" else section
+def _section(raw: Mapping[str, Any], name: str) -> Mapping[str, Any]:
+    return checks.mapping(name, raw.get(name, {}))
+
+
+def _check_complete(raw: Mapping[str, Any], path: str | Path) -> None:
+    """Name everything that is missing at once, and what to add for it."""
+    train = _section(raw, "train")
+    missing = [key for key in _NEEDED if key.removeprefix("train.") not in (train if key.startswith("train.") else raw)]
+    if missing:
+        names, flags = ", ".join(missing), " ".join(f"--set {_NEEDED[key]}" for key in missing)
+        raise ConfigError(f"Missing in config {str(path)!r}: {names}. Add them there, or pass {flags}.")
 
 
 def _method(raw: Mapping[str, Any]) -> str:
@@ -209,13 +227,6 @@ def _check_memory(raw: object) -> None:
         )
 
 
-def _train(values: dict[str, Any]) -> TrainOptions:
-    for key in ("steps", "global_batch"):
-        if key not in values:
-            raise ConfigError(f"Missing key 'train.{key}': an integer >= 1 is needed.")
-    return TrainOptions(**values)
-
-
 def _adapter(values: dict[str, Any]) -> AdapterOptions:
     values.pop("type", None)
     values.setdefault("alpha", float(values.get("rank", 16)))
@@ -230,7 +241,10 @@ def _optimizer(values: dict[str, Any]) -> OptimizerOptions:
     return OptimizerOptions(**values)
 
 
-def _schedule(values: dict[str, Any], steps: int) -> Schedule:
+def _schedule(values: dict[str, Any], steps: int, *, cut_short: bool) -> Schedule:
     if "type" in values:
         values["kind"] = values.pop("type")
+    warmup = values.get("warmup_steps", 0)
+    if warmup > steps and not cut_short:
+        raise checks.invalid("schedule.warmup_steps", warmup, f"an integer in [0, train.steps={steps}]")
     return Schedule(total_steps=steps, **values)

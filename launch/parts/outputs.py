@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 from collections.abc import Mapping
@@ -18,29 +19,54 @@ from .data.base import Dataset
 from .engines.base import Engine
 from .families.base import Family
 from .flow import sample
-from .loop import stack_samples
+from .loop import LOWER, stack_samples
 from .options import LORA, RunOptions
-from .runtime import Runtime
+from .runtime import Diverged, Runtime
 from .weights import ADAPTER
 
 FULL_WEIGHTS, LORA_WEIGHTS = "diffusion_pytorch_model.safetensors", "adapter_model.safetensors"
 
 
-def open_output_dir(path: str | Path, *, probe: bool) -> Path:
-    """Create the output folder. With ``probe`` (the rank that writes), make sure that it can be written to.
+_WRITTEN = (
+    "plan.json", "verify.json", "metrics.jsonl", "lr_grid.png", "samples/samples.png", f"final/{FULL_WEIGHTS}",
+    f"final/{LORA_WEIGHTS}", "final/adapter_config.json", "final/config.json",
+)  # fmt: skip
+"""Every file that a run may leave in its output folder."""
+
+
+def open_output_dir(path: str | Path, model_path: str, *, probe: bool) -> Path:
+    """Create the output folder. With ``probe`` (the rank that writes), make sure that all files can be written.
 
     Raises:
-        ConfigError: it cannot be created or written to.
+        ConfigError: it cannot be created or written to, or the model that is trained lies in it.
     """
     folder = Path(path)
+    if (folder / "final").resolve() == Path(model_path).resolve():
+        raise ConfigError(f"Invalid --output-dir {str(path)!r}: model_path is its final/. Choose another folder.")
     try:
         folder.mkdir(parents=True, exist_ok=True)
         if probe:
-            (folder / ".probe").write_text("")
-            (folder / ".probe").unlink()
+            _probe(folder)
     except OSError as error:
-        raise ConfigError(f"Cannot write to --output-dir {str(path)!r}: {error.strerror}.") from None
+        what = f"{error.strerror}: {str(error.filename)!r}"
+        raise ConfigError(f"Cannot write to --output-dir {str(path)!r}: {what}. Choose another folder.") from None
     return folder
+
+
+def _probe(folder: Path) -> None:
+    for place in (folder, folder / "samples", folder / "final"):
+        if place == folder or place.exists():
+            (place / ".probe").write_text("")
+            (place / ".probe").unlink()
+    for name in _WRITTEN:
+        if (folder / name).is_dir():
+            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(folder / name))
+
+
+def remove_previous_run(folder: Path) -> None:
+    """Remove what an earlier run left in the folder, so that no two runs mix. Files of others stay."""
+    for name in _WRITTEN:
+        (folder / name).unlink(missing_ok=True)
 
 
 def write_text(path: Path, text: str) -> None:
@@ -70,11 +96,15 @@ def save_weights(engine: Engine, plan: Plan, options: RunOptions, runtime: Runti
 
     Returns:
         The weights file.
+
+    Raises:
+        Diverged: a weight is NaN or infinite; nothing is written.
     """
     final = folder / "final"
     lora = options.training_method == LORA
     path = final / (LORA_WEIGHTS if lora else FULL_WEIGHTS)
     tensors = dict(engine.trained_tensors(keep=runtime.is_main))
+    runtime.agree(lambda: _check_finite(tensors, step))
     if runtime.is_main:
         final.mkdir(exist_ok=True)
         metadata = {"format": "pt", "plan_digest": plan.digest, "step": str(step)}
@@ -96,7 +126,7 @@ def draw_generated(
     count = min(options.samples.count, len(data))
     if count == 0:
         return None
-    batch = stack_samples(data, list(range(count)))
+    batch = runtime.agree(lambda: stack_samples(data, list(range(count))))
     moved = {key: value.to(runtime.device) for key, value in batch.items()}
     engine.model.eval()
 
@@ -113,6 +143,12 @@ def draw_generated(
     if runtime.is_main:
         draw_samples(path, made.cpu(), batch["latents"], [data.name(i) for i in range(count)])
     return path
+
+
+def _check_finite(tensors: Mapping[str, Tensor], step: int) -> None:
+    for name, tensor in tensors.items():
+        if not bool(torch.isfinite(tensor).all()):
+            raise Diverged(f"{name} holds NaN or infinity after {step} steps; nothing is saved. {LOWER}")
 
 
 def _saved_name(name: str, lora: bool) -> str:

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 _FRAME_INCHES, _GAP, _INK, _PALE = 0.82, 0.06, "#222222", "#777777"
+_MOST_FRAMES, _MOST_LETTERS = 8, 30
 
 
 def draw_samples(path: str | Path, generated: Tensor, real: Tensor, labels: Sequence[str]) -> None:
@@ -23,13 +24,18 @@ def draw_samples(path: str | Path, generated: Tensor, real: Tensor, labels: Sequ
         generated: (N, C, F, H, W) with N >= 1. One channel is drawn grey and three as RGB, [-1, 1] black to white. Of
             any other number the first three (or the first) are drawn, each clip stretched to its own range.
         real: like ``generated``, the same N.
-        labels: N prompts or class names.
+        labels: N prompts or class names; long ones are cut.
+
+    Of clips with more than 8 frames, 8 evenly spaced ones are drawn.
     """
     assert len(generated) == len(real) == len(labels) > 0, f"{len(generated)=} {len(real)=} {len(labels)=}"
     # Not pyplot: it would keep figures alive and choose a window toolkit.
     from matplotlib.figure import Figure
 
-    rows, frames = len(labels), generated.shape[2]
+    labels, of = [_short(label) for label in labels], generated.shape[2]
+    chosen = torch.linspace(0, of - 1, min(of, _MOST_FRAMES)).round().long().to(generated.device)
+    generated, real = generated[:, :, chosen], real[:, :, chosen.to(real.device)]
+    rows, frames = len(labels), len(chosen)
     label_inches = 0.3 + 0.085 * max(len(label) for label in labels)
     width, height = label_inches + 2 * _FRAME_INCHES * frames + 0.5, 0.5 + rows * (_FRAME_INCHES + 0.07)
     figure = Figure(figsize=(width, height), dpi=130, facecolor="white")
@@ -39,11 +45,21 @@ def draw_samples(path: str | Path, generated: Tensor, real: Tensor, labels: Sequ
     for row, label in enumerate(labels):
         _draw_strip(axes[row][0], generated[row])
         _draw_strip(axes[row][1], real[row])
-        axes[row][0].set_ylabel(label, rotation=0, ha="right", va="center", labelpad=8, fontsize=10, color=_INK)
+        axes[row][0].set_ylabel(
+            label, rotation=0, ha="right", va="center", labelpad=8, fontsize=10, color=_INK, parse_math=False
+        )
     for column, title in enumerate(("generated", "real")):
-        axes[0][column].set_title(f"{title}, frames 1 to {frames}", fontsize=10, color=_PALE, pad=8)
+        which = f", {frames} of {of} frames" if of > frames else f", frames 1 to {of}"
+        # Beside one or two frames there is no room for more than the word.
+        axes[0][column].set_title(title + which if frames > 2 else title, fontsize=10, color=_PALE, pad=8)
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path)
+
+
+def _short(label: str) -> str:
+    """One line of a label, its end cut off where it is long."""
+    line = " ".join(label.split())
+    return line if len(line) <= _MOST_LETTERS else line[: _MOST_LETTERS - 1].rstrip() + "…"
 
 
 def _draw_strip(axes: Axes, clip: Tensor) -> None:

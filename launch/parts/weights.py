@@ -12,10 +12,12 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from dist_layerlr.errors import ConfigError, ModelSourceError
+from dist_layerlr import checks
+from dist_layerlr.errors import ModelSourceError
 from dist_layerlr.names import canonical_name, parse
 from dist_layerlr.sources import checkpoint_files, read_header
 
+from .encode import blame
 from .families.base import Family
 from .flow import mix_seed
 from .options import LORA, AdapterOptions, RunOptions
@@ -27,16 +29,17 @@ def read_model_config(folder: str | Path) -> dict[str, Any]:
     """Content of a diffusers checkpoint's ``config.json``.
 
     Raises:
-        ModelSourceError: missing or not JSON.
+        ModelSourceError: missing, or not a JSON object.
     """
     path = Path(folder) / "config.json"
     try:
-        loaded: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+        loaded = json.loads(path.read_text(encoding="utf-8"))
+        checks.mapping("content", loaded)
+    except (OSError, ValueError, RecursionError) as error:
         raise ModelSourceError(
             f"Cannot read {str(path)!r}: {error}. model_path must be a model folder in diffusers format."
         ) from None
-    return loaded
+    return dict(loaded)
 
 
 def empty_model(family: Family, options: RunOptions) -> nn.Module:
@@ -53,7 +56,8 @@ def empty_model(family: Family, options: RunOptions) -> nn.Module:
     found = config.get("_class_name", wanted)
     if found != wanted:
         raise ModelSourceError(f"model_path {options.model_path!r} holds a {found}, but model_type needs a {wanted}.")
-    with init_empty_weights(include_buffers=False):
+    path = Path(options.model_path) / "config.json"
+    with blame(f"{path}: no {wanted} can be built", "restore the file"), init_empty_weights(include_buffers=False):
         model: nn.Module = family.model_class.from_config(config)  # type: ignore[attr-defined]
     if options.training_method == LORA:
         _inject_lora(model, options.adapter, family.lora_targets)
@@ -67,8 +71,10 @@ def _inject_lora(model: Any, adapter: AdapterOptions, family_targets: tuple[str,
     targets = list(adapter.target_modules or family_targets)
     try:
         model.add_adapter(LoraConfig(r=adapter.rank, lora_alpha=adapter.alpha, target_modules=targets), ADAPTER)
-    except ValueError as error:
-        raise ConfigError(f"Invalid adapter.target_modules={targets}: {error}") from None
+    except ValueError:  # whose text is the whole module, printed
+        allowed = f"name endings of linear or convolution layers of {type(model).__name__}"
+        hint = f" Such as {family_targets[0]!r}; see model.named_modules()."
+        raise checks.invalid("adapter.target_modules", targets, allowed, hint) from None
 
 
 def check_weights(model: nn.Module, folder: str | Path) -> dict[str, Path]:
@@ -178,7 +184,8 @@ def _gathered(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
             with deepspeed.zero.GatheredParameters([param]):
                 yield name, param
         elif isinstance(param, DTensor):
-            yield name, param.detach().full_tensor()
+            shard: Any = param.detach()
+            yield name, shard.full_tensor()
         else:
             yield name, param
 

@@ -262,9 +262,13 @@ def test_a_sharder_without_a_launcher_names_the_launcher(run_config: Config, tmp
         ({"scheduler": {"type": "WarmupLR", "params": {}}}, "'scheduler' block"),
         ({"optimizer": {"type": "WarmupLR", "params": {}}}, "'optimizer' block"),
         ({"zero_optimization": 3}, "zero_optimization=3: must be a JSON object"),
-        ({"zero_optimization": {"stag": 2}}, "stag=2"),
-        ({"zero_optimization": {"stage": 2, "offload_optimizer": {"ratio": "x"}}}, "offload_optimizer.ratio='x'"),
+        ({"zero_optimization": {"stag": 2}}, "zero_optimization.stag=2: "),
+        (
+            {"zero_optimization": {"stage": 2, "offload_optimizer": {"ratio": "x"}}},
+            "zero_optimization.offload_optimizer.ratio='x'",
+        ),
         ({"bf16": 5}, "bf16=5: must be a JSON object"),
+        ({"bf16": {"enabled": "x"}}, "bf16.enabled='x': must be true or false"),
         ({"gradient_clipping": 5}, "gradient_clipping=5, but train.grad_clip=1.0"),
     ],
 )

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterable, Mapping
-from difflib import get_close_matches
+from collections.abc import Mapping
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 import torch
 
+from dist_layerlr import checks
 from dist_layerlr.errors import ConfigError
 
 from .base import Dataset
@@ -30,9 +30,7 @@ def open_dataset(options: Mapping[str, Any]) -> Dataset:
     Raises:
         ConfigError: unknown kind or field (names the nearest), missing field, or a value out of range.
     """
-    kind = options.get("kind")
-    if not isinstance(kind, str) or kind not in KINDS:
-        raise ConfigError(f"Invalid data.kind={kind!r}. Must be one of {sorted(KINDS)}.{_nearest(kind, KINDS)}")
+    kind = checks.one_of(lambda: tuple(KINDS))("data.kind", options.get("kind"))
     module, name = KINDS[kind].split(":")
     dataset_class = getattr(import_module(f".{module}", __name__), name)
     fields = {key: value for key, value in options.items() if key != "kind"}
@@ -54,15 +52,7 @@ def check_dataset(data: Dataset, family: Family, model_config: Mapping[str, Any]
 
 
 def _check_fields(kind: str, fields: Mapping[str, Any], allowed: Mapping[str, inspect.Parameter]) -> None:
-    for key in fields:
-        if key not in allowed:
-            near = _nearest(key, allowed)
-            raise ConfigError(f"Unknown key data.{key} for kind {kind!r}. Must be one of {sorted(allowed)}.{near}")
+    checks.known_keys(f"data of kind {kind!r}", fields, allowed)
     for key, parameter in allowed.items():
         if parameter.default is inspect.Parameter.empty and key not in fields:
             raise ConfigError(f"Missing key data.{key}. Kind {kind!r} needs it; add it to the data block.")
-
-
-def _nearest(key: object, allowed: Iterable[str]) -> str:
-    near = get_close_matches(str(key), list(allowed), n=1)
-    return f" Did you mean {near[0]!r}?" if near else ""

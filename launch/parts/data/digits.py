@@ -18,6 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from dist_layerlr import checks
 from dist_layerlr.errors import ConfigError
 
 DIGIT_WORDS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
@@ -76,7 +77,7 @@ class MovingDigits:
         for field, low, high in _RANGES:
             value = getattr(self, field)
             if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
-                raise ConfigError(f"Invalid data.{field}={value!r}. Must be an integer in [{low}, {high}].")
+                raise checks.invalid(f"data.{field}", value, f"an integer in [{low}, {high}]")
 
     def __len__(self) -> int:
         """Return the number of clips."""

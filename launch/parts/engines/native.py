@@ -47,7 +47,7 @@ class NativeEngine:
 
     def step(self, factor: float, *, observed: dict[str, float] | None = None) -> float:
         """Clip, step at plan x ``factor``, clear gradients."""
-        norm = clip_grad_norm(self.model, self._clip or float("inf"))
+        norm: float = clip_grad_norm(self.model, self._clip or float("inf"))
         scale_lrs(self.optimizer, factor)
         with observe(self._plan, self.model, self.optimizer, factor, observed):
             self.optimizer.step()
@@ -56,7 +56,8 @@ class NativeEngine:
 
     def prove(self, factor: float) -> Proof:
         """Verify the live learning rates on all ranks."""
-        return verify(self._plan, self.model, self.optimizer, factor=factor)
+        proof: Proof = verify(self._plan, self.model, self.optimizer, factor=factor)
+        return proof
 
     def trained_tensors(self, *, keep: bool) -> Iterator[tuple[str, Tensor]]:
         """Gather shards, one tensor (FSDP1: one unit) at a time."""
@@ -80,6 +81,6 @@ def make_optimizer(groups: list[dict[str, Any]], options: OptimizerOptions) -> t
     """Build the optimizer that the config names on the plan's groups."""
     if options.kind == "sgd":
         return torch.optim.SGD(groups, lr=0.0, momentum=options.momentum, weight_decay=options.weight_decay)
-    settings = {"betas": options.betas, "eps": options.eps, "weight_decay": options.weight_decay}
+    settings: dict[str, Any] = {"betas": options.betas, "eps": options.eps, "weight_decay": options.weight_decay}
     # One pass over memory on CPU and CUDA alike: see benchmarks/step_cost.py.
     return torch.optim.AdamW(groups, lr=0.0, fused=True, **settings)

@@ -24,6 +24,7 @@ from ..weights import full_tensors, load_weights
 from .native import make_optimizer, observe
 
 STAGES = (0, 1, 2, 3)
+_BLOCKS = ("zero_optimization", "bf16", "fp16", "optimizer", "scheduler")
 
 
 class ZeroEngine:
@@ -38,7 +39,7 @@ class ZeroEngine:
         files: dict[str, Path],
         config_file: str,
     ):
-        config = read_zero_config(config_file, options, runtime.world_size)
+        config = runtime.agree(lambda: read_zero_config(config_file, options, runtime.world_size))
         # Stage 3 partitions on the way to the card, which need not hold the whole model.
         stage = config.get("zero_optimization", {}).get("stage", 0)
         device = torch.device("cpu") if stage == 3 else runtime.device
@@ -46,7 +47,8 @@ class ZeroEngine:
         model.train()
         optimizer = attach(plan, model, lambda groups: make_optimizer(groups, options.optimizer), emission="segmented")
         self._plan = plan
-        self.model = _initialize(model, optimizer, config)
+        with _worded(config_file):
+            self.model = _initialize(model, optimizer, config)
         bind(plan, self.model)
 
     def micro_step(self, *, last: bool) -> AbstractContextManager[None]:
@@ -68,7 +70,8 @@ class ZeroEngine:
 
     def prove(self, factor: float) -> Proof:
         """Verify the live learning rates on all ranks."""
-        return verify(self._plan, self.model, factor=factor)
+        proof: Proof = verify(self._plan, self.model, factor=factor)
+        return proof
 
     def trained_tensors(self, *, keep: bool) -> Iterator[tuple[str, Tensor]]:
         """Stages 0 to 2 keep whole weights on every rank; stage 3 gathers one tensor at a time."""
@@ -82,8 +85,15 @@ def read_zero_config(path: str, options: RunOptions, world_size: int) -> dict[st
         ConfigError: settings that would take the plan's rates over, or that contradict the training config.
     """
     config = read_json(path)
+    for block in _BLOCKS:
+        given = checks.mapping(f"{path}: {block}", config.get(block, {}))
+        checks.boolean(f"{path}: {block}.enabled", given.get("enabled", False))
     stage = config.get("zero_optimization", {}).get("stage", 0)
     checks.one_of(lambda: tuple(map(str, STAGES)))(f"{path}: zero_optimization.stage", str(stage))
+    with _worded(path, "zero_optimization"):
+        from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
+
+        DeepSpeedZeroConfig(**config.get("zero_optimization", {}))
     if config.get("bf16", {}).get("enabled") and options.train.dtype != "bf16":
         raise ConfigError(f"Invalid {path}: bf16.enabled=true needs train.dtype='bf16', got {options.train.dtype!r}.")
     share = options.train.global_batch // world_size
@@ -95,11 +105,30 @@ def read_zero_config(path: str, options: RunOptions, world_size: int) -> dict[st
             raise ConfigError(
                 f"Invalid {path}: {key}={config[key]}, but train.global_batch needs {value}. Remove the key."
             )
+    clip = options.train.grad_clip
+    if config.get("gradient_clipping", 0) not in (0, clip, "auto"):
+        raise ConfigError(
+            f"Invalid {path}: gradient_clipping={config['gradient_clipping']}, but train.grad_clip={clip} decides. "
+            "Set it to 0, or to the same."
+        )
     # A torch optimizer is what the plan was attached to; DeepSpeed would otherwise insist on its own for offload.
     fixed = {"zero_allow_untested_optimizer": True, "zero_force_ds_cpu_optimizer": False}
-    complete = {**config, **filled, **fixed, "gradient_clipping": options.train.grad_clip}
+    complete = {**config, **filled, **fixed, "gradient_clipping": clip}
     check_ds_config(complete)
     return complete
+
+
+@contextlib.contextmanager
+def _worded(path: str, block: str | None = None) -> Iterator[None]:
+    """Word DeepSpeed's refusal of a value as one line: its first problem."""
+    from pydantic import ValidationError
+
+    try:
+        yield
+    except ValidationError as error:
+        first = error.errors()[0]
+        field = ".".join([block or error.title, *map(str, first["loc"])])
+        raise ConfigError(f"Invalid {path}: {field}={first['input']!r}: {first['msg']}.") from None
 
 
 def _initialize(model: nn.Module, optimizer: torch.optim.Optimizer, config: dict[str, Any]) -> Any:

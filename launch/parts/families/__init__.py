@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from difflib import get_close_matches
-
-from dist_layerlr.errors import ConfigError
+from dist_layerlr import checks
 
 from .base import Family
 from .wan import Wan
@@ -22,6 +20,5 @@ def get_family(model_type: str) -> Family:
     """
     if model_type in FAMILIES:
         return FAMILIES[model_type]
-    near = get_close_matches(str(model_type), FAMILIES, n=1)
-    hint = f" Did you mean {near[0]!r}?" if near else ""
-    raise ConfigError(f"Invalid model_type={model_type!r}. Must be one of {sorted(FAMILIES)}.{hint}")
+    hint = checks.suggestion(model_type, FAMILIES) or " Plans of other models: `dist-layerlr plan`."
+    raise checks.invalid("model_type", model_type, f"one of {', '.join(sorted(FAMILIES))} to be trained here", hint)

@@ -24,7 +24,8 @@ class Wan:
         """``diffusers.WanTransformer3DModel``, imported on first use."""
         from diffusers import WanTransformer3DModel
 
-        return WanTransformer3DModel
+        model_class: type[nn.Module] = WanTransformer3DModel
+        return model_class
 
     def velocity(self, model: nn.Module, noisy: Tensor, timestep: Tensor, batch: Mapping[str, Tensor]) -> Tensor:
         """Return the velocity (B, C, F, H, W); see ``Family.velocity``."""
@@ -61,6 +62,10 @@ def _check_text_to_video(model_config: Mapping[str, Any]) -> None:
 
 def _check_latents(model_config: Mapping[str, Any], shape: tuple[int, ...], label: str) -> None:
     channels, patch = model_config["in_channels"], tuple(model_config["patch_size"])
+    if len(patch) != 3 or not all(isinstance(step, int) and step >= 1 for step in patch):
+        raise ModelSourceError(
+            f"Invalid patch_size={list(patch)} in config.json of model_path: must be 3 integers >= 1."
+        )
     longest = model_config.get("rope_max_seq_len", 1024)
     fits = all(
         size > 0 and size % step == 0 and size // step <= longest for size, step in zip(shape[1:], patch, strict=True)
