@@ -8,8 +8,9 @@ from torch import Tensor, nn
 
 from dist_layerlr.adapters import Pieces, detect
 from dist_layerlr.agreement import Problem, together
-from dist_layerlr.groups import write_group
+from dist_layerlr.groups import scale_lrs, write_group
 from dist_layerlr.plan import Plan
+from dist_layerlr.segmented import Segmented
 
 
 def reapply(plan: Plan, model: nn.Module, optimizer: Any = None, *, factor: float = 1.0) -> None:
@@ -32,6 +33,8 @@ def reapply(plan: Plan, model: nn.Module, optimizer: Any = None, *, factor: floa
     _unshare_steps(found)
     for group, entry in chosen.values():
         write_group(group, entry.lr, entry.weight_decay, factor)
+    if isinstance(found.optimizer, Segmented):
+        scale_lrs(found.optimizer, factor)  # the outer group multiplies the inner ones at every step
 
 
 def _unshare_steps(found: Pieces) -> None:

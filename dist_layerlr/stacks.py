@@ -78,8 +78,6 @@ class StackMap:
         stacks = _choose_stacks(containers)
         self._stages = _unet_stages(containers)
         self._locations = _number_blocks(stacks, self._stages, containers)
-        self.blocks_by_stack = {loc.stack: loc.blocks for loc in self._locations.values()}
-        """{stack: block count}, in forward order."""
 
     def locate(self, path: ParamPath) -> Location | None:
         """The block of a parameter, or None outside blocks."""

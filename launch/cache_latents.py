@@ -31,11 +31,11 @@ if find_spec("dist_layerlr") is None:  # a checkout that is not installed
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from dist_layerlr.errors import ConfigError, LayerLRError, ModelSourceError
+from parts.blame import blame
 from parts.cli import Parser, complain
 from parts.data.cached import CAPTION, LATENTS, PROMPT_EMBEDS, CachedDataset, read_header
 from parts.encode import (
     ClipSize,
-    blame,
     check_size,
     check_tokens,
     count_tokens,

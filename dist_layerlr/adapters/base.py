@@ -11,7 +11,6 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from dist_layerlr.errors import PlanMismatch
@@ -45,8 +44,7 @@ class Piece:
 
     def of(self, tensor: Tensor) -> Tensor:
         """The same run of a tensor laid out as the owner: its value, gradient or a moment. Flat, local."""
-        local = tensor.to_local() if isinstance(tensor, DTensor) else tensor
-        return local.detach().reshape(-1)[self.offset : self.offset + self.numel]
+        return local(tensor).detach().reshape(-1)[self.offset : self.offset + self.numel]
 
 
 @dataclass(frozen=True, kw_only=True)

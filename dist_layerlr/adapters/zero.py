@@ -49,22 +49,22 @@ class ZeroAdapter:
         self.label = f"zero {stage}"
         names = {id(p): canonical_name(n) for n, p in engine.module.named_parameters()}
         try:
-            triples = _walk(engine.optimizer, stage)
+            found = _walk(engine.optimizer, stage)
         except (AttributeError, KeyError, IndexError) as error:
             raise internals_moved(f"ZeRO stage {stage}", "deepspeed 0.19.8", repr(error)) from None
         pieces: list[Piece] = []
         strangers = 0
-        for param, piece in triples:
+        for param, (group, owner, offset, numel, start, everywhere) in found:
             name = names.get(id(param))
             if name is None:
                 strangers += 1
-            else:
-                pieces.append(
-                    Piece(
-                        name=name, group=piece[0], owner=piece[1], offset=piece[2], numel=piece[3], start=piece[4],
-                        replicas=world_size() if stage == 0 and piece[5] else 1,
-                    )
-                )  # fmt: skip
+                continue
+            replicas = world_size() if everywhere else 1
+            pieces.append(
+                Piece(
+                    name=name, group=group, owner=owner, offset=offset, numel=numel, start=start, replicas=replicas
+                )
+            )  # fmt: skip
         inner = (
             engine.optimizer
             if isinstance(engine.optimizer, Optimizer)
@@ -135,7 +135,7 @@ def _stage3(optimizer: Any) -> list[Found]:
         owner = optimizer.fp32_partitioned_groups_flat[sub_group]
         offset = 0
         for param in params:
-            ranks, rank = optimizer_ranks(param)
+            ranks, rank = _ranks(param)
             partition = param.partition_numel()
             if partition != zero3_partition(param.ds_numel, ranks):
                 raise internals_moved("ZeRO stage 3", "deepspeed 0.19.8", f"a partition of {partition} elements")
@@ -145,7 +145,7 @@ def _stage3(optimizer: Any) -> list[Found]:
     return found
 
 
-def optimizer_ranks(param: Any) -> tuple[int, int]:
+def _ranks(param: Any) -> tuple[int, int]:
     """(ranks that share a ZeRO-3 parameter, this rank among them)."""
     import torch.distributed as dist
 

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,8 @@ import torch
 from torch import Tensor
 
 from dist_layerlr.errors import ConfigError, ModelSourceError
+
+from .blame import blame
 
 IMAGE_VAES = ("AutoencoderKL",)
 VIDEO_VAES = ("AutoencoderKLWan", "AutoencoderKLQwenImage")
@@ -260,13 +261,3 @@ def _finite(tensor: Tensor, origin: str) -> Tensor:
     if not bool(torch.isfinite(tensor).all()):
         raise ModelSourceError(f"{origin} gave NaN or infinity; run again with --dtype bf16 or fp32.")
     return tensor
-
-
-@contextmanager
-def blame(subject: str, next_step: str) -> Iterator[None]:
-    """Word any failure inside as one ModelSourceError: the libraries raise unrelated types for one damaged file."""
-    try:
-        yield
-    except Exception as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise ModelSourceError(f"{subject} ({reason}); {next_step}.") from error

@@ -9,7 +9,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
+from functools import lru_cache, partial
 from types import FrameType
 
 import torch
@@ -138,8 +138,14 @@ def micro_batch_size(options: RunOptions, world_size: int) -> int:
 def sample_index(number: int, length: int, seed: int) -> int:
     """Which sample of the dataset sample number ``number`` of the run is: a fresh permutation every epoch."""
     epoch, position = divmod(number, length)
+    return int(_order(epoch, length, seed)[position])
+
+
+@lru_cache(maxsize=2)
+def _order(epoch: int, length: int, seed: int) -> Tensor:
+    """The permutation of one epoch; a batch may straddle two."""
     generator = torch.Generator().manual_seed(mix_seed(seed, _ORDER_STREAM, epoch))
-    return int(torch.randperm(length, generator=generator)[position])
+    return torch.randperm(length, generator=generator)
 
 
 def stack_samples(data: Dataset, indices: list[int]) -> Batch:

@@ -17,7 +17,7 @@ from dist_layerlr.errors import ModelSourceError
 from dist_layerlr.names import canonical_name, parse
 from dist_layerlr.sources import checkpoint_files, read_header
 
-from .encode import blame
+from .blame import blame
 from .families.base import Family
 from .flow import mix_seed
 from .options import LORA, AdapterOptions, RunOptions

@@ -186,3 +186,19 @@ def test_a_parameter_without_a_gradient_is_left_alone() -> None:
     before = net.get_parameter("head.weight").detach().clone()
     optimizer.step()
     assert torch.equal(net.get_parameter("head.weight"), before)
+
+
+def test_reapply_after_a_load_puts_the_outer_multiplier_back_too() -> None:
+    net = model()
+    plan = dl.plan_model(net, CONFIG)
+    first = dl.attach(plan, net, OPTIMIZERS["AdamW"], emission="segmented")
+    for group in first.param_groups:
+        group["lr"] = group["initial_lr"] * 0.25  # saved in the middle of a schedule
+    second = dl.attach(plan, net, OPTIMIZERS["AdamW"], emission="segmented")
+    second.load_state_dict(copy.deepcopy(first.state_dict()))
+    dl.reapply(plan, net, second, factor=0.5)
+    dl.verify(plan, net, second, factor=0.5)
+    gradients(net, 0)
+    with dl.effect_check(plan, net, second, factor=0.5) as observed:
+        second.step()
+    assert observed["blocks.0.attn.to_q.weight"] == pytest.approx(0.5 * 4e-3, rel=0.02)
