@@ -59,7 +59,8 @@ def write_group(group: ParamGroup, lr: float, weight_decay: float | None, factor
 
 
 def _group(spec: GroupSpec, live: Mapping[str, Tensor]) -> ParamGroup:
-    group: ParamGroup = {"params": [live[n] for n in spec.names], LR: spec.lr, INITIAL_LR: spec.lr, NAME: spec.name}
+    params = list(dict.fromkeys(live[n] for n in spec.names))  # names that lie side by side may be stepped as one
+    group: ParamGroup = {"params": params, LR: spec.lr, INITIAL_LR: spec.lr, NAME: spec.name}
     if spec.weight_decay is not None:
         group["weight_decay"] = spec.weight_decay
     return group
