@@ -92,7 +92,8 @@ class Segmented(Optimizer):
         for piece in slices:
             if piece.numel:
                 by_owner.setdefault(id(piece.owner), []).append(piece)
-        self._rows = [_Row(_runs(found, spec)) for found in by_owner.values()]
+        held = {id(p) for group in self.param_groups for p in group["params"]}
+        self._rows = [_Row(_runs(found, spec), own=key in held) for key, found in by_owner.items()]
         self._known = {id(row.tensor) for row in self._rows}
         # A group of which this rank holds nothing keeps an empty place, so that groups agree on all ranks.
         empty = [nn.Parameter(torch.empty(0)) for _ in self._plan.groups]
@@ -136,9 +137,11 @@ class Segmented(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        self._check_known()
-        assert self.inner is not None
-        stepped = [row for row in self._rows if row.tensor.grad is not None]
+        live = {id(p): p for group in self.param_groups for p in group["params"] if p.grad is not None}
+        if not self._knows(live.values()) or self.inner is None:
+            return loss
+        # Stage 3 steps sub-group by sub-group: others have gradients too, but are not in the group at that moment.
+        stepped = [row for row in self._rows if id(row.tensor) in live]
         for row in stepped:
             row.prepare(self.inner.state, self.state)
         scale_lrs(self.inner, self.factor)
@@ -150,13 +153,15 @@ class Segmented(Optimizer):
             row.publish(self.inner.state, self.state)
         return loss
 
-    def _check_known(self) -> None:
-        live = [p for group in self.param_groups for p in group["params"] if p.grad is not None]
-        if self.inner is None or any(id(p) not in self._known and local(p).numel() for p in live):
+    def _knows(self, live: Iterable[Tensor]) -> bool:
+        """Whether ``bind`` was told of all these tensors; False if the others' gradients are zero."""
+        strangers = [p for p in live if id(p) not in self._known and local(p).numel()]
+        if any(p.grad is not None and bool(local(p.grad).any()) for p in strangers):
             raise PlanMismatch(
                 "A segmented optimizer was stepped on tensors that it does not know. "
                 "Call dist_layerlr.bind(plan, engine) after deepspeed.initialize."
             )
+        return not strangers  # deepspeed 0.19.8 steps on zero gradients inside initialize (stage 0, bf16)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -178,10 +183,11 @@ class _Row:
     """An outer tensor, and the views of it that the inner optimizer steps."""
 
     runs: Sequence[_Run]
+    own: bool
+    """The one view is the tensor itself; then both optimizers share its state. Given: whether that is allowed, which it
+    is not where the sharder steps some of its tensors at a time (ZeRO-3): gradients of the others must not be seen."""
     tensor: Tensor = field(init=False)
     views: list[Tensor] = field(init=False)
-    own: bool = field(init=False)
-    """The one view is the tensor itself; then both optimizers share its state."""
     sizes: list[int] = field(init=False)
     """Sizes of all cuts of the flattened local tensor, gaps (padding, frozen parameters) included."""
     used: list[int] = field(init=False)
@@ -194,7 +200,7 @@ class _Row:
     def __post_init__(self) -> None:
         self.tensor = self.runs[0].owner
         self.sizes, self.used = _cuts(self.runs, local(self.tensor).numel())
-        self.own = len(self.sizes) == 1 and not isinstance(self.tensor, DTensor)
+        self.own = self.own and len(self.sizes) == 1 and not isinstance(self.tensor, DTensor)
         if self.own:
             self.views = [self.tensor]
         else:
