@@ -25,7 +25,7 @@ from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from dist_layerlr import fused
-from dist_layerlr.errors import PlanMismatch
+from dist_layerlr.errors import ConfigError, PlanMismatch
 from dist_layerlr.groups import INITIAL_LR, LR, NAME, ParamGroup, build_groups, scale_lrs
 from dist_layerlr.plan import Plan
 
@@ -125,6 +125,11 @@ class Segmented(Optimizer):
     def steps(self, name: str, owner: Tensor, offset: int, numel: int) -> bool:
         """Whether exactly this run of a live tensor is what is stepped for a name."""
         return (name, id(owner), offset, numel) in self._places
+
+    @property
+    def cuts(self) -> bool:
+        """Whether a tensor is stepped in several views; then the state must be elementwise, or scalars."""
+        return any(len(row.views) > 1 for row in self._rows)
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> Any:
@@ -241,7 +246,13 @@ class _Row:
         held = outer[self.tensor]
         if not self.published:
             for key, value in first.items():
-                held[key] = self._laid_out(inner, key) if self._elementwise(value, self.views[0]) else value
+                elementwise = self._elementwise(value, self.views[0])
+                if not elementwise and len(self.views) > 1 and isinstance(value, Tensor) and value.ndim:
+                    raise ConfigError(
+                        f"Invalid optimizer for slices of a flat tensor: its state {key!r} {tuple(value.shape)} is "
+                        f"neither a scalar nor as long as its slice ({self.views[0].numel()}). Use AdamW."
+                    )
+                held[key] = self._laid_out(inner, key) if elementwise else value
             self._adopt(inner, held)
         for key, value in first.items():
             if not self._elementwise(value, self.views[0]) and held[key] is not value:
