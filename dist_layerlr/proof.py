@@ -61,7 +61,8 @@ def attach(plan: Plan, model: nn.Module, make: MakeOptimizer, *, emission: str =
         make: groups -> optimizer; each group has ``params``, absolute ``lr``, ``initial_lr``, ``name``, and
             ``weight_decay`` where the plan gives one.
         emission: `groups` (ordinary parameter groups), `segmented` (one group outside, rates applied on slices; give it
-            when DeepSpeed follows, then call ``bind``), or `auto`: segmented where groups cannot work (flat FSDP1).
+            when DeepSpeed follows, then call ``bind``), or `auto`: segmented under DDP, FSDP1 and FSDP2, where it is at
+            least as fast (benchmarks/step_cost.py); groups on a bare model, which may be wrapped later.
 
     Raises:
         PlanMismatch: the model's trainable parameters are not those of the plan, or it is a DeepSpeed engine already.

@@ -120,7 +120,7 @@ class Segmented(Optimizer):
             return {}
         scale_lrs(self.inner, self.factor)
         group_of = {id(p): group for group in self.inner.param_groups for p in group["params"]}
-        return {name: group_of[view] for name, view in self._view_of.items()}
+        return {name: group_of[view] for name, view in self._view_of.items() if view in group_of}
 
     def steps(self, name: str, owner: Tensor, offset: int, numel: int) -> bool:
         """Whether exactly this run of a live tensor is what is stepped for a name."""
