@@ -42,6 +42,7 @@ BLOCKS, WIDTH, BATCH, TOKENS = 48, 96, 2, 16
 SHARDERS = ("ddp", "fsdp1", "fsdp1 flat", "fsdp2", "zero 0", "zero 1", "zero 2", "zero 2 offload", "zero 3")
 METHODS = ("full", "lora")
 SCALING = (1, 12, 144, 1000)
+MANY_NAMES = 4000
 WARMUP = 3
 
 
@@ -219,6 +220,37 @@ def interleave(arms: dict[str, Arm], rounds: int) -> None:
                 arm.alone.append(float(times[1]))
 
 
+def upkeep(sharder: str) -> dict[str, float]:
+    """Seconds of what is not a step, for 4,000 names at 144 rates; medians of 5."""
+    model: nn.Module = nn.Sequential(*(nn.Linear(4, 4) for _ in range(MANY_NAMES // 2)))
+    config = {"learning_rate": 1e-4, "per_layer_lr": {"enabled": True, "unmatched": "default"}}
+    plan = dist_layerlr.plan_model(model, config)
+    entries = {n: dataclasses.replace(e, lr=1e-6 * (i % 144 + 1)) for i, (n, e) in enumerate(plan.entries.items())}
+    plan = dataclasses.replace(plan, entries=entries)
+    model = wrap(sharder, model)
+
+    def attach() -> torch.optim.Optimizer:
+        return dist_layerlr.attach(plan, model, lambda g: torch.optim.AdamW(g, fused=True))
+
+    optimizer = attach()
+    schedule = dist_layerlr.PlanSchedule(optimizer, dist_layerlr.Schedule(kind="cosine", total_steps=100))
+    return {
+        "attach_s": _seconds(attach),
+        "verify_s": _seconds(lambda: dist_layerlr.verify(plan, model, optimizer, factor=schedule.factor)),
+        "schedule_step_s": _seconds(schedule.step),
+    }
+
+
+def _seconds(action: Callable[[], Any]) -> float:
+    times = []
+    for _ in range(5):
+        dist.barrier()
+        start = time.perf_counter()
+        action()
+        times.append(time.perf_counter() - start)
+    return statistics.median(times)
+
+
 def work(rank: int, store: str, only: str | None, rounds: int, out: str) -> None:
     """Everything one rank does."""
     torch.set_num_threads(1)
@@ -241,6 +273,10 @@ def work(rank: int, store: str, only: str | None, rounds: int, out: str) -> None
             interleave(arms, rounds)
             rows.append({"sharder": sharder, "method": "full", "scaling": True, **_summary(arms)})
             _print_scaling(rank, rows[-1])
+    for sharder in ("ddp", "fsdp2"):
+        if only is None or sharder == only:
+            rows.append({"sharder": sharder, "names": MANY_NAMES, **upkeep(sharder)})
+            _print_upkeep(rank, rows[-1])
     if rank == 0:
         _write(rows, rounds, Path(out))
     dist.barrier()
@@ -291,6 +327,16 @@ def _print_scaling(rank: int, row: dict[str, Any]) -> None:
         return
     parts = [f"{n} LRs {row[str(n)]['whole_ratio']:.3f}" for n in SCALING]
     print(f"{row['sharder']:<16}scaling, whole step relative to 1 LR: {', '.join(parts)}", flush=True)
+
+
+def _print_upkeep(rank: int, row: dict[str, Any]) -> None:
+    if rank:
+        return
+    what = f"attach {row['attach_s']:.2f} s, verify {row['verify_s']:.2f} s"
+    print(
+        f"{row['sharder']:<16}{MANY_NAMES:,} names: {what}, schedule step {row['schedule_step_s'] * 1e6:.0f} us",
+        flush=True,
+    )
 
 
 def _write(rows: list[dict[str, Any]], rounds: int, out: Path) -> None:
