@@ -8,7 +8,7 @@ from typing import Any
 
 import torch.distributed as dist
 
-from dist_layerlr.errors import PlanMismatch
+from dist_layerlr.errors import LayerLRError, PlanMismatch
 
 Problem = tuple[str, str]
 """(kind: a key of CAUSES, text)."""
@@ -78,3 +78,27 @@ def mismatch(rank: int, shown: list[Problem], count: int) -> PlanMismatch:
     lines = "\n".join(f"  {text}" for _, text in shown)
     causes = "\n".join(f"  likely cause: {CAUSES[kind]}." for kind in dict.fromkeys(k for k, _ in shown))
     return PlanMismatch(f"The live optimizer differs from the plan on rank {rank}{more}:\n{lines}\n{causes}")
+
+
+@contextmanager
+def raise_alike() -> Iterator[None]:
+    """Every rank raises what the first failing rank raised inside the block. Collective.
+
+    Raises:
+        LayerLRError: of this rank or another, with its class and text.
+        Exception: this rank's own of any other kind; other ranks then raise a LayerLRError that says so.
+    """
+    failure: Exception | None = None
+    try:
+        yield
+    except Exception as error:
+        failure = error
+    heard = everyone(failure if failure is None or isinstance(failure, LayerLRError) else _foreign(failure))
+    first = next((error for error in heard if error is not None), None)
+    if first is not None:
+        raise (failure if failure is not None and not isinstance(failure, LayerLRError) else first) from failure
+
+
+def _foreign(error: Exception) -> LayerLRError:
+    """An error of another library, which may not travel, as one that does."""
+    return LayerLRError(f"Another rank failed with {type(error).__name__}: {error}")
