@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from torch import nn
 
-from dist_layerlr.adapters.base import Adapter, LiveParam, Piece, Pieces, StatePiece
+from dist_layerlr.adapters.base import Adapter, LiveParam, Piece, Pieces, StatePiece, Weight
 
-__all__ = ["Adapter", "LiveParam", "Piece", "Pieces", "StatePiece", "detect"]
+__all__ = ["Adapter", "LiveParam", "Piece", "Pieces", "StatePiece", "Weight", "detect"]
 
 
 def detect(model: nn.Module) -> Adapter:

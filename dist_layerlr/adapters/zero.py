@@ -2,8 +2,10 @@
 
 Private, read in deepspeed 0.19.8. Stages 1 and 2: ``bit16_groups`` (original parameters of each group), their
 ``_hp_mapping``, ``single_partition_of_fp32_groups``. Stage 3: ``fp16_groups`` per sub-group, ``sub_group_to_group_id``,
-``fp32_partitioned_groups_flat``, ``ds_numel`` and ``partition_numel()`` per parameter. Stage 0: the client optimizer, or
-``bf16_groups`` / ``fp16_groups`` of the mixed precision wrappers.
+``fp32_partitioned_groups_flat``; ``ds_numel``, ``ds_shape``, ``ds_tensor`` and ``partition_numel()`` per parameter. Stage
+0: the client optimizer, or ``bf16_groups`` / ``fp16_groups`` of the mixed precision wrappers. To refresh copies:
+``update_lp_params`` (1, 2); ``_reassign_or_swap_out_partitioned_parameters`` between ``checkpoint_event_prologue`` and
+``checkpoint_event_epilogue`` (3).
 """
 
 from __future__ import annotations
@@ -13,7 +15,17 @@ from typing import Any
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from dist_layerlr.adapters.base import Piece, Pieces, internals_moved, resolve, world_size
+from dist_layerlr.adapters.base import (
+    Piece,
+    Pieces,
+    Weight,
+    buffers,
+    internals_moved,
+    parameters_with_names,
+    resolve,
+    whole_weight,
+    world_size,
+)
 from dist_layerlr.errors import PlanMismatch
 from dist_layerlr.names import canonical_name
 from dist_layerlr.plan import Plan
@@ -71,6 +83,48 @@ class ZeroAdapter:
             else getattr(engine.optimizer, "optimizer", None)
         )
         return resolve(Pieces(pieces=pieces, strangers=strangers, optimizer=inner))
+
+    def weights(self, model: nn.Module) -> list[Weight]:
+        """Partitions at stage 3, else whole parameters; in the model's dtype, without the fp32 masters."""
+        return [_weight(*found) for found in parameters_with_names(model)] + buffers(model)
+
+    def refresh(self, model: nn.Module, optimizer: Any = None) -> None:
+        """Masters into the low-precision parameters, on every rank.
+
+        Raises:
+            PlanMismatch: the private attributes this relies on have changed.
+        """
+        engine: Any = model
+        stage = int(engine.zero_optimization_stage())
+        try:
+            _refresh(engine.optimizer, stage)
+        except AttributeError as error:
+            raise internals_moved(f"ZeRO stage {stage}", "deepspeed 0.19.8", repr(error)) from None
+
+
+def _weight(param: Any, name: str, aliases: tuple[str, ...]) -> Weight:
+    if not hasattr(param, "ds_tensor"):
+        return whole_weight(name, param, world_size(), aliases=aliases, trainable=param.requires_grad)
+    ranks, rank = _ranks(param)
+    start, numel = zero3_range(param.ds_numel, ranks, rank)
+    return Weight(
+        name=name, aliases=aliases, tensor=param.ds_tensor.detach().view(-1)[:numel], start=start,
+        shape=tuple(param.ds_shape), trainable=param.requires_grad,
+    )  # fmt: skip
+
+
+def _refresh(optimizer: Any, stage: int) -> None:
+    if stage == 3:
+        optimizer.checkpoint_event_prologue()  # frees what is gathered
+        for sub_group in range(len(optimizer.fp32_partitioned_groups_flat)):
+            optimizer._reassign_or_swap_out_partitioned_parameters(sub_group)
+        optimizer.checkpoint_event_epilogue()  # gathers small parameters again
+    elif hasattr(optimizer, "update_lp_params"):
+        optimizer.update_lp_params()
+    else:
+        for param, (_, owner, offset, numel, _, _) in _walk(optimizer, stage):
+            if param is not owner:
+                param.data.copy_(owner.detach().view(-1)[offset : offset + numel].view(param.shape))
 
 
 Found = tuple[nn.Parameter, tuple[Any, Tensor, int, int, int, bool]]
