@@ -13,12 +13,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from dist_layerlr.adapters import Weight, detect
+from dist_layerlr.adapters import Weight, detect, true_weights
 from dist_layerlr.agreement import raise_alike
 from dist_layerlr.errors import ModelSourceError
 from dist_layerlr.model import unwrap
@@ -31,32 +30,6 @@ Source = str | Path | Iterable[Path]
 Fresh = Callable[[str, Shape], Tensor]
 CHUNK = 1 << 24
 """Elements read at once: what loading needs beside the model itself."""
-
-
-def materialize(module: nn.Module, device: torch.device | str, *, recurse: bool = True) -> None:
-    """Give meta parameters uninitialised memory, sharded ones for their shard only; buffers keep their values.
-
-    Parameters keep their identity, so ties and groups hold. For FSDP1, pass
-    ``param_init_fn=lambda module: materialize(module, device, recurse=False)``; for ZeRO-3, ``partition_empty``.
-
-    Raises:
-        ModelSourceError: a buffer is on the meta device, so that nothing knows its values.
-    """
-    kept = dict(module.named_buffers(recurse=recurse))
-    lost = next((name for name, buffer in kept.items() if buffer.is_meta), None)
-    if lost is not None:
-        raise ModelSourceError(
-            f"Buffer {lost!r} of {type(module).__name__} is on the meta device: its values are lost. "
-            "Build the model under accelerate.init_empty_weights(include_buffers=False)."
-        )
-    before = torch.__future__.get_swap_module_params_on_conversion()
-    torch.__future__.set_swap_module_params_on_conversion(True)
-    try:
-        module.to_empty(device=device, recurse=recurse)
-    finally:
-        torch.__future__.set_swap_module_params_on_conversion(before)
-    for name, buffer in module.named_buffers(recurse=recurse):
-        buffer.copy_(kept[name])
 
 
 def load_pretrained(model: nn.Module, source: Source, *, fresh: Fresh | None = None) -> None:
@@ -75,7 +48,7 @@ def load_pretrained(model: nn.Module, source: Source, *, fresh: Fresh | None = N
         ModelSourceError: on all ranks alike; see ``check_pretrained``, or a file that cannot be read.
     """
     adapter = detect(model)
-    weights = adapter.masters(model)
+    weights = true_weights(model)
     with raise_alike():
         matched = _match(model, weights, source, fresh is not None)
     with raise_alike(), torch.no_grad():

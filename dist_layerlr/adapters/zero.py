@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
@@ -27,6 +28,7 @@ from dist_layerlr.adapters.base import (
     world_size,
 )
 from dist_layerlr.errors import PlanMismatch
+from dist_layerlr.model import materialize
 from dist_layerlr.names import canonical_name
 from dist_layerlr.plan import Plan
 from dist_layerlr.segmented import MakeOptimizer
@@ -125,6 +127,29 @@ def _refresh(optimizer: Any, stage: int) -> None:
         for param, (_, owner, offset, numel, _, _) in _walk(optimizer, stage):
             if param is not owner:
                 param.data.copy_(owner.detach().view(-1)[offset : offset + numel].view(param.shape))
+
+
+def partition_empty(model: nn.Module, config: dict[str, Any]) -> None:
+    """Make a meta-device model a ZeRO-3 one, its partitions uninitialised, one module's own parameters at a time.
+
+    Then ``deepspeed.initialize`` and ``load_pretrained``. ``deepspeed.zero.Init`` partitions the modules that are built
+    inside it: here, lists of the parameters that are there already.
+
+    Args:
+        model: parameters on the meta device, buffers real.
+        config: the ds_config, complete.
+    """
+    import deepspeed
+
+    low = {"bf16": torch.bfloat16, "fp16": torch.float16}
+    dtype = next((low[key] for key in low if config.get(key, {}).get("enabled")), torch.float32)
+    with deepspeed.zero.Init(config_dict_or_path=config):
+        for module in model.modules():
+            empty = [p for p in module.parameters(recurse=False) if p.is_meta]
+            materialize(module, "cpu", recurse=False)
+            for param in empty:
+                param.data = param.data.to(dtype)
+            nn.ParameterList(empty)
 
 
 Found = tuple[nn.Parameter, tuple[Any, Tensor, int, int, int, bool]]
