@@ -110,7 +110,7 @@ def materialize(module: nn.Module, device: torch.device | str, *, recurse: bool 
     for param in module.parameters(recurse=recurse):
         if param.is_meta:
             empty = nn.Parameter(torch.empty_like(param, device=device), param.requires_grad)
-            torch.utils.swap_tensors(param, empty)
+            torch.utils.swap_tensors(param, empty)  # type: ignore[no-untyped-call]
     if recurse:
         module.to(device)  # buffers; FSDP2 also looks at its new shards here
 

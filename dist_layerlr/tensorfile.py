@@ -48,7 +48,7 @@ class Stored:
             ModelSourceError: the file ends before, or is gone.
         """
         tensor = torch.empty(numel, dtype=self.dtype)
-        view = memoryview(tensor.view(torch.uint8).numpy())
+        view = tensor.view(torch.uint8).numpy().data
         try:
             with self.file.open("rb", buffering=0) as file:
                 file.seek(self.offset + start * self.dtype.itemsize)
@@ -147,4 +147,4 @@ def _header(entries: Sequence[Entry], metadata: Mapping[str, str]) -> bytes:
 def _append(file: BinaryIO, tensor: Tensor, entry: Entry) -> None:
     assert tuple(tensor.shape) == tuple(entry.shape), f"{entry.name}: {tuple(tensor.shape)} is not {entry.shape}"
     data = tensor.detach().to("cpu", entry.dtype).contiguous().reshape(-1).view(torch.uint8)
-    file.write(memoryview(data.numpy()))
+    file.write(data.numpy().data)

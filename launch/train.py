@@ -84,12 +84,12 @@ def _sharding(args: argparse.Namespace) -> str:
 
 
 def _run(args: argparse.Namespace, options: RunOptions, sharding: str, runtime: Runtime) -> int:
-    from dist_layerlr import plan_model
+    from dist_layerlr import check_pretrained, plan_model
     from parts import outputs
     from parts.data import check_dataset, open_dataset
     from parts.families import get_family
     from parts.loop import catch_signals, micro_batch_size
-    from parts.weights import check_weights, empty_model
+    from parts.weights import empty_model
 
     family = get_family(options.model_type)
     model = runtime.agree(lambda: empty_model(family, options))
@@ -98,13 +98,13 @@ def _run(args: argparse.Namespace, options: RunOptions, sharding: str, runtime: 
     say(grid(plan), flush=True)
     if args.plan_only:
         return 0
-    files = runtime.agree(lambda: check_weights(model, options.model_path))
+    runtime.agree(lambda: check_pretrained(model, options.model_path, fresh=True))
     data = runtime.agree(lambda: open_dataset(options.data))
     shape: Any = model.config
     runtime.agree(lambda: check_dataset(data, family, shape))
     runtime.agree(lambda: micro_batch_size(options, runtime.world_size))
     folder = runtime.agree(lambda: outputs.open_output_dir(args.output_dir, options.model_path, probe=runtime.is_main))
-    engine = build_engine(sharding, model, plan, options, runtime, files, args.deepspeed_config)
+    engine = build_engine(sharding, model, plan, options, runtime, args.deepspeed_config)
     with catch_signals() as stop:
         _train_and_save(engine, family, data, plan, options, runtime, folder, stop)
     return 0

@@ -32,7 +32,7 @@ from dist_layerlr.adapters.base import (
 )
 from dist_layerlr.groups import build_groups
 from dist_layerlr.model import FLAT_PARAM
-from dist_layerlr.names import canonical_name, parse
+from dist_layerlr.names import canonical_name
 from dist_layerlr.plan import Plan
 from dist_layerlr.segmented import MakeOptimizer, Slice
 from dist_layerlr.segments import flat_ranges
@@ -117,7 +117,7 @@ class Fsdp1Adapter:
         ignored = [
             whole_weight(name, param, world_size(), aliases=aliases, trainable=param.requires_grad)
             for param, name, aliases in parameters_with_names(model)
-            if name not in known and parse(name).leaf != FLAT_PARAM
+            if name not in known and name.rpartition(".")[2] != FLAT_PARAM
         ]
         return [*found, *ignored, *buffers(model)]
 

@@ -141,6 +141,7 @@ def partition_empty(model: nn.Module, config: dict[str, Any]) -> None:
     """
     import deepspeed
 
+    deepspeed.init_distributed(verbose=False)  # else the config is checked against one rank
     low = {"bf16": torch.bfloat16, "fp16": torch.float16}
     dtype = next((low[key] for key in low if config.get(key, {}).get("enabled")), torch.float32)
     with deepspeed.zero.Init(config_dict_or_path=config):

@@ -23,7 +23,7 @@ from parts.families import get_family
 from parts.loop import train
 from parts.options import RunOptions, load_options
 from parts.runtime import Runtime
-from parts.weights import check_weights, empty_model
+from parts.weights import empty_model
 from ranks import run_ranks
 
 FOLDER = Path(__file__).resolve().parent.parent.parent / "ds_configs"
@@ -53,8 +53,7 @@ def run_one(sharding: str, options: RunOptions, runtime: Runtime, ds_config: Pat
     family = get_family(options.model_type)
     model = empty_model(family, options)
     plan = plan_model(model, options.plan)
-    files = check_weights(model, options.model_path)
-    engine = build_engine(sharding, model, plan, options, runtime, files, None if ds_config is None else str(ds_config))
+    engine = build_engine(sharding, model, plan, options, runtime, None if ds_config is None else str(ds_config))
     engine.prove(1.0)
     losses = Losses()
     outcome = train(engine, family, open_dataset(options.data), options, runtime, losses)  # type: ignore[arg-type]

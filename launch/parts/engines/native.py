@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,18 +16,17 @@ from dist_layerlr.proof import Proof
 
 from ..options import OptimizerOptions, RunOptions
 from ..runtime import Runtime
-from ..weights import full_tensors
+from ..weights import full_tensors, load_base
 from .wrap import WRAPS
 
 
 class NativeEngine:
     """A wrapped model and a torch optimizer that is attached to it."""
 
-    def __init__(
-        self, sharding: str, model: nn.Module, plan: Plan, options: RunOptions, runtime: Runtime, files: dict[str, Path]
-    ):
+    def __init__(self, sharding: str, model: nn.Module, plan: Plan, options: RunOptions, runtime: Runtime):
         self._plan, self._clip, self._sharding = plan, options.train.grad_clip, sharding
-        self.model = WRAPS[sharding](model, plan, options, runtime, files)
+        self.model = WRAPS[sharding](model, plan, options, runtime)
+        load_base(self.model, options)
         self.model.train()
         self.optimizer = attach(plan, self.model, lambda groups: make_optimizer(groups, options.optimizer))
 

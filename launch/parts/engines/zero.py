@@ -6,13 +6,21 @@ import contextlib
 import warnings
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from dist_layerlr import attach, bind, check_ds_config, checks, scale_lrs, verify
+from dist_layerlr import (
+    attach,
+    bind,
+    check_ds_config,
+    checks,
+    materialize,
+    partition_empty,
+    scale_lrs,
+    verify,
+)
 from dist_layerlr.config import read_json
 from dist_layerlr.errors import ConfigError
 from dist_layerlr.plan import Plan
@@ -20,7 +28,7 @@ from dist_layerlr.proof import Proof
 
 from ..options import RunOptions
 from ..runtime import Runtime
-from ..weights import full_tensors, load_weights
+from ..weights import full_tensors, load_base
 from .native import make_optimizer, observe
 
 STAGES = (0, 1, 2, 3)
@@ -36,20 +44,25 @@ class ZeroEngine:
         plan: Plan,
         options: RunOptions,
         runtime: Runtime,
-        files: dict[str, Path],
         config_file: str,
     ):
+        import deepspeed
+
         config = runtime.agree(lambda: read_zero_config(config_file, options, runtime.world_size))
-        # Stage 3 partitions on the way to the card, which need not hold the whole model.
-        stage = config.get("zero_optimization", {}).get("stage", 0)
-        device = torch.device("cpu") if stage == 3 else runtime.device
-        load_weights(model, files, seed=options.train.seed, device=device)
+        _quiet()
+        if config.get("zero_optimization", {}).get("stage", 0) == 3:
+            with _worded(config_file):
+                partition_empty(model, config)
+        else:
+            materialize(model, runtime.device)
         model.train()
         optimizer = attach(plan, model, lambda groups: make_optimizer(groups, options.optimizer), emission="segmented")
         self._plan = plan
         with _worded(config_file):
-            self.model = _initialize(model, optimizer, config)
+            with contextlib.redirect_stdout(None):
+                self.model = deepspeed.initialize(model=model, optimizer=optimizer, config=config)[0]
         bind(plan, self.model)
+        load_base(self.model, options)
 
     def micro_step(self, *, last: bool) -> AbstractContextManager[None]:
         """Tell the engine where a step ends, so that it steps when told and not by its own count."""
@@ -131,17 +144,15 @@ def _worded(path: str, block: str | None = None) -> Iterator[None]:
         raise ConfigError(f"Invalid {path}: {field}={first['input']!r}: {first['msg']}.") from None
 
 
-def _initialize(model: nn.Module, optimizer: torch.optim.Optimizer, config: dict[str, Any]) -> Any:
+def _quiet() -> None:
+    """No progress lines, no warnings about DeepSpeed's own calls, no compiling of what is not needed."""
     import logging
 
     import deepspeed
     from deepspeed.utils import logger
 
     logger.setLevel(logging.WARNING)
-    # DeepSpeed's own calls; nothing a user of this program could change.
     warnings.filterwarnings("ignore", message=r"`torch\.distributed\.\w+` is deprecated", category=FutureWarning)
     if not torch.cuda.is_available():
         # gloo needs no shared-memory op; building it takes 40 s and a compiler. Read in deepspeed 0.19.8.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    with contextlib.redirect_stdout(None):
-        return deepspeed.initialize(model=model, optimizer=optimizer, config=config)[0]
