@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, TypeVar
 
 import torch.distributed as dist
 
-from dist_layerlr.errors import LayerLRError, PlanMismatch
+from dist_layerlr.errors import CheckpointError, LayerLRError, PlanMismatch
 
+Result = TypeVar("Result")
 Problem = tuple[str, str]
 """(kind: a key of CAUSES, text)."""
 SHOWN = 10
@@ -37,6 +38,27 @@ def everyone(mine: Any) -> list[Any]:
     gathered: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(gathered, mine)
     return gathered
+
+
+def alike(work: Callable[[], Result]) -> Result:
+    """Run ``work`` on every rank; if it fails on any, every rank raises the first failing rank's error. Collective.
+
+    Raises:
+        LayerLRError: as that rank raised it; other exceptions become a CheckpointError that names the rank.
+    """
+    failure: LayerLRError | None = None
+    try:
+        result = work()
+    except LayerLRError as error:
+        failure = error
+    except Exception as error:
+        rank = dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
+        failure = CheckpointError(f"Rank {rank}: {type(error).__name__}: {error}")
+        failure.__cause__ = error
+    first = next((heard for heard in everyone(failure) if heard is not None), None)
+    if first is not None:
+        raise first from failure
+    return result
 
 
 @contextmanager
@@ -78,27 +100,3 @@ def mismatch(rank: int, shown: list[Problem], count: int) -> PlanMismatch:
     lines = "\n".join(f"  {text}" for _, text in shown)
     causes = "\n".join(f"  likely cause: {CAUSES[kind]}." for kind in dict.fromkeys(k for k, _ in shown))
     return PlanMismatch(f"The live optimizer differs from the plan on rank {rank}{more}:\n{lines}\n{causes}")
-
-
-@contextmanager
-def raise_alike() -> Iterator[None]:
-    """Every rank raises what the first failing rank raised inside the block. Collective.
-
-    Raises:
-        LayerLRError: of this rank or another, with its class and text.
-        Exception: this rank's own of any other kind; other ranks then raise a LayerLRError that says so.
-    """
-    failure: Exception | None = None
-    try:
-        yield
-    except Exception as error:
-        failure = error
-    heard = everyone(failure if failure is None or isinstance(failure, LayerLRError) else _foreign(failure))
-    first = next((error for error in heard if error is not None), None)
-    if first is not None:
-        raise (failure if failure is not None and not isinstance(failure, LayerLRError) else first) from failure
-
-
-def _foreign(error: Exception) -> LayerLRError:
-    """An error of another library, which may not travel, as one that does."""
-    return LayerLRError(f"Another rank failed with {type(error).__name__}: {error}")

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from dist_layerlr.adapters import Weight, detect, true_weights
-from dist_layerlr.agreement import raise_alike
+from dist_layerlr.agreement import alike
 from dist_layerlr.errors import ModelSourceError
 from dist_layerlr.model import unwrap
 from dist_layerlr.names import canonical_name, parse
@@ -47,19 +47,9 @@ def load_pretrained(model: nn.Module, source: Source, *, fresh: Fresh | None = N
     Raises:
         ModelSourceError: on all ranks alike; see ``check_pretrained``, or a file that cannot be read.
     """
-    adapter = detect(model)
-    weights = true_weights(model)
-    with raise_alike():
-        matched = _match(model, weights, source, fresh is not None)
-    with raise_alike(), torch.no_grad():
-        for weight, stored in matched:
-            if stored is not None:
-                _read(weight, stored)
-            elif weight.numel and fresh is not None:
-                full = fresh(weight.name, weight.shape).reshape(-1)
-                weight.tensor.copy_(full[weight.start : weight.start + weight.numel])
-            weight.settle()
-    adapter.refresh(model, None)
+    matched = alike(lambda: _match(model, true_weights(model), source, fresh is not None))
+    alike(lambda: _fill(matched, fresh))
+    detect(model).refresh(model, None)
 
 
 def check_pretrained(model: nn.Module, source: Source, *, fresh: bool = False) -> None:
@@ -115,6 +105,18 @@ def _check_fit(weight: Weight, stored: Stored) -> None:
         raise ModelSourceError(f"{where} has shape {stored.shape}; the model needs {weight.shape}.")
     if stored.dtype.is_floating_point != weight.dtype.is_floating_point:
         raise ModelSourceError(f"{where} is {stored.dtype}; the model needs {weight.dtype}.")
+
+
+@torch.no_grad()
+def _fill(matched: Matched, fresh: Fresh | None) -> None:
+    for weight, stored in matched:
+        if stored is not None:
+            _read(weight, stored)
+        elif weight.numel:
+            assert fresh is not None
+            full = fresh(weight.name, weight.shape).reshape(-1)
+            weight.tensor.copy_(full[weight.start : weight.start + weight.numel])
+        weight.settle()
 
 
 def _read(weight: Weight, stored: Stored) -> None:

@@ -123,7 +123,7 @@ def write(path: Path, entries: Sequence[Entry], fetch: Callable[[Entry], Tensor]
     temporary = path.with_name(path.name + ".tmp")
     try:
         with temporary.open("wb") as file:
-            file.write(_header(entries, metadata))
+            file.write(header(entries, metadata))
             for entry in entries:
                 _append(file, fetch(entry), entry)
             file.flush()
@@ -133,13 +133,14 @@ def write(path: Path, entries: Sequence[Entry], fetch: Callable[[Entry], Tensor]
         temporary.unlink(missing_ok=True)
 
 
-def _header(entries: Sequence[Entry], metadata: Mapping[str, str]) -> bytes:
-    header: dict[str, object] = {"__metadata__": dict(metadata)}
+def header(entries: Sequence[Entry], metadata: Mapping[str, str]) -> bytes:
+    """First bytes of a file of these tensors, in this order."""
+    rows: dict[str, object] = {"__metadata__": dict(metadata)}
     end = 0
     for entry in entries:
         start, end = end, end + entry.nbytes
-        header[entry.name] = {"dtype": _NAMES[entry.dtype], "shape": list(entry.shape), "data_offsets": [start, end]}
-    text = json.dumps(header).encode()
+        rows[entry.name] = {"dtype": _NAMES[entry.dtype], "shape": list(entry.shape), "data_offsets": [start, end]}
+    text = json.dumps(rows).encode()
     text += b" " * (-len(text) % 8)
     return struct.pack("<Q", len(text)) + text
 
