@@ -22,6 +22,7 @@ _HOME = {
     "Plan": "plan",
     "PlanEntry": "plan",
     "build_plan": "build",
+    "plan_diff": "diff",
     "canonical_name": "names",
     "register_depth": "depth",
     "register_component_rule": "components",

@@ -2,7 +2,7 @@
 
 ``a <- b`` means that b may import a and anything left of it:
 errors <- names, depth, checks, schedule, patterns <- stacks, components, presets, layer_decay <- config <- plan
-<- matching, warn, report, sources, build <- the torch side.
+<- matching, warn, report, sources, build, diff <- the torch side.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ LAYERS = (
     {"stacks", "components", "presets", "layer_decay"},
     {"config"},
     {"plan"},
-    {"matching", "warn", "report", "sources", "build"},
+    {"matching", "warn", "report", "sources", "build", "diff"},
 )
 WITHIN_LAYER = {("components", "stacks"), ("layer_decay", "stacks"), ("build", "warn"), ("build", "matching")}
 """(importer, imported) that share a layer."""
