@@ -48,7 +48,7 @@ class Stored:
             ModelSourceError: the file ends before, or is gone.
         """
         tensor = torch.empty(numel, dtype=self.dtype)
-        view = memoryview(tensor.view(torch.uint8).numpy())
+        view = tensor.view(torch.uint8).numpy().data
         try:
             with self.file.open("rb", buffering=0) as file:
                 file.seek(self.offset + start * self.dtype.itemsize)
@@ -123,7 +123,7 @@ def write(path: Path, entries: Sequence[Entry], fetch: Callable[[Entry], Tensor]
     temporary = path.with_name(path.name + ".tmp")
     try:
         with temporary.open("wb") as file:
-            file.write(_header(entries, metadata))
+            file.write(header(entries, metadata))
             for entry in entries:
                 _append(file, fetch(entry), entry)
             file.flush()
@@ -133,13 +133,14 @@ def write(path: Path, entries: Sequence[Entry], fetch: Callable[[Entry], Tensor]
         temporary.unlink(missing_ok=True)
 
 
-def _header(entries: Sequence[Entry], metadata: Mapping[str, str]) -> bytes:
-    header: dict[str, object] = {"__metadata__": dict(metadata)}
+def header(entries: Sequence[Entry], metadata: Mapping[str, str]) -> bytes:
+    """First bytes of a file of these tensors, in this order."""
+    rows: dict[str, object] = {"__metadata__": dict(metadata)}
     end = 0
     for entry in entries:
         start, end = end, end + entry.nbytes
-        header[entry.name] = {"dtype": _NAMES[entry.dtype], "shape": list(entry.shape), "data_offsets": [start, end]}
-    text = json.dumps(header).encode()
+        rows[entry.name] = {"dtype": _NAMES[entry.dtype], "shape": list(entry.shape), "data_offsets": [start, end]}
+    text = json.dumps(rows).encode()
     text += b" " * (-len(text) % 8)
     return struct.pack("<Q", len(text)) + text
 
@@ -147,4 +148,4 @@ def _header(entries: Sequence[Entry], metadata: Mapping[str, str]) -> bytes:
 def _append(file: BinaryIO, tensor: Tensor, entry: Entry) -> None:
     assert tuple(tensor.shape) == tuple(entry.shape), f"{entry.name}: {tuple(tensor.shape)} is not {entry.shape}"
     data = tensor.detach().to("cpu", entry.dtype).contiguous().reshape(-1).view(torch.uint8)
-    file.write(memoryview(data.numpy()))
+    file.write(data.numpy().data)
