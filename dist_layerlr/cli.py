@@ -1,4 +1,4 @@
-"""``dist-layerlr plan|explain|plot|diff``: what a config does to a model, from its names alone."""
+"""``dist-layerlr plan|explain|plot|diff|export``: what a config does to a model, from its names alone; exports."""
 
 from __future__ import annotations
 
@@ -60,6 +60,7 @@ def _parser() -> argparse.ArgumentParser:
         command.add_argument("--config", required=True, metavar="FILE", help="training config (JSON)")
         command.add_argument("--base", metavar="MODEL", help=_BASE_HELP)
     _add_diff(commands)
+    _add_export(commands)
     return parser
 
 
@@ -73,6 +74,20 @@ def _add_diff(commands: Any) -> None:
     diff.add_argument("--base", metavar="MODEL", help=_BASE_HELP)
     diff.add_argument("--names", action="store_true", help="one line per parameter")
     diff.set_defaults(run=_run_diff)
+
+
+def _add_export(commands: Any) -> None:
+    text = "write the weights of a checkpoint as files that diffusers, transformers, PEFT or kohya's programs load"
+    export = commands.add_parser("export", help=text, description=text)
+    export.add_argument("checkpoint", metavar="CKPT", help="a checkpoint folder, or a folder of them: then the newest")
+    export.add_argument("output", metavar="OUT", help="folder to write")
+    formats = ("diffusers", "transformers", "peft", "kohya")
+    export.add_argument("--format", required=True, choices=formats, help="full weights (the first two), or a LoRA")
+    export.add_argument("--dtype", choices=("fp32", "bf16", "fp16"), help="default: as trained")
+    export.add_argument("--base", metavar="DIR", help="folder of the trained model: its config.json is copied")
+    export.add_argument("--adapter", default="default", metavar="NAME", help="PEFT's name of the adapter")
+    export.add_argument("--adapter-config", metavar="FILE", help="adapter_config.json, where the checkpoint has none")
+    export.set_defaults(run=_run_export)
 
 
 def _plan(args: argparse.Namespace, config: str) -> Plan:
@@ -101,6 +116,20 @@ def _run_plot(args: argparse.Namespace) -> Output:
 def _run_diff(args: argparse.Namespace) -> Output:
     lines = plan_diff(*(_plan_or_rows(args, source) for source in (args.old, args.new)), every_name=args.names)
     return "".join(f"{line}\n" for line in lines), int(bool(lines))
+
+
+def _run_export(args: argparse.Namespace) -> Output:
+    import torch
+
+    from dist_layerlr.config import read_json
+    from dist_layerlr.export import export_checkpoint
+
+    dtypes = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+    files = export_checkpoint(
+        args.checkpoint, args.output, format=args.format, dtype=dtypes.get(args.dtype), adapter=args.adapter,
+        config=read_json(args.adapter_config) if args.adapter_config else None, base=args.base,
+    )  # fmt: skip
+    return "".join(f"wrote {file}\n" for file in files), 0
 
 
 def _plan_or_rows(args: argparse.Namespace, source: str) -> Plan | Rows:

@@ -23,6 +23,7 @@ class LiveWeights:
     """
 
     def __init__(self, model: nn.Module):
+        self.writes = _rank() == 0
         runs = true_weights(model)
         self.table: dict[str, Weight] = {}
         """One run of each name, for what all runs have in common."""
@@ -47,6 +48,11 @@ class LiveWeights:
             elif whole is not None:
                 whole[start : start + numel] = mine if mine is not None else _receive(numel, run.dtype, owner)
         return None if whole is None else whole.view(run.shape)
+
+
+def find_not_finite(model: nn.Module) -> str | None:
+    """Name of a weight of which this rank holds a NaN or an infinity; None: there is none here."""
+    return next((run.name for run in true_weights(model) if not bool(torch.isfinite(run.tensor).all())), None)
 
 
 def _receive(numel: int, dtype: torch.dtype, owner: int) -> Tensor:

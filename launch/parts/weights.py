@@ -1,16 +1,14 @@
-"""The model without memory; what goes into it once it is sharded; whole tensors out of it again."""
+"""The model without memory, and what goes into it once it is sharded."""
 
 from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
 from dist_layerlr import checks, load_pretrained
 from dist_layerlr.errors import ModelSourceError
@@ -81,59 +79,6 @@ def load_base(model: nn.Module, options: RunOptions) -> None:
     load_pretrained(
         model, options.model_path, fresh=lambda name, shape: _fresh_adapter(name, shape, options.train.seed)
     )
-
-
-def full_tensors(model: nn.Module, *, keep: bool) -> Iterator[tuple[str, Tensor]]:
-    """Yield (canonical name, whole CPU tensor) of all trained weights; collective, a tensor or FSDP1 unit at a time.
-
-    Args:
-        model: without DDP or engine around it, maybe sharded by FSDP1, FSDP2 or ZeRO-3.
-        keep: False on ranks that only take part in the gathering.
-    """
-    lora = _has_adapter(model)
-    for name, full in _gathered(model):
-        if keep and (not lora or _is_adapter(name)):
-            yield canonical_name(name), full.detach().cpu().clone().contiguous()
-
-
-def _gathered(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """Whole tensors, valid until the next one is asked for."""
-    from torch.distributed.fsdp import FullyShardedDataParallel as FSDP1
-
-    units = [(path, module) for path, module in model.named_modules() if isinstance(module, FSDP1)]
-    for path, unit in units:
-        with FSDP1.summon_full_params(unit, recurse=False, writeback=False):
-            inner = [m for m in unit.modules() if isinstance(m, FSDP1) and m is not unit]
-            below = {id(p) for m in inner for p in m.parameters()}
-            for name, param in unit.named_parameters():
-                if id(param) not in below:
-                    yield f"{path}.{name}" if path else name, param
-    if units:
-        return
-    for name, param in model.named_parameters():
-        if param.requires_grad and (hasattr(param, "ds_id") or hasattr(param, "_hp_mapping")):
-            from deepspeed.utils import safe_get_full_fp32_param
-
-            yield name, safe_get_full_fp32_param(param)  # the fp32 master, also where the model is bf16
-        elif hasattr(param, "ds_id"):
-            import deepspeed
-
-            with deepspeed.zero.GatheredParameters([param]):
-                yield name, param
-        elif isinstance(param, DTensor):
-            shard: Any = param.detach()
-            yield name, shard.full_tensor()
-        else:
-            yield name, param
-
-
-def _has_adapter(model: nn.Module) -> bool:
-    """Whether PEFT injected an adapter; parameter names do not tell under FSDP1's flat parameters."""
-    return bool(getattr(model, "peft_config", None) or getattr(getattr(model, "module", None), "peft_config", None))
-
-
-def _is_adapter(name: str) -> bool:
-    return parse(canonical_name(name)).is_adapter
 
 
 def _fresh_adapter(name: str, shape: tuple[int, ...], seed: int) -> Tensor:

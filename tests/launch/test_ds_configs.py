@@ -15,6 +15,7 @@ import torch.distributed as dist
 from dist_layerlr import check_ds_config, plan_model
 from dist_layerlr.adapters import detect
 from dist_layerlr.config import read_json
+from dist_layerlr.gather import LiveWeights
 from dist_layerlr.segments import flat_ranges
 from parts.data import open_dataset
 from parts.engines import build_engine
@@ -58,7 +59,9 @@ def run_one(sharding: str, options: RunOptions, runtime: Runtime, ds_config: Pat
     losses = Losses()
     outcome = train(engine, family, open_dataset(options.data), options, runtime, losses)  # type: ignore[arg-type]
     proof = engine.prove(outcome.last_factor)
-    weights = {n: t.float().numpy() for n, t in engine.trained_tensors(keep=runtime.is_main)}
+    source = LiveWeights(engine.model)
+    gathered = {name: source.fetch(name) for name, held in source.table.items() if held.trainable}
+    weights = {name: whole.numpy() for name, whole in gathered.items() if whole is not None}
     return {
         "sharder": proof.sharder, "ranks": proof.ranks, "losses": losses.values, "weights": weights,
         "watched": len(outcome.observed), "flat": flat_problems(engine.model, runtime) if ds_config else [],

@@ -1,7 +1,7 @@
 """What may import what, read from the source.
 
 ``a <- b`` means that b may import a and anything left of it:
-errors <- names, depth, checks, schedule, patterns <- stacks, components, presets, layer_decay <- config <- plan
+errors <- names, depth, checks, schedule, patterns <- stacks, components, presets, layer_decay, lora <- config <- plan
 <- matching, warn, report, sources, build, diff <- the torch side.
 """
 
@@ -18,7 +18,7 @@ PACKAGE = Path(__file__).resolve().parents[2] / "dist_layerlr"
 LAYERS = (
     {"errors"},
     {"names", "depth", "checks", "schedule", "patterns"},
-    {"stacks", "components", "presets", "layer_decay"},
+    {"stacks", "components", "presets", "layer_decay", "lora"},
     {"config"},
     {"plan"},
     {"matching", "warn", "report", "sources", "build", "diff"},

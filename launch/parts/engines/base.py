@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from contextlib import AbstractContextManager
 from typing import Protocol
 
@@ -34,8 +33,4 @@ class Engine(Protocol):
 
     def prove(self, factor: float) -> Proof:
         """Verify the live learning rates on all ranks."""
-        ...
-
-    def trained_tensors(self, *, keep: bool) -> Iterator[tuple[str, Tensor]]:
-        """Yield (canonical name, whole CPU tensor) of everything trained; collective."""
         ...

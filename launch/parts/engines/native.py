@@ -10,13 +10,12 @@ import torch
 from torch import Tensor, nn
 
 from dist_layerlr import attach, clip_grad_norm, effect_check, scale_lrs, verify
-from dist_layerlr.model import unwrap
 from dist_layerlr.plan import Plan
 from dist_layerlr.proof import Proof
 
 from ..options import OptimizerOptions, RunOptions
 from ..runtime import Runtime
-from ..weights import full_tensors, load_base
+from ..weights import load_base
 from .wrap import WRAPS
 
 
@@ -56,10 +55,6 @@ class NativeEngine:
         """Verify the live learning rates on all ranks."""
         proof: Proof = verify(self._plan, self.model, self.optimizer, factor=factor)
         return proof
-
-    def trained_tensors(self, *, keep: bool) -> Iterator[tuple[str, Tensor]]:
-        """Gather shards, one tensor (FSDP1: one unit) at a time."""
-        return full_tensors(unwrap(self.model), keep=keep)
 
 
 @contextmanager

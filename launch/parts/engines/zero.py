@@ -28,7 +28,7 @@ from dist_layerlr.proof import Proof
 
 from ..options import RunOptions
 from ..runtime import Runtime
-from ..weights import full_tensors, load_base
+from ..weights import load_base
 from .native import make_optimizer, observe
 
 STAGES = (0, 1, 2, 3)
@@ -85,10 +85,6 @@ class ZeroEngine:
         """Verify the live learning rates on all ranks."""
         proof: Proof = verify(self._plan, self.model, factor=factor)
         return proof
-
-    def trained_tensors(self, *, keep: bool) -> Iterator[tuple[str, Tensor]]:
-        """Stages 0 to 2 keep whole weights on every rank; stage 3 gathers one tensor at a time."""
-        return full_tensors(self.model.module, keep=keep)
 
 
 def read_zero_config(path: str, options: RunOptions, world_size: int) -> dict[str, Any]:
