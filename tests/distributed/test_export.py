@@ -148,15 +148,12 @@ def trained(sharder: str, kind: Kind, *, lora: bool) -> tuple[Any, Any, Plan]:
     model = built(kind, lora=lora)
     plan = plan_model(model, CONFIG)
     model, stepper = sharded(sharder, model, plan)
-    for _ in range(2):
-        loss = kind.output(model).square().mean()
-        if sharder.startswith("zero"):
-            stepper.backward(loss)
-            stepper.step()
-        else:
-            loss.backward()
-            stepper.step()
-            stepper.zero_grad()
+    loss = kind.output(model).square().mean()
+    if sharder.startswith("zero"):
+        stepper.backward(loss)
+    else:
+        loss.backward()
+    stepper.step()
     return model, stepper, plan
 
 
@@ -170,7 +167,7 @@ def check_full(sharder: str, key: str, folder: Path) -> None:
     model, _, plan = trained(sharder, kind, lora=False)
     with torch.no_grad():
         wanted = kind.output(model)
-    metadata = {"plan_digest": plan.digest, "step": "2"}
+    metadata = {"plan_digest": plan.digest, "step": "1"}
     start = folder / "start"
     if dist.get_rank() == 0:
         built(kind, lora=False).save_pretrained(start)
@@ -199,7 +196,7 @@ def check_lora(sharder: str, key: str, folder: Path) -> None:
     export_weights(model, folder / "out", format="peft")
     export_weights(model, folder / "kohya", format="kohya", dtype=torch.float32)
     config = json.loads((folder / "out" / "adapter_config.json").read_text())
-    saving = save_checkpoint(folder / "saved", plan, model, stepper, step=2, extra={"adapter_config": config})
+    saving = save_checkpoint(folder / "saved", plan, model, stepper, step=1, extra={"adapter_config": config})
     if dist.get_rank() == 0:
         torch.manual_seed(0)
         base = kind.build()
@@ -231,7 +228,7 @@ def check_with_diffusers(kind: Kind, folder: Path, wanted: torch.Tensor) -> None
 def on_rank(rank: int, world_size: int, sharder: str, folder: str) -> None:
     if sharder.startswith("zero"):
         start_deepspeed()
-    for key in KINDS:
+    for key in KINDS if not sharder.startswith("zero") else ("wan", "llm"):  # 200 parameters take ZeRO-3 15 s
         check_full(sharder, key, Path(folder) / key / "full")
         check_lora(sharder, key, Path(folder) / key / "lora")
 
