@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -12,12 +11,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dist_layerlr.checkpoint.folders import complete
 from dist_layerlr.errors import ConfigError
 from dist_layerlr.plan import Plan
 
 from .data.base import Dataset
 from .engines.base import Engine
 from .families.base import Family
+from .files import write_json, write_text
 from .flow import sample
 from .loop import LOWER, stack_samples
 from .options import LORA, RunOptions
@@ -27,6 +28,7 @@ from .weights import ADAPTER
 FULL_WEIGHTS, LORA_WEIGHTS = "diffusion_pytorch_model.safetensors", "adapter_model.safetensors"
 
 
+CHECKPOINTS = "checkpoints"
 _WRITTEN = (
     "plan.json", "verify.json", "metrics.jsonl", "lr_grid.png", "samples/samples.png", f"final/{FULL_WEIGHTS}",
     f"final/{LORA_WEIGHTS}", "final/adapter_config.json", "final/config.json",
@@ -54,7 +56,7 @@ def open_output_dir(path: str | Path, model_path: str, *, probe: bool) -> Path:
 
 
 def _probe(folder: Path) -> None:
-    for place in (folder, folder / "samples", folder / "final"):
+    for place in (folder, folder / "samples", folder / "final", folder / CHECKPOINTS):
         if place == folder or place.exists():
             (place / ".probe").write_text("")
             (place / ".probe").unlink()
@@ -63,22 +65,23 @@ def _probe(folder: Path) -> None:
             raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(folder / name))
 
 
+def check_fresh(folder: Path) -> None:
+    """Refuse to start from scratch beside the checkpoints of another run: they would be mixed, or lost.
+
+    Raises:
+        ConfigError: there are some.
+    """
+    if complete(folder / CHECKPOINTS):
+        raise ConfigError(
+            f"Invalid --output-dir {str(folder)!r}: it holds checkpoints of an earlier run. "
+            "Continue it with --resume latest, choose another folder, or delete its checkpoints/."
+        )
+
+
 def remove_previous_run(folder: Path) -> None:
     """Remove what an earlier run left in the folder, so that no two runs mix. Files of others stay."""
     for name in _WRITTEN:
         (folder / name).unlink(missing_ok=True)
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write a file so that it is whole or absent."""
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, path)
-
-
-def write_json(path: Path, value: Any) -> None:
-    """Write a JSON file so that it is whole or absent."""
-    write_text(path, json.dumps(value, indent=1) + "\n")
 
 
 def draw_plan(plan: Plan, folder: Path) -> None:
