@@ -45,7 +45,7 @@ def state(driver: Native) -> dict[str, torch.Tensor]:
     """A copy of all that a load could change on this rank."""
     found = {w.name: w.tensor.clone() for w in detect(driver.model).weights(driver.model)}
     for name, pieces in optimizer_state(driver.model, driver.optimizer).items():
-        for piece in pieces:
+        for piece in (p for p in pieces if all(t.numel() for t in p.tensors.values())):
             found |= {f"{name}@{piece.start}.{key}": value.clone() for key, value in piece.tensors.items()}
     return found | {"rng": read_rng()}
 
