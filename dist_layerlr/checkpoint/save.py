@@ -45,10 +45,11 @@ class Saving:
         Raises:
             CheckpointError: it could not be written, on all ranks alike.
         """
+        if _background.saving is self:
+            _background.saving = None
         if self._future is not None:
             with worded(self._hidden):
                 self._future.result()
-            self._future = None
         return self.path
 
 

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import errno
-import json
 import os
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from dist_layerlr import export_weights, find_not_finite
+from dist_layerlr.checkpoint.folders import complete
 from dist_layerlr.errors import ConfigError
 from dist_layerlr.plan import Plan
 
@@ -23,6 +22,7 @@ from .loop import LOWER, stack_samples
 from .options import LORA, RunOptions
 from .runtime import Diverged, Runtime
 
+CHECKPOINTS = "checkpoints"
 _WRITTEN = (
     "plan.json", "verify.json", "metrics.jsonl", "lr_grid.png", "samples/samples.png", "final/adapter_config.json",
     "final/config.json", "final/diffusion_pytorch_model*.safetensors*", "final/adapter_model.safetensors",
@@ -50,13 +50,26 @@ def open_output_dir(path: str | Path, model_path: str, *, probe: bool) -> Path:
 
 
 def _probe(folder: Path) -> None:
-    for place in (folder, folder / "samples", folder / "final"):
+    for place in (folder, folder / "samples", folder / "final", folder / CHECKPOINTS):
         if place == folder or place.exists():
             (place / ".probe").write_text("")
             (place / ".probe").unlink()
     for path in _left(folder):
         if path.is_dir():
             raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
+
+
+def check_fresh(folder: Path) -> None:
+    """Refuse to start from scratch beside the checkpoints of another run: they would be mixed, or lost.
+
+    Raises:
+        ConfigError: there are some.
+    """
+    if complete(folder / CHECKPOINTS):
+        raise ConfigError(
+            f"Invalid --output-dir {str(folder)!r}: it holds checkpoints of an earlier run. "
+            "Continue it with --resume latest, choose another folder, or delete its checkpoints/."
+        )
 
 
 def remove_previous_run(folder: Path) -> None:
@@ -67,18 +80,6 @@ def remove_previous_run(folder: Path) -> None:
 
 def _left(folder: Path) -> list[Path]:
     return [path for pattern in _WRITTEN for path in folder.glob(pattern)]
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write a file so that it is whole or absent."""
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, path)
-
-
-def write_json(path: Path, value: Any) -> None:
-    """Write a JSON file so that it is whole or absent."""
-    write_text(path, json.dumps(value, indent=1) + "\n")
 
 
 def draw_plan(plan: Plan, folder: Path) -> None:

@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from contextlib import AbstractContextManager
-from typing import Protocol
+from pathlib import Path
+from typing import Any, Protocol
 
 from torch import Tensor, nn
 
+from dist_layerlr.checkpoint.load import Restored
+from dist_layerlr.checkpoint.save import Saving
 from dist_layerlr.proof import Proof
+
+from ..options import TrainOptions
 
 
 class Engine(Protocol):
@@ -33,4 +39,12 @@ class Engine(Protocol):
 
     def prove(self, factor: float) -> Proof:
         """Verify the live learning rates on all ranks."""
+        ...
+
+    def save(self, root: Path, step: int, extra: Mapping[str, Any], train: TrainOptions) -> Saving:
+        """Write a checkpoint of ``step`` done steps; collective."""
+        ...
+
+    def load(self, path: Path) -> Restored:
+        """Continue from a checkpoint of any sharder and number of ranks; collective."""
         ...

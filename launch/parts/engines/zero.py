@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,20 +17,23 @@ from dist_layerlr import (
     bind,
     check_ds_config,
     checks,
+    load_checkpoint,
     materialize,
     partition_empty,
     scale_lrs,
     verify,
 )
+from dist_layerlr.checkpoint.load import Restored
+from dist_layerlr.checkpoint.save import Saving
 from dist_layerlr.config import read_json
 from dist_layerlr.errors import ConfigError
 from dist_layerlr.plan import Plan
 from dist_layerlr.proof import Proof
 
-from ..options import RunOptions
+from ..options import RunOptions, TrainOptions
 from ..runtime import Runtime
 from ..weights import load_base
-from .native import make_optimizer, observe
+from .native import make_optimizer, observe, save
 
 STAGES = (0, 1, 2, 3)
 _BLOCKS = ("zero_optimization", "bf16", "fp16", "optimizer", "scheduler")
@@ -85,6 +89,15 @@ class ZeroEngine:
         """Verify the live learning rates on all ranks."""
         proof: Proof = verify(self._plan, self.model, factor=factor)
         return proof
+
+    def save(self, root: Path, step: int, extra: Mapping[str, Any], train: TrainOptions) -> Saving:
+        """Write a checkpoint, in the same format as every other engine."""
+        return save(self._plan, self.model, None, root, step, extra, train)
+
+    def load(self, path: Path) -> Restored:
+        """Continue from a checkpoint."""
+        restored: Restored = load_checkpoint(path, self._plan, self.model, factor=1.0)
+        return restored
 
 
 def read_zero_config(path: str, options: RunOptions, world_size: int) -> dict[str, Any]:
