@@ -22,7 +22,7 @@ from drivers import SHARDERS, Native, Zero, start_deepspeed
 from parity import Driver, Recipe, Weights, micro_batches
 from ranks import run_ranks
 
-HALF, SOON, WHOLE = 5, 7, 10
+HALF, SOON, WHOLE = 5, 6, 10
 """Steps done at the save, where the default run compares layouts, and in the end."""
 ACROSS = 1e-5
 SCHEDULE = Schedule(kind="cosine", warmup_steps=2, total_steps=WHOLE + 1, min_ratio=0.1)
