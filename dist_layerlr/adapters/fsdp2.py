@@ -26,6 +26,7 @@ from dist_layerlr.adapters.base import (
     segment_whole,
     world_size,
 )
+from dist_layerlr.errors import PlanMismatch
 from dist_layerlr.groups import ParamGroup, param_groups
 from dist_layerlr.plan import Plan
 from dist_layerlr.segmented import MakeOptimizer
@@ -57,10 +58,19 @@ class Fsdp2Adapter:
         return resolve(Pieces(pieces=found, strangers=strangers, optimizer=inner))
 
     def weights(self, model: nn.Module) -> list[Weight]:
-        """Local shards; parameters that FSDP2 was told to ignore are whole."""
+        """Local shards; parameters that FSDP2 was told to ignore are whole.
+
+        Raises:
+            PlanMismatch: a shard along another dimension than 0, which is no run of elements.
+        """
         _reshard(model)
         found: list[Weight] = []
         for param, name, aliases in parameters_with_names(model):
+            if isinstance(param, DTensor) and any(p.is_shard() and not p.is_shard(0) for p in param.placements):
+                raise PlanMismatch(
+                    f"{name} is placed as {param.placements}; only shards along dimension 0 can be saved or loaded. "
+                    "Call fully_shard without shard_placement_fn."
+                )
             start, _, replicas = _place(param)
             flat, home = flat_view(param)
             found.append(

@@ -67,7 +67,7 @@ class _Background:
 
     def group(self) -> Any:
         """A gloo group of its own: its messages must not mix with those of training."""
-        if world_size() == 1:
+        if not (dist.is_available() and dist.is_initialized()):
             return None
         self.groups = self.groups or {}
         key = id(dist.group.WORLD)

@@ -16,13 +16,14 @@ from typing import NamedTuple
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.distributed.fsdp import CPUOffloadPolicy
 
 from dist_layerlr import PlanSchedule, Schedule, load_checkpoint, optimizer_state, save_checkpoint
-from drivers import SHARDERS, Native, Zero, start_deepspeed
+from drivers import SHARDERS, Native, Zero, fsdp1, fsdp2, start_deepspeed
 from parity import Driver, Recipe, Weights, micro_batches
 from ranks import run_ranks
 
-HALF, SOON, WHOLE = 5, 7, 10
+HALF, SOON, WHOLE = 5, 6, 10
 """Steps done at the save, where the default run compares layouts, and in the end."""
 ACROSS = 1e-5
 SCHEDULE = Schedule(kind="cosine", warmup_steps=2, total_steps=WHOLE + 1, min_ratio=0.1)
@@ -31,9 +32,15 @@ LAYOUTS: dict[str, Callable[[Recipe], Driver]] = {
     **{name: functools.partial(Native, wrap) for name, wrap in SHARDERS.items()},
     **{f"zero {stage}": functools.partial(Zero, stage=stage) for stage in (0, 1, 2, 3)},
 }
+OFFLOAD = {"zero": {"offload_optimizer": {"device": "cpu"}}, "zero_force_ds_cpu_optimizer": False}
 MORE: dict[str, Callable[[Recipe], Driver]] = {
     **{f"{n}, segmented": lambda r, make=make: make(replace(r, emission="segmented")) for n, make in LAYOUTS.items()},
     "zero 2, bf16": functools.partial(Zero, stage=2, bf16={"enabled": True}),
+    "fsdp2, HSDP": functools.partial(Native, functools.partial(fsdp2, mesh=(2, 1))),
+    "fsdp2, on the CPU": functools.partial(Native, functools.partial(fsdp2, offload_policy=CPUOffloadPolicy(False))),
+    "fsdp1, SHARD_GRAD_OP": functools.partial(Native, functools.partial(fsdp1, strategy="SHARD_GRAD_OP")),
+    "zero 2, offload": functools.partial(Zero, stage=2, **OFFLOAD),
+    "zero 3, offload": functools.partial(Zero, stage=3, **OFFLOAD),
     "zero 3, small sub-groups": functools.partial(Zero, stage=3, zero={"sub_group_size": 500}),
 }
 ALL = LAYOUTS | MORE
@@ -198,7 +205,7 @@ def test_the_whole_matrix(recipe: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.full
-def test_the_matrix_of_emissions(tmp_path: Path) -> None:
-    layouts = [Layout(name, 2) for name in ALL]
-    cases = pairs(layouts, layouts)
+def test_emissions_and_settings_of_every_sharder(tmp_path: Path) -> None:
+    more, some = [Layout(name, 2) for name in MORE], [Layout(name, 2) for name in ("fsdp2", "zero 2", "zero 3")]
+    cases = [*pairs(more, some), *pairs(some, more), *(Resume(layout, layout) for layout in more if layout.fits)]
     check(cases, run_all("adamw", cases, tmp_path, WHOLE))

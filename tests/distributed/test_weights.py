@@ -11,9 +11,12 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import nn
-from torch.distributed.fsdp import CPUOffloadPolicy
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import CPUOffloadPolicy, fully_shard
+from torch.distributed.tensor import Shard
 
 from dist_layerlr.adapters import detect
+from dist_layerlr.errors import PlanMismatch
 from drivers import SHARDERS, Native, Wrap, Zero, fsdp1, fsdp2, start_deepspeed
 from parity import Recipe, Transformer, Weights
 from ranks import run_ranks
@@ -122,6 +125,18 @@ def test_torchs_own_sharders_show_every_element_live(ranks: int) -> None:
 
 def test_zero_shows_every_element_live_and_follows_its_masters() -> None:
     run_ranks(on_rank, 2, list(ZERO))
+
+
+def other_dimension(rank: int, world_size: int) -> None:
+    model: Any = fully_shard(
+        nn.Linear(4, 4), mesh=init_device_mesh("cpu", (world_size,)), shard_placement_fn=lambda p: Shard(p.ndim - 1)
+    )
+    with pytest.raises(PlanMismatch, match=r"weight is placed as .*dim=1.*; only shards along dimension 0"):
+        detect(model).weights(model)
+
+
+def test_shards_along_another_dimension_are_refused_by_name() -> None:
+    run_ranks(other_dimension, 2)
 
 
 def one_process(rank: int, world_size: int) -> None:
