@@ -1,62 +1,60 @@
-"""Put a meta-device model under torch's own sharders, weights loaded into place. One function per sharder."""
+"""Put a meta-device model under torch's own sharders, its memory there but not yet filled. One function per sharder."""
 
 from __future__ import annotations
 
 import os
 import warnings
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 from torch import nn
 
+from dist_layerlr import materialize
 from dist_layerlr.plan import Plan
 
 from ..families import get_family
 from ..options import RunOptions
 from ..runtime import Runtime
-from ..weights import load_module, load_weights
 
-Files = dict[str, Path]
-Wrap = Callable[[nn.Module, Plan, RunOptions, Runtime, Files], nn.Module]
+Wrap = Callable[[nn.Module, Plan, RunOptions, Runtime], nn.Module]
 
 
-def whole(model: nn.Module, plan: Plan, options: RunOptions, runtime: Runtime, files: Files) -> nn.Module:
+def whole(model: nn.Module, plan: Plan, options: RunOptions, runtime: Runtime) -> nn.Module:
     """One process, the whole model."""
-    load_weights(model, files, seed=options.train.seed, device=runtime.device)
+    materialize(model, runtime.device)
     return model
 
 
-def ddp(model: nn.Module, plan: Plan, options: RunOptions, runtime: Runtime, files: Files) -> nn.Module:
+def ddp(model: nn.Module, plan: Plan, options: RunOptions, runtime: Runtime) -> nn.Module:
     """A whole copy on every rank."""
     from torch.nn.parallel import DistributedDataParallel
 
-    load_weights(model, files, seed=options.train.seed, device=runtime.device)
+    materialize(model, runtime.device)
     ids = [runtime.local_rank] if runtime.device.type == "cuda" else None
     return DistributedDataParallel(model, device_ids=ids)
 
 
-def fsdp2(model: nn.Module, plan: Plan, options: RunOptions, runtime: Runtime, files: Files) -> nn.Module:
-    """``fully_shard`` over all ranks; every rank reads each tensor and keeps its rows."""
-    return _fully_shard(model, plan, options, runtime, files, (runtime.world_size,), ("shard",))
+def fsdp2(model: nn.Module, plan: Plan, options: RunOptions, runtime: Runtime) -> nn.Module:
+    """``fully_shard`` over all ranks."""
+    return _fully_shard(model, plan, options, runtime, (runtime.world_size,), ("shard",))
 
 
-def hsdp(model: nn.Module, plan: Plan, options: RunOptions, runtime: Runtime, files: Files) -> nn.Module:
+def hsdp(model: nn.Module, plan: Plan, options: RunOptions, runtime: Runtime) -> nn.Module:
     """``fully_shard`` inside a node, replicated over nodes; on one node, over two halves of it."""
     local = int(os.environ.get("LOCAL_WORLD_SIZE", runtime.world_size))
     replicas = runtime.world_size // local if local < runtime.world_size else 2 - runtime.world_size % 2
     shape = (replicas, runtime.world_size // replicas)
-    return _fully_shard(model, plan, options, runtime, files, shape, ("replicate", "shard"))
+    return _fully_shard(model, plan, options, runtime, shape, ("replicate", "shard"))
 
 
-def fsdp1(model: nn.Module, plan: Plan, options: RunOptions, runtime: Runtime, files: Files) -> nn.Module:
+def fsdp1(model: nn.Module, plan: Plan, options: RunOptions, runtime: Runtime) -> nn.Module:
     """FSDP1 with original parameters kept."""
-    return _flatten(model, plan, options, runtime, files, use_orig_params=True)
+    return _flatten(model, plan, options, runtime, use_orig_params=True)
 
 
-def fsdp1_flat(model: nn.Module, plan: Plan, options: RunOptions, runtime: Runtime, files: Files) -> nn.Module:
+def fsdp1_flat(model: nn.Module, plan: Plan, options: RunOptions, runtime: Runtime) -> nn.Module:
     """FSDP1 with flat parameters only, Accelerate's default."""
-    return _flatten(model, plan, options, runtime, files, use_orig_params=False)
+    return _flatten(model, plan, options, runtime, use_orig_params=False)
 
 
 WRAPS: dict[str, Wrap] = {
@@ -70,7 +68,7 @@ WRAPS: dict[str, Wrap] = {
 
 
 def _fully_shard(
-    model: nn.Module, plan: Plan, options: RunOptions, runtime: Runtime, files: Files, shape: tuple[int, ...],
+    model: nn.Module, plan: Plan, options: RunOptions, runtime: Runtime, shape: tuple[int, ...],
     names: tuple[str, ...],
 ) -> nn.Module:  # fmt: skip
     from torch.distributed.device_mesh import init_device_mesh
@@ -82,14 +80,14 @@ def _fully_shard(
     for block in _blocks(model, plan):
         fully_shard(block, mesh=mesh)
     fully_shard(model, mesh=mesh)
-    load_weights(model, files, seed=options.train.seed, device=runtime.device)
+    materialize(model, runtime.device)
     return model
 
 
 def _flatten(
-    model: nn.Module, plan: Plan, options: RunOptions, runtime: Runtime, files: Files, *, use_orig_params: bool
+    model: nn.Module, plan: Plan, options: RunOptions, runtime: Runtime, *, use_orig_params: bool
 ) -> nn.Module:
-    """Wrap units one by one; each reads its own weights just before it is flattened."""
+    """Wrap units one by one; each has memory of its own just before it is flattened."""
     from torch.distributed.fsdp import FullyShardedDataParallel
     from torch.distributed.fsdp.wrap import CustomPolicy
 
@@ -97,15 +95,10 @@ def _flatten(
     if not use_orig_params:
         units |= {id(m) for m in _trainable_leaves(model)}
         units |= {id(model.get_submodule(path)) for path in get_family(options.model_type).flat_units}
-    paths = {id(module): path for path, module in model.named_modules()}
-
-    def materialize(module: nn.Module) -> None:
-        load_module(module, paths[id(module)], files, seed=options.train.seed, device=runtime.device)
-
     return FullyShardedDataParallel(
         model,
         auto_wrap_policy=CustomPolicy(lambda module: id(module) in units),
-        param_init_fn=materialize,
+        param_init_fn=lambda module: materialize(module, runtime.device, recurse=False),
         use_orig_params=use_orig_params,
         device_id=runtime.device,
     )
