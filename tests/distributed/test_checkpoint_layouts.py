@@ -1,6 +1,6 @@
 """5 steps, save, stop, resume, 5 steps: the weights of 10 steps in one go, whatever saved and whatever resumes.
 
-Bitwise on the same layout, within 1e-5 on another. The default run has every ordered pair of sharders on 2 ranks, and 1
+Bitwise on the same layout (2 ranks), within 1e-5 on another. The default run has every ordered pair of sharders on 2 ranks, and 1
 and 4 ranks in both directions; ``python -m pytest -m full`` has all pairs of layouts on 1, 2 and 4 ranks.
 """
 
@@ -25,7 +25,9 @@ from ranks import run_ranks
 
 HALF, SOON, WHOLE = 5, 6, 10
 """Steps done at the save, where the default run compares layouts, and in the end."""
-ACROSS = 1e-5
+ACROSS, BF16, REBUILT = 1e-5, 6e-2, 1e-7
+"""Largest difference across layouts; across precisions; and on one layout of more than two ranks, where the order of a sum
+matters: DDP lays its gradient buckets out anew after the first step of every process."""
 SCHEDULE = Schedule(kind="cosine", warmup_steps=2, total_steps=WHOLE + 1, min_ratio=0.1)
 LAYOUTS: dict[str, Callable[[Recipe], Driver]] = {
     "none": functools.partial(Native, lambda model: model),
@@ -34,7 +36,12 @@ LAYOUTS: dict[str, Callable[[Recipe], Driver]] = {
 }
 OFFLOAD = {"zero": {"offload_optimizer": {"device": "cpu"}}, "zero_force_ds_cpu_optimizer": False}
 MORE: dict[str, Callable[[Recipe], Driver]] = {
-    **{f"{n}, segmented": lambda r, make=make: make(replace(r, emission="segmented")) for n, make in LAYOUTS.items()},
+    **{
+        f"{name}, {other}": lambda recipe, make=make, other=other: make(replace(recipe, emission=other))
+        for name, make in LAYOUTS.items()
+        for other in ["segmented" if name == "none" or "zero" in name else "groups"]
+        if name != "fsdp1 flat"
+    },
     "zero 2, bf16": functools.partial(Zero, stage=2, bf16={"enabled": True}),
     "fsdp2, HSDP": functools.partial(Native, functools.partial(fsdp2, mesh=(2, 1))),
     "fsdp2, on the CPU": functools.partial(Native, functools.partial(fsdp2, offload_policy=CPUOffloadPolicy(False))),
@@ -161,7 +168,8 @@ def check(cases: list[Resume], outcomes: dict[str, Outcome]) -> None:
     wrong = []
     for case in cases:
         off = outcomes.get(case.id, "not run")
-        bar = 0.0 if case.source == case.target else 6e-2 if "bf16" in case.id else ACROSS
+        same = 0.0 if case.source.ranks <= 2 else REBUILT
+        bar = same if case.source == case.target else BF16 if "bf16" in case.id else ACROSS
         if isinstance(off, str) or off > bar:
             wrong.append(f"{case.id}: {off}")
     assert not wrong, "\n".join(wrong)
@@ -180,8 +188,8 @@ DEFAULT = [
     *pairs([Layout("fsdp2", 4)], [Layout("zero 2", 2), Layout("none", 1)]),
     *pairs([Layout("zero 3", 4)], [Layout("fsdp1 flat", 2)]),
     *pairs([Layout("fsdp1", 2), Layout("zero 1", 2)], [Layout("fsdp2", 4), Layout("zero 3", 4)]),
-    *pairs([Layout("zero 2, segmented", 2)], [Layout("zero 2", 2), Layout("fsdp2, segmented", 2)]),
-    *pairs([Layout("fsdp2", 2)], [Layout("fsdp2, segmented", 2), Layout("zero 2, bf16", 2)]),
+    *pairs([Layout("zero 2, segmented", 2)], [Layout("zero 2", 2), Layout("fsdp2, groups", 2)]),
+    *pairs([Layout("fsdp2", 2)], [Layout("fsdp2, groups", 2), Layout("zero 2, bf16", 2)]),
     *pairs([Layout("zero 2, bf16", 2)], [Layout("zero 2, bf16", 2)]),
 ]
 
