@@ -123,6 +123,7 @@ def _agreed(numbers: Mapping[str, Mapping[str, Number]]) -> Mapping[str, Number]
 
 
 def _room(held: Any, owner: Tensor, dtype: torch.dtype) -> Tensor:
+    """The state tensor that is there, or a new one laid out as the owner."""
     if isinstance(held, Tensor) and local(held).numel() == local(owner).numel():
         return held
     return torch.zeros_like(owner.detach(), dtype=dtype)
