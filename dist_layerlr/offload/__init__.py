@@ -1,0 +1,1 @@
+"""Streaming a model through a device that is smaller than it."""
