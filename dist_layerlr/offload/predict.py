@@ -21,11 +21,13 @@ from __future__ import annotations
 from bisect import bisect_left
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import asdict, dataclass, replace
+from math import prod
+from typing import Any, Protocol
 
 from dist_layerlr import checks
 from dist_layerlr.names import canonical_name, parse
+from dist_layerlr.offload.policy import StreamPolicy
 from dist_layerlr.plan import ParamInfo
 from dist_layerlr.stacks import StackMap
 
@@ -36,16 +38,58 @@ DUPLEX = 1.5
 """Both directions of PCIe at once carry 1.5 times one direction, not 2 (measured in OneTrainer's pull request 1644)."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class Units:
-    """Sizes of a model, cut into what is streamed."""
+class Unit(Protocol):
+    """What is fetched at a time, as the engine's ``UnitInfo`` has it."""
 
-    numel: tuple[int, ...]
-    """Parameters of each block, in forward order."""
-    outside: int
-    """Parameters outside blocks; they stay on the device."""
+    @property
+    def numel(self) -> int:
+        """Parameters."""
+        ...
+
+    @property
+    def host_bytes(self) -> float:
+        """Of one fetch."""
+        ...
+
+    @property
+    def device_bytes(self) -> float:
+        """Of the slot that it fills."""
+        ...
+
+    @property
+    def grad_bytes(self) -> float:
+        """Sent back by one backward pass; 0 for frozen weights."""
+        ...
+
+    @property
+    def resident(self) -> bool:
+        """Whether it stays on the device."""
+        ...
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Block:
+    """A unit known by its names and shapes only."""
+
+    numel: int
+    host_bytes: float
+    device_bytes: float
+    grad_bytes: float = 0.0
+    resident: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class Layout:
+    """A model, cut into what is streamed and what is not."""
+
+    units: tuple[Unit, ...]
+    """In forward order."""
+    fixed_bytes: float
+    """Weights that never leave the device: outside blocks, small ones, adapters."""
     width: int
-    """Hidden width: the commonest dimension of the matrices in blocks."""
+    """Hidden width."""
+    stepped: int = 0
+    """Parameters that a CPU optimizer steps, in a full finetune; 0 for LoRA."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,12 +100,12 @@ class Workload:
     """Of one microbatch, over all its samples, >= 1."""
     sequence: int | None = None
     """Tokens that attend to each other; None: all."""
-    full: bool = False
-    """Full finetune; False: LoRA, whose own small cost is left out."""
     checkpointing: bool = True
     """Blocks are computed again in backward."""
     micro_steps: int = 1
     """Microbatches per optimizer step."""
+    activation_bytes: float = 2.0
+    """Per element; 2 is bf16."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,21 +120,6 @@ class Machine:
     """Fixed time of one copy, microseconds."""
     host_gb_s: float | None = None
     """Memory bandwidth of the host, for the CPU optimizer of a full finetune; None: that step is left out."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Storage:
-    """How one parameter is stored."""
-
-    device_bytes: float = 2.0
-    """Per parameter on the device, and of its gradient; 2 is bf16."""
-    host_bytes: float | None = None
-    """Per parameter on the host and the link; None: as on the device."""
-
-    @property
-    def link_bytes(self) -> float:
-        """Bytes per parameter on the link."""
-        return self.device_bytes if self.host_bytes is None else self.host_bytes
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -196,85 +225,109 @@ class Prediction:
         return "\n".join(row for row in rows if row)
 
 
-def predict(
-    units: Units,
-    work: Workload,
-    machine: Machine,
-    *,
-    window: int = 2,
-    resident: int = 0,
-    storage: Storage | None = None,
-) -> Prediction:
+def predict(layout: Layout, work: Workload, machine: Machine, *, window: int) -> Prediction:
     """Predict one optimizer step.
 
     Args:
-        units: sizes; see ``block_units``.
+        layout: what is streamed; ``layout_from_names``, or a handle's.
         work: what is computed.
         machine: how fast.
         window: units fetched ahead; the ring has ``window + 2`` slots.
-        resident: units that never leave the device, in [0, number of units].
-        storage: bytes per parameter; bf16 unless given.
 
     Raises:
         ConfigError: a count or speed out of range.
     """
-    _check(units, work, machine, window, resident)
-    storage = storage or Storage()
-    forward, backward, chosen, slots = _phases(units, work, machine, window, resident, storage)
-    streamed = [n for i, n in enumerate(units.numel) if i not in chosen]
-    ring = slots * max(streamed, default=0)
-    held = ring + sum(units.numel[i] for i in chosen) + units.outside
-    trained = sum(units.numel) + units.outside if work.full else 0
-    reused = _reused(streamed, slots)
-    link = storage.link_bytes * work.micro_steps
-    kept = 1 if work.full else 2
+    for path, count in (("tokens", work.tokens), ("micro_steps", work.micro_steps), ("window", window)):
+        checks.integer(1)(path, count)
+    for path, speed in (("gb_s", machine.gb_s), ("tflops", machine.tflops)):
+        checks.number(0.0, open_low=True)(path, speed)
+    units = layout.units
+    streamed = [u for u in units if not u.resident]
+    slots = min(window + 2, len(streamed))
+    forward, backward = _phases(layout, work, machine, window)
+    at_start, at_turn = _in_ring(streamed, slots, layout.stepped)
+    link = sum(u.host_bytes for u in streamed)
+    reused = sum(u.host_bytes for u in (*at_start, *at_turn))
+    held = slots * max((u.device_bytes for u in streamed), default=0.0)
+    held += sum(u.device_bytes for u in units if u.resident) + layout.fixed_bytes
+    wanted = bisect_left(range(len(units)), True, key=lambda k: _hidden_with(k, layout, work, machine, window))
+    flop_bytes = machine.tflops * 1e12 / (2 * machine.gb_s * GB)
     return Prediction(
-        units=len(units.numel),
-        resident=resident,
+        units=len(units),
+        resident=len(units) - len(streamed),
         slots=slots,
         forward=forward,
         backward=backward,
-        fetches=(2 * len(streamed) - kept * slots) * work.micro_steps,
-        h2d_bytes=(2 * sum(streamed) - sum(reused[2 - kept :])) * link,
-        d2h_bytes=storage.device_bytes * sum(streamed) * work.micro_steps * work.full,
-        optimizer_s=ADAM_BYTES * trained / (machine.host_gb_s * GB) if machine.host_gb_s else 0.0,
-        device_weight_bytes=held * storage.device_bytes,
-        model_bytes=(sum(units.numel) + units.outside) * storage.device_bytes,
-        block_input_bytes=work.checkpointing * len(units.numel) * work.tokens * units.width * storage.device_bytes,
-        suggested_resident=bisect_left(
-            range(len(units.numel)), True, key=lambda k: _is_hidden(units, work, machine, window, k, storage)
-        ),
-        hidden_from_tokens=storage.link_bytes * machine.tflops * 1e12 / (2 * machine.gb_s * GB)
-        * (1 - resident / len(units.numel)),
-    )  # fmt: skip
+        fetches=(2 * len(streamed) - len(at_start) - len(at_turn)) * work.micro_steps,
+        h2d_bytes=(2 * link - reused) * work.micro_steps,
+        d2h_bytes=sum(u.grad_bytes for u in streamed) * work.micro_steps,
+        optimizer_s=ADAM_BYTES * layout.stepped / (machine.host_gb_s * GB) if machine.host_gb_s else 0.0,
+        device_weight_bytes=held,
+        model_bytes=sum(u.device_bytes for u in units) + layout.fixed_bytes,
+        block_input_bytes=work.checkpointing * len(units) * work.tokens * layout.width * work.activation_bytes,
+        suggested_resident=wanted,
+        hidden_from_tokens=flop_bytes * link / max(1, sum(u.numel for u in units)),
+    )
 
 
-def block_units(parameters: Iterable[ParamInfo]) -> Units:
+def layout_from_names(
+    parameters: Iterable[ParamInfo], *, full: bool = False, resident: int = 0, device_bytes: float = 2.0,
+    host_bytes: float | None = None, min_numel: int = StreamPolicy.min_numel,
+) -> Layout:  # fmt: skip
     """Cut a model into blocks, found in its names as the plan finds them.
 
+    Args:
+        parameters: of the base model, without adapters.
+        full: a full finetune; False: LoRA on a frozen base.
+        resident: blocks that stay on the device, evenly spaced.
+        device_bytes: per parameter, and per element of its gradient; 2 is bf16.
+        host_bytes: per parameter on the host and the link; None: as on the device.
+        min_numel: smaller parameters are not streamed.
+
     Raises:
-        ConfigError: no block in any name.
+        ConfigError: no block in any name, or more resident blocks than there are.
     """
     parameters = list(parameters)
     paths = [parse(canonical_name(p.name)) for p in parameters]
     stacks = StackMap(paths)
     sizes: Counter[tuple[str, int]] = Counter()
-    dimensions: Counter[int] = Counter()
-    outside = 0
+    streamed: Counter[tuple[str, int]] = Counter()
     for parameter, path in zip(parameters, paths, strict=True):
-        place = stacks.locate(path)
-        if place is None:
-            outside += parameter.numel
-            continue
-        sizes[place.stack, place.block] += parameter.numel
-        if len(parameter.shape) == 2:
-            dimensions.update({size: parameter.numel for size in parameter.shape})
+        if (place := stacks.locate(path)) is not None:
+            sizes[place.stack, place.block] += parameter.numel
+            streamed[place.stack, place.block] += parameter.numel * (parameter.numel >= min_numel)
     if not sizes:
-        raise checks.invalid(
-            "MODEL", f"{len(parameters)} names", "a model with blocks, such as blocks.0.attn.to_q.weight"
-        )
-    width = dimensions.most_common(1)[0][0] if dimensions else 0
-    return Units(numel=tuple(sizes.values()), outside=outside, width=width)
+        names = f"{len(parameters)} names"
+        raise checks.invalid("MODEL", names, "a model with blocks, such as blocks.0.attn.to_q.weight")
+    if not 0 <= resident <= len(sizes):
+        raise checks.invalid("resident", resident, f"an integer in [0, {len(sizes)}], the number of blocks")
+    chosen = spread(resident, len(sizes))
+    link = device_bytes if host_bytes is None else host_bytes
+    total = sum(p.numel for p in parameters)
+    return Layout(
+        units=tuple(
+            Block(
+                numel=numel,
+                host_bytes=streamed[block] * link,
+                device_bytes=streamed[block] * device_bytes,
+                grad_bytes=streamed[block] * device_bytes * full,
+                resident=i in chosen,
+            )
+            for i, (block, numel) in enumerate(sizes.items())
+        ),
+        fixed_bytes=(total - sum(streamed.values())) * device_bytes,
+        width=common_width(p.shape for p in parameters),
+        stepped=total * full,
+    )
+
+
+def common_width(shapes: Iterable[tuple[int, ...]]) -> int:
+    """The hidden width of a model: the commonest dimension of its matrices, by elements; 0 without any."""
+    dimensions: Counter[int] = Counter()
+    for shape in shapes:
+        if len(shape) == 2:
+            dimensions.update(dict.fromkeys(shape, prod(shape)))
+    return dimensions.most_common(1)[0][0] if dimensions else 0
 
 
 def spread(count: int, total: int) -> tuple[int, ...]:
@@ -282,62 +335,53 @@ def spread(count: int, total: int) -> tuple[int, ...]:
     return tuple((2 * i + 1) * total // (2 * count) for i in range(count))
 
 
-def _is_hidden(units: Units, work: Workload, machine: Machine, window: int, resident: int, storage: Storage) -> bool:
-    forward, backward, _, _ = _phases(units, work, machine, window, resident, storage)
-    return forward.hidden and backward.hidden
+def _hidden_with(resident: int, layout: Layout, work: Workload, machine: Machine, window: int) -> bool:
+    """Whether the link would be hidden with that many resident units."""
+    chosen = spread(resident, len(layout.units))
+    units = tuple(
+        Block(numel=u.numel, host_bytes=u.host_bytes, device_bytes=u.device_bytes, grad_bytes=u.grad_bytes, resident=i in chosen)
+        for i, u in enumerate(layout.units)
+    )
+    return all(phase.hidden for phase in _phases(replace(layout, units=units), work, machine, window))
 
 
-def _phases(
-    units: Units, work: Workload, machine: Machine, window: int, resident: int, storage: Storage
-) -> tuple[Phase, Phase, frozenset[int], int]:
-    """Forward, backward, indices of resident units, slots in use."""
-    attention = 4 * work.tokens * (work.sequence or work.tokens) * units.width
-    compute = [(2 * n * work.tokens + attention) / (machine.tflops * 1e12) for n in units.numel]
-    chosen = frozenset(spread(resident, len(units.numel)))
-    streamed = [i for i in range(len(units.numel)) if i not in chosen]
-    slots = min(window + 2, len(streamed))
-    link = [units.numel[i] * storage.link_bytes / (machine.gb_s * GB) + machine.copy_us * 1e-6 for i in streamed]
-    back = [units.numel[i] * storage.device_bytes / (machine.gb_s * GB) * work.full for i in streamed]
-    passes = 1 + work.full + work.checkpointing
+def _phases(layout: Layout, work: Workload, machine: Machine, window: int) -> tuple[Phase, Phase]:
+    """Forward and backward of one optimizer step."""
+    attention = 4 * work.tokens * (work.sequence or work.tokens) * layout.width
+    compute = [(2 * u.numel * work.tokens + attention) / (machine.tflops * 1e12) for u in layout.units]
+    streamed = [u for u in layout.units if not u.resident]
+    at_start, at_turn = _in_ring(streamed, min(window + 2, len(streamed)), layout.stepped)
+
+    def copy_s(units: Sequence[Unit]) -> float:
+        return sum(u.host_bytes / (machine.gb_s * GB) + machine.copy_us * 1e-6 for u in units)
+
+    full = layout.stepped > 0
+    passes = 1 + full + work.checkpointing
     edges = compute[0] + compute[-1]
-    forward_link = sum(link) - (0 if work.full else sum(link[:slots]))
-    forward = _phase(sum(compute), forward_link, edges, fill=link[0] if work.full and link else 0.0)
-    up = sum(link[: len(link) - slots])
-    both = max(up, sum(back), (up + sum(back)) / DUPLEX)
-    backward = _phase(passes * sum(compute), both, passes * edges, fill=0.0)
-    return _times(forward, work.micro_steps), _times(backward, work.micro_steps), chosen, slots
+    up, back = copy_s(streamed) - copy_s(at_turn), sum(u.grad_bytes for u in streamed) / (machine.gb_s * GB)
+    forward_link = copy_s(streamed) - copy_s(at_start)
+    backward_link = max(up, back, (up + back) / DUPLEX)
+    fill = copy_s(streamed[:1]) if full else 0.0
+    return (
+        _phase(sum(compute), forward_link, edges, fill=fill, count=work.micro_steps),
+        _phase(passes * sum(compute), backward_link, passes * edges, fill=0.0, count=work.micro_steps),
+    )
 
 
-def _phase(compute: float, link: float, edges: float, *, fill: float) -> Phase:
+def _in_ring(streamed: Sequence[Unit], slots: int, stepped: int) -> tuple[Sequence[Unit], Sequence[Unit]]:
+    """Units that need no fetch: at the start of forward (none where trained weights went back), and of backward."""
+    return () if stepped else streamed[:slots], streamed[len(streamed) - slots :]
+
+
+def _phase(compute: float, link: float, edges: float, *, fill: float, count: int) -> Phase:
     """Overlap one pass. The ring is full at a turn: the first copy waits for a unit to end, the last unit for its copy.
 
     With ``fill`` the ring starts empty, and compute waits for the first copy instead.
     """
     floor = max(compute + fill, link + (edges / 2 if fill else edges)) if link else compute
-    return Phase(compute_s=compute, transfer_s=link, floor_s=floor, hidden=floor <= compute + fill)
-
-
-def _times(phase: Phase, count: int) -> Phase:
     return Phase(
-        compute_s=phase.compute_s * count,
-        transfer_s=phase.transfer_s * count,
-        floor_s=phase.floor_s * count,
-        hidden=phase.hidden,
+        compute_s=compute * count, transfer_s=link * count, floor_s=floor * count, hidden=floor <= compute + fill
     )
-
-
-def _reused(streamed: Sequence[int], slots: int) -> tuple[int, int]:
-    """Parameters in the ring at the two turns: the start of the forward pass, and the start of backward."""
-    return sum(streamed[:slots]), sum(streamed[len(streamed) - slots :])
-
-
-def _check(units: Units, work: Workload, machine: Machine, window: int, resident: int) -> None:
-    for path, count, low in (("tokens", work.tokens, 1), ("micro_steps", work.micro_steps, 1), ("window", window, 1)):
-        checks.integer(low)(path, count)
-    for path, speed in (("gb_s", machine.gb_s), ("tflops", machine.tflops)):
-        checks.number(0.0, open_low=True)(path, speed)
-    if not 0 <= resident <= len(units.numel):
-        raise checks.invalid("resident", resident, f"an integer in [0, {len(units.numel)}], the number of units")
 
 
 def _time(seconds: float) -> str:
