@@ -11,7 +11,8 @@ from pathlib import Path
 from dist_layerlr import report
 from dist_layerlr.build import build_plan
 from dist_layerlr.errors import LayerLRError
-from dist_layerlr.offload.predict import Machine, Storage, Workload, block_units, predict
+from dist_layerlr.offload.policy import StreamPolicy
+from dist_layerlr.offload.predict import Machine, Workload, layout_from_names, predict
 from dist_layerlr.plan import Plan
 from dist_layerlr.sources import read_model
 
@@ -66,7 +67,8 @@ def _add_predict(predict: argparse.ArgumentParser) -> None:
     predict.add_argument("--sequence", type=int, help="tokens that attend to each other (default: all)")
     predict.add_argument("--gb-s", type=float, required=True, help="pinned host to device, 1e9 bytes per second")
     predict.add_argument("--tflops", type=float, required=True, help="achieved, 1e12 operations per second")
-    predict.add_argument("--window", type=int, default=2, help="units fetched ahead (default 2)")
+    window = StreamPolicy().prefetch_window
+    predict.add_argument("--window", type=int, default=window, help=f"units fetched ahead (default {window})")
     predict.add_argument("--resident", type=int, default=0, help="units that stay on the device (default 0)")
     predict.add_argument("--full", action="store_true", help="full finetune instead of LoRA")
     predict.add_argument("--no-checkpointing", action="store_true", help="blocks are not computed again in backward")
@@ -97,20 +99,21 @@ def _run_plot(args: argparse.Namespace) -> str:
 
 
 def _run_predict(args: argparse.Namespace) -> str:
-    prediction = predict(
-        block_units(read_model(args.model)),
-        Workload(
-            tokens=args.tokens,
-            sequence=args.sequence,
-            full=args.full,
-            checkpointing=not args.no_checkpointing,
-            micro_steps=args.micro_steps,
-        ),
-        Machine(gb_s=args.gb_s, tflops=args.tflops, host_gb_s=args.host_gb_s),
-        window=args.window,
+    layout = layout_from_names(
+        read_model(args.model),
+        full=args.full,
         resident=args.resident,
-        storage=Storage(device_bytes=args.device_bytes, host_bytes=args.host_bytes),
+        device_bytes=args.device_bytes,
+        host_bytes=args.host_bytes,
     )
+    work = Workload(
+        tokens=args.tokens,
+        sequence=args.sequence,
+        checkpointing=not args.no_checkpointing,
+        micro_steps=args.micro_steps,
+    )
+    machine = Machine(gb_s=args.gb_s, tflops=args.tflops, host_gb_s=args.host_gb_s)
+    prediction = predict(layout, work, machine, window=args.window)
     return (json.dumps(prediction.to_dict(), indent=1) if args.json else prediction.table()) + "\n"
 
 

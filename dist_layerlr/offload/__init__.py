@@ -1,1 +1,32 @@
-"""Streaming a model through a device that is smaller than it."""
+"""Stream a model larger than the device from host memory: ``stream(model, StreamPolicy(...)) -> Handle``.
+
+Importing this package does not import torch: a prediction needs names and shapes only.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+_HOME = {
+    "Handle": "handle",
+    "Stats": "handle",
+    "Traffic": "handle",
+    "UnitInfo": "handle",
+    "stream": "handle",
+    "exclude_from_ddp": "handle",
+    "StreamPolicy": "policy",
+    "Machine": "predict",
+    "Prediction": "predict",
+    "Workload": "predict",
+    "predict": "predict",
+}
+
+__all__ = sorted(_HOME)
+
+
+def __getattr__(name: str) -> Any:
+    """Resolve public names on first use, so that the torch parts load only when they are asked for."""
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f"{__name__}.{_HOME[name]}"), name)

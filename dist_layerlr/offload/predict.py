@@ -272,7 +272,7 @@ def predict(layout: Layout, work: Workload, machine: Machine, *, window: int) ->
 
 def layout_from_names(
     parameters: Iterable[ParamInfo], *, full: bool = False, resident: int = 0, device_bytes: float = 2.0,
-    host_bytes: float | None = None, min_numel: int = StreamPolicy.min_numel,
+    host_bytes: float | None = None, min_numel: int | None = None,
 ) -> Layout:  # fmt: skip
     """Cut a model into blocks, found in its names as the plan finds them.
 
@@ -282,12 +282,13 @@ def layout_from_names(
         resident: blocks that stay on the device, evenly spaced.
         device_bytes: per parameter, and per element of its gradient; 2 is bf16.
         host_bytes: per parameter on the host and the link; None: as on the device.
-        min_numel: smaller parameters are not streamed.
+        min_numel: smaller parameters are not streamed; None: as many as a policy has by default.
 
     Raises:
         ConfigError: no block in any name, or more resident blocks than there are.
     """
     parameters = list(parameters)
+    smallest = StreamPolicy().min_numel if min_numel is None else min_numel
     paths = [parse(canonical_name(p.name)) for p in parameters]
     stacks = StackMap(paths)
     sizes: Counter[tuple[str, int]] = Counter()
@@ -295,7 +296,7 @@ def layout_from_names(
     for parameter, path in zip(parameters, paths, strict=True):
         if (place := stacks.locate(path)) is not None:
             sizes[place.stack, place.block] += parameter.numel
-            streamed[place.stack, place.block] += parameter.numel * (parameter.numel >= min_numel)
+            streamed[place.stack, place.block] += parameter.numel * (parameter.numel >= smallest)
     if not sizes:
         names = f"{len(parameters)} names"
         raise checks.invalid("MODEL", names, "a model with blocks, such as blocks.0.attn.to_q.weight")

@@ -2,7 +2,8 @@
 
 ``a <- b`` means that b may import a and anything left of it:
 errors <- names, depth, checks, schedule, patterns <- stacks, components, presets, layer_decay <- config <- plan
-<- matching, warn, report, sources, build, offload.predict <- the torch side.
+<- matching, warn, report, sources, build, offload.policy, offload.predict
+<- the torch side.
 """
 
 from __future__ import annotations
@@ -21,9 +22,9 @@ LAYERS = (
     {"stacks", "components", "presets", "layer_decay"},
     {"config"},
     {"plan"},
-    {"matching", "warn", "report", "sources", "build", "offload.predict"},
+    {"matching", "warn", "report", "sources", "build", "offload.policy", "offload.predict"},
 )
-WITHIN_LAYER = {("components", "stacks"), ("layer_decay", "stacks"), ("build", "warn"), ("build", "matching")}
+WITHIN_LAYER = {("components", "stacks"), ("layer_decay", "stacks"), ("build", "warn"), ("build", "matching"), ("offload.predict", "offload.policy")}
 """(importer, imported) that share a layer."""
 TOOLS = {"cli", "plot", "__init__"}
 """Pure programs on top of the core."""
