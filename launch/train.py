@@ -28,6 +28,7 @@ from dist_layerlr.errors import LayerLRError
 from dist_layerlr.report import grid
 from parts.cli import Parser, complain
 from parts.engines import SHARDINGS, ZERO, build_engine
+from parts.engines.streaming import check_streaming
 from parts.options import RunOptions, load_options
 from parts.runtime import Diverged, Runtime, check_accelerate_env, check_launch, is_shared, start, stop
 
@@ -48,6 +49,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if not args.plan_only:
             check_accelerate_env(sharding)
             check_launch(sharding, options.train.global_batch)
+            check_streaming(options, sharding)
         runtime = start("none" if args.plan_only else sharding)
         status = _run(args, options, sharding, runtime)
         runtime.barrier()
@@ -115,17 +117,22 @@ def _train_and_save(
     stop: StopFlag,
 ) -> None:  # fmt: skip
     from parts import outputs
-    from parts.loop import train
+    from parts.loop import tokens_per_forward, train
     from parts.metrics import MetricsFile
 
     say = print if runtime.is_main else (lambda *_, **__: None)
     proof = runtime.agree(lambda: engine.prove(1.0))
     say(proof.line(), flush=True)
+    prediction = engine.predict(tokens_per_forward(family, engine, data, options, runtime), options)
+    if prediction is not None:
+        say(f"[stagehand] {prediction.line()}", flush=True)
     if runtime.is_main:
         outputs.remove_previous_run(folder)
         outputs.write_text(folder / "plan.json", plan.to_json() + "\n")
         outputs.draw_plan(plan, folder)
     metrics = MetricsFile(folder / "metrics.jsonl") if runtime.is_main else None
+    if metrics is not None and prediction is not None:
+        metrics.write({"prediction": prediction.to_dict()})
     outcome = train(engine, family, data, options, runtime, metrics, stop)
     after = runtime.agree(lambda: engine.prove(outcome.last_factor))
     weights = outputs.save_weights(engine, plan, options, runtime, folder, outcome.steps)

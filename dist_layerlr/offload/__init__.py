@@ -19,7 +19,6 @@ _HOME = {
     "Machine": "predict",
     "Prediction": "predict",
     "Workload": "predict",
-    "predict": "predict",
 }
 
 __all__ = sorted(_HOME)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable
+from typing import Any
 
 import torch
 
@@ -42,7 +43,8 @@ def both_ways_gb_s(device: torch.device, *, megabytes: int = 256) -> float:
     size = megabytes << 20
     hosts = [torch.empty(size, dtype=torch.uint8, pin_memory=True) for _ in range(2)]
     there = [torch.empty(size, dtype=torch.uint8, device=device) for _ in range(2)]
-    streams = [torch.cuda.Stream(device) for _ in range(2)]
+    make_stream: Any = torch.cuda.Stream
+    streams = [make_stream(device) for _ in range(2)]
 
     def copy() -> None:
         with torch.cuda.stream(streams[0]):

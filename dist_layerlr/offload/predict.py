@@ -340,7 +340,13 @@ def _hidden_with(resident: int, layout: Layout, work: Workload, machine: Machine
     """Whether the link would be hidden with that many resident units."""
     chosen = spread(resident, len(layout.units))
     units = tuple(
-        Block(numel=u.numel, host_bytes=u.host_bytes, device_bytes=u.device_bytes, grad_bytes=u.grad_bytes, resident=i in chosen)
+        Block(
+            numel=u.numel,
+            host_bytes=u.host_bytes,
+            device_bytes=u.device_bytes,
+            grad_bytes=u.grad_bytes,
+            resident=i in chosen,
+        )
         for i, u in enumerate(layout.units)
     )
     return all(phase.hidden for phase in _phases(replace(layout, units=units), work, machine, window))
