@@ -46,7 +46,9 @@ class StreamPolicy:
         for field in fields(self):
             _CHECKS[field.name](field.name, getattr(self, field.name))
         if self.host == FILE and self.host_dtype is not None:
-            raise checks.invalid("host_dtype", self.host_dtype, f"None with host={FILE!r}, which streams the file as it is")
+            raise checks.invalid(
+                "host_dtype", self.host_dtype, f"None with host={FILE!r}, which streams the file as it is"
+            )
 
     @property
     def slots(self) -> int:
