@@ -233,7 +233,9 @@ def verdicts(bench: Bench, rows: list[Row]) -> list[tuple[bool, str]]:
     ours_rows = [r for r in rows if "predicted_s" in r and r["exact"] == bench.exact]
     if not bench.cuda or bench.exact:
         same = [r for r in ours_rows if r["loss_equal"]]
-        found = [(same == ours_rows, f"losses bitwise equal to the resident run in {len(same)} of {len(ours_rows)} rows")]
+        found = [
+            (same == ours_rows, f"losses bitwise equal to the resident run in {len(same)} of {len(ours_rows)} rows")
+        ]
         if bench.cuda:
             return found
         off = [r["min_s"] / r["predicted_s"] - 1 for r in ours_rows]

@@ -10,11 +10,10 @@ from typing import Any
 
 _HOME = {
     "Handle": "handle",
-    "Stats": "handle",
-    "Traffic": "handle",
-    "UnitInfo": "handle",
     "stream": "handle",
-    "exclude_from_ddp": "handle",
+    "Stats": "figures",
+    "Traffic": "figures",
+    "UnitInfo": "figures",
     "StreamPolicy": "policy",
     "Machine": "predict",
     "Prediction": "predict",

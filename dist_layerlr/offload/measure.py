@@ -1,20 +1,58 @@
-"""Speeds of this device and its link, for ``predict``: a second of copies and matrix products."""
+"""Speeds of this device and its link, and what they mean for a live model: a second of copies and matrix products."""
 
 from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
+from torch import nn
 
-from dist_layerlr.offload.predict import GB, Machine
+from dist_layerlr.offload.figures import UnitInfo
+from dist_layerlr.offload.predict import GB, Layout, Machine, Prediction, Workload, common_width, predict
 
 ROUNDS = 5
+LONGEST = 8192
+"""Rows of the measured matrix product; more are not faster."""
 
 
-def machine(device: torch.device, *, tokens: int, width: int, dtype: torch.dtype, megabytes: int = 256) -> Machine:
+def predict_live(
+    model: nn.Module, units: Sequence[UnitInfo], streamed: Collection[str], device: torch.device, work: Workload,
+    *, window: int, dtype: torch.dtype | None, machine: Machine | None,
+) -> Prediction:  # fmt: skip
+    """Predict a step of a streamed model.
+
+    Args:
+        model: unsharded.
+        units: of its handle.
+        streamed: names of streamed parameters.
+        device: where compute happens.
+        work: what is computed; activations count as ``dtype``.
+        window: units fetched ahead.
+        dtype: computed in; None: that of the largest streamed parameter.
+        machine: speeds; None: measured now.
+    """
+    parameters = dict(model.named_parameters())
+    moving = [parameters[name] for name in streamed]
+    resident = sum(u.device_bytes for u in units if u.resident)
+    layout = Layout(
+        units=tuple(units),
+        fixed_bytes=sum(p.nbytes for p in parameters.values()) - sum(p.nbytes for p in moving) - resident,
+        width=common_width(tuple(p.shape) for p in moving),
+        stepped=sum(p.numel() for p in moving if p.requires_grad),
+    )
+    dtype = dtype or max(moving, key=lambda p: p.numel()).dtype
+    if machine is None:
+        machine = measure_machine(device, tokens=min(work.tokens, LONGEST), width=layout.width or 1024, dtype=dtype)
+    return predict(layout, replace(work, activation_bytes=dtype.itemsize), machine, window=window)
+
+
+def measure_machine(
+    device: torch.device, *, tokens: int, width: int, dtype: torch.dtype, megabytes: int = 256
+) -> Machine:
     """Measure the pinned link and the matrix products of a block.
 
     Args:

@@ -23,10 +23,11 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
 from math import prod
-from typing import Any, Protocol
+from typing import Any
 
 from dist_layerlr import checks
 from dist_layerlr.names import canonical_name, parse
+from dist_layerlr.offload.figures import UnitInfo
 from dist_layerlr.offload.policy import StreamPolicy
 from dist_layerlr.plan import ParamInfo
 from dist_layerlr.stacks import StackMap
@@ -38,51 +39,11 @@ DUPLEX = 1.5
 """Both directions of PCIe at once carry 1.5 times one direction, not 2 (measured in OneTrainer's pull request 1644)."""
 
 
-class Unit(Protocol):
-    """What is fetched at a time, as the engine's ``UnitInfo`` has it."""
-
-    @property
-    def numel(self) -> int:
-        """Parameters."""
-        ...
-
-    @property
-    def host_bytes(self) -> float:
-        """Of one fetch."""
-        ...
-
-    @property
-    def device_bytes(self) -> float:
-        """Of the slot that it fills."""
-        ...
-
-    @property
-    def grad_bytes(self) -> float:
-        """Sent back by one backward pass; 0 for frozen weights."""
-        ...
-
-    @property
-    def resident(self) -> bool:
-        """Whether it stays on the device."""
-        ...
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Block:
-    """A unit known by its names and shapes only."""
-
-    numel: int
-    host_bytes: float
-    device_bytes: float
-    grad_bytes: float = 0.0
-    resident: bool = False
-
-
 @dataclass(frozen=True, kw_only=True)
 class Layout:
     """A model, cut into what is streamed and what is not."""
 
-    units: tuple[Unit, ...]
+    units: tuple[UnitInfo, ...]
     """In forward order."""
     fixed_bytes: float
     """Weights that never leave the device: outside blocks, small ones, adapters."""
@@ -305,17 +266,20 @@ def layout_from_names(
     chosen = spread(resident, len(sizes))
     link = device_bytes if host_bytes is None else host_bytes
     total = sum(p.numel for p in parameters)
+    units = tuple(
+        UnitInfo(
+            name=f"{stack}.{index}",
+            numel=numel,
+            streamed=streamed[stack, index],
+            host_bytes=round(streamed[stack, index] * link),
+            device_bytes=round(streamed[stack, index] * device_bytes),
+            grad_bytes=round(streamed[stack, index] * device_bytes * full),
+            resident=i in chosen,
+        )
+        for i, ((stack, index), numel) in enumerate(sizes.items())
+    )
     return Layout(
-        units=tuple(
-            Block(
-                numel=numel,
-                host_bytes=streamed[block] * link,
-                device_bytes=streamed[block] * device_bytes,
-                grad_bytes=streamed[block] * device_bytes * full,
-                resident=i in chosen,
-            )
-            for i, (block, numel) in enumerate(sizes.items())
-        ),
+        units=units,
         fixed_bytes=(total - sum(streamed.values())) * device_bytes,
         width=common_width(p.shape for p in parameters),
         stepped=total * full,
@@ -339,16 +303,7 @@ def spread(count: int, total: int) -> tuple[int, ...]:
 def _hidden_with(resident: int, layout: Layout, work: Workload, machine: Machine, window: int) -> bool:
     """Whether the link would be hidden with that many resident units."""
     chosen = spread(resident, len(layout.units))
-    units = tuple(
-        Block(
-            numel=u.numel,
-            host_bytes=u.host_bytes,
-            device_bytes=u.device_bytes,
-            grad_bytes=u.grad_bytes,
-            resident=i in chosen,
-        )
-        for i, u in enumerate(layout.units)
-    )
+    units = tuple(replace(u, resident=i in chosen) for i, u in enumerate(layout.units))
     return all(phase.hidden for phase in _phases(replace(layout, units=units), work, machine, window))
 
 
@@ -359,7 +314,7 @@ def _phases(layout: Layout, work: Workload, machine: Machine, window: int) -> tu
     streamed = [u for u in layout.units if not u.resident]
     at_start, at_turn = _in_ring(streamed, min(window + 2, len(streamed)), layout.stepped)
 
-    def copy_s(units: Sequence[Unit]) -> float:
+    def copy_s(units: Sequence[UnitInfo]) -> float:
         return sum(u.host_bytes / (machine.gb_s * GB) + machine.copy_us * 1e-6 for u in units)
 
     full = layout.stepped > 0
@@ -375,7 +330,7 @@ def _phases(layout: Layout, work: Workload, machine: Machine, window: int) -> tu
     )
 
 
-def _in_ring(streamed: Sequence[Unit], slots: int, stepped: int) -> tuple[Sequence[Unit], Sequence[Unit]]:
+def _in_ring(streamed: Sequence[UnitInfo], slots: int, stepped: int) -> tuple[Sequence[UnitInfo], Sequence[UnitInfo]]:
     """Units that need no fetch: at the start of forward (none where trained weights went back), and of backward."""
     return () if stepped else streamed[:slots], streamed[len(streamed) - slots :]
 

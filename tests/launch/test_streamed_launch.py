@@ -9,15 +9,13 @@ from typing import Any
 
 import pytest
 import torch
+from test_world_size_invariance import as_lora
 
 import make_tiny_wan
 from dist_layerlr import plan_model
-from dist_layerlr.errors import ConfigError
-from dist_layerlr.offload import StreamPolicy
 from parts.data import open_dataset
 from parts.engines import build_engine
 from parts.engines.streaming import check_streaming
-from parts.engines.zero import read_zero_config
 from parts.families import get_family
 from parts.loop import train
 from parts.metrics import MetricsFile
@@ -25,7 +23,6 @@ from parts.options import RunOptions, load_options
 from parts.runtime import Runtime
 from parts.weights import check_weights, empty_model
 from ranks import run_ranks
-from test_world_size_invariance import TORCHRUN, TRAIN, as_lora, largest_difference, run, weights
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 BLOCKS, WINDOW = 6, 2

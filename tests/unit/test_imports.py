@@ -1,8 +1,8 @@
 """What may import what, read from the source.
 
 ``a <- b`` means that b may import a and anything left of it:
-errors <- names, depth, checks, schedule, patterns <- stacks, components, presets, layer_decay <- config, offload.policy
-<- plan <- matching, warn, report, sources, build, offload.predict <- the torch side.
+errors <- names, depth, checks, schedule, patterns <- stacks, components, presets, layer_decay
+<- config, offload.policy, offload.figures <- plan <- matching, warn, report, sources, build, offload.predict <- the torch side.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ LAYERS = (
     {"errors"},
     {"names", "depth", "checks", "schedule", "patterns"},
     {"stacks", "components", "presets", "layer_decay"},
-    {"config", "offload.policy"},
+    {"config", "offload.policy", "offload.figures"},
     {"plan"},
     {"matching", "warn", "report", "sources", "build", "offload.predict"},
 )

@@ -10,7 +10,8 @@ import pytest
 
 from dist_layerlr import cli, read_model
 from dist_layerlr.errors import ConfigError
-from dist_layerlr.offload.predict import Block, Layout, Machine, Workload, layout_from_names, predict, spread
+from dist_layerlr.offload import UnitInfo
+from dist_layerlr.offload.predict import Layout, Machine, Workload, layout_from_names, predict, spread
 
 CENSUS = Path(__file__).resolve().parents[1] / "census"
 H200 = Machine(gb_s=50, tflops=450)
@@ -30,9 +31,12 @@ def layout(
     """bf16 on the device."""
     chosen = spread(resident, len(numels))
     units = tuple(
-        Block(numel=n, host_bytes=n * host_bytes, device_bytes=n * 2, grad_bytes=n * 2 * full, resident=i in chosen)
+        UnitInfo(
+            name=f"blocks.{i}", numel=n, streamed=n, host_bytes=round(n * host_bytes), device_bytes=n * 2,
+            grad_bytes=n * 2 * full, resident=i in chosen,
+        )
         for i, n in enumerate(numels)
-    )
+    )  # fmt: skip
     return Layout(units=units, fixed_bytes=outside * 2, width=width, stepped=(sum(numels) + outside) * full)
 
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from dist_layerlr import attach, clip_grad_norm, effect_check, scale_lrs, verify
 from dist_layerlr.model import unwrap
-from dist_layerlr.offload import Handle, Prediction, StreamPolicy, exclude_from_ddp, stream
+from dist_layerlr.offload import Handle, Prediction, StreamPolicy, stream
 from dist_layerlr.plan import Plan
 from dist_layerlr.proof import Proof
 
@@ -54,7 +54,7 @@ class NativeEngine:
             )
         )
         if self._sharding == "ddp":
-            exclude_from_ddp(self._handle, model)
+            self._handle.exclude_from_ddp()
         self.model = replicate(model, runtime) if self._sharding == "ddp" else model
 
     def micro_step(self, *, last: bool) -> AbstractContextManager[None]:
