@@ -5,9 +5,9 @@
     python benchmarks/streaming.py --exact --tokens 512    # CUDA: losses bitwise, on deterministic kernels
     python benchmarks/streaming.py --device cpu            # about 2 minutes on 2 cores
 
-Without CUDA the link is simulated: a worker thread copies at a set bandwidth while the model computes. The speed of the
-compute is taken from the resident arm, the link's from its setting, so ``predict`` has nothing left to fit; every arm
-must come within TOLERANCE of its floor, and the one that waits for each copy within TOLERANCE of the sum.
+Without CUDA both speeds are set: a worker thread copies at a bandwidth, blocks compute at a number of operations per
+second (they wait for what is left of their time). So ``predict`` has nothing to fit: every arm must come within TOLERANCE
+of its floor, the resident one of its compute, and the one that waits for each copy of the sum of both.
 
 Rows are kept by arm and token count in benchmarks/results/streaming_<device>.json, written after every arm; a run with
 --arms or --tokens replaces its own rows only. The plot beside it shows step time over tokens.
@@ -22,10 +22,11 @@ import platform
 import resource
 import statistics
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +37,7 @@ except ModuleNotFoundError:
     sys.path.insert(0, str(ROOT))
 
 import torch
-from streaming_arms import SMALL, WAN_14B, Arm, Size, builders, ours
+from streaming_arms import ROWS, SMALL, WAN_14B, Arm, Size, builders, ours
 from torch import Tensor
 
 from dist_layerlr.offload import measure
@@ -46,8 +47,9 @@ from dist_layerlr.offload.predict import GB, Layout, Machine, Prediction, Worklo
 RESULTS = ROOT / "benchmarks" / "results"
 TOLERANCE = 0.15
 """Relative, of the fastest step."""
-CPU_LINK = Machine(gb_s=0.4, copy_us=500, tflops=1.0)
-"""4.2 MB blocks take 11 ms, about what a block of 192 tokens computes on one core."""
+assert SMALL.flops is not None
+CPU = Machine(gb_s=0.2, copy_us=500, tflops=SMALL.flops / 1e12)
+"""Blocks of 4.2 MB take 21 ms; 192 tokens compute as long."""
 Row = dict[str, Any]
 
 
@@ -58,22 +60,25 @@ class SimulatedLink(Immediate):
         super().__init__(torch.device("cpu"))
         self._machine, self._overlap = machine, overlap
         self._worker = ThreadPoolExecutor(1)
+        self._free_at = 0.0
 
-    def upload(self, target: Tensor, source: Tensor, after: Any, then: Callable[[], None] | None) -> Future[None]:
+    def upload(self, target: Tensor, source: Tensor, after: Any, then: Callable[[], None] | None) -> threading.Event:
         """Queue a copy. Compute before ``after`` is done: on the CPU it is done when it is asked for."""
-        copy = self._worker.submit(self._copy, target, source, then)
+        ready = threading.Event()
+        begin = max(self._free_at, time.perf_counter())
+        self._free_at = begin + source.nbytes / (self._machine.gb_s * GB) + self._machine.copy_us * 1e-6
+        self._worker.submit(self._copy, target, source, then, self._free_at).add_done_callback(lambda _: ready.set())
         if not self._overlap:
-            copy.result()
-        return copy
+            ready.wait()
+        return ready
 
-    def wait(self, ready: Future[None]) -> bool:
+    def wait(self, ready: threading.Event) -> bool:
         """Make compute wait."""
-        late = not ready.done()
-        ready.result()
+        late = not ready.is_set()
+        ready.wait()
         return late
 
-    def _copy(self, target: Tensor, source: Tensor, then: Callable[[], None] | None) -> None:
-        end = time.perf_counter() + source.nbytes / (self._machine.gb_s * GB) + self._machine.copy_us * 1e-6
+    def _copy(self, target: Tensor, source: Tensor, then: Callable[[], None] | None, end: float) -> None:
         target.copy_(source)
         if then is not None:
             then()
@@ -90,8 +95,8 @@ class Bench:
     rounds: int
     warmup: int
     exact: bool
-    link: Machine
-    """Bandwidth of the link; ``tflops`` is that of a matrix product, for T*."""
+    machine: Machine
+    """On CUDA as measured in step 0: a matrix product, not a model."""
 
     @property
     def cuda(self) -> bool:
@@ -102,7 +107,7 @@ class Bench:
         """{key: builder}."""
         if self.cuda:
             return builders(self.size, self.device)
-        link, slow = (SimulatedLink(self.link, overlap=overlap) for overlap in (True, False))
+        link, slow = (SimulatedLink(self.machine, overlap=overlap) for overlap in (True, False))
         return {
             "resident": builders(self.size, self.device)["resident"],
             "window1": lambda: ours(self.size, link),
@@ -114,7 +119,8 @@ class Bench:
     def batch(self, tokens: int) -> tuple[Tensor, Tensor, Tensor]:
         """x, text, target: the same for every arm."""
         generator = torch.Generator().manual_seed(tokens)
-        shapes = ((1, tokens), (1, self.size.text), (1, tokens))
+        rows = ROWS if self.size.flops is not None else tokens
+        shapes = ((1, rows), (1, self.size.text), (1, rows))
         made = [torch.randn(*shape, self.size.width, generator=generator) for shape in shapes]
         x, text, target = (t.to(self.device, self.size.dtype) for t in made)
         return x, text, target
@@ -126,7 +132,7 @@ def measure_arms(bench: Bench, arms: list[Arm], tokens: int) -> list[Row]:
     times: list[list[float]] = [[] for _ in arms]
     losses: list[list[float]] = [[] for _ in arms]
     for arm in arms:
-        arm.reset()
+        arm.reset(tokens)
     if bench.cuda:
         torch.cuda.reset_peak_memory_stats()
     for i in range(bench.warmup + bench.rounds):
@@ -160,52 +166,65 @@ def _row(bench: Bench, arm: Arm, tokens: int, times: list[float], losses: list[f
     return row
 
 
-def add_predictions(bench: Bench, rows: list[Row], layouts: dict[str, tuple[Layout, int, bool]]) -> None:
-    """Predict every arm of ours from the resident arm's compute and the link, and compare losses with it."""
-    resident = {r["tokens"]: r for r in rows if r["arm"] == "resident" and "min_s" in r and r["exact"] == bench.exact}
-    for row in rows:
+@dataclass(frozen=True, kw_only=True)
+class Streamed:
+    """What ``predict`` needs to know of an arm of ours."""
+
+    layout: Layout
+    window: int
+    overlaps: bool
+
+
+def add_predictions(bench: Bench, rows: list[Row], streamed: dict[str, Streamed]) -> None:
+    """Compare losses with the resident arm's, and times with the prediction."""
+    measured = [r for r in rows if "min_s" in r and r["exact"] == bench.exact]
+    resident = {r["tokens"]: r for r in measured if r["arm"] == "resident"}
+    for row in measured:
         base = resident.get(row["tokens"])
-        if base is None or "min_s" not in row or row["exact"] != bench.exact:
+        if base is None:
             continue
-        row["loss_equal"] = row["losses"] == base["losses"][: len(row["losses"])]
-        if row["arm"] not in layouts:
-            continue
-        layout, window, overlaps = layouts[row["arm"]]
-        found = predict_from_resident(bench, layout, window, row["tokens"], base["min_s"])
-        row |= {
-            "compute_s": found.compute_s, "transfer_s": found.transfer_s, "floor_s": found.step_s,
-            "predicted_s": found.step_s if overlaps else found.serial_s, "predicted_fetches": found.fetches,
-            "hidden": found.hidden,
-        }  # fmt: skip
+        row["loss_equal"] = row["losses"] == base["losses"]
+        if row["arm"] in streamed:
+            arm = streamed[row["arm"]]
+            found = predict_step(bench, arm, row["tokens"], base["min_s"])
+            row |= {
+                "compute_s": found.compute_s, "transfer_s": found.transfer_s, "hidden": found.hidden,
+                "predicted_s": found.step_s if arm.overlaps else found.serial_s, "predicted_fetches": found.fetches,
+            }  # fmt: skip
+            if not bench.cuda:
+                base["predicted_s"] = found.compute_s
 
 
-def predict_from_resident(bench: Bench, layout: Layout, window: int, tokens: int, seconds: float) -> Prediction:
-    """The prediction whose compute is exactly what the resident model took."""
-    work = Workload(tokens=tokens)
-    unit = predict(layout, work, Machine(gb_s=1.0, tflops=1.0), window=window).compute_s
-    machine = Machine(gb_s=bench.link.gb_s, copy_us=bench.link.copy_us, tflops=unit / seconds)
-    return predict(layout, work, machine, window=window)
+def predict_step(bench: Bench, arm: Streamed, tokens: int, resident_s: float) -> Prediction:
+    """From the set speeds on the CPU; on CUDA, from the compute that the resident model took."""
+    work, machine = Workload(tokens=tokens), bench.machine
+    if bench.cuda:
+        flop = predict(arm.layout, work, replace(machine, tflops=1.0), window=arm.window).compute_s
+        machine = replace(machine, tflops=flop / resident_s)
+    return predict(arm.layout, work, machine, window=arm.window)
 
 
 def run(bench: Bench, keys: list[str], out: Path) -> list[Row]:
     """Measure arm by arm; on the CPU all at once, where they are small and the machine is noisy."""
     build = bench.arms()
-    rows, layouts = _read(out), {}
+    rows, streamed = _read(out), {}
     for group in [[key] for key in keys] if bench.cuda else [keys]:
         arms = [build[key]() for key in group]
         for arm in arms:
             if arm.handle is not None:
                 layout = Layout(units=arm.handle.units, fixed_bytes=0, width=bench.size.width)
-                layouts[arm.label] = layout, arm.window, arm.overlaps
+                streamed[arm.label] = Streamed(layout=layout, window=arm.window, overlaps=arm.overlaps)
         for tokens in bench.tokens:
             try:
                 made = measure_arms(bench, arms, tokens)
-            except Exception as error:
-                lines = str(error).strip().splitlines()
-                made = [{"arm": a.label, "tokens": tokens, "exact": bench.exact, "error": lines[0]} for a in arms]
+            except Exception as error:  # out of memory, or a library that cannot train this way
+                if not bench.cuda:
+                    raise
+                reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
+                made = [{"arm": a.label, "tokens": tokens, "exact": bench.exact, "error": reason} for a in arms]
             kept = {(r["arm"], r["tokens"], r["exact"]) for r in made}
             rows = [r for r in rows if (r["arm"], r["tokens"], r["exact"]) not in kept] + made
-            add_predictions(bench, rows, layouts)
+            add_predictions(bench, rows, streamed)
             for row in rows[-len(made) :]:
                 print(_line(row), flush=True)
         for arm in arms:
@@ -214,7 +233,8 @@ def run(bench: Bench, keys: list[str], out: Path) -> list[Row]:
     return rows
 
 
-HEADER = f"{'arm':<30}{'tokens':>7}{'step ms':>10}{'predicted':>11}{'ratio':>7}{'compute':>9}{'link':>9}{'stalls':>8}{'GB':>6}"
+COLUMNS = {"tokens": 7, "step ms": 10, "predicted": 11, "ratio": 7, "compute": 9, "link": 9, "stalls": 8, "GB": 6}
+HEADER = f"{'arm':<30}" + "".join(f"{name:>{width}}" for name, width in COLUMNS.items())
 
 
 def _line(row: Row) -> str:
@@ -223,6 +243,7 @@ def _line(row: Row) -> str:
     text = f"{row['arm']:<30}{row['tokens']:>7}{row['min_s'] * 1e3:>10.1f}"
     if "predicted_s" in row:
         text += f"{row['predicted_s'] * 1e3:>11.1f}{row['min_s'] / row['predicted_s']:>7.2f}"
+    if "compute_s" in row:
         text += f"{row['compute_s'] * 1e3:>9.1f}{row['transfer_s'] * 1e3:>9.1f}{row['stalls']:>8.1f}"
         text += f"{row['peak_gb']:>6.1f}" if row["peak_gb"] is not None else ""
     return text + ("" if row.get("loss_equal", True) else "   losses differ from the resident run's")
@@ -230,7 +251,7 @@ def _line(row: Row) -> str:
 
 def verdicts(bench: Bench, rows: list[Row]) -> list[tuple[bool, str]]:
     """What must hold, and whether it does."""
-    ours_rows = [r for r in rows if "predicted_s" in r and r["exact"] == bench.exact]
+    ours_rows = [r for r in rows if "predicted_fetches" in r and r["exact"] == bench.exact]
     if not bench.cuda or bench.exact:
         same = [r for r in ours_rows if r["loss_equal"]]
         found = [
@@ -238,7 +259,7 @@ def verdicts(bench: Bench, rows: list[Row]) -> list[tuple[bool, str]]:
         ]
         if bench.cuda:
             return found
-        off = [r["min_s"] / r["predicted_s"] - 1 for r in ours_rows]
+        off = [r["min_s"] / r["predicted_s"] - 1 for r in rows if "predicted_s" in r]
         near = [abs(x) <= TOLERANCE for x in off]
         counted = [r["fetches"] == r["predicted_fetches"] for r in ours_rows]
         return [
@@ -252,7 +273,7 @@ def verdicts(bench: Bench, rows: list[Row]) -> list[tuple[bool, str]]:
     narrow = [r for r in streamed if r["transfer_s"] >= 1.5 * r["compute_s"]]
     resident = {r["tokens"]: r["median_s"] for r in rows if r["arm"] == "resident" and "median_s" in r}
     slow = [r["median_s"] / resident[r["tokens"]] - 1 for r in wide]
-    full = [r["gb_s"] / bench.link.gb_s for r in narrow]
+    full = [r["gb_s"] / bench.machine.gb_s for r in narrow]
     best = {t: min(r["median_s"] for r in streamed if r["tokens"] == t) for t in {r["tokens"] for r in streamed}}
     others = [r for r in rows if "min_s" in r and r["arm"] != "resident" and not r["arm"].startswith("ours")]
     beaten = [best[r["tokens"]] <= r["median_s"] for r in others if r["tokens"] in best]
@@ -279,13 +300,13 @@ def draw(bench: Bench, rows: list[Row], path: Path) -> None:
     for label in dict.fromkeys(r["arm"] for r in sorted(good, key=lambda r: r["arm"] != "resident")):
         line = [r for r in good if r["arm"] == label]
         axes.plot([r["tokens"] for r in line], [r["median_s"] for r in line], marker="o", markersize=4, label=label)
-    floor = [r for r in good if r["arm"] == "ours W=1" and "floor_s" in r]
+    floor = [r for r in good if r["arm"] == "ours W=1" and "compute_s" in r]
     axes.plot(
         [r["tokens"] for r in floor], [max(r["compute_s"], r["transfer_s"]) for r in floor],
         "k--", linewidth=1, label="max(compute, bytes / bandwidth)",
     )  # fmt: skip
     axes.set(xscale="log", yscale="log", xlabel="tokens per step", ylabel="seconds per step")
-    axes.set_title(f"{bench.size.blocks} blocks of width {bench.size.width}, LoRA; link {bench.link.gb_s:.3g} GB/s")
+    axes.set_title(f"{bench.size.blocks} blocks of width {bench.size.width}, LoRA; link {bench.machine.gb_s:.3g} GB/s")
     axes.set_xticks(bench.tokens, [f"{t:,}" for t in bench.tokens])
     axes.minorticks_off()
     axes.legend(fontsize=8)
@@ -294,7 +315,7 @@ def draw(bench: Bench, rows: list[Row], path: Path) -> None:
     figure.savefig(path, dpi=120)
 
 
-def measure_link(device: torch.device, size: Size) -> tuple[Machine, Row]:
+def measure_link(device: torch.device, size: Size) -> Machine:
     """Step 0: the link both ways, pinned and pageable, and a matrix product of the block's shape."""
     found = {
         f"{name}_{megabytes}mb_gb_s": measure.link_gb_s(device, megabytes=megabytes, **kind)
@@ -306,7 +327,7 @@ def measure_link(device: torch.device, size: Size) -> tuple[Machine, Row]:
     machine = Machine(gb_s=found["pinned_1024mb_gb_s"], tflops=found["tflops"])
     t_star = torch.finfo(size.dtype).bits / 8 * machine.tflops * 1e12 / (2 * machine.gb_s * GB)
     print(", ".join(f"{k} {v:.1f}" for k, v in found.items()), f"-> hidden from {t_star:,.0f} tokens")
-    return machine, found
+    return machine
 
 
 @contextlib.contextmanager
@@ -333,7 +354,12 @@ def _read(out: Path) -> list[Row]:
 
 def _write(out: Path, bench: Bench, rows: list[Row]) -> None:
     name = torch.cuda.get_device_name(bench.device) if bench.cuda else f"{platform.machine()}, simulated link"
-    result = {"device": name, "torch": torch.__version__, "link_gb_s": bench.link.gb_s, "copy_us": bench.link.copy_us}
+    result = {
+        "device": name,
+        "torch": torch.__version__,
+        "link_gb_s": bench.machine.gb_s,
+        "copy_us": bench.machine.copy_us,
+    }
     out.parent.mkdir(exist_ok=True)
     out.write_text(json.dumps({**result, "blocks": bench.size.blocks, "rows": rows}, indent=1) + "\n")
 
@@ -353,11 +379,11 @@ def main() -> int:
     size = WAN_14B if cuda else SMALL
     if not cuda:
         torch.set_num_threads(1)  # the other core copies
-    link = measure_link(device, size)[0] if cuda else CPU_LINK
-    sweep = (512, 1024, 2048, 4096, 8192, 16384, 32768) if cuda else (64, 128, 256, 512)
+    machine = measure_link(device, size) if cuda else CPU
+    sweep = (512, 1024, 2048, 4096, 8192, 16384, 32768) if cuda else (64, 128, 256)
     bench = Bench(
-        device=device, size=size, tokens=tuple(args.tokens or sweep), rounds=args.rounds or (10 if cuda else 5),
-        warmup=3 if cuda else 2, exact=args.exact or not cuda, link=link,
+        device=device, size=size, tokens=tuple(args.tokens or sweep), rounds=args.rounds or (10 if cuda else 3),
+        warmup=3 if cuda else 2, exact=args.exact or not cuda, machine=machine,
     )  # fmt: skip
     known = list(bench.arms())
     if unknown := set(args.arms or ()) - set(known):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import gc
 import importlib.util
+import time
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -31,12 +32,57 @@ class Size:
     rank: int
     """Of the LoRA on every linear layer."""
     dtype: torch.dtype
+    flops: float | None = None
+    """Operations per second that compute is held to, on few rows; None: as fast as it goes."""
 
 
 WAN_14B = Size(blocks=40, width=5120, ffn=13824, heads=40, text=512, rank=32, dtype=torch.bfloat16)
 """0.35e9 parameters a block, 28 GB."""
-SMALL = Size(blocks=12, width=256, ffn=1024, heads=4, text=16, rank=4, dtype=torch.float32)
-"""For two CPU cores: 1.05e6 parameters a block."""
+SMALL = Size(blocks=20, width=256, ffn=1024, heads=4, text=16, rank=4, dtype=torch.float32, flops=19.2e9)
+"""For the CPU: 1.05e6 parameters a block, at a tenth of what a core does, so that other load does not matter."""
+ROWS = 16
+"""Real tokens of a step that is held to a speed."""
+
+
+class Clock:
+    """Makes stretches of work take a set time; one that ended late shortens the next."""
+
+    def __init__(self) -> None:
+        self.seconds = self._start = 0.0
+        self.settle()
+
+    def settle(self) -> None:
+        """Forget how late the last one was."""
+        self._late = 0.0
+
+    def open(self) -> None:
+        """A stretch begins."""
+        self._start = time.perf_counter() - self._late
+
+    def close(self) -> None:
+        """It ends, now or later."""
+        end = self._start + self.seconds
+        time.sleep(max(0.0, end - time.perf_counter()))
+        self._late = time.perf_counter() - end
+
+
+class _Tick(torch.autograd.Function):
+    """Identity that opens or closes a stretch in forward, and does the opposite in backward."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, clock: Clock, opens: bool) -> Tensor:
+        """(B, T, d) -> (B, T, d)."""
+        ctx.clock, ctx.opens = clock, opens
+        ctx.save_for_backward(x)  # or recomputation would stop short of this
+        clock.open() if opens else clock.close()
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        """(B, T, d) -> (B, T, d)."""
+        assert ctx.saved_tensors
+        ctx.clock.close() if ctx.opens else ctx.clock.open()
+        return grad, None, None
 
 
 class Adapted(nn.Module):
@@ -58,21 +104,26 @@ class Adapted(nn.Module):
 class Block(nn.Module):
     """Self attention, cross attention, feed-forward, pre-norm, as in Wan."""
 
-    def __init__(self, size: Size, device: torch.device | str):
+    def __init__(self, size: Size, device: torch.device | str, clock: Clock):
         super().__init__()
         self.heads = size.heads
         d = size.width
         self.norm1, self.norm2, self.norm3 = (nn.LayerNorm(d, elementwise_affine=False) for _ in range(3))
         self.attn1 = nn.ModuleDict({n: Adapted(d, d, size, device) for n in ("to_q", "to_k", "to_v", "to_out")})
         self.attn2 = nn.ModuleDict({n: Adapted(d, d, size, device) for n in ("to_q", "to_k", "to_v", "to_out")})
+        self.size, self.clock = size, clock
         self.ffn_in, self.ffn_out = Adapted(d, size.ffn, size, device), Adapted(size.ffn, d, size, device)
 
     def forward(self, x: Tensor, text: Tensor) -> Tensor:
         """(B, T, d), (B, L, d) -> (B, T, d)."""
+        if self.size.flops is not None:
+            x = _Tick.apply(x, self.clock, True)
         h = self.norm1(x)
         x = x + self._attend(self.attn1, h, h)
         x = x + self._attend(self.attn2, self.norm2(x), text)
         out: Tensor = self.ffn_out(nn.functional.gelu(self.ffn_in(self.norm3(x)), approximate="tanh"))
+        if self.size.flops is not None:
+            out = _Tick.apply(out, self.clock, False)
         return x + out
 
     def _attend(self, attention: nn.ModuleDict, x: Tensor, other: Tensor) -> Tensor:
@@ -91,10 +142,12 @@ class Stack(nn.Module):
     def __init__(self, size: Size, device: torch.device | str):
         super().__init__()
         self.reentrant = False
-        self.blocks = nn.ModuleList(Block(size, device) for _ in range(size.blocks))
+        self.clock = Clock()
+        self.blocks = nn.ModuleList(Block(size, device, self.clock) for _ in range(size.blocks))
 
     def forward(self, x: Tensor, text: Tensor) -> Tensor:
         """(B, T, d), (B, L, d) -> (B, T, d)."""
+        self.clock.settle()
         for block in self.blocks:
             x = checkpoint(block, x, text, use_reentrant=self.reentrant)
         return x
@@ -121,8 +174,7 @@ class Arm:
     """One way to train, ready to step."""
 
     label: str
-    parameters: list[nn.Parameter]
-    """What the optimizer steps."""
+    model: nn.Module
     backward: Callable[[Tensor, Tensor, Tensor], Tensor]
     """(x, text, target) -> loss, gradients accumulated."""
     handle: Any = None
@@ -133,12 +185,17 @@ class Arm:
     close: Callable[[], None] = lambda: None
 
     def __post_init__(self) -> None:
+        self.parameters = [p for p in self.model.parameters() if p.requires_grad]
         self._initial = [p.detach().clone() for p in self.parameters]
         self.reset()
 
     @torch.no_grad()
-    def reset(self) -> None:
-        """Back to the weights and optimizer of the start."""
+    def reset(self, tokens: int = 0) -> None:
+        """Back to the weights and optimizer of the start. A model held to a speed computes as if on that many tokens."""
+        for block in self.model.modules():
+            if isinstance(block, Block) and block.size.flops is not None:
+                numel = sum(p.numel() for p in block.parameters())
+                block.clock.seconds = (2 * numel * tokens + 4 * tokens**2 * block.size.width) / block.size.flops
         for param, value in zip(self.parameters, self._initial, strict=True):
             param.copy_(value)
         self.optimizer = torch.optim.AdamW(self.parameters, lr=1e-4, fused=True)
@@ -154,7 +211,7 @@ class Arm:
         """Free everything."""
         self.close()
         self.parameters, self._initial = [], []
-        del self.optimizer, self.handle, self.backward, self.close
+        del self.model, self.optimizer, self.handle, self.backward, self.close
         gc.collect()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
@@ -162,7 +219,7 @@ class Arm:
 
 def _plain(model: Stack) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
     def backward(x: Tensor, text: Tensor, target: Tensor) -> Tensor:
-        x.requires_grad_(model.reentrant)  # or that kind of checkpoint gives the first block no gradients
+        x.requires_grad_()  # or reentrant checkpointing gives the first block no gradients
         loss = nn.functional.mse_loss(model(x, text).float(), target.float())
         torch.autograd.backward(loss)
         return loss.detach()
@@ -170,14 +227,10 @@ def _plain(model: Stack) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
     return backward
 
 
-def _trainable(model: nn.Module) -> list[nn.Parameter]:
-    return [p for p in model.parameters() if p.requires_grad]
-
-
 def resident(size: Size, device: torch.device) -> Arm:
     """Everything on the device."""
     model = make_model(size, device)
-    return Arm(label="resident", parameters=_trainable(model), backward=_plain(model))
+    return Arm(label="resident", model=model, backward=_plain(model))
 
 
 def ours(size: Size, backend: Backend, *, window: int = 1, share: float = 0.0, overlap: bool = True) -> Arm:
@@ -188,7 +241,7 @@ def ours(size: Size, backend: Backend, *, window: int = 1, share: float = 0.0, o
     handle = stream_on(backend, model, policy)
     return Arm(
         label=f"ours W={window}" + f", {share:.0%} resident" * (resident > 0) + ", no overlap" * (not overlap),
-        parameters=_trainable(model),
+        model=model,
         backward=_plain(model),
         handle=handle,
         window=window,
@@ -211,8 +264,9 @@ def naive(size: Size, device: torch.device) -> Arm:
     """Frozen weights of a block go ``.to(device)`` before it runs and ``.to("cpu")`` behind it, pageable, waited for."""
     model = make_model(size, "cpu")
     model.reentrant = True  # its first forward runs without gradients, which tells it from the recomputation
-    for param in _trainable(model):
-        param.data = param.data.to(device)
+    for param in model.parameters():
+        if param.requires_grad:
+            param.data = param.data.to(device)
 
     def move(block: nn.Module, target: torch.device | str) -> None:
         for param in block.parameters():
@@ -227,7 +281,7 @@ def naive(size: Size, device: torch.device) -> Arm:
         block.register_forward_pre_hook(lambda module, _: move(module, device))
         block.register_forward_hook(leave)
         block.register_full_backward_hook(lambda module, *_: move(module, "cpu"))
-    return Arm(label="naive .to()", parameters=_trainable(model), backward=_plain(model))
+    return Arm(label="naive .to()", model=model, backward=_plain(model))
 
 
 def fsdp2(size: Size, device: torch.device) -> Arm:
@@ -250,7 +304,7 @@ def fsdp2(size: Size, device: torch.device) -> Arm:
     for block in model.blocks:
         fully_shard(block, **settings)
     fully_shard(model, **settings)
-    return Arm(label="FSDP2 CPUOffloadPolicy", parameters=_trainable(model), backward=_plain(model))
+    return Arm(label="FSDP2 CPUOffloadPolicy", model=model, backward=_plain(model))
 
 
 def diffusers_groups(size: Size, device: torch.device) -> Arm:
@@ -266,7 +320,7 @@ def diffusers_groups(size: Size, device: torch.device) -> Arm:
         num_blocks_per_group=1,
         use_stream=device.type == "cuda",
     )
-    return Arm(label="diffusers group offload", parameters=_trainable(model), backward=_plain(model))
+    return Arm(label="diffusers group offload", model=model, backward=_plain(model))
 
 
 class _Chunk(nn.Module):
@@ -298,7 +352,7 @@ def ramtorch(size: Size, device: torch.device) -> Arm:
         loss: Tensor = done.loss.detach()
         return loss
 
-    return Arm(label="RamTorch OffloadModel", parameters=_trainable(model), backward=backward, close=model.close)
+    return Arm(label="RamTorch OffloadModel", model=model, backward=backward, close=model.close)
 
 
 def builders(size: Size, device: torch.device) -> dict[str, Callable[[], Arm]]:

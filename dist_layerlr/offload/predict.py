@@ -319,7 +319,8 @@ def _phases(layout: Layout, work: Workload, machine: Machine, window: int) -> tu
 
     full = layout.stepped > 0
     passes = 1 + full + work.checkpointing
-    edges = compute[0] + compute[-1]
+    places = [i for i, u in enumerate(layout.units) if not u.resident] or [0]
+    edges = sum(compute[: places[0] + 1]) + sum(compute[places[-1] :])
     up, back = copy_s(streamed) - copy_s(at_turn), sum(u.grad_bytes for u in streamed) / (machine.gb_s * GB)
     forward_link = copy_s(streamed) - copy_s(at_start)
     backward_link = max(up, back, (up + back) / DUPLEX)
@@ -336,9 +337,10 @@ def _in_ring(streamed: Sequence[UnitInfo], slots: int, stepped: int) -> tuple[Se
 
 
 def _phase(compute: float, link: float, edges: float, *, fill: float, count: int) -> Phase:
-    """Overlap one pass. The ring is full at a turn: the first copy waits for a unit to end, the last unit for its copy.
+    """Overlap one pass. The ring is full at a turn: the link waits for the first streamed unit to end, the last one for it.
 
-    With ``fill`` the ring starts empty, and compute waits for the first copy instead.
+    ``edges`` is the compute up to the end of the first and from the start of the last. With ``fill`` the ring starts empty,
+    and compute waits for the first copy instead.
     """
     floor = max(compute + fill, link + (edges / 2 if fill else edges)) if link else compute
     return Phase(

@@ -2,7 +2,8 @@
 
 ``a <- b`` means that b may import a and anything left of it:
 errors <- names, depth, checks, schedule, patterns <- stacks, components, presets, layer_decay
-<- config, offload.policy, offload.figures <- plan <- matching, warn, report, sources, build, offload.predict <- the torch side.
+<- config, offload.policy, offload.figures <- plan
+<- matching, warn, report, sources, build, offload.predict <- the torch side.
 """
 
 from __future__ import annotations
