@@ -22,7 +22,8 @@ def at_end_of_backward(call: Callable[[], None]) -> None:
 
 def outer_saved_hooks() -> tuple[Callable[[Tensor], Any], Callable[[Any], Tensor]] | None:
     """The innermost saved-tensor hooks in force: (pack, unpack)."""
-    found: Any = torch._C._autograd._top_saved_tensors_default_hooks(True)
+    found: tuple[Callable[[Tensor], Any], Callable[[Any], Tensor]] | None
+    found = torch._C._autograd._top_saved_tensors_default_hooks(True)
     return found
 
 
