@@ -9,13 +9,16 @@ from typing import Any
 
 import pytest
 import torch
-from test_world_size_invariance import as_lora
+from test_world_size_invariance import TORCHRUN, TRAIN, as_lora, largest_difference, run, weights
 
 import make_tiny_wan
 from dist_layerlr import plan_model
+from dist_layerlr.errors import ConfigError
+from dist_layerlr.offload import StreamPolicy
 from parts.data import open_dataset
 from parts.engines import build_engine
 from parts.engines.streaming import check_streaming
+from parts.engines.zero import read_zero_config
 from parts.families import get_family
 from parts.loop import train
 from parts.metrics import MetricsFile
@@ -102,7 +105,7 @@ def difference(a: Result, b: Result) -> float:
 def test_fsdp2_and_zero3_take_the_window_over_and_end_in_the_weights_of_the_resident_run(
     lora: dict[str, Any], write_config: Callable[..., Path], tmp_path: Path
 ) -> None:
-    lora["train"] = {**lora["train"], "steps": 2, "micro_batch": 4, "checkpointing": False}
+    lora["train"] = {**lora["train"], "steps": 1, "micro_batch": 4, "checkpointing": False}
     resident = str(write_config(lora, "resident.json"))
     offloaded = str(write_config(with_stagehand(lora, STAGEHAND), "offloaded.json"))
     (alone,) = run_ranks(on_one_rank, 1, [resident], tmp_path)[0]
@@ -112,3 +115,85 @@ def test_fsdp2_and_zero3_take_the_window_over_and_end_in_the_weights_of_the_resi
     assert fsdp2["offload"] == ({"CPUOffloadPolicy"}, [2, 2, 2, 2, 1, 0], [0, 1, 2, 2, 2, 2])
     device, bucket, live, devices = zero3["offload"]
     assert device == "cpu" and devices == {"cpu"} and live == bucket // WINDOW * (WINDOW + 2) > 0
+
+
+def test_ddp_with_a_streamed_base_ends_in_the_weights_of_the_resident_run(
+    lora: dict[str, Any], write_config: Callable[..., Path], tmp_path: Path
+) -> None:
+    streamed = with_stagehand(lora, OURS)
+    configs = [str(write_config(lora, "resident.json")), str(write_config(streamed, "streamed.json"))]
+    resident, alone = run_ranks(on_one_rank, 1, configs, tmp_path)[0]
+    assert difference(resident, alone) == 0.0
+    done = run([*TORCHRUN, "2", TRAIN, "--sharding", "ddp"], streamed, tmp_path / "ddp")
+    assert done.returncode == 0, done.stderr
+    assert "verified on 2 ranks (ddp)" in done.stdout
+    assert f"streaming {BLOCKS} of {BLOCKS} units through {WINDOW + 2} slots" in done.stdout
+    final = {name: torch.from_numpy(value) for name, value in resident["weights"].items()}
+    assert largest_difference(saved_names(final), weights(tmp_path / "ddp")) <= 1e-6
+    rows = [json.loads(line) for line in (tmp_path / "ddp" / "out" / "metrics.jsonl").read_text().splitlines()]
+    per_forward = 2 * (BLOCKS - WINDOW - 2)
+    assert rows[0]["prediction"]["fetches"] == per_forward
+    assert [r["fetches"] for r in rows[2:]] == [
+        2 * per_forward
+    ] * 2  # two microbatches; the first step also fills slots
+    assert all(r["h2d_bytes"] > 0 and r["d2h_bytes"] == 0 and r["units_in_slots"] == WINDOW + 2 for r in rows[1:])
+
+
+def saved_names(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """As in adapter_model.safetensors."""
+    return {"base_model.model." + name.replace(".default", ""): value for name, value in tensors.items()}
+
+
+def test_a_streamed_full_finetune_is_stepped_on_the_host_and_equals_the_resident_one(
+    run_config: dict[str, Any], six_blocks: Path, write_config: Callable[..., Path], tmp_path: Path
+) -> None:
+    run_config.update(model_path=str(six_blocks), train={**run_config["train"], "steps": 3, "micro_batch": 4})
+    configs = [run_config, with_stagehand(run_config, OURS)]
+    files = [str(write_config(config, f"{i}.json")) for i, config in enumerate(configs)]
+    resident, streamed = run_ranks(on_one_rank, 1, files, tmp_path)[0]
+    assert difference(resident, streamed) == 0.0
+    assert [r["fetches"] for r in streamed["rows"]] == [2 * (2 * BLOCKS - WINDOW - 2)] * 3
+    assert all(r["d2h_bytes"] > 0 for r in streamed["rows"])
+
+
+@pytest.mark.parametrize(
+    "sharding, edit, words",
+    [
+        ("fsdp1", {}, ["--sharding fsdp1", "fsdp2", "zero3.json"]),
+        ("fsdp1_flat", {}, ["--sharding fsdp1_flat", "fsdp2"]),
+        ("fsdp2", {"mode": "layer"}, ["mode='layer'", "fsdp2", "remove it"]),
+        ("zero", {"host": "file"}, ["host='file'", "remove it"]),
+        ("ddp", {}, ["full finetune", "fsdp2"]),
+    ],
+)
+def test_a_sharder_that_cannot_offload_as_asked_says_what_to_do(
+    sharding: str, edit: dict[str, Any], words: list[str], run_config: dict[str, Any], write_config: Callable[..., Path]
+) -> None:
+    options = load_options(write_config(with_stagehand(run_config, {**STAGEHAND, **edit})))
+    with pytest.raises(ConfigError) as caught:
+        check_streaming(options, sharding)
+    assert all(word in str(caught.value) for word in words) and "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2])
+def test_zero_below_stage_3_is_refused_by_name(
+    stage: int, run_config: dict[str, Any], write_config: Callable[..., Path]
+) -> None:
+    options = load_options(write_config(with_stagehand(run_config, STAGEHAND)))
+    with pytest.raises(ConfigError, match=rf"zero{stage}.json \(ZeRO stage {stage}\).*zero3.json"):
+        read_zero_config(str(ROOT / "ds_configs" / f"zero{stage}.json"), options, 2)
+
+
+def test_stagehand_takes_the_policys_fields_and_refuses_others(
+    run_config: dict[str, Any], write_config: Callable[..., Path]
+) -> None:
+    def read(**stagehand: Any) -> StreamPolicy | None:
+        return load_options(write_config(with_stagehand(run_config, stagehand))).stream
+
+    assert read(**STAGEHAND) == StreamPolicy(pinned_pool_mb=64, prefetch_window=2)
+    assert read(enabled=True, resident_blocks="auto", host="file") == StreamPolicy(resident_blocks="auto", host="file")
+    assert read(enabled=False, prefetch_window=2) is None and read() is None
+    with pytest.raises(ConfigError, match="memory.stagehand: Invalid prefetch_window=0"):
+        read(enabled=False, prefetch_window=0)
+    with pytest.raises(ConfigError, match="'prefetch_windw'.*Did you mean 'prefetch_window'"):
+        read(prefetch_windw=2)
