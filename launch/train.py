@@ -33,6 +33,7 @@ from parts.options import RunOptions, load_options
 from parts.runtime import Diverged, Runtime, check_accelerate_env, check_launch, is_shared, start, stop
 
 if TYPE_CHECKING:
+    from dist_layerlr.offload import Prediction
     from dist_layerlr.plan import Plan
     from parts.data.base import Dataset
     from parts.engines.base import Engine
@@ -117,13 +118,13 @@ def _train_and_save(
     stop: StopFlag,
 ) -> None:  # fmt: skip
     from parts import outputs
-    from parts.loop import tokens_per_forward, train
+    from parts.loop import train
     from parts.metrics import MetricsFile
 
     say = print if runtime.is_main else (lambda *_, **__: None)
     proof = runtime.agree(lambda: engine.prove(1.0))
     say(proof.line(), flush=True)
-    prediction = engine.predict(tokens_per_forward(family, engine, data, options, runtime), options)
+    prediction = _predict(engine, family, data, options, runtime)
     if prediction is not None:
         say(f"[stagehand] {prediction.line()}", flush=True)
     if runtime.is_main:
@@ -143,6 +144,17 @@ def _train_and_save(
     say(f"{'stopped by a signal after' if outcome.stopped else 'finished'} {outcome.steps} steps; weights in {weights}")
     if picture is not None:
         say(f"learning rates in {folder / 'lr_grid.png'}, samples in {picture}")
+
+
+def _predict(engine: Engine, family: Family, data: Dataset, options: RunOptions, runtime: Runtime) -> Prediction | None:
+    """What a step will cost while streaming, going by the first sample."""
+    from dist_layerlr.model import unwrap
+    from parts.loop import micro_batch_size
+
+    model: Any = unwrap(engine.model)
+    micro = micro_batch_size(options, runtime.world_size)
+    micro_steps = options.train.global_batch // runtime.world_size // micro
+    return engine.predict(micro * family.tokens(model.config, data[0]), micro_steps, options)
 
 
 def _leave(status: int) -> None:

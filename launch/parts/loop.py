@@ -11,14 +11,12 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from types import FrameType
-from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from dist_layerlr.errors import ConfigError
-from dist_layerlr.model import unwrap
 
 from .data.base import Dataset
 from .engines.base import Engine
@@ -136,12 +134,6 @@ def micro_batch_size(options: RunOptions, world_size: int) -> int:
             f"Invalid train.micro_batch={micro}: must divide {share}, each rank's share of train.global_batch."
         )
     return micro
-
-
-def tokens_per_forward(family: Family, engine: Engine, data: Dataset, options: RunOptions, runtime: Runtime) -> int:
-    """Tokens of one forward pass on one rank, going by the first sample."""
-    config: Any = unwrap(engine.model)
-    return micro_batch_size(options, runtime.world_size) * family.tokens(config.config, data[0])
 
 
 def sample_index(number: int, length: int, seed: int) -> int:

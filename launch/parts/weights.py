@@ -110,10 +110,10 @@ def load_weights(model: nn.Module, files: Mapping[str, Path], *, seed: int, devi
     """Replace meta parameters by real ones: base weights from files, fresh adapters from (seed, name).
 
     Every rank reads one tensor at a time and keeps its own shard of it, so no rank ever holds the whole model when
-    parameters are DTensors. Weights become float32.
+    parameters are DTensors. Weights take the dtype of the meta parameters: float32, unless it was changed.
     """
     loaded = {
-        name: _placed_like(param, read_tensor(name, tuple(param.shape), files, seed=seed).to(device))
+        name: _placed_like(param, read_tensor(name, tuple(param.shape), files, seed=seed).to(device, param.dtype))
         for name, param in model.named_parameters()
         if param.is_meta
     }

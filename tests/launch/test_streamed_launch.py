@@ -197,3 +197,19 @@ def test_stagehand_takes_the_policys_fields_and_refuses_others(
         read(enabled=False, prefetch_window=0)
     with pytest.raises(ConfigError, match="'prefetch_windw'.*Did you mean 'prefetch_window'"):
         read(prefetch_windw=2)
+
+
+def test_the_shipped_config_streams_a_lora_and_trains_on_other_data_and_model(
+    six_blocks: Path, run_config: dict[str, Any], write_config: Callable[..., Path], tmp_path: Path
+) -> None:
+    shipped = json.loads((ROOT / "launch" / "configs" / "wan_lora_streamed.json").read_text())
+    smaller = {**shipped["train"], "steps": 2, "global_batch": 4}
+    shipped |= {"model_path": str(six_blocks), "data": run_config["data"], "train": smaller}
+    shipped["schedule"]["warmup_steps"] = 0
+    shipped["memory"]["stagehand"]["min_numel"] = 1000
+    resident = {key: value for key, value in shipped.items() if key != "memory"}
+    configs = [str(write_config(config, f"{i}.json")) for i, config in enumerate((resident, shipped))]
+    whole, streamed = run_ranks(on_one_rank, 1, configs, tmp_path)[0]
+    assert difference(whole, streamed) == 0.0  # bf16: what autocast rounds is stored rounded
+    assert streamed["rows"][0]["h2d_bytes"] > 0
+    assert "h2d_bytes" not in whole["rows"][0]

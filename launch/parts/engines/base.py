@@ -39,8 +39,8 @@ class Engine(Protocol):
         """Verify the live learning rates on all ranks."""
         ...
 
-    def predict(self, tokens: int, options: RunOptions) -> Prediction | None:
-        """What a step with ``tokens`` in a microbatch will cost while streaming; None where nothing is streamed."""
+    def predict(self, tokens: int, micro_steps: int, options: RunOptions) -> Prediction | None:
+        """Cost of a step of microbatches of ``tokens`` while streaming; None where nothing is streamed."""
         ...
 
     def traffic(self) -> dict[str, int]:

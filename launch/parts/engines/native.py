@@ -20,8 +20,8 @@ from dist_layerlr.proof import Proof
 from ..options import OptimizerOptions, RunOptions
 from ..runtime import Runtime
 from ..weights import full_tensors, load_weights
-from .streaming import STREAMED
-from .wrap import WRAPS, replicate
+from .streaming import STREAMED, hold_in_bf16
+from .wrap import WRAPS, blocks_of, replicate
 
 
 class NativeEngine:
@@ -43,6 +43,8 @@ class NativeEngine:
         self, model: nn.Module, options: RunOptions, policy: StreamPolicy, runtime: Runtime, files: dict[str, Path]
     ) -> None:
         """Load to the host, attach, stream, and only then let DDP see what is left on the device."""
+        if options.train.dtype == "bf16":
+            hold_in_bf16(blocks_of(model, self._plan))
         load_weights(model, files, seed=options.train.seed, device=torch.device("cpu"))
         model.train()
         self.optimizer = attach(
@@ -84,11 +86,14 @@ class NativeEngine:
         proof: Proof = verify(self._plan, self.model, self.optimizer, factor=factor)
         return proof
 
-    def predict(self, tokens: int, options: RunOptions) -> Prediction | None:
-        """Predicted from the speeds of this machine, which are measured in a second."""
+    def predict(self, tokens: int, micro_steps: int, options: RunOptions) -> Prediction | None:
+        """From the speeds of this machine, which take a second to measure."""
         if self._handle is None:
             return None
-        return self._handle.predict(tokens, checkpointing=options.train.checkpointing)
+        dtype = torch.bfloat16 if options.train.dtype == "bf16" else None
+        return self._handle.predict(
+            tokens, checkpointing=options.train.checkpointing, micro_steps=micro_steps, dtype=dtype
+        )
 
     def traffic(self) -> dict[str, int]:
         """What crossed the link since the last call, and the most units that held a slot so far."""

@@ -6,7 +6,7 @@ to fetch. The others cannot fetch a block at a time.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -20,6 +20,7 @@ from ..options import FULL, RunOptions
 STREAMED = ("none", "ddp")
 DELEGATED = ("fsdp2", "hsdp")
 ZERO_STAGE = 3
+_CAST_BY_AUTOCAST = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 _FOLLOWED = {"prefetch_window", "pinned_pool_mb"}
 """What a sharder's own offload can follow; it keeps every shard on the host, pinned."""
 
@@ -56,6 +57,19 @@ def _refused(what: str, why: str) -> ConfigError:
         f"Invalid memory.stagehand.enabled=True with {what}: {why}. Pass --sharding none, ddp (LoRA) or fsdp2, or "
         "--deepspeed_config ds_configs/zero3.json; or set it to false."
     )
+
+
+def hold_in_bf16(blocks: Iterable[nn.Module]) -> None:
+    """Keep frozen layers of the blocks in bf16, half the memory and half the traffic.
+
+    Bitwise the same under bf16 autocast, which rounds the weights of these layers before every use.
+    """
+    for block in blocks:
+        for module in block.modules():
+            if isinstance(module, _CAST_BY_AUTOCAST):
+                for param in module.parameters(recurse=False):
+                    if not param.requires_grad:
+                        param.data = param.data.to(torch.bfloat16)
 
 
 def offload_fsdp2(device: torch.device) -> dict[str, Any]:

@@ -77,7 +77,7 @@ class ZeroEngine:
         proof: Proof = verify(self._plan, self.model, factor=factor)
         return proof
 
-    def predict(self, tokens: int, options: RunOptions) -> Prediction | None:
+    def predict(self, tokens: int, micro_steps: int, options: RunOptions) -> Prediction | None:
         """None: DeepSpeed's own offload is not predicted."""
         return None
 
