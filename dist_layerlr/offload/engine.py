@@ -274,7 +274,8 @@ class Engine:
         return {
             unit
             for unit in self.ring.holders()
-            if storage_uses(self._slots[self.ring.slot(unit)].memory) > self._own_uses[self.ring.slot(unit)]
+            if self.ring.state(unit) is State.READY  # else it is the copy that refers to it
+            and storage_uses(self._slots[self.ring.slot(unit)].memory) > self._own_uses[self.ring.slot(unit)]
         }
 
     def _discard_stale(self, index: int) -> None:

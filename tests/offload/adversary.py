@@ -1,7 +1,7 @@
 """A device that is as late, and as early, as the order of its queues allows.
 
 Copies to the device run when somebody waits for them, in order; the target is poisoned when they are asked for. Copies to
-the host run when the host waits for them. A copy into memory that compute still uses is an error.
+the host run when the host waits for them. A copy into memory that compute still uses is a violation.
 """
 
 from __future__ import annotations
@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dist_layerlr.offload.internals import storage_key
+
 POISON = 255
 """As the bytes of any float: NaN."""
 
@@ -23,7 +25,7 @@ class _Copy:
 
 
 class Adversary:
-    """A backend for `cpu` or `sim`."""
+    """A backend for `cpu` or `sim`. Release it to free what it allocated."""
 
     def __init__(self, device: str):
         self.device = torch.device(device)
@@ -31,6 +33,10 @@ class Adversary:
         self.locked: list[tuple[int, int]] = []
         """(address, bytes) of pinned memory."""
         self.most_locked = 0
+        self.violations: list[str] = []
+        """Copies into memory that compute was not done with."""
+        self._memory: dict[int, Tensor] = {}
+        """{storage: what was allocated}; a pending copy holds no view of it, as a real one does not."""
         self._queue: list[_Copy] = []
         self._lock = threading.RLock()
         self._clock: Any = None
@@ -40,14 +46,18 @@ class Adversary:
             self._clock = sim_device.Clock
 
     def allocate(self, nbytes: int) -> Tensor:
-        return torch.empty(nbytes, dtype=torch.uint8).fill_(POISON).to(self.device)
+        memory = torch.empty(nbytes, dtype=torch.uint8).fill_(POISON).to(self.device)
+        self._memory[storage_key(memory)] = memory
+        return memory
 
     def upload(self, target: Tensor, source: Tensor, after: Any, then: Callable[[], None] | None) -> _Copy:
         self._must_be_free(target, after)
         self.uploaded += source.nbytes
 
+        memory, size = self._memory[storage_key(target)], target.numel()
+
         def run() -> None:
-            target.copy_(source)
+            memory[:size].copy_(source)
             if then is not None:
                 then()
 
@@ -94,6 +104,7 @@ class Adversary:
         if not copy.done:
             copy.done = True
             self._off_the_clock(copy.run)
+            copy.run = lambda: None
 
     def _off_the_clock(self, run: Callable[[], Any]) -> None:
         """Copy queues are not compute."""
@@ -109,5 +120,6 @@ class Adversary:
     def _must_be_free(self, target: Tensor, after: Any) -> None:
         if self._clock is None or after is None:
             return
-        last = self._clock.touched.get(target.untyped_storage()._cdata, 0)
-        assert after >= last, f"slot overwritten behind point {after} of compute, which used it at {last}"
+        last = self._clock.touched.get(storage_key(target), 0)
+        if after < last:
+            self.violations.append(f"slot overwritten behind point {after} of compute, which used it at {last}")

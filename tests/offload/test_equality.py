@@ -66,6 +66,7 @@ def check(case: Case, device: str) -> None:
     assert losses == wanted_losses
     check_traffic(case, handle, backend)
     handle.remove()
+    del backend
     assert identity(model, optimizer)[:2] == before
     assert_equal(weights(model), wanted_weights)
     assert_equal(moments(model, optimizer), wanted_moments)
@@ -88,6 +89,7 @@ def check_traffic(case: Case, handle: Any, backend: Any) -> None:
         assert len({u.host_bytes for u in units}) == 1
         assert stats.total.h2d_bytes == fetches * units[0].host_bytes
     if hasattr(backend, "uploaded"):
+        assert not backend.violations
         assert (backend.uploaded, backend.downloaded) == (stats.total.h2d_bytes, sent)
 
 
