@@ -144,10 +144,12 @@ def saved_names(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     return {"base_model.model." + name.replace(".default", ""): value for name, value in tensors.items()}
 
 
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
 def test_a_streamed_full_finetune_is_stepped_on_the_host_and_equals_the_resident_one(
-    run_config: dict[str, Any], six_blocks: Path, write_config: Callable[..., Path], tmp_path: Path
+    dtype: str, run_config: dict[str, Any], six_blocks: Path, write_config: Callable[..., Path], tmp_path: Path
 ) -> None:
-    run_config.update(model_path=str(six_blocks), train={**run_config["train"], "steps": 3, "micro_batch": 4})
+    settings = {"steps": 3, "micro_batch": 4, "dtype": dtype}
+    run_config.update(model_path=str(six_blocks), train={**run_config["train"], **settings})
     configs = [run_config, with_stagehand(run_config, OURS)]
     files = [str(write_config(config, f"{i}.json")) for i, config in enumerate(configs)]
     resident, streamed = run_ranks(on_one_rank, 1, files, tmp_path)[0]
