@@ -18,6 +18,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
+import os
 import platform
 import resource
 import statistics
@@ -294,6 +295,7 @@ def draw(bench: Bench, rows: list[Row], path: Path) -> None:
 
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
+    from matplotlib.ticker import LogLocator
 
     figure, axes = plt.subplots(figsize=(8, 5))
     good = sorted((r for r in rows if "min_s" in r and r["exact"] == bench.exact), key=lambda r: r["tokens"])
@@ -308,6 +310,8 @@ def draw(bench: Bench, rows: list[Row], path: Path) -> None:
     axes.set(xscale="log", yscale="log", xlabel="tokens per step", ylabel="seconds per step")
     axes.set_title(f"{bench.size.blocks} blocks of width {bench.size.width}, LoRA; link {bench.machine.gb_s:.3g} GB/s")
     axes.set_xticks(bench.tokens, [f"{t:,}" for t in bench.tokens])
+    axes.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+    axes.yaxis.set_major_formatter("{x:g}")
     axes.minorticks_off()
     axes.legend(fontsize=8)
     axes.grid(alpha=0.3)
@@ -375,6 +379,7 @@ def main() -> int:
     parser.add_argument("--exact", action="store_true", help="deterministic kernels, to compare losses bit by bit")
     parser.add_argument("--output", type=Path, help="JSON file (default: benchmarks/results/streaming_DEVICE.json)")
     args = parser.parse_args()
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # deterministic matrix products ask for it
     cuda, device = args.device == "cuda", torch.device(args.device)
     size = WAN_14B if cuda else SMALL
     if not cuda:

@@ -219,7 +219,7 @@ class Arm:
 
 def _plain(model: Stack) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
     def backward(x: Tensor, text: Tensor, target: Tensor) -> Tensor:
-        x.requires_grad_()  # or reentrant checkpointing gives the first block no gradients
+        x = x.detach().requires_grad_()  # or reentrant checkpointing gives the first block no gradients
         loss = nn.functional.mse_loss(model(x, text).float(), target.float())
         torch.autograd.backward(loss)
         return loss.detach()
