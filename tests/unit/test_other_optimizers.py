@@ -1,7 +1,7 @@
 """Optimizers of other libraries: which work with per-layer rates, and what the others are told.
 
-bitsandbytes is not in the `dev` extra: once installed, PEFT imports it in every process, 1.5 s each. Its tests run where
-somebody has installed it, and say so where not.
+bitsandbytes and torchao are not in the `dev` extra: once installed, PEFT imports them in every process, which costs 1.5 s
+and warnings. Their tests run where somebody has installed them, and say so where not.
 """
 
 from __future__ import annotations
@@ -13,7 +13,6 @@ import lion_pytorch
 import prodigyopt
 import pytest
 import torch
-import torchao.optim
 from torch import nn
 
 import dist_layerlr as dl
@@ -28,19 +27,19 @@ CONFIG = {
 Make = Callable[[Any], torch.optim.Optimizer]
 
 
-def of_bitsandbytes(kind: str) -> Make:
+def optional(package: str, kind: str) -> Make:
+    """An optimizer of a package that may be absent."""
+
     def make(groups: Any) -> torch.optim.Optimizer:
-        library = pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed: pip install bitsandbytes")
-        return getattr(library.optim, kind)(groups, weight_decay=0.1)  # type: ignore[no-any-return]
+        why = f"{package} is not installed: pip install {package}"
+        return getattr(pytest.importorskip(f"{package}.optim", reason=why), kind)(groups)  # type: ignore[no-any-return]
 
     return make
 
 
 WORKS: dict[str, Make] = {
-    **{f"bitsandbytes {kind}": of_bitsandbytes(kind) for kind in ("AdamW8bit", "AdamW32bit", "Lion8bit")},
-    "torchao AdamW8bit": torchao.optim.AdamW8bit,
-    "torchao AdamW4bit": torchao.optim.AdamW4bit,
-    "torchao AdamWFp8": torchao.optim.AdamWFp8,
+    **{f"bitsandbytes {k}": optional("bitsandbytes", k) for k in ("AdamW8bit", "AdamW32bit", "Lion8bit")},
+    **{f"torchao {k}": optional("torchao", k) for k in ("AdamW8bit", "AdamW4bit", "AdamWFp8")},
     "lion-pytorch Lion": lambda g: lion_pytorch.Lion(g, weight_decay=0.1),
 }
 QUANTISED = [name for name in WORKS if not ("32bit" in name or "Lion" in name and "8bit" not in name)]
