@@ -2,7 +2,7 @@
 
 ``a <- b`` means that b may import a and anything left of it:
 errors <- names, depth, checks, schedule, patterns <- stacks, components, presets, layer_decay <- config <- plan
-<- matching, warn, report, sources, build <- the torch side.
+<- matching, warn, report, sources, build <- policy, ring and figures of offload <- the torch side.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ LAYERS = (
     {"config"},
     {"plan"},
     {"matching", "warn", "report", "sources", "build"},
+    {"offload.policy", "offload.ring", "offload.figures"},
 )
 WITHIN_LAYER = {("components", "stacks"), ("layer_decay", "stacks"), ("build", "warn"), ("build", "matching")}
 """(importer, imported) that share a layer."""
