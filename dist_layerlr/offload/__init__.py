@@ -11,6 +11,7 @@ from typing import Any
 _HOME = {
     "Handle": "handle",
     "stream": "handle",
+    "round_trip": "codec",
     "Stats": "figures",
     "Traffic": "figures",
     "UnitInfo": "figures",

@@ -114,7 +114,7 @@ class Engine:
             if index == self._current:
                 return
             self.rest()
-            self._check(index)
+            self._check(index, self.units[index].pieces)
             self._discard_stale(index)
             # Recomputation of a region of several units goes forward inside backward.
             upward = self.ring.follows(self._last, index)
@@ -180,6 +180,10 @@ class Engine:
         if graph_task() == -1:
             while self._saving:  # left by a KeyboardInterrupt
                 self._stop_saving()
+            for index in range(len(self.units)):
+                self._check(
+                    index, self.units[index].pieces[:1]
+                )  # one tells of a cast of all, before other code stumbles
             before()
             self._inside = True
 
@@ -283,8 +287,10 @@ class Engine:
         if self.ring.state(index) is not State.HOST and self._stamps[index] != self.units[index].stamp():
             self.ring.drop(index)
 
-    def _check(self, index: int) -> None:
-        for piece in self.units[index].pieces:
+    def _check(self, index: int, pieces: Sequence[Piece]) -> None:
+        if index == self._current:
+            return
+        for piece in pieces:
             problem = _problem(piece)
             if problem:
                 raise OffloadError(

@@ -196,6 +196,7 @@ class Handle:
 
     def _before_forward(self) -> None:
         self.check()
+        self._residents.check()
         if self._grown:
             self._settle_rest()
 

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
+
+from dist_layerlr.errors import OffloadError
 
 
 class Residents:
@@ -14,7 +14,7 @@ class Residents:
 
     def __init__(self, device: torch.device, optimizer: Optimizer | None):
         self._device, self._optimizer = device, optimizer
-        self._homes: dict[int, tuple[Tensor, torch.device]] = {}
+        self._homes: dict[int, tuple[str, Tensor, torch.device]] = {}
 
     def adopt(self, model: nn.Module, streamed: set[int]) -> None:
         """Move all parameters and buffers but ``streamed`` ones (by id). Those that were moved before stay.
@@ -23,15 +23,28 @@ class Residents:
             model: the whole model.
             streamed: ids of streamed parameters.
         """
-        tensors: Iterable[Tensor] = [*model.parameters(), *model.buffers()]
-        for tensor in tensors:
+        named: list[tuple[str, Tensor]] = [*model.named_parameters(), *model.named_buffers()]
+        for name, tensor in named:
             if id(tensor) not in streamed and tensor.device != self._device:
-                self._homes[id(tensor)] = (tensor, tensor.device)
+                self._homes[id(tensor)] = (name, tensor, tensor.device)
                 move(tensor, self._device, self._optimizer)
+
+    def check(self) -> None:
+        """Find one that left the device.
+
+        Raises:
+            OffloadError: naming it.
+        """
+        for name, tensor, _ in self._homes.values():
+            if tensor.device != self._device:
+                raise OffloadError(
+                    f"Parameter or buffer {name} was moved to {tensor.device} after stream(). "
+                    f"Move it back to {self._device}, or call handle.remove() first."
+                )
 
     def release(self) -> None:
         """Move everything back."""
-        for tensor, home in self._homes.values():
+        for _, tensor, home in self._homes.values():
             move(tensor, home, self._optimizer)
         self._homes.clear()
 

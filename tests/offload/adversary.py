@@ -28,7 +28,7 @@ class Adversary:
     """A backend for `cpu` or `sim`. Release it to free what it allocated."""
 
     def __init__(self, device: str):
-        self.device = torch.device(device)
+        self.device = torch.device(device, None if device == "cpu" else 0)
         self.uploaded = self.downloaded = 0
         self.locked: list[tuple[int, int]] = []
         """(address, bytes) of pinned memory."""
@@ -96,9 +96,11 @@ class Adversary:
         return None
 
     def synchronize(self) -> None:
+        """The end of streaming."""
         with self._lock:
             while self._queue:
                 self._complete(self._queue.pop(0))
+            self._memory.clear()
 
     def _complete(self, copy: _Copy) -> None:
         if not copy.done:

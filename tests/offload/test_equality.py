@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from dist_layerlr.offload.handle import stream_on
-from conftest import DEVICES
+from forked import DEVICES
 from training import Case, assert_equal, backend_of, identity, make_optimizer, moments, resident, train, weights
 
 MATRIX = [
@@ -66,7 +66,6 @@ def check(case: Case, device: str) -> None:
     assert losses == wanted_losses
     check_traffic(case, handle, backend)
     handle.remove()
-    del backend
     assert identity(model, optimizer)[:2] == before
     assert_equal(weights(model), wanted_weights)
     assert_equal(moments(model, optimizer), wanted_moments)

@@ -9,11 +9,11 @@ from typing import Any
 import pytest
 from torch import nn
 
-from conftest import in_fork
 from dist_layerlr.offload import engine as engine_module
 from dist_layerlr.offload.engine import Engine
 from dist_layerlr.offload.grads import GradSink
 from dist_layerlr.offload.transfer import Fetcher
+from forked import in_fork
 from test_equality import check
 from test_semantics import LORA, check_memory_of_a_graph, two_forwards
 from training import Case

@@ -1,9 +1,8 @@
 """What may import what, read from the source.
 
 ``a <- b`` means that b may import a and anything left of it:
-errors <- names, depth, checks, schedule, patterns <- stacks, components, presets, layer_decay
-<- config, offload.policy, offload.figures <- plan
-<- matching, warn, report, sources, build, offload.predict <- the torch side.
+errors <- names, depth, checks, schedule, patterns <- stacks, components, presets, layer_decay <- config <- plan
+<- matching, warn, report, sources, build <- policy, ring and figures of offload <- offload.predict <- the torch side.
 """
 
 from __future__ import annotations
@@ -20,9 +19,11 @@ LAYERS = (
     {"errors"},
     {"names", "depth", "checks", "schedule", "patterns"},
     {"stacks", "components", "presets", "layer_decay"},
-    {"config", "offload.policy", "offload.figures"},
+    {"config"},
     {"plan"},
-    {"matching", "warn", "report", "sources", "build", "offload.predict"},
+    {"matching", "warn", "report", "sources", "build"},
+    {"offload.policy", "offload.ring", "offload.figures"},
+    {"offload.predict"},
 )
 WITHIN_LAYER = {("components", "stacks"), ("layer_decay", "stacks"), ("build", "warn"), ("build", "matching")}
 """(importer, imported) that share a layer."""
