@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, TypeVar
 
 import torch.distributed as dist
 
-from dist_layerlr.errors import PlanMismatch
+from dist_layerlr.errors import CheckpointError, LayerLRError, PlanMismatch
 
+Result = TypeVar("Result")
 Problem = tuple[str, str]
 """(kind: a key of CAUSES, text)."""
 SHOWN = 10
@@ -37,6 +38,27 @@ def everyone(mine: Any) -> list[Any]:
     gathered: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(gathered, mine)
     return gathered
+
+
+def alike(work: Callable[[], Result]) -> Result:
+    """Run ``work`` on every rank; if it fails on any, every rank raises the first failing rank's error. Collective.
+
+    Raises:
+        LayerLRError: as that rank raised it; other exceptions become a CheckpointError that names the rank.
+    """
+    failure: LayerLRError | None = None
+    try:
+        result = work()
+    except LayerLRError as error:
+        failure = error
+    except Exception as error:
+        rank = dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
+        failure = CheckpointError(f"Rank {rank}: {type(error).__name__}: {error}")
+        failure.__cause__ = error
+    first = next((heard for heard in everyone(failure) if heard is not None), None)
+    if first is not None:
+        raise first from failure
+    return result
 
 
 @contextmanager

@@ -1,4 +1,4 @@
-"""``dist-layerlr plan|explain|plot|predict``: what a config or streaming does to a model, from its names alone."""
+"""``dist-layerlr plan|explain|plot|predict|diff|export``: what a config or streaming does to a model, from its names."""
 
 from __future__ import annotations
 
@@ -7,23 +7,29 @@ import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from dist_layerlr import report
 from dist_layerlr.build import build_plan
-from dist_layerlr.errors import LayerLRError
+from dist_layerlr.diff import Rows, plan_diff, read_rows
+from dist_layerlr.errors import ConfigError, LayerLRError
 from dist_layerlr.offload.policy import StreamPolicy
 from dist_layerlr.offload.predict import Machine, Workload, layout_from_names, predict
 from dist_layerlr.plan import Plan
 from dist_layerlr.sources import read_model
 
 _MODEL_HELP = "a .safetensors file, a checkpoint folder, or a tsv of name<TAB>shape (.gz too; - reads stdin)"
+_BASE_HELP = "the full model, when MODEL lists an adapter only"
+Output = tuple[str, int]
+"""(text for stdout, exit status)."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line. Returns 0, or 2 after a one-line error."""
+    """Run the command line. Returns 0, 1 where ``diff`` found a difference, or 2 after a one-line error."""
     args = _parser().parse_args(argv)
+    status = 0
     try:
-        output = args.run(args)
+        output, status = args.run(args)
         sys.stdout.write(output)
         sys.stdout.flush()
     except LayerLRError as error:
@@ -34,7 +40,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except OSError as error:
         print(f"dist-layerlr: error: cannot write the output: {error.strerror}", file=sys.stderr)
         return 2
-    return 0
+    return status
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -46,7 +52,7 @@ def _parser() -> argparse.ArgumentParser:
     shape.add_argument("--csv", dest="format", action="store_const", const="csv")
     plan.set_defaults(run=_run_plan)
     explain = commands.add_parser("explain", help="say how one parameter came to its learning rate")
-    explain.set_defaults(run=lambda args: report.explain(_plan(args), args.name) + "\n")
+    explain.set_defaults(run=_run_explain)
     plot = commands.add_parser("plot", help="draw the grid as a heat map")
     plot.add_argument("--output", default="lr_grid.png", help="PNG file to write (default: lr_grid.png)")
     plot.set_defaults(run=_run_plot)
@@ -55,13 +61,16 @@ def _parser() -> argparse.ArgumentParser:
         if command is explain:
             command.add_argument("name", metavar="NAME", help="a parameter name of MODEL")
         command.add_argument("--config", required=True, metavar="FILE", help="training config (JSON)")
-        command.add_argument("--base", metavar="MODEL", help="the full model, when MODEL lists an adapter only")
-    _add_predict(commands.add_parser("predict", help="what streaming blocks from the host will cost"))
+        command.add_argument("--base", metavar="MODEL", help=_BASE_HELP)
+    _add_predict(commands)
+    _add_diff(commands)
+    _add_export(commands)
     return parser
 
 
-def _add_predict(predict: argparse.ArgumentParser) -> None:
-    predict.set_defaults(run=_run_predict)
+def _add_predict(commands: Any) -> None:
+    text = "what streaming blocks from the host will cost: time, memory, hidden or not"
+    predict = commands.add_parser("predict", help=text, description=text)
     predict.add_argument("model", metavar="MODEL", help=_MODEL_HELP)
     predict.add_argument("--tokens", type=int, required=True, help="of one microbatch on one device")
     predict.add_argument("--sequence", type=int, help="tokens that attend to each other (default: all)")
@@ -77,28 +86,59 @@ def _add_predict(predict: argparse.ArgumentParser) -> None:
     predict.add_argument("--host-bytes", type=float, help="per parameter on the host (default: as on the device)")
     predict.add_argument("--host-gb-s", type=float, help="memory bandwidth of the host, for a CPU optimizer")
     predict.add_argument("--json", action="store_true")
+    predict.set_defaults(run=_run_predict)
 
 
-def _plan(args: argparse.Namespace) -> Plan:
+def _add_diff(commands: Any) -> None:
+    text = "print what trains differently; status 0: nothing, 1: something, 2: error"
+    diff = commands.add_parser("diff", help=text, description=text)
+    where = "checkpoint or run folder, plan.json, or training config (JSON, with --model)"
+    diff.add_argument("old", metavar="A", help=where)
+    diff.add_argument("new", metavar="B", help=where)
+    diff.add_argument("--model", metavar="MODEL", help=f"for configs: {_MODEL_HELP}")
+    diff.add_argument("--base", metavar="MODEL", help=_BASE_HELP)
+    diff.add_argument("--names", action="store_true", help="one line per parameter")
+    diff.set_defaults(run=_run_diff)
+
+
+def _add_export(commands: Any) -> None:
+    text = "write the weights of a checkpoint as files that diffusers, transformers, PEFT or kohya's programs load"
+    export = commands.add_parser("export", help=text, description=text)
+    export.add_argument("checkpoint", metavar="CKPT", help="a checkpoint folder, or a folder of them: then the newest")
+    export.add_argument("output", metavar="OUT", help="folder to write")
+    formats = ("diffusers", "transformers", "peft", "kohya")
+    export.add_argument("--format", required=True, choices=formats, help="full weights (the first two), or a LoRA")
+    export.add_argument("--dtype", choices=("fp32", "bf16", "fp16"), help="default: as trained")
+    export.add_argument("--base", metavar="DIR", help="folder of the trained model: its config.json is copied")
+    export.add_argument("--adapter", default="default", metavar="NAME", help="PEFT's name of the adapter")
+    export.add_argument("--adapter-config", metavar="FILE", help="adapter_config.json, where the checkpoint has none")
+    export.set_defaults(run=_run_export)
+
+
+def _plan(args: argparse.Namespace, config: str) -> Plan:
     base = read_model(args.base) if args.base else None
-    return build_plan(read_model(args.model), args.config, base=base)
+    return build_plan(read_model(args.model), config, base=base)
 
 
-def _run_plan(args: argparse.Namespace) -> str:
-    plan = _plan(args)
+def _run_plan(args: argparse.Namespace) -> Output:
+    plan = _plan(args, args.config)
     if args.format == "json":
-        return plan.to_json() + "\n"
-    return report.to_csv(plan) if args.format == "csv" else report.grid(plan) + "\n"
+        return plan.to_json() + "\n", 0
+    return (report.to_csv(plan) if args.format == "csv" else report.grid(plan) + "\n"), 0
 
 
-def _run_plot(args: argparse.Namespace) -> str:
+def _run_explain(args: argparse.Namespace) -> Output:
+    return report.explain(_plan(args, args.config), args.name) + "\n", 0
+
+
+def _run_plot(args: argparse.Namespace) -> Output:
     from dist_layerlr.plot import draw_grid
 
-    draw_grid(_plan(args), Path(args.output))
-    return f"wrote {args.output}\n"
+    draw_grid(_plan(args, args.config), Path(args.output))
+    return f"wrote {args.output}\n", 0
 
 
-def _run_predict(args: argparse.Namespace) -> str:
+def _run_predict(args: argparse.Namespace) -> Output:
     layout = layout_from_names(
         read_model(args.model),
         full=args.full,
@@ -114,7 +154,35 @@ def _run_predict(args: argparse.Namespace) -> str:
     )
     machine = Machine(gb_s=args.gb_s, tflops=args.tflops, host_gb_s=args.host_gb_s)
     prediction = predict(layout, work, machine, window=args.window)
-    return (json.dumps(prediction.to_dict(), indent=1) if args.json else prediction.table()) + "\n"
+    return (json.dumps(prediction.to_dict(), indent=1) if args.json else prediction.table()) + "\n", 0
+
+
+def _run_diff(args: argparse.Namespace) -> Output:
+    lines = plan_diff(*(_plan_or_rows(args, source) for source in (args.old, args.new)), every_name=args.names)
+    return "".join(f"{line}\n" for line in lines), int(bool(lines))
+
+
+def _run_export(args: argparse.Namespace) -> Output:
+    import torch
+
+    from dist_layerlr.config import read_json
+    from dist_layerlr.export import export_checkpoint
+
+    dtypes = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+    files = export_checkpoint(
+        args.checkpoint, args.output, format=args.format, dtype=dtypes.get(args.dtype), adapter=args.adapter,
+        config=read_json(args.adapter_config) if args.adapter_config else None, base=args.base,
+    )  # fmt: skip
+    return "".join(f"wrote {file}\n" for file in files), 0
+
+
+def _plan_or_rows(args: argparse.Namespace, source: str) -> Plan | Rows:
+    rows = read_rows(source)
+    if rows is not None:
+        return rows
+    if args.model is None:
+        raise ConfigError(f"{source!r} is no plan. To compare what a training config plans, pass --model MODEL.")
+    return _plan(args, source)
 
 
 if __name__ == "__main__":

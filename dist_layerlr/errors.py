@@ -23,6 +23,10 @@ class UnmatchedParams(LayerLRError, ValueError):
     """Trainable parameters that no rule names, under ``unmatched: error``."""
 
 
+class CheckpointError(LayerLRError, RuntimeError):
+    """A checkpoint that cannot be written, or one that is damaged, incomplete or of another model."""
+
+
 class PlanMismatch(LayerLRError, RuntimeError):
     """The live optimizer does not train some parameter as the plan says."""
 

@@ -7,11 +7,12 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
 from dist_layerlr.build import build_plan
 from dist_layerlr.config import Config
-from dist_layerlr.errors import PlanMismatch
+from dist_layerlr.errors import ModelSourceError, PlanMismatch
 from dist_layerlr.names import canonical_name, parse
 from dist_layerlr.plan import ParamInfo, Plan, Shape
 
@@ -89,6 +90,29 @@ def unwrap(model: nn.Module) -> nn.Module:
             model = model.get_submodule("_orig_mod")
         else:
             return model
+
+
+def materialize(module: nn.Module, device: torch.device | str, *, recurse: bool = True) -> None:
+    """Give meta parameters uninitialised memory, sharded ones for their shard only; what is real stays, on ``device``.
+
+    Parameters keep their identity, so ties and groups hold. For FSDP1, pass
+    ``param_init_fn=lambda module: materialize(module, device, recurse=False)``; for ZeRO-3, call ``partition_empty``.
+
+    Raises:
+        ModelSourceError: a buffer is on the meta device, so that nothing knows its values.
+    """
+    for name, buffer in module.named_buffers(recurse=recurse):
+        if buffer.is_meta:
+            raise ModelSourceError(
+                f"Buffer {name!r} of {type(module).__name__} is on the meta device: its values are lost. "
+                "Build the model under accelerate.init_empty_weights(include_buffers=False)."
+            )
+    for param in module.parameters(recurse=recurse):
+        if param.is_meta:
+            empty = nn.Parameter(torch.empty_like(param, device=device), param.requires_grad)
+            torch.utils.swap_tensors(param, empty)  # type: ignore[no-untyped-call]
+    if recurse:
+        module.to(device)  # buffers; FSDP2 also looks at its new shards here
 
 
 def live_parameters(model: nn.Module) -> dict[str, nn.Parameter]:

@@ -120,18 +120,6 @@ class Plan:
         taken: dict[str, int] = {}
         return tuple(_group(key, members, taken) for key, members in merged.items())
 
-    def diff(self, other: Plan) -> list[str]:
-        """Readable lines for every name whose lr or weight decay differs; empty when both train alike."""
-        lines = []
-        for name in sorted(self.entries.keys() | other.entries.keys(), key=natural_key):
-            mine, theirs = self.entries.get(name), other.entries.get(name)
-            if mine is None or theirs is None:
-                lines.append(f"{name}: only in the {'second' if mine is None else 'first'} plan")
-            elif (mine.lr, mine.weight_decay) != (theirs.lr, theirs.weight_decay):
-                decay = "" if mine.weight_decay == theirs.weight_decay else _decay_change(mine, theirs)
-                lines.append(f"{name}: lr {mine.lr:.6g} -> {theirs.lr:.6g}{decay}")
-        return lines
-
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready: ``{"digest", "groups", "parameters": {name: {...}}}``."""
         return {
@@ -185,7 +173,3 @@ def _row(entry: PlanEntry) -> dict[str, Any]:
         "weight_decay": entry.weight_decay,
         "numel": entry.numel,
     }
-
-
-def _decay_change(mine: PlanEntry, theirs: PlanEntry) -> str:
-    return f", weight decay {mine.weight_decay} -> {theirs.weight_decay}"

@@ -1,12 +1,13 @@
 """Finetune a diffusion transformer with per-layer learning rates, under any launcher.
 
     python launch/train.py --config launch/configs/quickstart.json
-    torchrun --nproc_per_node 2 launch/train.py --config FILE --sharding fsdp2
+    torchrun --nproc_per_node 2 launch/train.py --config FILE --sharding fsdp2 --resume latest
     deepspeed --num_gpus 2 launch/train.py --config FILE --deepspeed_config ds_configs/zero2.json
 
 Writes plan.json, verify.json, metrics.jsonl, lr_grid.png, samples/ and final/ into --output-dir, in place of those of
-an earlier run. Bad input ends with one line and status 2 on every rank, before training unless it is a broken sample. A
-loss of NaN or infinity ends with one line and status 1, nothing saved. SIGINT and SIGTERM finish the step, save, end
+an earlier run, and checkpoints/ every train.save_every steps, which --resume continues under any sharding. Bad input
+ends with one line and status 2 on every rank, before training unless it is a broken sample. A loss of NaN or infinity
+ends with one line and status 1, nothing saved. SIGINT and SIGTERM finish the step, save a checkpoint and the weights, end
 with 0.
 """
 
@@ -16,6 +17,7 @@ import argparse
 import os
 import sys
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -69,6 +71,11 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--sharding", choices=SHARDINGS, help="how ranks share the model (default: none)")
     parser.add_argument("--deepspeed_config", metavar="FILE", help="train under DeepSpeed with this ds_config")
     parser.add_argument("--output-dir", default="runs/latest", metavar="DIR", help="default: runs/latest")
+    parser.add_argument(
+        "--resume",
+        metavar="latest|PATH",
+        help="continue from the newest checkpoint of --output-dir, if any, or from PATH",
+    )
     parser.add_argument("--max-steps", type=int, metavar="N", help="overrides train.steps")
     parser.add_argument("--set", action="append", default=[], metavar="A.B=C", help="override one config value")
     parser.add_argument("--plan-only", action="store_true", help="print the grid and stop")
@@ -87,59 +94,70 @@ def _sharding(args: argparse.Namespace) -> str:
 
 
 def _run(args: argparse.Namespace, options: RunOptions, sharding: str, runtime: Runtime) -> int:
-    from dist_layerlr import plan_model
+    from dist_layerlr import check_pretrained, plan_model
     from parts import outputs
     from parts.data import check_dataset, open_dataset
     from parts.families import get_family
     from parts.loop import catch_signals, micro_batch_size
-    from parts.weights import check_weights, empty_model
+    from parts.resume import adapt_plan, choose_checkpoint
+    from parts.weights import empty_model
 
     family = get_family(options.model_type)
     model = runtime.agree(lambda: empty_model(family, options))
     plan = runtime.agree(lambda: plan_model(model, options.plan))
-    say = print if runtime.is_main else (lambda *_, **__: None)
-    say(grid(plan), flush=True)
+    say = partial(print, flush=True) if runtime.is_main else (lambda *_, **__: None)
     if args.plan_only:
+        say(grid(plan))
         return 0
-    files = runtime.agree(lambda: check_weights(model, options.model_path))
+    runtime.agree(lambda: check_pretrained(model, options.model_path, fresh=True))
     data = runtime.agree(lambda: open_dataset(options.data))
     shape: Any = model.config
     runtime.agree(lambda: check_dataset(data, family, shape))
     runtime.agree(lambda: micro_batch_size(options, runtime.world_size))
     folder = runtime.agree(lambda: outputs.open_output_dir(args.output_dir, options.model_path, probe=runtime.is_main))
-    engine = build_engine(sharding, model, plan, options, runtime, files, args.deepspeed_config)
+    checkpoint = choose_checkpoint(args.resume, folder, runtime, say)
+    if checkpoint is not None:
+        plan = adapt_plan(checkpoint, plan, say)
+    say(grid(plan))
+    engine = build_engine(sharding, model, plan, options, runtime, args.deepspeed_config)
     with catch_signals() as stop:
-        _train_and_save(engine, family, data, plan, options, runtime, folder, stop)
+        _train_and_save(engine, family, data, plan, options, runtime, folder, stop, checkpoint)
     return 0
 
 
 def _train_and_save(
     engine: Engine, family: Family, data: Dataset, plan: Plan, options: RunOptions, runtime: Runtime, folder: Path,
-    stop: StopFlag,
+    stop: StopFlag, checkpoint: Path | None,
 ) -> None:  # fmt: skip
     from parts import outputs
-    from parts.loop import train
+    from parts.files import write_json, write_text
+    from parts.loop import Position, train
     from parts.metrics import MetricsFile
+    from parts.resume import finish_saving, restore, saver
 
-    say = print if runtime.is_main else (lambda *_, **__: None)
+    say = partial(print, flush=True) if runtime.is_main else (lambda *_, **__: None)
+    begin = Position() if checkpoint is None else restore(engine, checkpoint, options, say)
     proof = runtime.agree(lambda: engine.prove(1.0))
-    say(proof.line(), flush=True)
+    say(proof.line())
     prediction = _predict(engine, family, data, options, runtime)
     if prediction is not None:
-        say(f"[stagehand] {prediction.line()}", flush=True)
+        say(f"[stagehand] {prediction.line()}")
     if runtime.is_main:
-        outputs.remove_previous_run(folder)
-        outputs.write_text(folder / "plan.json", plan.to_json() + "\n")
+        if checkpoint is None:
+            outputs.remove_previous_run(folder)
+        write_text(folder / "plan.json", plan.to_json() + "\n")
         outputs.draw_plan(plan, folder)
-    metrics = MetricsFile(folder / "metrics.jsonl") if runtime.is_main else None
+    metrics = MetricsFile(folder / "metrics.jsonl", first_step=begin.step) if runtime.is_main else None
     if metrics is not None and prediction is not None:
-        metrics.write({"prediction": prediction.to_dict()})
-    outcome = train(engine, family, data, options, runtime, metrics, stop)
+        metrics.write({"step": begin.step, "prediction": prediction.to_dict()})
+    save = saver(engine, options, folder)
+    outcome = train(engine, family, data, options, runtime, metrics, stop, begin, save)
+    finish_saving()
     after = runtime.agree(lambda: engine.prove(outcome.last_factor))
     weights = outputs.save_weights(engine, plan, options, runtime, folder, outcome.steps)
     if runtime.is_main:
         seen = {"start": proof.to_dict(), "end": after.to_dict(), "first_step_lr": outcome.observed}
-        outputs.write_json(folder / "verify.json", seen)
+        write_json(folder / "verify.json", seen)
     picture = None if outcome.stopped else outputs.draw_generated(engine, family, data, options, runtime, folder)
     say(f"{'stopped by a signal after' if outcome.stopped else 'finished'} {outcome.steps} steps; weights in {weights}")
     if picture is not None:

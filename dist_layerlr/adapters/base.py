@@ -15,7 +15,8 @@ from torch.optim import Optimizer
 
 from dist_layerlr.errors import PlanMismatch
 from dist_layerlr.groups import ParamGroup
-from dist_layerlr.model import live_parameters
+from dist_layerlr.model import live_parameters, unwrap
+from dist_layerlr.names import canonical_name
 from dist_layerlr.plan import Plan
 from dist_layerlr.segmented import MakeOptimizer, Segmented, Slice, local
 
@@ -45,6 +46,44 @@ class Piece:
     def of(self, tensor: Tensor) -> Tensor:
         """The same run of a tensor laid out as the owner: its value, gradient or a moment. Flat, local."""
         return local(tensor).detach().reshape(-1)[self.offset : self.offset + self.numel]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Weight:
+    """What this rank holds of one parameter, trained or frozen, or of one persistent buffer."""
+
+    name: str
+    """Canonical name; the first one where several are tied."""
+    aliases: tuple[str, ...] = ()
+    """Other names of the same tensor."""
+    tensor: Tensor
+    """Flat, local, the live storage itself; empty where the rank holds nothing. See ``home``."""
+    home: Tensor | None = None
+    """Set where the layout has no flat view (channels_last ...): ``tensor`` is a copy of this live tensor."""
+    start: int = 0
+    """First element in the flattened, unsharded tensor."""
+    shape: tuple[int, ...]
+    """Of the whole tensor."""
+    trainable: bool = False
+    """Whether it requires a gradient. Under ZeRO its fp32 master, among the pieces, is then the truth."""
+    is_buffer: bool = False
+    replicas: int = 1
+    """Ranks that hold each element."""
+
+    @property
+    def numel(self) -> int:
+        """Elements here; ``math.prod(shape)`` over all ranks."""
+        return self.tensor.numel()
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """As stored here; ZeRO's low-precision copies are bf16 or fp16."""
+        return self.tensor.dtype
+
+    def settle(self) -> None:
+        """Call after writing into ``tensor``: copies it to ``home``, if there is one."""
+        if self.home is not None:
+            self.home.copy_(self.tensor.view(self.home.shape))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,6 +135,17 @@ class Adapter(Protocol):
 
     def pieces(self, model: nn.Module, optimizer: Any) -> Pieces:
         """List what this rank's optimizer steps."""
+        ...
+
+    def weights(self, model: nn.Module) -> list[Weight]:
+        """List what this rank holds of every parameter, frozen ones included, and of every persistent buffer."""
+        ...
+
+    def refresh(self, model: nn.Module, optimizer: Any) -> None:
+        """Bring every copy that the sharder keeps in line with the weights, and with the masters where it has them.
+
+        Collective. Call it after writing into ``weights`` or ``pieces``.
+        """
         ...
 
 
@@ -207,6 +257,45 @@ def pieces_by_identity(
 def names_by_id(model: nn.Module) -> dict[int, str]:
     """{id of a live parameter: canonical name}."""
     return {id(param): name for name, param in live_parameters(model).items()}
+
+
+def flat_view(tensor: Tensor) -> tuple[Tensor, Tensor | None]:
+    """(flat local tensor, None) where a view exists, else (flat copy, the local tensor itself)."""
+    here = local(tensor).detach()
+    return (here.view(-1), None) if here.is_contiguous() else (here.reshape(-1), here)
+
+
+def whole_weight(name: str, tensor: Tensor, replicas: int, **fields: Any) -> Weight:
+    """A tensor that this rank holds whole."""
+    flat, home = flat_view(tensor)
+    return Weight(name=name, tensor=flat, home=home, shape=tuple(tensor.shape), replicas=replicas, **fields)
+
+
+def tied_names(model: nn.Module) -> dict[int, list[str]]:
+    """{id of a live parameter: its canonical names}, in the module's order; more than one where weights are tied."""
+    names: dict[int, list[str]] = {}
+    for raw, param in unwrap(model).named_parameters(remove_duplicate=False):
+        known = names.setdefault(id(param), [])
+        if canonical_name(raw) not in known:
+            known.append(canonical_name(raw))
+    return names
+
+
+def parameters_with_names(model: nn.Module) -> list[tuple[nn.Parameter, str, tuple[str, ...]]]:
+    """(live parameter, canonical name, its other names)."""
+    names = tied_names(model)
+    return [(p, names[id(p)][0], tuple(names[id(p)][1:])) for p in unwrap(model).parameters()]
+
+
+def buffers(model: nn.Module) -> list[Weight]:
+    """Persistent buffers: every sharder keeps them whole on every rank."""
+    found: dict[int, Weight] = {}
+    for path, module in unwrap(model).named_modules():
+        for leaf, buffer in module.named_buffers(recurse=False):
+            if leaf not in module._non_persistent_buffers_set and id(buffer) not in found:
+                name = canonical_name(f"{path}.{leaf}" if path else leaf)
+                found[id(buffer)] = whole_weight(name, buffer, world_size(), is_buffer=True)
+    return list(found.values())
 
 
 def world_size() -> int:

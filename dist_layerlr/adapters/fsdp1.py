@@ -4,7 +4,7 @@ With ``use_orig_params=True`` the original parameters stay, as 1-D views of this
 flat parameters are visible, with one learning rate each; there the rates are applied in segments.
 
 Private, read in torch 2.13: ``module._handle.flat_param`` and its ``_fqns``, ``_shard_param_infos``, ``_params``,
-``_numels``, ``_shared_param_infos``.
+``_numels``, ``_shapes``, ``_shared_param_infos``.
 """
 
 from __future__ import annotations
@@ -20,13 +20,18 @@ from dist_layerlr.adapters.base import (
     GROUPS,
     Piece,
     Pieces,
+    Weight,
+    buffers,
     innermost,
     internals_moved,
+    parameters_with_names,
     resolve,
     segment,
+    whole_weight,
     world_size,
 )
 from dist_layerlr.groups import build_groups
+from dist_layerlr.model import FLAT_PARAM
 from dist_layerlr.names import canonical_name
 from dist_layerlr.plan import Plan
 from dist_layerlr.segmented import MakeOptimizer, Slice
@@ -47,6 +52,10 @@ class Shard:
     start: int
     """First element in the flattened original parameter."""
     replicas: int
+    shape: tuple[int, ...]
+    """Of the whole parameter."""
+    aliases: tuple[str, ...]
+    """Other names tied to it."""
 
     @property
     def owner(self) -> Any:
@@ -101,6 +110,28 @@ class Fsdp1Adapter:
                 ]  # fmt: skip
         return resolve(Pieces(pieces=pieces, strangers=strangers, optimizer=inner))
 
+    def weights(self, model: nn.Module) -> list[Weight]:
+        """Runs of the flat shards; parameters that FSDP1 was told to ignore are whole."""
+        found = [_weight(s) for s in iterate_shards(model)]
+        known = {name for w in found for name in (w.name, *w.aliases)}
+        ignored = [
+            whole_weight(name, param, world_size(), aliases=aliases, trainable=param.requires_grad)
+            for param, name, aliases in parameters_with_names(model)
+            if name not in known and name.rpartition(".")[2] != FLAT_PARAM
+        ]
+        return [*found, *ignored, *buffers(model)]
+
+    def refresh(self, model: nn.Module, optimizer: Any) -> None:
+        """Nothing to do: low-precision and gathered copies are made anew in every forward."""
+
+
+def _weight(shard: Shard) -> Weight:
+    flat = shard.flat.detach().view(-1)[shard.offset : shard.offset + shard.numel]
+    return Weight(
+        name=shard.name, aliases=shard.aliases, tensor=flat, start=shard.start, shape=shard.shape,
+        trainable=shard.trainable, replicas=shard.replicas,
+    )  # fmt: skip
+
 
 def _slice(shard: Shard) -> Slice:
     offset = 0 if shard.param is not None else shard.offset
@@ -130,9 +161,10 @@ def _unit(path: str, flat: Any, handle: Any) -> Iterator[Shard]:
     infos = flat._shard_param_infos
     originals = flat._params or [None] * len(flat._fqns)
     prefix = f"{path}." if path else ""
+    tied = _tied(prefix, flat)
     if sharded and flat._params is None:
         _check_ranges(flat, infos, handle)
-    for fqn, info, param in zip(flat._fqns, infos, originals, strict=True):
+    for fqn, info, param, shape in zip(flat._fqns, infos, originals, flat._shapes, strict=True):
         numel = info.numel_in_shard or 0
         yield Shard(
             name=canonical_name(prefix + fqn),
@@ -142,7 +174,19 @@ def _unit(path: str, flat: Any, handle: Any) -> Iterator[Shard]:
             numel=numel if info.in_shard else 0,
             start=info.intra_param_start_idx or 0 if info.in_shard else 0,
             replicas=replicas,
+            shape=tuple(shape),
+            aliases=tuple(tied.get(canonical_name(fqn), ())),
         )
+
+
+def _tied(prefix: str, flat: Any) -> dict[str, list[str]]:
+    """{first name in the unit: canonical other names}."""
+    tied: dict[str, list[str]] = {}
+    for info in flat._shared_param_infos:
+        first = ".".join(s for s in (info.prim_module_name, info.prim_param_name) if s)
+        other = ".".join(s for s in (info.module_name, info.param_name) if s)
+        tied.setdefault(canonical_name(first), []).append(canonical_name(prefix + other))
+    return tied
 
 
 def _check_ranges(flat: Any, infos: Any, handle: Any) -> None:

@@ -14,14 +14,19 @@ from torch.optim import Optimizer
 from dist_layerlr.adapters.base import (
     GROUPS,
     Pieces,
+    Weight,
+    buffers,
+    flat_view,
     innermost,
     internals_moved,
     names_by_id,
+    parameters_with_names,
     pieces_by_identity,
     resolve,
     segment_whole,
     world_size,
 )
+from dist_layerlr.errors import PlanMismatch
 from dist_layerlr.groups import ParamGroup, param_groups
 from dist_layerlr.plan import Plan
 from dist_layerlr.segmented import MakeOptimizer
@@ -51,6 +56,43 @@ class Fsdp2Adapter:
         inner = innermost(optimizer)
         found, strangers = pieces_by_identity(inner.param_groups, names_by_id(model), _place)
         return resolve(Pieces(pieces=found, strangers=strangers, optimizer=inner))
+
+    def weights(self, model: nn.Module) -> list[Weight]:
+        """Local shards; parameters that FSDP2 was told to ignore are whole.
+
+        Raises:
+            PlanMismatch: a shard along another dimension than 0, which is no run of elements.
+        """
+        _reshard(model)
+        found: list[Weight] = []
+        for param, name, aliases in parameters_with_names(model):
+            if isinstance(param, DTensor) and any(p.is_shard() and not p.is_shard(0) for p in param.placements):
+                raise PlanMismatch(
+                    f"{name} is placed as {param.placements}; only shards along dimension 0 can be saved or loaded. "
+                    "Call fully_shard without shard_placement_fn."
+                )
+            start, _, replicas = _place(param)
+            flat, home = flat_view(param)
+            found.append(
+                Weight(
+                    name=name, aliases=aliases, tensor=flat, home=home, start=start, shape=tuple(param.shape),
+                    trainable=param.requires_grad, replicas=replicas,
+                )
+            )  # fmt: skip
+        return found + buffers(model)
+
+    def refresh(self, model: nn.Module, optimizer: Any) -> None:
+        """Drop what is gathered, if anything is: the next forward gathers it anew."""
+        _reshard(model)
+
+
+def _reshard(model: nn.Module) -> None:
+    """Put the sharded parameters back in place; after a forward without backward the root stays gathered."""
+    from torch.distributed.fsdp import FSDPModule
+
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
 
 
 def _split_by_mesh(group: ParamGroup) -> list[ParamGroup]:

@@ -11,11 +11,15 @@ from dist_layerlr.adapters.base import (
     AUTO,
     SEGMENTED,
     Pieces,
+    Weight,
+    buffers,
     innermost,
     names_by_id,
+    parameters_with_names,
     pieces_by_identity,
     resolve,
     segment_whole,
+    whole_weight,
     world_size,
 )
 from dist_layerlr.groups import param_groups
@@ -46,6 +50,18 @@ class PlainAdapter:
         ranks = world_size()
         found, strangers = pieces_by_identity(inner.param_groups, names_by_id(model), lambda p: (0, p.numel(), ranks))
         return resolve(Pieces(pieces=found, strangers=strangers, optimizer=inner))
+
+    def weights(self, model: nn.Module) -> list[Weight]:
+        """Everything, whole."""
+        ranks = world_size()
+        found = [
+            whole_weight(name, param, ranks, aliases=aliases, trainable=param.requires_grad)
+            for param, name, aliases in parameters_with_names(model)
+        ]
+        return found + buffers(model)
+
+    def refresh(self, model: nn.Module, optimizer: Any) -> None:
+        """Nothing to do: there are no copies."""
 
 
 def _is_ddp(model: nn.Module) -> bool:

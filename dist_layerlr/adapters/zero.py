@@ -2,19 +2,33 @@
 
 Private, read in deepspeed 0.19.8. Stages 1 and 2: ``bit16_groups`` (original parameters of each group), their
 ``_hp_mapping``, ``single_partition_of_fp32_groups``. Stage 3: ``fp16_groups`` per sub-group, ``sub_group_to_group_id``,
-``fp32_partitioned_groups_flat``, ``ds_numel`` and ``partition_numel()`` per parameter. Stage 0: the client optimizer, or
-``bf16_groups`` / ``fp16_groups`` of the mixed precision wrappers.
+``fp32_partitioned_groups_flat``; ``ds_numel``, ``ds_shape``, ``ds_tensor`` and ``partition_numel()`` per parameter. Stage
+0: the client optimizer, or ``bf16_groups`` / ``fp16_groups`` of the mixed precision wrappers. To refresh copies:
+``update_lp_params`` (1, 2); ``_reassign_or_swap_out_partitioned_parameters`` between ``checkpoint_event_prologue`` and
+``checkpoint_event_epilogue`` (3).
 """
 
 from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from dist_layerlr.adapters.base import Piece, Pieces, internals_moved, resolve, world_size
+from dist_layerlr.adapters.base import (
+    Piece,
+    Pieces,
+    Weight,
+    buffers,
+    internals_moved,
+    parameters_with_names,
+    resolve,
+    whole_weight,
+    world_size,
+)
 from dist_layerlr.errors import PlanMismatch
+from dist_layerlr.model import materialize
 from dist_layerlr.names import canonical_name
 from dist_layerlr.plan import Plan
 from dist_layerlr.segmented import MakeOptimizer
@@ -71,6 +85,72 @@ class ZeroAdapter:
             else getattr(engine.optimizer, "optimizer", None)
         )
         return resolve(Pieces(pieces=pieces, strangers=strangers, optimizer=inner))
+
+    def weights(self, model: nn.Module) -> list[Weight]:
+        """Partitions at stage 3, else whole parameters; in the model's dtype, without the fp32 masters."""
+        return [_weight(*found) for found in parameters_with_names(model)] + buffers(model)
+
+    def refresh(self, model: nn.Module, optimizer: Any = None) -> None:
+        """Masters into the low-precision parameters, on every rank.
+
+        Raises:
+            PlanMismatch: the private attributes this relies on have changed.
+        """
+        engine: Any = model
+        stage = int(engine.zero_optimization_stage())
+        try:
+            _refresh(engine.optimizer, stage)
+        except AttributeError as error:
+            raise internals_moved(f"ZeRO stage {stage}", "deepspeed 0.19.8", repr(error)) from None
+
+
+def _weight(param: Any, name: str, aliases: tuple[str, ...]) -> Weight:
+    if not hasattr(param, "ds_tensor"):
+        return whole_weight(name, param, world_size(), aliases=aliases, trainable=param.requires_grad)
+    ranks, rank = _ranks(param)
+    start, numel = zero3_range(param.ds_numel, ranks, rank)
+    return Weight(
+        name=name, aliases=aliases, tensor=param.ds_tensor.detach().view(-1)[:numel], start=start,
+        shape=tuple(param.ds_shape), trainable=param.requires_grad,
+    )  # fmt: skip
+
+
+def _refresh(optimizer: Any, stage: int) -> None:
+    if stage == 3:
+        optimizer.checkpoint_event_prologue()  # frees what is gathered
+        for sub_group in range(len(optimizer.fp32_partitioned_groups_flat)):
+            optimizer._reassign_or_swap_out_partitioned_parameters(sub_group)
+        optimizer.checkpoint_event_epilogue()  # gathers small parameters again
+    elif hasattr(optimizer, "update_lp_params"):
+        optimizer.update_lp_params()
+    else:
+        for param, (_, owner, offset, numel, _, _) in _walk(optimizer, stage):
+            if param is not owner:
+                param.data.copy_(owner.detach().view(-1)[offset : offset + numel].view(param.shape))
+
+
+def partition_empty(model: nn.Module, config: dict[str, Any]) -> None:
+    """Make a meta-device model a ZeRO-3 one, its partitions uninitialised, one module's own parameters at a time.
+
+    Then ``deepspeed.initialize`` and ``load_pretrained``. ``deepspeed.zero.Init`` partitions the modules that are built
+    inside it: here, lists of the parameters that are there already.
+
+    Args:
+        model: parameters on the meta device, buffers real.
+        config: the ds_config, complete.
+    """
+    import deepspeed
+
+    deepspeed.init_distributed(verbose=False)  # else the config is checked against one rank
+    low = {"bf16": torch.bfloat16, "fp16": torch.float16}
+    dtype = next((low[key] for key in low if config.get(key, {}).get("enabled")), torch.float32)
+    with deepspeed.zero.Init(config_dict_or_path=config):
+        for module in model.modules():
+            empty = [p for p in module.parameters(recurse=False) if p.is_meta]
+            materialize(module, "cpu", recurse=False)
+            for param in empty:
+                param.data = param.data.to(dtype)
+            nn.ParameterList(empty)
 
 
 Found = tuple[nn.Parameter, tuple[Any, Tensor, int, int, int, bool]]

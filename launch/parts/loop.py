@@ -6,9 +6,9 @@ import math
 import signal
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache, partial
 from types import FrameType
 
@@ -23,12 +23,30 @@ from .engines.base import Engine
 from .families.base import Family
 from .flow import make_flow_batch, mix_seed
 from .metrics import MetricsFile, peak_memory_gb
-from .options import RunOptions
+from .options import RunOptions, TrainOptions
 from .runtime import Diverged, Runtime
 
 Batch = dict[str, Tensor]
+Save = Callable[[int, int, Mapping[str, float]], None]
+"""(steps done, samples seen, rates observed at the first step) -> a checkpoint."""
 LOWER = "Lower the learning rates, or set train.grad_clip."
 _ORDER_STREAM = 3
+
+
+@dataclass(frozen=True, kw_only=True)
+class Position:
+    """Where a run begins or continues."""
+
+    step: int = 0
+    """Optimizer steps done."""
+    samples: int = 0
+    """Samples seen."""
+    observed: Mapping[str, float] = field(default_factory=dict)
+    """``Outcome.observed`` of the first step, if it was before."""
+
+    def samples_at(self, step: int, global_batch: int) -> int:
+        """Samples seen before a step."""
+        return self.samples + (step - self.step) * global_batch
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,7 +59,7 @@ class Outcome:
     """Whether a signal ended it early."""
     last_factor: float
     """Schedule multiplier of the last step."""
-    observed: dict[str, float]
+    observed: Mapping[str, float]
     """{name: rate at which the first step moved it}; this rank's, where the update shows it."""
 
 
@@ -73,9 +91,9 @@ def catch_signals() -> Iterator[StopFlag]:
 
 def train(
     engine: Engine, family: Family, data: Dataset, options: RunOptions, runtime: Runtime, metrics: MetricsFile | None,
-    stop: StopFlag | None = None,
+    stop: StopFlag | None = None, begin: Position | None = None, save: Save | None = None,
 ) -> Outcome:  # fmt: skip
-    """Train for ``options.train.steps`` optimizer steps, or until a signal. Collective.
+    """Train until ``options.train.steps`` optimizer steps are done, or until a signal. Collective.
 
     Args:
         engine: model and optimizer.
@@ -85,6 +103,8 @@ def train(
         runtime: this rank.
         metrics: where rank 0 writes its rows; None elsewhere.
         stop: ends the run after the step in which any rank sees it raised.
+        begin: where to continue; None: at the beginning.
+        save: writes a checkpoint; called as train.save_every says, after the last step, and when stopped.
 
     Raises:
         Diverged: the loss is NaN or infinite.
@@ -92,13 +112,14 @@ def train(
     # The norms' weights are float32 under bf16 autocast, so torch takes its unfused kernel: slower, the same numbers.
     warnings.filterwarnings("ignore", message="Mismatch dtype between input and weight")
     steps = options.train.steps
+    begin = begin or Position()
     factor, stopped = 1.0, False
-    observed: dict[str, float] = {}
-    with _progress(steps, runtime) as show:
-        for step in range(steps):
+    observed = dict(begin.observed)
+    with _progress(steps, begin.step, runtime) as show:
+        for step in range(begin.step, steps):
             started = time.perf_counter()
             factor = options.schedule.factor(step)
-            loss = _accumulate(engine, family, data, options, runtime, step)
+            loss = _accumulate(engine, family, data, options, runtime, begin, step)
             loss, stopped = _share(loss, stop is not None and stop.raised, runtime)
             finite = math.isfinite(loss)
             # The first step is watched: it proves the effective rates, not only the reported ones.
@@ -115,10 +136,18 @@ def train(
             if not finite:
                 raise Diverged(f"loss is {loss} at step {step}; nothing is saved. {LOWER}")
             show(row)
+            if save is not None and _due(step + 1, options.train, stopped):
+                save(step + 1, begin.samples_at(step + 1, options.train.global_batch), observed)
             if stopped:
                 steps = step + 1
                 break
     return Outcome(steps=steps, stopped=stopped, last_factor=factor, observed=observed)
+
+
+def _due(done: int, train: TrainOptions, stopped: bool) -> bool:
+    """Whether a checkpoint is due after ``done`` steps."""
+    periodic = train.save_every is not None and (done % train.save_every == 0 or done == train.steps)
+    return stopped or periodic
 
 
 def micro_batch_size(options: RunOptions, world_size: int) -> int:
@@ -156,12 +185,12 @@ def stack_samples(data: Dataset, indices: list[int]) -> Batch:
 
 
 def _accumulate(
-    engine: Engine, family: Family, data: Dataset, options: RunOptions, runtime: Runtime, step: int
+    engine: Engine, family: Family, data: Dataset, options: RunOptions, runtime: Runtime, begin: Position, step: int
 ) -> float:
     """Forward and backward over this rank's share of the step's samples. Returns its mean loss."""
     micro = micro_batch_size(options, runtime.world_size)
     share = options.train.global_batch // runtime.world_size
-    first = step * options.train.global_batch + runtime.rank * share
+    first = begin.samples_at(step, options.train.global_batch) + runtime.rank * share
     parts = share // micro
     total = 0.0
     for part in range(parts):
@@ -204,11 +233,11 @@ Show = Callable[[dict[str, float]], None]
 
 
 @contextmanager
-def _progress(steps: int, runtime: Runtime) -> Iterator[Show]:
+def _progress(steps: int, done: int, runtime: Runtime) -> Iterator[Show]:
     """A progress bar on rank 0."""
     from tqdm import tqdm
 
-    with tqdm(total=steps, disable=not runtime.is_main, unit="step", dynamic_ncols=True) as bar:
+    with tqdm(total=steps, initial=done, disable=not runtime.is_main, unit="step", dynamic_ncols=True) as bar:
 
         def show(row: dict[str, float]) -> None:
             bar.set_postfix_str(

@@ -60,6 +60,12 @@ class TrainOptions:
     """Blocks keep their inputs only and are computed again in backward."""
     log_every: int = 1
     """Steps between rows of metrics.jsonl."""
+    save_every: int | None = None
+    """Steps between checkpoints; the last step is saved too. None: only when a signal ends the run."""
+    keep: int | None = None
+    """Checkpoints that stay, the newest ones; None: all."""
+    background_save: bool = False
+    """Train on while a checkpoint is written from a copy in host memory."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -120,6 +126,9 @@ _BLOCKS: dict[str, dict[str, checks.Check]] = {
         "grad_clip": checks.number(0.0),
         "checkpointing": checks.boolean,
         "log_every": checks.integer(1),
+        "save_every": checks.integer(1),
+        "keep": checks.integer(1),
+        "background_save": checks.boolean,
     },
     "samples": {"count": checks.integer(0), "steps": checks.integer(1)},
 }

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import errno
-import json
 import os
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from dist_layerlr import export_weights, find_not_finite
+from dist_layerlr.checkpoint.folders import complete
 from dist_layerlr.errors import ConfigError
 from dist_layerlr.plan import Plan
 
@@ -22,14 +21,11 @@ from .flow import sample
 from .loop import LOWER, autocast, stack_samples
 from .options import LORA, RunOptions
 from .runtime import Diverged, Runtime
-from .weights import ADAPTER
 
-FULL_WEIGHTS, LORA_WEIGHTS = "diffusion_pytorch_model.safetensors", "adapter_model.safetensors"
-
-
+CHECKPOINTS = "checkpoints"
 _WRITTEN = (
-    "plan.json", "verify.json", "metrics.jsonl", "lr_grid.png", "samples/samples.png", f"final/{FULL_WEIGHTS}",
-    f"final/{LORA_WEIGHTS}", "final/adapter_config.json", "final/config.json",
+    "plan.json", "verify.json", "metrics.jsonl", "lr_grid.png", "samples/samples.png", "final/adapter_config.json",
+    "final/config.json", "final/diffusion_pytorch_model*.safetensors*", "final/adapter_model.safetensors",
 )  # fmt: skip
 """Every file that a run may leave in its output folder."""
 
@@ -54,31 +50,36 @@ def open_output_dir(path: str | Path, model_path: str, *, probe: bool) -> Path:
 
 
 def _probe(folder: Path) -> None:
-    for place in (folder, folder / "samples", folder / "final"):
+    for place in (folder, folder / "samples", folder / "final", folder / CHECKPOINTS):
         if place == folder or place.exists():
             (place / ".probe").write_text("")
             (place / ".probe").unlink()
-    for name in _WRITTEN:
-        if (folder / name).is_dir():
-            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(folder / name))
+    for path in _left(folder):
+        if path.is_dir():
+            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
+
+
+def check_fresh(folder: Path) -> None:
+    """Refuse to start from scratch beside the checkpoints of another run: they would be mixed, or lost.
+
+    Raises:
+        ConfigError: there are some.
+    """
+    if complete(folder / CHECKPOINTS):
+        raise ConfigError(
+            f"Invalid --output-dir {str(folder)!r}: it holds checkpoints of an earlier run. "
+            "Continue it with --resume latest, choose another folder, or delete its checkpoints/."
+        )
 
 
 def remove_previous_run(folder: Path) -> None:
     """Remove what an earlier run left in the folder, so that no two runs mix. Files of others stay."""
-    for name in _WRITTEN:
-        (folder / name).unlink(missing_ok=True)
+    for path in _left(folder):
+        path.unlink()
 
 
-def write_text(path: Path, text: str) -> None:
-    """Write a file so that it is whole or absent."""
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, path)
-
-
-def write_json(path: Path, value: Any) -> None:
-    """Write a JSON file so that it is whole or absent."""
-    write_text(path, json.dumps(value, indent=1) + "\n")
+def _left(folder: Path) -> list[Path]:
+    return [path for pattern in _WRITTEN for path in folder.glob(pattern)]
 
 
 def draw_plan(plan: Plan, folder: Path) -> None:
@@ -89,32 +90,25 @@ def draw_plan(plan: Plan, folder: Path) -> None:
 
 
 def save_weights(engine: Engine, plan: Plan, options: RunOptions, runtime: Runtime, folder: Path, step: int) -> Path:
-    """Gather and write the trained weights under original names. Collective.
+    """Write the trained weights under original names. Collective.
 
     A full finetune becomes a diffusers model folder, a LoRA a PEFT adapter folder. The plan's digest and the step are
     in the safetensors metadata.
 
     Returns:
-        The weights file.
+        The weights file, the first where there are several.
 
     Raises:
         Diverged: a weight is NaN or infinite; nothing is written.
     """
-    final = folder / "final"
-    lora = options.training_method == LORA
-    path = final / (LORA_WEIGHTS if lora else FULL_WEIGHTS)
-    tensors = dict(engine.trained_tensors(keep=runtime.is_main))
-    runtime.agree(lambda: _check_finite(tensors, step))
-    if runtime.is_main:
-        final.mkdir(exist_ok=True)
-        metadata = {"format": "pt", "plan_digest": plan.digest, "step": str(step)}
-        _write_safetensors(path, {_saved_name(n, lora): t for n, t in tensors.items()}, metadata)
-        if lora:
-            write_json(final / "adapter_config.json", _adapter_config(options, engine))
-        else:
-            text = (Path(options.model_path) / "config.json").read_text(encoding="utf-8")
-            write_text(final / "config.json", text)
-    return path
+    runtime.agree(lambda: _check_finite(engine.model, step))
+    return export_weights(
+        engine.model,
+        folder / "final",
+        format="peft" if options.training_method == LORA else "diffusers",
+        metadata={"plan_digest": plan.digest, "step": str(step)},
+        base=options.model_path,
+    )[0]
 
 
 def draw_generated(
@@ -145,34 +139,7 @@ def draw_generated(
     return path
 
 
-def _check_finite(tensors: Mapping[str, Tensor], step: int) -> None:
-    for name, tensor in tensors.items():
-        if not bool(torch.isfinite(tensor).all()):
-            raise Diverged(f"{name} holds NaN or infinity after {step} steps; nothing is saved. {LOWER}")
-
-
-def _saved_name(name: str, lora: bool) -> str:
-    """PEFT files prefix the model and leave the adapter's name out."""
-    if not lora:
-        return name
-    return "base_model.model." + ".".join(s for s in name.split(".") if s != ADAPTER)
-
-
-def _write_safetensors(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str]) -> None:
-    from safetensors.torch import save_file
-
-    temporary = path.with_name(path.name + ".tmp")
-    save_file(dict(tensors), str(temporary), metadata=metadata)
-    os.replace(temporary, path)
-
-
-def _adapter_config(options: RunOptions, engine: Engine) -> dict[str, Any]:
-    from peft import LoraConfig
-
-    from dist_layerlr.model import unwrap
-
-    inner: Any = unwrap(engine.model)
-    config: LoraConfig = inner.peft_config[ADAPTER]
-    return {k: sorted(v) if isinstance(v, set) else v for k, v in config.to_dict().items()} | {
-        "base_model_name_or_path": options.model_path
-    }
+def _check_finite(model: nn.Module, step: int) -> None:
+    name = find_not_finite(model)
+    if name is not None:
+        raise Diverged(f"{name} holds NaN or infinity after {step} steps; nothing is saved. {LOWER}")

@@ -42,6 +42,13 @@ class Runtime:
         if self.world_size > 1:
             dist.barrier()
 
+    def everyone(self, mine: Result) -> list[Result]:
+        """What each rank contributes, by rank. Collective."""
+        found = [mine] * self.world_size
+        if self.world_size > 1:
+            dist.all_gather_object(found, mine)
+        return found
+
     def agree(self, work: Callable[[], Result]) -> Result:
         """Run ``work`` on every rank; if any rank fails, all raise the first failing rank's error.
 
@@ -56,9 +63,7 @@ class Runtime:
         except LayerLRError as caught:
             error = caught
         if self.world_size > 1 and _any_rank(error is not None):
-            everyone: list[LayerLRError | None] = [None] * self.world_size
-            dist.all_gather_object(everyone, error)
-            error = next(e for e in everyone if e is not None)
+            error = next(e for e in self.everyone(error) if e is not None)
         if error is not None:
             setattr(error, _SHARED, True)
             raise error

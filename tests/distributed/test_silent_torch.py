@@ -407,7 +407,6 @@ def test_13_naive_optimizer_state_dict_before_training_runs_a_step(at: At) -> No
 
 @cases
 def test_13_nothing_of_ours_steps_before_training(at: At) -> None:
-    # Saving before the first step without a dummy step belongs to our own checkpoints, a later issue.
     for label, wrap in WRAPS.items():
         model = make_model()
         plan = dist_layerlr.plan_model(model, CONFIG)
@@ -417,6 +416,8 @@ def test_13_nothing_of_ours_steps_before_training(at: At) -> None:
         dist_layerlr.read_back(sharded, optimizer)
         dist_layerlr.check_manifest(dist_layerlr.manifest(plan, sharded, optimizer), plan, sharded, optimizer)
         dist_layerlr.reapply(plan, sharded, optimizer)
+        dist_layerlr.save_checkpoint(at.folder / label, plan, sharded, optimizer, step=0)
+        dist_layerlr.load_checkpoint(at.folder / label, plan, sharded, optimizer)
         assert steps_taken(optimizer) <= {0}, label
         train(sharded, optimizer, at.rank, steps=2)
         assert steps_taken(optimizer) == {2}, label

@@ -15,6 +15,7 @@ import torch.distributed as dist
 from dist_layerlr import check_ds_config, plan_model
 from dist_layerlr.adapters import detect
 from dist_layerlr.config import read_json
+from dist_layerlr.gather import LiveWeights
 from dist_layerlr.segments import flat_ranges
 from parts.data import open_dataset
 from parts.engines import build_engine
@@ -23,7 +24,7 @@ from parts.families import get_family
 from parts.loop import train
 from parts.options import RunOptions, load_options
 from parts.runtime import Runtime
-from parts.weights import check_weights, empty_model
+from parts.weights import empty_model
 from ranks import run_ranks
 
 FOLDER = Path(__file__).resolve().parent.parent.parent / "ds_configs"
@@ -53,13 +54,14 @@ def run_one(sharding: str, options: RunOptions, runtime: Runtime, ds_config: Pat
     family = get_family(options.model_type)
     model = empty_model(family, options)
     plan = plan_model(model, options.plan)
-    files = check_weights(model, options.model_path)
-    engine = build_engine(sharding, model, plan, options, runtime, files, None if ds_config is None else str(ds_config))
+    engine = build_engine(sharding, model, plan, options, runtime, None if ds_config is None else str(ds_config))
     engine.prove(1.0)
     losses = Losses()
     outcome = train(engine, family, open_dataset(options.data), options, runtime, losses)  # type: ignore[arg-type]
     proof = engine.prove(outcome.last_factor)
-    weights = {n: t.float().numpy() for n, t in engine.trained_tensors(keep=runtime.is_main)}
+    source = LiveWeights(engine.model)
+    gathered = {name: source.fetch(name) for name, held in source.table.items() if held.trainable}
+    weights = {name: whole.numpy() for name, whole in gathered.items() if whole is not None}
     return {
         "sharder": proof.sharder, "ranks": proof.ranks, "losses": losses.values, "weights": weights,
         "watched": len(outcome.observed), "flat": flat_problems(engine.model, runtime) if ds_config else [],

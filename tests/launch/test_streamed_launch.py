@@ -14,6 +14,7 @@ from test_world_size_invariance import TORCHRUN, TRAIN, as_lora, largest_differe
 import make_tiny_wan
 from dist_layerlr import plan_model
 from dist_layerlr.errors import ConfigError
+from dist_layerlr.gather import LiveWeights
 from dist_layerlr.offload import StreamPolicy
 from parts.data import open_dataset
 from parts.engines import build_engine
@@ -24,7 +25,7 @@ from parts.loop import train
 from parts.metrics import MetricsFile
 from parts.options import RunOptions, load_options
 from parts.runtime import Runtime
-from parts.weights import check_weights, empty_model
+from parts.weights import empty_model
 from ranks import run_ranks
 
 ROOT = Path(__file__).resolve().parent.parent.parent
@@ -60,13 +61,14 @@ def train_one(sharding: str, options: RunOptions, runtime: Runtime, folder: Path
     family = get_family(options.model_type)
     model = empty_model(family, options)
     plan = plan_model(model, options.plan)
-    files = check_weights(model, options.model_path)
-    engine = build_engine(sharding, model, plan, options, runtime, files, None if ds_config is None else str(ds_config))
+    engine = build_engine(sharding, model, plan, options, runtime, None if ds_config is None else str(ds_config))
     engine.prove(1.0)
     metrics = MetricsFile(folder / f"{sharding}-{options.stream is not None}-{runtime.rank}.jsonl")
     outcome = train(engine, family, open_dataset(options.data), options, runtime, metrics)
     proof = engine.prove(outcome.last_factor)
-    final = {n: t.float().numpy() for n, t in engine.trained_tensors(keep=True)}
+    source = LiveWeights(engine.model)
+    fetched = {name: source.fetch(name) for name, held in source.table.items() if held.trainable}
+    final = {name: whole.float().numpy() for name, whole in fetched.items() if whole is not None}
     rows = [json.loads(line) for line in (Path(metrics._file.name)).read_text().splitlines()]
     return {"sharder": proof.sharder, "weights": final, "rows": rows, "offload": offloads(engine)}
 

@@ -1,8 +1,9 @@
 """What may import what, read from the source.
 
 ``a <- b`` means that b may import a and anything left of it:
-errors <- names, depth, checks, schedule, patterns <- stacks, components, presets, layer_decay <- config <- plan
-<- matching, warn, report, sources, build <- policy, ring and figures of offload <- offload.predict <- the torch side.
+errors <- names, depth, checks, schedule, patterns, checkpoint.folders <- stacks, components, presets, layer_decay, lora,
+checkpoint.manifest <- config <- plan <- matching, warn, report, sources, build, diff
+<- policy, ring and figures of offload <- offload.predict <- the torch side.
 """
 
 from __future__ import annotations
@@ -17,11 +18,11 @@ import pytest
 PACKAGE = Path(__file__).resolve().parents[2] / "dist_layerlr"
 LAYERS = (
     {"errors"},
-    {"names", "depth", "checks", "schedule", "patterns"},
-    {"stacks", "components", "presets", "layer_decay"},
+    {"names", "depth", "checks", "schedule", "patterns", "checkpoint.folders"},
+    {"stacks", "components", "presets", "layer_decay", "lora", "checkpoint.manifest"},
     {"config"},
     {"plan"},
-    {"matching", "warn", "report", "sources", "build"},
+    {"matching", "warn", "report", "sources", "build", "diff"},
     {"offload.policy", "offload.ring", "offload.figures"},
     {"offload.predict"},
 )

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 from torch import nn
 
 from dist_layerlr.plan import Plan
@@ -17,7 +15,7 @@ ZERO = "zero"
 
 
 def build_engine(
-    sharding: str, model: nn.Module, plan: Plan, options: RunOptions, runtime: Runtime, files: dict[str, Path],
+    sharding: str, model: nn.Module, plan: Plan, options: RunOptions, runtime: Runtime,
     deepspeed_config: str | None,
 ) -> Engine:  # fmt: skip
     """Wrap the meta model, load its weights into place, and build its optimizer from the plan.
@@ -28,14 +26,13 @@ def build_engine(
         plan: made from ``model``.
         options: of the run.
         runtime: this rank.
-        files: {base name: safetensors file}.
         deepspeed_config: JSON file, with ZERO.
     """
     if sharding == ZERO:
         from .zero import ZeroEngine
 
         assert deepspeed_config is not None
-        return ZeroEngine(model, plan, options, runtime, files, deepspeed_config)
+        return ZeroEngine(model, plan, options, runtime, deepspeed_config)
     from .native import NativeEngine
 
-    return NativeEngine(sharding, model, plan, options, runtime, files)
+    return NativeEngine(sharding, model, plan, options, runtime)

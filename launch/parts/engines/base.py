@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Mapping
 from contextlib import AbstractContextManager
-from typing import Protocol
+from pathlib import Path
+from typing import Any, Protocol
 
 from torch import Tensor, nn
 
+from dist_layerlr.checkpoint.load import Restored
+from dist_layerlr.checkpoint.save import Saving
 from dist_layerlr.offload import Prediction
 from dist_layerlr.proof import Proof
 
-from ..options import RunOptions
+from ..options import RunOptions, TrainOptions
 
 
 class Engine(Protocol):
@@ -47,6 +50,10 @@ class Engine(Protocol):
         """Bytes and copies since the last call, for the metrics; empty where nothing is streamed."""
         ...
 
-    def trained_tensors(self, *, keep: bool) -> Iterator[tuple[str, Tensor]]:
-        """Yield (canonical name, whole CPU tensor) of everything trained; collective."""
+    def save(self, root: Path, step: int, extra: Mapping[str, Any], train: TrainOptions) -> Saving:
+        """Write a checkpoint of ``step`` done steps; collective."""
+        ...
+
+    def load(self, path: Path) -> Restored:
+        """Continue from a checkpoint of any sharder and number of ranks; collective."""
         ...

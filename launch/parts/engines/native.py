@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict
 from pathlib import Path
@@ -11,15 +11,25 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dist_layerlr import attach, clip_grad_norm, effect_check, scale_lrs, verify
-from dist_layerlr.model import unwrap
+from dist_layerlr import (
+    attach,
+    clip_grad_norm,
+    effect_check,
+    load_checkpoint,
+    materialize,
+    save_checkpoint,
+    scale_lrs,
+    verify,
+)
+from dist_layerlr.checkpoint.load import Restored
+from dist_layerlr.checkpoint.save import Saving
 from dist_layerlr.offload import Handle, Prediction, StreamPolicy, stream
 from dist_layerlr.plan import Plan
 from dist_layerlr.proof import Proof
 
-from ..options import OptimizerOptions, RunOptions
+from ..options import OptimizerOptions, RunOptions, TrainOptions
 from ..runtime import Runtime
-from ..weights import full_tensors, load_weights
+from ..weights import load_base
 from .streaming import STREAMED, hold_in_bf16
 from .wrap import WRAPS, blocks_of, replicate
 
@@ -27,33 +37,29 @@ from .wrap import WRAPS, blocks_of, replicate
 class NativeEngine:
     """A wrapped model and a torch optimizer that is attached to it."""
 
-    def __init__(
-        self, sharding: str, model: nn.Module, plan: Plan, options: RunOptions, runtime: Runtime, files: dict[str, Path]
-    ):
+    def __init__(self, sharding: str, model: nn.Module, plan: Plan, options: RunOptions, runtime: Runtime):
         self._plan, self._clip, self._sharding = plan, options.train.grad_clip, sharding
         self._handle: Handle | None = None
         if options.stream is not None and sharding in STREAMED:
-            self._stream(model, options, options.stream, runtime, files)
+            self._stream(model, options, options.stream, runtime)
             return
-        self.model = WRAPS[sharding](model, plan, options, runtime, files)
+        self.model = WRAPS[sharding](model, plan, options, runtime)
+        load_base(self.model, options)
         self.model.train()
         self.optimizer = attach(plan, self.model, lambda groups: make_optimizer(groups, options.optimizer))
 
-    def _stream(
-        self, model: nn.Module, options: RunOptions, policy: StreamPolicy, runtime: Runtime, files: dict[str, Path]
-    ) -> None:
+    def _stream(self, model: nn.Module, options: RunOptions, policy: StreamPolicy, runtime: Runtime) -> None:
         """Load to the host, attach, stream, and only then let DDP see what is left on the device."""
         if options.train.dtype == "bf16":
             hold_in_bf16(blocks_of(model, self._plan))
-        load_weights(model, files, seed=options.train.seed, device=torch.device("cpu"))
+        materialize(model, torch.device("cpu"))
+        load_base(model, options)
         model.train()
         self.optimizer = attach(
             self._plan, model, lambda groups: make_optimizer(groups, options.optimizer), emission="groups"
         )
         self._handle = runtime.agree(
-            lambda: stream(
-                model, policy, optimizer=self.optimizer, device=runtime.device, files=sorted(set(files.values()))
-            )
+            lambda: stream(model, policy, optimizer=self.optimizer, device=runtime.device, files=options.model_path)
         )
         if self._sharding == "ddp":
             self._handle.exclude_from_ddp()
@@ -102,9 +108,24 @@ class NativeEngine:
         stats = self._handle.stats()
         return {**asdict(stats.recent), "units_in_slots": stats.resident_peak}
 
-    def trained_tensors(self, *, keep: bool) -> Iterator[tuple[str, Tensor]]:
-        """Gather shards, one tensor (FSDP1: one unit) at a time."""
-        return full_tensors(unwrap(self.model), keep=keep)
+    def save(self, root: Path, step: int, extra: Mapping[str, Any], train: TrainOptions) -> Saving:
+        """Write a checkpoint."""
+        return save(self._plan, self.model, self.optimizer, root, step, extra, train)
+
+    def load(self, path: Path) -> Restored:
+        """Continue from a checkpoint."""
+        restored: Restored = load_checkpoint(path, self._plan, self.model, self.optimizer, factor=1.0)
+        return restored
+
+
+def save(
+    plan: Plan, model: nn.Module, optimizer: Any, root: Path, step: int, extra: Mapping[str, Any], train: TrainOptions
+) -> Saving:
+    """Write a checkpoint as the training config wants it."""
+    saving: Saving = save_checkpoint(
+        root, plan, model, optimizer, step=step, extra=extra, keep=train.keep, background=train.background_save
+    )
+    return saving
 
 
 @contextmanager

@@ -1,69 +1,67 @@
-"""Put a meta-device model under torch's own sharders, weights loaded into place. One function per sharder."""
+"""Put a meta-device model under torch's own sharders, its memory there but not yet filled. One function per sharder."""
 
 from __future__ import annotations
 
 import os
 import warnings
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
+from dist_layerlr import materialize
 from dist_layerlr.plan import Plan
 
 from ..families import get_family
 from ..options import RunOptions
 from ..runtime import Runtime
-from ..weights import load_module, load_weights
 from .streaming import move_buffers, offload_fsdp2, prefetch_fsdp2
 
-Files = dict[str, Path]
-Wrap = Callable[[nn.Module, Plan, RunOptions, Runtime, Files], nn.Module]
+Wrap = Callable[[nn.Module, Plan, RunOptions, Runtime], nn.Module]
 
 
-def whole(model: nn.Module, plan: Plan, options: RunOptions, runtime: Runtime, files: Files) -> nn.Module:
+def whole(model: nn.Module, plan: Plan, options: RunOptions, runtime: Runtime) -> nn.Module:
     """One process, the whole model."""
-    load_weights(model, files, seed=options.train.seed, device=runtime.device)
+    materialize(model, runtime.device)
     return model
 
 
-def ddp(model: nn.Module, plan: Plan, options: RunOptions, runtime: Runtime, files: Files) -> nn.Module:
+def ddp(model: nn.Module, plan: Plan, options: RunOptions, runtime: Runtime) -> nn.Module:
     """A whole copy on every rank."""
-    load_weights(model, files, seed=options.train.seed, device=runtime.device)
+    materialize(model, runtime.device)
     return replicate(model, runtime)
 
 
 def replicate(model: nn.Module, runtime: Runtime) -> nn.Module:
-    """Wrap a loaded model in DDP."""
+    """Wrap a model that has memory in DDP."""
     from torch.nn.parallel import DistributedDataParallel
 
     ids = [runtime.local_rank] if runtime.device.type == "cuda" else None
     return DistributedDataParallel(model, device_ids=ids)
 
 
-def fsdp2(model: nn.Module, plan: Plan, options: RunOptions, runtime: Runtime, files: Files) -> nn.Module:
-    """``fully_shard`` over all ranks; every rank reads each tensor and keeps its rows."""
-    return _fully_shard(model, plan, options, runtime, files, (runtime.world_size,), ("shard",))
+def fsdp2(model: nn.Module, plan: Plan, options: RunOptions, runtime: Runtime) -> nn.Module:
+    """``fully_shard`` over all ranks."""
+    return _fully_shard(model, plan, options, runtime, (runtime.world_size,), ("shard",))
 
 
-def hsdp(model: nn.Module, plan: Plan, options: RunOptions, runtime: Runtime, files: Files) -> nn.Module:
+def hsdp(model: nn.Module, plan: Plan, options: RunOptions, runtime: Runtime) -> nn.Module:
     """``fully_shard`` inside a node, replicated over nodes; on one node, over two halves of it."""
     local = int(os.environ.get("LOCAL_WORLD_SIZE", runtime.world_size))
     replicas = runtime.world_size // local if local < runtime.world_size else 2 - runtime.world_size % 2
     shape = (replicas, runtime.world_size // replicas)
-    return _fully_shard(model, plan, options, runtime, files, shape, ("replicate", "shard"))
+    return _fully_shard(model, plan, options, runtime, shape, ("replicate", "shard"))
 
 
-def fsdp1(model: nn.Module, plan: Plan, options: RunOptions, runtime: Runtime, files: Files) -> nn.Module:
+def fsdp1(model: nn.Module, plan: Plan, options: RunOptions, runtime: Runtime) -> nn.Module:
     """FSDP1 with original parameters kept."""
-    return _flatten(model, plan, options, runtime, files, use_orig_params=True)
+    return _flatten(model, plan, options, runtime, use_orig_params=True)
 
 
-def fsdp1_flat(model: nn.Module, plan: Plan, options: RunOptions, runtime: Runtime, files: Files) -> nn.Module:
+def fsdp1_flat(model: nn.Module, plan: Plan, options: RunOptions, runtime: Runtime) -> nn.Module:
     """FSDP1 with flat parameters only, Accelerate's default."""
-    return _flatten(model, plan, options, runtime, files, use_orig_params=False)
+    return _flatten(model, plan, options, runtime, use_orig_params=False)
 
 
 WRAPS: dict[str, Wrap] = {
@@ -77,7 +75,7 @@ WRAPS: dict[str, Wrap] = {
 
 
 def _fully_shard(
-    model: nn.Module, plan: Plan, options: RunOptions, runtime: Runtime, files: Files, shape: tuple[int, ...],
+    model: nn.Module, plan: Plan, options: RunOptions, runtime: Runtime, shape: tuple[int, ...],
     names: tuple[str, ...],
 ) -> nn.Module:  # fmt: skip
     from torch.distributed.device_mesh import init_device_mesh
@@ -87,12 +85,11 @@ def _fully_shard(
     warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
     mesh = init_device_mesh(runtime.device.type, shape, mesh_dim_names=names)
     blocks = blocks_of(model, plan)
-    offload = offload_fsdp2(runtime.device) if options.stream is not None else {}
+    offload = {} if options.stream is None else offload_fsdp2(runtime.device)
     for block in blocks:
         fully_shard(block, mesh=mesh, **offload)
     fully_shard(model, mesh=mesh, **offload)
-    home = runtime.device if options.stream is None else torch.device("cpu")
-    load_weights(model, files, seed=options.train.seed, device=home)
+    materialize(model, runtime.device if options.stream is None else torch.device("cpu"))
     if options.stream is not None:
         prefetch_fsdp2(blocks, options.stream.prefetch_window)
         move_buffers(model, runtime.device)
@@ -100,9 +97,9 @@ def _fully_shard(
 
 
 def _flatten(
-    model: nn.Module, plan: Plan, options: RunOptions, runtime: Runtime, files: Files, *, use_orig_params: bool
+    model: nn.Module, plan: Plan, options: RunOptions, runtime: Runtime, *, use_orig_params: bool
 ) -> nn.Module:
-    """Wrap units one by one; each reads its own weights just before it is flattened."""
+    """Wrap units one by one; each has memory of its own just before it is flattened."""
     from torch.distributed.fsdp import FullyShardedDataParallel
     from torch.distributed.fsdp.wrap import CustomPolicy
 
@@ -110,15 +107,10 @@ def _flatten(
     if not use_orig_params:
         units |= {id(m) for m in _trainable_leaves(model)}
         units |= {id(model.get_submodule(path)) for path in get_family(options.model_type).flat_units}
-    paths = {id(module): path for path, module in model.named_modules()}
-
-    def materialize(module: nn.Module) -> None:
-        load_module(module, paths[id(module)], files, seed=options.train.seed, device=runtime.device)
-
     return FullyShardedDataParallel(
         model,
         auto_wrap_policy=CustomPolicy(lambda module: id(module) in units),
-        param_init_fn=materialize,
+        param_init_fn=lambda module: materialize(module, runtime.device, recurse=False),
         use_orig_params=use_orig_params,
         device_id=runtime.device,
     )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -12,17 +12,29 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dist_layerlr import attach, bind, check_ds_config, checks, scale_lrs, verify
+from dist_layerlr import (
+    attach,
+    bind,
+    check_ds_config,
+    checks,
+    load_checkpoint,
+    materialize,
+    partition_empty,
+    scale_lrs,
+    verify,
+)
+from dist_layerlr.checkpoint.load import Restored
+from dist_layerlr.checkpoint.save import Saving
 from dist_layerlr.config import read_json
 from dist_layerlr.errors import ConfigError
 from dist_layerlr.offload import Prediction
 from dist_layerlr.plan import Plan
 from dist_layerlr.proof import Proof
 
-from ..options import RunOptions
+from ..options import RunOptions, TrainOptions
 from ..runtime import Runtime
-from ..weights import full_tensors, load_weights
-from .native import make_optimizer, observe
+from ..weights import load_base
+from .native import make_optimizer, observe, save
 from .streaming import offload_zero
 from .wrap import blocks_of
 
@@ -39,21 +51,26 @@ class ZeroEngine:
         plan: Plan,
         options: RunOptions,
         runtime: Runtime,
-        files: dict[str, Path],
         config_file: str,
     ):
+        import deepspeed
+
         largest = max((sum(p.numel() for p in block.parameters()) for block in blocks_of(model, plan)), default=0)
         config = runtime.agree(lambda: read_zero_config(config_file, options, runtime.world_size, block_numel=largest))
-        # Stage 3 partitions on the way to the card, which need not hold the whole model.
-        stage = config.get("zero_optimization", {}).get("stage", 0)
-        device = torch.device("cpu") if stage == 3 else runtime.device
-        load_weights(model, files, seed=options.train.seed, device=device)
+        _quiet()
+        if config.get("zero_optimization", {}).get("stage", 0) == 3:
+            with _worded(config_file):
+                partition_empty(model, config)
+        else:
+            materialize(model, runtime.device)
         model.train()
         optimizer = attach(plan, model, lambda groups: make_optimizer(groups, options.optimizer), emission="segmented")
         self._plan = plan
         with _worded(config_file):
-            self.model = _initialize(model, optimizer, config)
+            with contextlib.redirect_stdout(None):
+                self.model = deepspeed.initialize(model=model, optimizer=optimizer, config=config)[0]
         bind(plan, self.model)
+        load_base(self.model, options)
 
     def micro_step(self, *, last: bool) -> AbstractContextManager[None]:
         """Tell the engine where a step ends, so that it steps when told and not by its own count."""
@@ -85,9 +102,14 @@ class ZeroEngine:
         """Empty: DeepSpeed does not count."""
         return {}
 
-    def trained_tensors(self, *, keep: bool) -> Iterator[tuple[str, Tensor]]:
-        """Stages 0 to 2 keep whole weights on every rank; stage 3 gathers one tensor at a time."""
-        return full_tensors(self.model.module, keep=keep)
+    def save(self, root: Path, step: int, extra: Mapping[str, Any], train: TrainOptions) -> Saving:
+        """Write a checkpoint, in the same format as every other engine."""
+        return save(self._plan, self.model, None, root, step, extra, train)
+
+    def load(self, path: Path) -> Restored:
+        """Continue from a checkpoint."""
+        restored: Restored = load_checkpoint(path, self._plan, self.model, factor=1.0)
+        return restored
 
 
 def read_zero_config(path: str, options: RunOptions, world_size: int, *, block_numel: int = 0) -> dict[str, Any]:
@@ -153,17 +175,15 @@ def _worded(path: str, block: str | None = None) -> Iterator[None]:
         raise ConfigError(f"Invalid {path}: {field}={first['input']!r}: {first['msg']}.") from None
 
 
-def _initialize(model: nn.Module, optimizer: torch.optim.Optimizer, config: dict[str, Any]) -> Any:
+def _quiet() -> None:
+    """No progress lines, no warnings about DeepSpeed's own calls, no compiling of what is not needed."""
     import logging
 
     import deepspeed
     from deepspeed.utils import logger
 
     logger.setLevel(logging.WARNING)
-    # DeepSpeed's own calls; nothing a user of this program could change.
     warnings.filterwarnings("ignore", message=r"`torch\.distributed\.\w+` is deprecated", category=FutureWarning)
     if not torch.cuda.is_available():
         # gloo needs no shared-memory op; building it takes 40 s and a compiler. Read in deepspeed 0.19.8.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    with contextlib.redirect_stdout(None):
-        return deepspeed.initialize(model=model, optimizer=optimizer, config=config)[0]

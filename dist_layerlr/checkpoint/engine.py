@@ -1,0 +1,113 @@
+"""DeepSpeed engines: their counters and loss scale; and their own checkpoints, guarded by our name manifest."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from dist_layerlr import resume
+from dist_layerlr.agreement import alike, everyone
+from dist_layerlr.checkpoint.folders import write_durably
+from dist_layerlr.checkpoint.manifest import damaged
+from dist_layerlr.errors import CheckpointError
+from dist_layerlr.plan import Plan
+
+NAMES = "dist_layerlr_names.json"
+_COUNTERS = ("global_steps", "global_samples", "micro_steps", "skipped_steps")
+_SCALE = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
+
+
+def engine_state(model: Any) -> dict[str, Any]:
+    """Counters and loss scale of a DeepSpeed engine; empty for other models."""
+    if not hasattr(model, "zero_optimization_stage"):
+        return {}
+    scaler = _scaler(model)
+    return {
+        "counters": {name: getattr(model, name) for name in _COUNTERS},
+        "scale": {name: getattr(scaler, name) for name in _SCALE if hasattr(scaler, name)},
+    }
+
+
+def restore_engine(model: Any, state: Mapping[str, Any]) -> None:
+    """Inverse of ``engine_state``; a checkpoint of another sharder leaves the engine's own numbers."""
+    if not hasattr(model, "zero_optimization_stage") or not state:
+        return
+    for name, value in state["counters"].items():
+        setattr(model, name, value)
+    scaler = _scaler(model)
+    for name, value in state["scale"].items():
+        if hasattr(scaler, name):
+            setattr(scaler, name, value)
+
+
+def save_deepspeed(folder: str | Path, plan: Plan, engine: Any, *, tag: str, **more: Any) -> None:
+    """``engine.save_checkpoint`` with a manifest of names beside it. Collective.
+
+    Args:
+        folder: DeepSpeed's ``save_dir``.
+        plan: in force.
+        engine: DeepSpeed's.
+        tag: folder of this checkpoint.
+        more: further arguments of ``save_checkpoint``.
+    """
+    engine.save_checkpoint(str(folder), tag=tag, **more)
+    ranks = everyone(resume.manifest(plan, engine))
+
+    def write() -> None:
+        if engine.global_rank == 0:
+            write_durably(Path(folder) / tag / NAMES, json.dumps(ranks))
+
+    alike(write)
+
+
+def load_deepspeed(folder: str | Path, plan: Plan, engine: Any, *, tag: str, factor: float = 1.0, **more: Any) -> Any:
+    """``engine.load_checkpoint``, but only into the layout it was saved from, and with the plan's rates after it.
+
+    DeepSpeed matches by position: other groups of the same size would be filled with each other's weights. Load
+    ``save_checkpoint``'s own format into another layout.
+
+    Args:
+        folder: DeepSpeed's ``load_dir``.
+        plan: in force.
+        engine: DeepSpeed's.
+        tag: folder of this checkpoint.
+        factor: the schedule's multiplier at that step.
+        more: further arguments of ``load_checkpoint``.
+
+    Returns:
+        DeepSpeed's client state.
+
+    Raises:
+        CheckpointError: no manifest, or another number of ranks.
+        PlanMismatch: names, order or sizes differ from the saved; nothing is loaded.
+    """
+    path = Path(folder) / tag / NAMES
+    saved = alike(lambda: _read_names(path, len(everyone(None)), engine.global_rank))
+    resume.check_manifest(saved, plan, engine)
+    _, client = engine.load_checkpoint(str(folder), tag=tag, **more)
+    resume.reapply(plan, engine, factor=factor)
+    return client
+
+
+def _read_names(path: Path, ranks: int, rank: int) -> dict[str, Any]:
+    try:
+        saved = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise CheckpointError(
+            f"Cannot read {str(path)!r}: {error.strerror}. Save with dist_layerlr.save_deepspeed to have it."
+        ) from None
+    except ValueError as error:
+        raise damaged(path, str(error)) from None
+    if len(saved) != ranks:
+        raise CheckpointError(
+            f"DeepSpeed checkpoint {str(path.parent)!r} is of {len(saved)} ranks, this job has {ranks}. "
+            "Start it with as many, or save with dist_layerlr.save_checkpoint, which any number loads."
+        )
+    found: dict[str, Any] = saved[rank]
+    return found
+
+
+def _scaler(engine: Any) -> Any:
+    return getattr(engine.optimizer, "loss_scaler", None) or getattr(engine.optimizer, "loss_scale_config", None)

@@ -1,0 +1,130 @@
+"""Folders of checkpoints: each is complete or invisible, whatever moment the process dies at. Pure.
+
+A checkpoint grows in a hidden folder, is renamed when all of it is on disk, and only then does the ``latest`` file point
+to it. It is hidden again before it is deleted, so that half a deletion looks like no checkpoint either.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+from pathlib import Path
+
+from dist_layerlr.errors import CheckpointError
+
+MANIFEST = "checkpoint.json"
+"""Its presence tells a checkpoint from a folder of checkpoints."""
+POINTER = "latest"
+_SAVING, _DELETING = ".saving-", ".deleting-"
+_NAME = re.compile(r"step_(\d{8,})(?:-(\d+))?")
+
+
+def begin(root: Path, step: int) -> Path:
+    """Create the hidden folder of a new checkpoint, and remove what killed saves have left behind."""
+    root.mkdir(parents=True, exist_ok=True)
+    for left in root.iterdir():
+        if left.name.startswith((_SAVING, _DELETING)):
+            shutil.rmtree(left)
+    hidden = root / (_SAVING + _free_name(root, step))
+    hidden.mkdir()
+    return hidden
+
+
+def commit(hidden: Path, *, keep: int | None = None) -> Path:
+    """Make a complete hidden folder visible, point ``latest`` to it, then delete what is too many.
+
+    Args:
+        hidden: what ``begin`` returned; its files are on disk.
+        keep: how many checkpoints stay, this one included; None: all. One of the same step is replaced in any case.
+    """
+    root, final = hidden.parent, hidden.parent / hidden.name.removeprefix(_SAVING)
+    sync_folder(hidden)
+    hidden.rename(final)
+    sync_folder(root)
+    write_durably(root / (POINTER + ".tmp"), final.name + "\n")
+    (root / (POINTER + ".tmp")).replace(root / POINTER)
+    sync_folder(root)
+    others = [folder for folder in complete(root) if folder != final]
+    old = others[: max(len(others) - keep + 1, 0)] if keep is not None else []
+    for folder in others:
+        if folder in old or step_of(folder) == step_of(final):
+            _delete(folder)
+    return final
+
+
+def abandon(hidden: Path) -> None:
+    """Remove a hidden folder after a failed save."""
+    shutil.rmtree(hidden, ignore_errors=True)
+
+
+def final_of(hidden: Path) -> Path:
+    """What ``commit`` will make of a hidden folder."""
+    return hidden.parent / hidden.name.removeprefix(_SAVING)
+
+
+def complete(root: Path) -> list[Path]:
+    """Checkpoints in a folder, in the order in which they were written."""
+    found = [f for f in root.iterdir() if _NAME.fullmatch(f.name) and is_checkpoint(f)] if root.is_dir() else []
+    return sorted(found, key=lambda f: ((f / MANIFEST).stat().st_mtime_ns, f.name))
+
+
+def latest(folder: str | Path) -> Path:
+    """The checkpoint that ``folder`` is, or the newest complete one in it.
+
+    Raises:
+        CheckpointError: there is none.
+    """
+    folder = Path(folder)
+    if is_checkpoint(folder):
+        return folder
+    try:
+        pointed = folder / (folder / POINTER).read_text(encoding="utf-8").strip()
+    except (OSError, UnicodeDecodeError):
+        pointed = folder
+    if pointed.parent == folder and _NAME.fullmatch(pointed.name) and is_checkpoint(pointed):
+        return pointed
+    found = complete(folder)
+    if not found:
+        raise CheckpointError(f"No checkpoint in {str(folder)!r}: it holds no complete step_* folder. Check the path.")
+    return found[-1]
+
+
+def is_checkpoint(folder: Path) -> bool:
+    """Whether a folder is one checkpoint."""
+    return (folder / MANIFEST).is_file()
+
+
+def step_of(folder: Path) -> int:
+    """Optimizer step in a checkpoint's name; -1 for another name."""
+    match = _NAME.fullmatch(folder.name)
+    return int(match[1]) if match else -1
+
+
+def write_durably(path: Path, text: str) -> None:
+    """Write a file and wait until it is on disk."""
+    with path.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def sync_folder(folder: Path) -> None:
+    """Wait until the entries of a folder are on disk."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _free_name(root: Path, step: int) -> str:
+    """``step_00000010``, or ``step_00000010-1`` beside one that must stay until this one is complete."""
+    attempts = [int(m[2] or 0) for f in root.iterdir() if (m := _NAME.fullmatch(f.name)) and int(m[1]) == step]
+    return f"step_{step:08d}" + (f"-{max(attempts) + 1}" if attempts else "")
+
+
+def _delete(folder: Path) -> None:
+    hidden = folder.with_name(_DELETING + folder.name)
+    folder.rename(hidden)
+    shutil.rmtree(hidden)

@@ -1,0 +1,195 @@
+"""Load: check all, then read into the live model and optimizer, whatever shards them; then prove the rates."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.checkpoint.state_dict_loader import load
+
+from dist_layerlr.adapters import detect
+from dist_layerlr.adapters.base import world_size
+from dist_layerlr.agreement import alike, everyone
+from dist_layerlr.checkpoint import folders
+from dist_layerlr.checkpoint.engine import restore_engine
+from dist_layerlr.checkpoint.manifest import Manifest, model_problem, read_manifest, read_sealed
+from dist_layerlr.checkpoint.optim import OwnerState, plan_state, prepare_state, without_state
+from dist_layerlr.checkpoint.rng import fork_rng, write_rng
+from dist_layerlr.checkpoint.runs import LoadPlanner, Run, sizes
+from dist_layerlr.checkpoint.save import settle, worded
+from dist_layerlr.checkpoint.shards import INDEX, Index, ShardReader, broken, read_index
+from dist_layerlr.checkpoint.state import RNG, Live, look, sample_runs, weight_targets
+from dist_layerlr.diff import PLAN_FILE, plan_diff
+from dist_layerlr.errors import CheckpointError
+from dist_layerlr.plan import Plan
+from dist_layerlr.proof import Proof, verify
+from dist_layerlr.resume import reapply
+
+
+@dataclass(frozen=True, kw_only=True)
+class Restored:
+    """What was loaded."""
+
+    path: Path
+    step: int
+    """Optimizer steps done."""
+    extra: Mapping[str, Any]
+    """As it was saved."""
+    plan: Plan
+    """In force: the given one, or with the checkpoint's rates under ``resume_lr: checkpoint``."""
+    changes: list[str]
+    """How the given plan differs from the checkpoint's: names, old -> new."""
+    fresh: list[str]
+    """Names without saved optimizer state; they start with zero moments."""
+    proof: Proof
+
+
+def load_checkpoint(
+    folder: str | Path, plan: Plan, model: nn.Module, optimizer: Any = None, *,
+    extra: Mapping[str, Any] | None = None, factor: float | None = None,
+) -> Restored:  # fmt: skip
+    """Load a checkpoint of any sharder on any number of ranks into this one. Collective.
+
+    Everything is checked before anything is changed: names and shapes, every byte's checksum, the frozen base. Then
+    weights, masters, optimizer state, step counters, random number generators and ``extra`` are put back, the plan's rates
+    are written over, and all is verified.
+
+    Args:
+        folder: a checkpoint, or a folder of checkpoints: then the newest complete one.
+        plan: of the live model. See ``resume_plan`` for a plan that differs from the checkpoint's.
+        model: as it is trained.
+        optimizer: the one that is stepped; a DeepSpeed engine brings its own.
+        extra: objects with ``load_state_dict`` by key, as given to ``save_checkpoint``.
+        factor: schedule multiplier to put in force; None: the saved one.
+
+    Raises:
+        CheckpointError: on all ranks alike; the running job is untouched.
+        PlanMismatch: the live rates differ from the plan after the load.
+    """
+    settle()
+    path = find_checkpoint(folder)
+    manifest, index, effective, changes = alike(lambda: _read(path, plan))
+    live, states = alike(lambda: _match(path, manifest, index, model, optimizer))
+    rank = dist.get_rank() if world_size() > 1 else 0
+    alike(lambda: _check_bytes(path, index, rank))
+    random = _check_samples(path, manifest, index, live, rank)
+    runs = weight_targets(live, manifest) + prepare_state(states, live, manifest)
+    _fill(path, index, runs)
+    live.adapter.refresh(model, optimizer)
+    multiplier = manifest.factor if factor is None else factor
+    reapply(effective, model, optimizer, factor=multiplier)
+    restore_engine(model, manifest.sharder_state)
+    _restore_extra(manifest.extra, extra or {})
+    _restore_rng(random, manifest.ranks, rank)
+    proof = verify(effective, model, optimizer, factor=multiplier)
+    return Restored(
+        path=path, step=manifest.step, extra=manifest.extra, plan=effective, changes=changes,
+        fresh=without_state(states), proof=proof,
+    )  # fmt: skip
+
+
+def find_checkpoint(folder: str | Path) -> Path:
+    """The checkpoint that ``folder`` is, or the newest complete one in it; rank 0's choice. Collective.
+
+    Raises:
+        CheckpointError: there is none, or a rank does not see it.
+    """
+    chosen = Path(everyone(str(alike(lambda: folders.latest(folder))))[0])
+    return alike(lambda: folders.latest(chosen))
+
+
+def resume_plan(folder: str | Path, plan: Plan) -> tuple[Plan, list[str]]:
+    """The plan to train with after a resume, and how ``plan`` differs from the checkpoint's. Collective.
+
+    Call it before ``attach``. Under ``resume_lr: plan`` it is the plan itself; under ``checkpoint``, names that the
+    checkpoint knows keep its rates and weight decay.
+
+    Raises:
+        CheckpointError: no checkpoint there, or a damaged one.
+    """
+    path = find_checkpoint(folder)
+    return alike(lambda: _adapted(path, read_manifest(path), plan))
+
+
+def _adapted(path: Path, manifest: Manifest, plan: Plan) -> tuple[Plan, list[str]]:
+    rows: dict[str, Any] = read_sealed(path, PLAN_FILE, manifest)["parameters"]
+    changes = plan_diff(rows, plan)
+    if plan.config.per_layer_lr.resume_lr == "plan" or not changes:
+        return plan, changes
+    entries = {
+        name: replace(entry, lr=rows[name]["lr"], weight_decay=rows[name]["weight_decay"]) if name in rows else entry
+        for name, entry in plan.entries.items()
+    }
+    return replace(plan, entries=entries), changes
+
+
+def _read(path: Path, plan: Plan) -> tuple[Manifest, Index, Plan, list[str]]:
+    manifest = read_manifest(path)
+    index = read_index(read_sealed(path, INDEX, manifest))
+    return manifest, index, *_adapted(path, manifest, plan)
+
+
+def _match(
+    path: Path, manifest: Manifest, index: Index, model: nn.Module, optimizer: Any
+) -> tuple[Live, list[OwnerState]]:
+    live = look(detect(model), model, optimizer)
+    problem = model_problem(manifest, {w.name: (tuple(w.shape), w.aliases) for w in live.weights})
+    if problem is not None:
+        raise CheckpointError(f"Checkpoint {str(path)!r} is of another model: {problem}.")
+    return live, plan_state(live, manifest, index)
+
+
+def _check_bytes(path: Path, index: Index, rank: int) -> None:
+    problems = broken(path, index, rank, world_size())
+    if problems:
+        more = f" ({len(problems) - 1} more on this rank)" if len(problems) > 1 else ""
+        raise CheckpointError(problems[0] + more)
+
+
+def _check_samples(path: Path, manifest: Manifest, index: Index, live: Live, rank: int) -> torch.Tensor:
+    """Compare the frozen base with the saved samples. Returns the saved state of the random number generators."""
+    pairs = sample_runs(live, manifest)
+    source = rank if rank < manifest.ranks else 0
+    size = sizes(index.metadata)[f"{RNG}.{source}"][0]
+    random = torch.empty(size, dtype=torch.uint8)
+    _fill(path, index, [*(room for _, room in pairs), Run(key=f"{RNG}.{source}", start=0, size=size, tensor=random)])
+
+    def compare() -> None:
+        for mine, saved in pairs:
+            if not torch.equal(mine.tensor.cpu(), saved.tensor):
+                name = saved.key.partition(".")[2]
+                raise CheckpointError(
+                    f"Checkpoint {str(path)!r} was trained on another base model: frozen {name} has other values. "
+                    "Load the base that it was trained on (model_path)."
+                )
+
+    alike(compare)
+    return random
+
+
+def _fill(path: Path, index: Index, runs: list[Run]) -> None:
+    with worded(), torch.no_grad():
+        load({}, storage_reader=ShardReader(path, index), planner=LoadPlanner(runs))
+        for run in runs:
+            run.settle()
+
+
+def _restore_extra(saved: Mapping[str, Any], live: Mapping[str, Any]) -> None:
+    for key, target in live.items():
+        if key not in saved or not hasattr(target, "load_state_dict"):
+            continue
+        target.load_state_dict(saved[key])
+        if hasattr(target, "base_lrs"):  # a torch scheduler brings the old plan's rates back
+            target.base_lrs = [group["initial_lr"] for group in target.optimizer.param_groups]
+
+
+def _restore_rng(saved: torch.Tensor, ranks: int, rank: int) -> None:
+    if rank < ranks:
+        write_rng(saved)
+    else:
+        fork_rng(saved, rank)

@@ -1,0 +1,152 @@
+"""``checkpoint.json``: what a checkpoint is of, readable by people and sealed by a checksum. Pure."""
+
+from __future__ import annotations
+
+import json
+import zlib
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from dist_layerlr.checkpoint.folders import MANIFEST, write_durably
+from dist_layerlr.errors import CheckpointError
+
+FORMAT = 1
+SHOWN = 5
+
+
+@dataclass(frozen=True, kw_only=True)
+class Stored:
+    """One parameter or persistent buffer of the saved model."""
+
+    shape: tuple[int, ...]
+    dtype: str
+    trainable: bool
+    aliases: tuple[str, ...] = ()
+    """Other names tied to it."""
+    saved: bool = True
+    """Whether its values are here; the frozen base under adapters is told by samples alone."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Manifest:
+    """Content of ``checkpoint.json``."""
+
+    step: int
+    """Optimizer steps done."""
+    factor: float
+    """Schedule multiplier in force."""
+    digest: str
+    """Of the plan."""
+    sharder: str
+    ranks: int
+    optimizer: str
+    """Class of the optimizer that steps the elements."""
+    parameters: Mapping[str, Stored]
+    extra: Mapping[str, Any] = field(default_factory=dict)
+    """The caller's."""
+    sharder_state: Mapping[str, Any] = field(default_factory=dict)
+    """Counters and loss scale of DeepSpeed."""
+    files: Mapping[str, int] = field(default_factory=dict)
+    """CRC-32 of the other JSON files."""
+
+    def with_files(self, files: Mapping[str, int]) -> Manifest:
+        """A copy that seals other files, too."""
+        return replace(self, files=files)
+
+    def write(self, folder: Path) -> None:
+        """Write ``checkpoint.json`` to disk."""
+        content = {"format": FORMAT, **asdict(self)}
+        text = json.dumps({"crc32": zlib.crc32(_canonical(content)), "content": content}, indent=1)
+        write_durably(folder / MANIFEST, text + "\n")
+
+    def name_of(self, name: str, aliases: tuple[str, ...] = ()) -> str | None:
+        """The saved name of a live parameter, which may be tied under another; None: not in this checkpoint."""
+        return next((self._known[n] for n in (name, *aliases) if n in self._known), None)
+
+    @cached_property
+    def _known(self) -> dict[str, str]:
+        aliases = {alias: name for name, row in self.parameters.items() for alias in row.aliases}
+        return aliases | {name: name for name in self.parameters}
+
+
+def read_manifest(folder: Path) -> Manifest:
+    """Read and check ``checkpoint.json``.
+
+    Raises:
+        CheckpointError: missing, damaged, or of another format.
+    """
+    path = folder / MANIFEST
+    try:
+        sealed = json.loads(path.read_text(encoding="utf-8"))
+        content = sealed["content"]
+        intact = sealed["crc32"] == zlib.crc32(_canonical(content))
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        raise damaged(path, f"{type(error).__name__}: {error}") from None
+    if not intact:
+        raise damaged(path, "its checksum is wrong")
+    found = content.pop("format")
+    if found != FORMAT:
+        raise CheckpointError(f"Checkpoint {str(folder)!r} has format {found}; this version reads format {FORMAT}.")
+    parameters = {
+        name: Stored(**{**row, "shape": tuple(row["shape"]), "aliases": tuple(row["aliases"])})
+        for name, row in content.pop("parameters").items()
+    }
+    return Manifest(parameters=parameters, **content)
+
+
+def read_sealed(folder: Path, name: str, manifest: Manifest) -> Any:
+    """A JSON file of the checkpoint, checked against the manifest.
+
+    Raises:
+        CheckpointError: missing or damaged.
+    """
+    path = folder / name
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        raise damaged(path, str(error.strerror)) from None
+    if zlib.crc32(data) != manifest.files[name]:
+        raise damaged(path, "its checksum is wrong")
+    return json.loads(data)
+
+
+def damaged(path: Path, reason: str) -> CheckpointError:
+    """The one wording of a broken file."""
+    return CheckpointError(
+        f"Checkpoint file {str(path)!r} is damaged or incomplete: {reason}. "
+        "Restore it, or resume from another checkpoint."
+    )
+
+
+def model_problem(manifest: Manifest, live: Mapping[str, tuple[tuple[int, ...], tuple[str, ...]]]) -> str | None:
+    """What makes the live model another one than the saved: names or shapes; None: the same.
+
+    Args:
+        manifest: of the checkpoint.
+        live: {name: (shape, aliases)} of every parameter and persistent buffer.
+    """
+    matched = {name: manifest.name_of(name, aliases) for name, (_, aliases) in live.items()}
+    lacking = [name for name, saved in matched.items() if saved is None]
+    extra = [name for name in manifest.parameters if name not in set(matched.values())]
+    extra = [name for name in extra if not set(manifest.parameters[name].aliases) & live.keys()]
+    if lacking or extra:
+        parts = [f"it lacks {_some(lacking)}"] if lacking else []
+        parts += [f"it has {_some(extra)}, which the model does not have"] if extra else []
+        return "; ".join(parts)
+    for name, (shape, _) in live.items():
+        row = manifest.parameters[str(matched[name])]
+        if row.shape != tuple(shape):
+            return f"{name} has shape {row.shape} in the checkpoint, {tuple(shape)} in the model"
+    return None
+
+
+def _some(names: list[str]) -> str:
+    more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
+    return ", ".join(names[:SHOWN]) + more
+
+
+def _canonical(content: Any) -> bytes:
+    return json.dumps(content, sort_keys=True, separators=(",", ":")).encode()

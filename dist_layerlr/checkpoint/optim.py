@@ -1,0 +1,149 @@
+"""Optimizer state in a load: created where it is missing, without a step; in place where it exists."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from math import prod
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dist_layerlr.adapters import Piece
+from dist_layerlr.checkpoint.manifest import Manifest
+from dist_layerlr.checkpoint.runs import Run, Scalars, sizes
+from dist_layerlr.checkpoint.shards import Index
+from dist_layerlr.checkpoint.state import OPTIM, Live, piece_run
+from dist_layerlr.errors import CheckpointError
+from dist_layerlr.segmented import Segmented, local
+
+_SAME = {"Adam": "AdamW", "DeepSpeedCPUAdam": "AdamW", "FusedAdam": "AdamW"}
+"""Optimizers whose state means the same."""
+Number = tuple[float, str | None]
+
+
+@dataclass(frozen=True, kw_only=True)
+class OwnerState:
+    """What the checkpoint has for one tensor that the optimizer steps."""
+
+    pieces: list[Piece]
+    """Of the tensor, on this rank."""
+    sources: list[Mapping[str, torch.dtype]]
+    """{state key: dtype} for each piece; empty where the checkpoint has no state for it."""
+    saved_names: list[str | None]
+    numbers: Mapping[str, Number]
+    """Step counters."""
+
+    @property
+    def keys(self) -> dict[str, torch.dtype]:
+        """State keys of all pieces."""
+        return {key: dtype for source in self.sources for key, dtype in source.items()}
+
+
+def plan_state(live: Live, manifest: Manifest, index: Index) -> list[OwnerState]:
+    """Match saved optimizer state with live tensors. Nothing is changed.
+
+    Raises:
+        CheckpointError: another optimizer; or parameters that share a live tensor, hence a step counter, disagree on it.
+    """
+    _check_class(manifest.optimizer, live.optimizer_class)
+    elementwise: dict[str, dict[str, torch.dtype]] = {}
+    for key, (_, dtype) in sizes(index.metadata).items():
+        kind, _, rest = key.partition(".")
+        if kind == OPTIM:
+            name, _, leaf = rest.rpartition(".")
+            elementwise.setdefault(name, {})[leaf] = dtype
+    numbers: Scalars = index.metadata.planner_data or {}
+    planned = []
+    for pieces in _by_owner(live.found.pieces):
+        if not local(pieces[0].owner).numel():
+            continue
+        saved = [_saved_name(piece, live, manifest) for piece in pieces]
+        planned.append(
+            OwnerState(
+                pieces=pieces,
+                sources=[elementwise.get(name or "", {}) for name in saved],
+                saved_names=saved,
+                numbers=_agreed({n: numbers[n] for n in saved if n in numbers}),
+            )
+        )
+    return planned
+
+
+def prepare_state(planned: Iterable[OwnerState], live: Live, manifest: Manifest) -> list[Run]:
+    """Give every stepped tensor the state tensors and counters of the checkpoint. Returns the runs to be read."""
+    runs: list[Run] = []
+    same_class = manifest.optimizer == live.optimizer_class
+    for state in planned:
+        owner = state.pieces[0].owner
+        held = live.found.optimizer.state[owner]
+        for key in held.keys() - state.keys.keys():
+            del held[key]
+        for key, dtype in state.keys.items():
+            held[key] = _room(held.get(key), owner, dtype, isinstance(live.found.optimizer, Segmented))
+            if not all(key in source for source in state.sources):
+                local(held[key]).zero_()
+            for piece, source, saved in zip(state.pieces, state.sources, state.saved_names, strict=True):
+                if key in source and piece.numel:
+                    size = prod(live.by_name[piece.name].shape)
+                    runs.append(piece_run(f"{OPTIM}.{saved}.{key}", piece, held[key], size))
+        for key, number in state.numbers.items():
+            held[key] = _number(number, state.pieces[0], live.found.optimizer, same_class)
+    return runs
+
+
+def without_state(planned: Iterable[OwnerState]) -> list[str]:
+    """Names that the checkpoint has no optimizer state for, though it has some for others."""
+    known = [(p.name, bool(s)) for state in planned for p, s in zip(state.pieces, state.sources, strict=True)]
+    return list(dict.fromkeys(n for n, has in known if not has)) if any(has for _, has in known) else []
+
+
+def _check_class(saved: str, live: str) -> None:
+    if _SAME.get(saved, saved) != _SAME.get(live, live):
+        raise CheckpointError(f"The checkpoint was trained with {saved}, the live optimizer is {live}. Use {saved}.")
+
+
+def _saved_name(piece: Piece, live: Live, manifest: Manifest) -> str | None:
+    return manifest.name_of(piece.name, live.by_name[piece.name].aliases)
+
+
+def _agreed(numbers: Mapping[str, Mapping[str, Number]]) -> Mapping[str, Number]:
+    """Counters that hold for a whole tensor."""
+    if not numbers:
+        return {}
+    first = next(iter(numbers))
+    for name, values in numbers.items():
+        if {k: v[0] for k, v in values.items()} != {k: v[0] for k, v in numbers[first].items()}:
+            raise CheckpointError(
+                f"{first} and {name} were saved with {dict(numbers[first])} and {dict(values)}, but this sharder steps "
+                "them in one tensor with one counter. Resume under the sharder that saved them."
+            )
+    return numbers[first]
+
+
+def _room(held: Any, owner: Tensor, dtype: torch.dtype, segmented: bool) -> Tensor:
+    if isinstance(held, Tensor) and local(held).numel() == local(owner).numel():
+        return held
+    like = local(owner) if segmented else owner
+    return torch.zeros_like(like.detach(), dtype=dtype)
+
+
+def _number(number: Number, piece: Piece, optimizer: Any, same_class: bool) -> Any:
+    """A counter as the live optimizer keeps it: torch's in a tensor, DeepSpeed's in a plain number."""
+    value, dtype = number
+    if not same_class:
+        inner = optimizer.inner if isinstance(optimizer, Segmented) else optimizer
+        dtype = "float32" if type(inner).__module__.startswith("torch.") else None
+        value = value if dtype else int(value)
+    if dtype is None:
+        return value
+    on_device = piece.group.get("capturable") or piece.group.get("fused")
+    return torch.tensor(value, dtype=getattr(torch, dtype), device=piece.owner.device if on_device else "cpu")
+
+
+def _by_owner(pieces: Iterable[Piece]) -> list[list[Piece]]:
+    groups: dict[int, list[Piece]] = {}
+    for piece in pieces:
+        groups.setdefault(id(piece.owner), []).append(piece)
+    return list(groups.values())

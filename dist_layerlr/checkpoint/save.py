@@ -1,0 +1,192 @@
+"""Save: all that the next process needs to go on, keyed by name, complete or not at all."""
+
+from __future__ import annotations
+
+import json
+import warnings
+import zlib
+from collections.abc import Iterator, Mapping
+from concurrent.futures import Future
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.state_dict_saver import async_save, save
+
+from dist_layerlr.adapters import detect
+from dist_layerlr.adapters.base import world_size
+from dist_layerlr.agreement import alike, everyone
+from dist_layerlr.checkpoint import folders
+from dist_layerlr.checkpoint.engine import engine_state
+from dist_layerlr.checkpoint.manifest import Manifest
+from dist_layerlr.checkpoint.runs import Run, SavePlanner, Scalars
+from dist_layerlr.checkpoint.shards import INDEX, Index, ShardWriter
+from dist_layerlr.checkpoint.state import describe, look, saved_runs
+from dist_layerlr.diff import PLAN_FILE
+from dist_layerlr.errors import CheckpointError, ConfigError, LayerLRError
+from dist_layerlr.plan import Plan
+
+
+class Saving:
+    """A checkpoint that is written, or being written in the background."""
+
+    def __init__(self, hidden: Path, future: Future[Any] | None = None):
+        self.path = folders.final_of(hidden)
+        """Where it is, or will be."""
+        self._hidden, self._future = hidden, future
+
+    def wait(self) -> Path:
+        """Return when the checkpoint is complete.
+
+        Raises:
+            CheckpointError: it could not be written, on all ranks alike.
+        """
+        if _background.saving is self:
+            _background.saving = None
+        if self._future is not None:
+            with worded(self._hidden):
+                self._future.result()
+        return self.path
+
+
+@dataclass(slots=True)
+class _Background:
+    """The one background save that may be under way, and the process group that it talks over."""
+
+    saving: Saving | None = None
+    groups: dict[int, Any] | None = None
+
+    def settle(self) -> None:
+        saving, self.saving = self.saving, None
+        if saving is not None:
+            saving.wait()
+
+    def group(self) -> Any:
+        """A gloo group of its own: its messages must not mix with those of training."""
+        if not (dist.is_available() and dist.is_initialized()):
+            return None
+        self.groups = self.groups or {}
+        key = id(dist.group.WORLD)
+        if key not in self.groups:
+            self.groups[key] = dist.new_group(backend="gloo")
+        return self.groups[key]
+
+
+_background = _Background()
+
+
+def settle() -> None:
+    """Wait for a background save that is under way.
+
+    Raises:
+        CheckpointError: it could not be written.
+    """
+    _background.settle()
+
+
+def save_checkpoint(
+    root: str | Path, plan: Plan, model: nn.Module, optimizer: Any = None, *, step: int,
+    extra: Mapping[str, Any] | None = None, keep: int | None = None, frozen: bool | None = None,
+    background: bool = False,
+) -> Saving:  # fmt: skip
+    """Write a checkpoint that any sharder on any number of ranks loads. Collective; call it between steps.
+
+    Args:
+        root: folder of checkpoints, shared by all ranks; this one becomes ``root/step_00000010``.
+        plan: in force.
+        model: as it is trained: plain, DDP, FSDP1, FSDP2, or a DeepSpeed engine.
+        optimizer: the one that is stepped; a DeepSpeed engine brings its own.
+        step: optimizer steps done.
+        extra: more to be kept, by key: schedule, GradScaler, data position ... Objects with ``state_dict`` are asked for
+            it; the rest must be JSON-ready. Rank 0's count.
+        keep: delete the oldest so that this many remain; None: keep all.
+        frozen: save frozen parameters too. None: unless adapters train, whose base is where it came from.
+        background: copy to the host and return; the files follow. One at a time: the next save waits for it.
+
+    Returns:
+        A handle with the path; ``wait()`` on it after a background save.
+
+    Raises:
+        CheckpointError: on all ranks alike, naming file and tensor; older checkpoints stay.
+        ConfigError: something in ``extra`` that JSON cannot hold.
+    """
+    settle()
+    rank = dist.get_rank() if world_size() > 1 else 0
+    manifest, runs, numbers = alike(lambda: _collect(plan, model, optimizer, step, extra or {}, frozen, rank))
+    hidden = Path(everyone(str(alike(lambda: folders.begin(Path(root), step) if rank == 0 else "")))[0])
+
+    def finish(index: Index) -> None:
+        _complete(hidden, manifest, plan, index, keep)
+
+    return _write(hidden, runs, numbers, ShardWriter(hidden, rank, finish), background)
+
+
+def _collect(
+    plan: Plan, model: nn.Module, optimizer: Any, step: int, extra: Mapping[str, Any], frozen: bool | None, rank: int
+) -> tuple[Manifest, list[Run], Scalars]:
+    live = look(detect(model), model, optimizer)
+    table = describe(live, frozen=frozen)
+    runs, numbers = saved_runs(live, table, rank)
+    manifest = Manifest(
+        step=step, factor=live.factor, digest=plan.digest, sharder=live.adapter.label, ranks=world_size(),
+        optimizer=live.optimizer_class, parameters=table, extra=_plain(extra), sharder_state=engine_state(model),
+    )  # fmt: skip
+    return manifest, runs, numbers
+
+
+def _plain(extra: Mapping[str, Any]) -> dict[str, Any]:
+    plain = {key: value.state_dict() if hasattr(value, "state_dict") else value for key, value in extra.items()}
+    for key, value in plain.items():
+        try:
+            json.dumps(value)
+        except (TypeError, ValueError) as error:
+            raise ConfigError(f"Invalid extra[{key!r}]: {error}. Give what JSON can hold.") from None
+    return plain
+
+
+def _complete(hidden: Path, manifest: Manifest, plan: Plan, index: Index, keep: int | None) -> None:
+    """On one rank, when the data of all ranks is on disk."""
+    absent = [file for file in index.headers if not (hidden / file).is_file()]
+    if absent:
+        raise CheckpointError(f"{absent[0]} is not in {str(hidden)!r}: ranks do not share the folder. Save to one.")
+    crcs = {}
+    for name, text in ((PLAN_FILE, plan.to_json() + "\n"), (INDEX, index.to_json() + "\n")):
+        folders.write_durably(hidden / name, text)
+        crcs[name] = zlib.crc32(text.encode())
+    manifest.with_files(crcs).write(hidden)
+    folders.commit(hidden, keep=keep)
+
+
+def _write(hidden: Path, runs: list[Run], numbers: Scalars, writer: ShardWriter, background: bool) -> Saving:
+    warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable or uninitialized")
+    state = {run.place: run.tensor for run in runs}
+    planner = SavePlanner(runs, numbers)
+    if not background:
+        with worded(hidden):
+            save(state, storage_writer=writer, planner=planner)
+        return Saving(hidden)
+    future: Any = async_save(state, storage_writer=writer, planner=planner, process_group=_background.group())
+    _background.saving = Saving(hidden, getattr(future, "upload_completion", future))
+    return _background.saving
+
+
+@contextmanager
+def worded(hidden: Path | None = None) -> Iterator[None]:
+    """Word what DCP raises on all ranks as the first failing rank's error, and remove the unfinished folder.
+
+    Raises:
+        CheckpointError: in place of a CheckpointException.
+    """
+    try:
+        yield
+    except CheckpointException as caught:
+        if hidden is not None:
+            folders.abandon(hidden)
+        rank, (error, _) = min(caught.failures.items())
+        if isinstance(error, LayerLRError):
+            raise error from None
+        raise CheckpointError(f"Rank {rank}: {type(error).__name__}: {error}") from error

@@ -1,0 +1,74 @@
+"""Weights of a checkpoint on disk, one whole tensor at a time: no model, no process group."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from math import prod
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torch.distributed.checkpoint.state_dict_loader import load
+
+from dist_layerlr.checkpoint.manifest import read_manifest, read_sealed
+from dist_layerlr.checkpoint.runs import LoadPlanner, Run, sizes
+from dist_layerlr.checkpoint.shards import INDEX, Index, ShardReader, broken, read_index
+from dist_layerlr.checkpoint.state import WEIGHT
+from dist_layerlr.errors import CheckpointError
+from dist_layerlr.plan import Shape
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Saved:
+    """One tensor of a checkpoint."""
+
+    shape: Shape
+    dtype: torch.dtype
+    trainable: bool
+
+
+class SavedWeights:
+    """Weights of a checkpoint on disk by canonical name."""
+
+    writes = True
+
+    def __init__(self, path: Path):
+        self._path = path
+        self.manifest = read_manifest(path)
+        index = read_index(read_sealed(path, INDEX, self.manifest))
+        stored = {at: place for at, place in index.metadata.storage_data.items() if at.fqn.startswith(f"{WEIGHT}.")}
+        self._index = Index(metadata=replace(index.metadata, storage_data=stored))
+        found = sizes(index.metadata)
+        self.table: dict[str, Saved] = {
+            name: Saved(
+                shape=row.shape, trainable=row.trainable,
+                dtype=found[f"{WEIGHT}.{name}"][1] if row.saved else getattr(torch, row.dtype),
+            )
+            for name, row in self.manifest.parameters.items()
+        }  # fmt: skip
+
+    def check(self, names: Iterable[str]) -> None:
+        """Read the bytes of all weights once.
+
+        Raises:
+            CheckpointError: a changed byte, or a wanted name whose values are not here.
+        """
+        absent = next((name for name in names if not self.manifest.parameters[name].saved), None)
+        if absent is not None:
+            raise CheckpointError(
+                f"Checkpoint {str(self._path)!r} leaves out frozen {absent}. Export the adapter, "
+                "or save with save_checkpoint(frozen=True)."
+            )
+        problems = broken(self._path, self._index, 0, 1)
+        if problems:
+            raise CheckpointError(problems[0])
+
+    def fetch(self, name: str) -> Tensor:
+        """The whole tensor, put together from the runs of all ranks that saved it."""
+        held = self.table[name]
+        size = prod(held.shape)
+        flat = torch.empty(size, dtype=held.dtype)
+        run = Run(key=f"{WEIGHT}.{name}", start=0, size=size, tensor=flat)
+        load({}, storage_reader=ShardReader(self._path, self._index), planner=LoadPlanner([run]), no_dist=True)
+        return flat.view(held.shape)

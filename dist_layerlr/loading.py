@@ -1,0 +1,137 @@
+"""Pretrained weights straight into a live model, sharded or not: each rank reads the bytes of its own elements, no more.
+
+Build the model without memory, shard it, then load::
+
+    with accelerate.init_empty_weights(include_buffers=False):
+        model = build()
+    ...  # plan, fully_shard
+    materialize(model, device)
+    load_pretrained(model, folder)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from dist_layerlr.adapters import Weight, detect, true_weights
+from dist_layerlr.agreement import alike
+from dist_layerlr.errors import ModelSourceError
+from dist_layerlr.model import unwrap
+from dist_layerlr.names import canonical_name, parse
+from dist_layerlr.plan import Shape
+from dist_layerlr.sources import checkpoint_files
+from dist_layerlr.tensorfile import Stored, stored_tensors
+
+Source = str | Path | Iterable[Path]
+Fresh = Callable[[str, Shape], Tensor]
+CHUNK = 1 << 24
+"""Elements read at once: what loading needs beside the model itself."""
+
+
+def load_pretrained(model: nn.Module, source: Source, *, fresh: Fresh | None = None) -> None:
+    """Fill every parameter and persistent buffer, whatever wraps or shards the model. Collective.
+
+    Values take the dtype of the live tensor; under ZeRO the fp32 masters are filled, and the low-precision copies from
+    them. Nothing is written unless all ranks find everything in order.
+
+    Args:
+        model: after sharding, and after ``deepspeed.initialize``; its parameters are real.
+        source: a checkpoint folder, a safetensors file, or several.
+        fresh: (canonical name, shape) -> value of an adapter's parameter, which no checkpoint holds. The same on all
+            ranks.
+
+    Raises:
+        ModelSourceError: on all ranks alike; see ``check_pretrained``, or a file that cannot be read.
+    """
+    matched = alike(lambda: _match(model, true_weights(model), source, fresh is not None))
+    alike(lambda: _fill(matched, fresh))
+    detect(model).refresh(model, None)
+
+
+def check_pretrained(model: nn.Module, source: Source, *, fresh: bool = False) -> None:
+    """Refuse a checkpoint that does not fit the model, from file headers alone; the model may be on the meta device.
+
+    Args:
+        model: sharded or not.
+        source: as for ``load_pretrained``.
+        fresh: whether adapters' parameters may be missing.
+
+    Raises:
+        ModelSourceError: damaged file, or a tensor that is missing, too many, of another shape or kind of number.
+    """
+    _match(model, detect(model).weights(model), source, fresh)
+
+
+def checkpoint_name(name: str) -> str:
+    """Name in the base checkpoint: ``blocks.0.to_q.base_layer.weight`` -> ``blocks.0.to_q.weight``."""
+    path = parse(name)
+    return ".".join((*path.owner, path.leaf))
+
+
+Matched = list[tuple[Weight, Stored | None]]
+"""None: an adapter's own."""
+
+
+def _match(model: nn.Module, weights: list[Weight], source: Source, fresh: bool) -> Matched:
+    stored = _stored(source)
+    matched: Matched = []
+    used: set[str] = set()
+    for weight in weights:
+        if parse(weight.name).is_adapter and fresh:
+            matched.append((weight, None))
+            continue
+        names = [checkpoint_name(name) for name in (weight.name, *weight.aliases)]
+        used.update(names)
+        found = next((stored[name] for name in names if name in stored), None)
+        if found is None:
+            raise ModelSourceError(f"Checkpoint {_where(source)} lacks tensor {names[0]!r} that the model needs.")
+        _check_fit(weight, found)
+        matched.append((weight, found))
+    computed = {canonical_name(name) for name, _ in unwrap(model).named_buffers()}
+    extra = sorted(stored.keys() - used - computed)
+    if extra:
+        file = str(stored[extra[0]].file)
+        raise ModelSourceError(f"File {file!r} has tensor {extra[0]!r}, which the model does not have.")
+    return matched
+
+
+def _check_fit(weight: Weight, stored: Stored) -> None:
+    where = f"Tensor {stored.name!r} in {str(stored.file)!r}"
+    if stored.shape != weight.shape:
+        raise ModelSourceError(f"{where} has shape {stored.shape}; the model needs {weight.shape}.")
+    if stored.dtype.is_floating_point != weight.dtype.is_floating_point:
+        raise ModelSourceError(f"{where} is {stored.dtype}; the model needs {weight.dtype}.")
+
+
+@torch.no_grad()
+def _fill(matched: Matched, fresh: Fresh | None) -> None:
+    for weight, stored in matched:
+        if stored is not None:
+            _read(weight, stored)
+        elif weight.numel:
+            assert fresh is not None
+            full = fresh(weight.name, weight.shape).reshape(-1)
+            weight.tensor.copy_(full[weight.start : weight.start + weight.numel])
+        weight.settle()
+
+
+def _read(weight: Weight, stored: Stored) -> None:
+    for first in range(0, weight.numel, CHUNK):
+        numel = min(CHUNK, weight.numel - first)
+        weight.tensor[first : first + numel].copy_(stored.read(weight.start + first, numel))
+
+
+def _stored(source: Source) -> Mapping[str, Stored]:
+    if isinstance(source, (str, Path)):
+        files = [Path(source)] if Path(source).is_file() else checkpoint_files(source)
+    else:
+        files = list(source)
+    return {name: stored for file in files for name, stored in stored_tensors(file).items()}
+
+
+def _where(source: Source) -> str:
+    return repr(str(source)) if isinstance(source, (str, Path)) else "of several files"

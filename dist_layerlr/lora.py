@@ -1,0 +1,85 @@
+"""Names of adapter tensors in files: PEFT's, and kohya's flattened ones. Pure."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from dist_layerlr.errors import ConfigError
+from dist_layerlr.names import parse
+
+PEFT_ROOT = "base_model.model"
+KOHYA_ROOT = "lora_unet"
+_KOHYA_LEAVES = {"lora_A": "lora_down", "lora_B": "lora_up"}
+_WITHOUT_WEIGHT = frozenset({"lora_magnitude_vector"})
+"""PEFT leaves the ``.weight`` of these out of its files."""
+
+
+def adapter_of(name: str) -> str | None:
+    """The adapter that a canonical name belongs to; None for a name of the base model.
+
+    ``blocks.0.to_q.lora_A.style.weight`` and ``proj_out.modules_to_save.style.weight`` -> ``style``
+    """
+    segments = name.split(".")
+    tail = _tail(name)
+    return segments[tail + 1] if tail is not None and tail + 1 < len(segments) else None
+
+
+def peft_name(name: str) -> str:
+    """Name in ``adapter_model.safetensors``: the adapter's own name left out.
+
+    ``blocks.0.to_q.lora_A.default.weight`` -> ``base_model.model.blocks.0.to_q.lora_A.weight``
+    """
+    segments, tail = name.split("."), _tail(name)
+    assert tail is not None
+    kept = segments[: tail + 1] + segments[tail + 2 :]
+    if segments[tail] == "modules_to_save":
+        del kept[tail]
+    elif segments[tail] in _WITHOUT_WEIGHT and kept[-1] == "weight":
+        del kept[-1]
+    return ".".join((PEFT_ROOT, *kept))
+
+
+def kohya_name(name: str) -> str:
+    """Name in a kohya file: ``blocks.0.to_q.lora_A.default.weight`` -> ``lora_unet_blocks_0_to_q.lora_down.weight``.
+
+    Raises:
+        ConfigError: a tensor for which that convention has no name.
+    """
+    path = parse(name)
+    if path.leaf not in _KOHYA_LEAVES or not name.endswith(".weight"):
+        raise ConfigError(f"Cannot export {name} under a kohya name: only plain LoRA has them. Use the peft format.")
+    return f"{_flat(path.owner)}.{_KOHYA_LEAVES[path.leaf]}.weight"
+
+
+def kohya_alpha(name: str, rank: int, config: Mapping[str, Any]) -> tuple[str, float]:
+    """(name, value) of the ``alpha`` beside a ``lora_A``, with which kohya's ``alpha / rank`` is PEFT's scaling.
+
+    Args:
+        name: canonical name of the ``lora_A``.
+        rank: its rows.
+        config: content of ``adapter_config.json``.
+    """
+    owner = parse(name).owner
+    path = ".".join(owner)
+    patterns: Mapping[str, float] = config.get("alpha_pattern") or {}
+    # As PEFT's get_pattern_key.
+    found = next((patterns[p] for p in patterns if re.match(rf"(.*\.)?({p})$", path)), config["lora_alpha"])
+    return f"{_flat(owner)}.alpha", float(found) * (math.sqrt(rank) if config.get("use_rslora") else 1.0)
+
+
+def _flat(owner: tuple[str, ...]) -> str:
+    return "_".join((KOHYA_ROOT, *owner))
+
+
+def _tail(name: str) -> int | None:
+    """Index of the segment that opens the adapter's own part of a name."""
+    segments = name.split(".")
+    if "modules_to_save" in segments:
+        return segments.index("modules_to_save")
+    path = parse(name)
+    if not path.is_adapter:
+        return None
+    return len(segments) - 1 - segments[::-1].index(path.leaf)

@@ -1,0 +1,102 @@
+"""How a run continues from a checkpoint, and how it writes them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from dist_layerlr import checks, find_checkpoint, resume_plan
+from dist_layerlr.checkpoint.folders import complete
+from dist_layerlr.checkpoint.save import settle
+from dist_layerlr.export import SAVED_CONFIG, adapter_config
+from dist_layerlr.plan import Plan
+
+from .engines.base import Engine
+from .loop import Position, Save
+from .options import RunOptions
+from .outputs import CHECKPOINTS, check_fresh
+from .runtime import Runtime
+from .weights import ADAPTER
+
+LATEST = "latest"
+Say = Callable[..., None]
+
+
+def choose_checkpoint(resume: str | None, folder: Path, runtime: Runtime, say: Say) -> Path | None:
+    """The checkpoint to continue from; None: a run from the beginning.
+
+    ``latest`` without any checkpoint is a beginning too, so that one command line starts a job and restarts it.
+
+    Raises:
+        ConfigError: no --resume, and checkpoints of another run in the output folder.
+        CheckpointError: no checkpoint at the given path.
+    """
+    if resume is None:
+        runtime.agree(lambda: check_fresh(folder))
+        return None
+    if resume == LATEST and not any(runtime.everyone(bool(complete(folder / CHECKPOINTS)))):
+        say(f"no checkpoint in {folder / CHECKPOINTS} yet: starting at step 0")
+        return None
+    return find_checkpoint(folder / CHECKPOINTS if resume == LATEST else resume)
+
+
+def adapt_plan(path: Path, plan: Plan, say: Say) -> Plan:
+    """The plan to train with, by ``resume_lr``; says what differs from the checkpoint's."""
+    adapted, changes = resume_plan(path, plan)
+    kept = plan.config.per_layer_lr.resume_lr == "checkpoint"
+    if changes:
+        say(f"the plan differs from the checkpoint's; {'its' if kept else 'the new'} rates apply (resume_lr):")
+    for line in changes:
+        say(f"  {line}")
+    return adapted
+
+
+def restore(engine: Engine, path: Path, options: RunOptions, say: Say) -> Position:
+    """Load the checkpoint. Returns where to go on.
+
+    Raises:
+        ConfigError: the run is already as long as ``train.steps`` asks.
+    """
+    restored = engine.load(path)
+    extra = restored.extra
+    if restored.step >= options.train.steps:
+        allowed = f"more than {restored.step}, the steps done in {str(path)!r}"
+        raise checks.invalid("train.steps", options.train.steps, allowed)
+    for line in _changed(extra.get("config", {}), options.raw):
+        say(f"  config: {line}")
+    say(f"resumed {path} after {restored.step} steps")
+    return Position(step=restored.step, samples=extra["samples"], observed=extra["observed"])
+
+
+def saver(engine: Engine, options: RunOptions, folder: Path) -> Save:
+    """What the loop calls for a checkpoint."""
+    config = adapter_config(engine.model, ADAPTER)
+    adapter = {} if config is None else {SAVED_CONFIG: config}  # for dist-layerlr export
+
+    def save(step: int, samples: int, observed: Mapping[str, float]) -> None:
+        extra = {"samples": samples, "observed": dict(observed), "config": dict(options.raw), **adapter}
+        engine.save(folder / CHECKPOINTS, step, extra, options.train)
+
+    return save
+
+
+def finish_saving() -> None:
+    """Wait for a checkpoint that is still being written."""
+    settle()
+
+
+def _changed(old: Mapping[str, Any], new: Mapping[str, Any]) -> Iterator[str]:
+    """Readable lines: ``train.seed: 0 -> 1``. Rates have lines of their own."""
+    before, after = dict(_leaves(old)), dict(_leaves(new))
+    for key in sorted(before.keys() | after.keys()):
+        if before.get(key) != after.get(key) and key.partition(".")[0] != "per_layer_lr":
+            yield f"{key}: {before.get(key, 'default')} -> {after.get(key, 'default')}"
+
+
+def _leaves(config: Mapping[str, Any], path: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in config.items():
+        if isinstance(value, Mapping):
+            yield from _leaves(value, f"{path}{key}.")
+        else:
+            yield f"{path}{key}", value

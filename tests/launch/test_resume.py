@@ -1,0 +1,117 @@
+"""``--resume``: a run that was stopped ends where one that was not ends, in its weights and in its files."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import os
+import signal
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import train
+from ranks import run_ranks
+
+FINAL = Path("final/diffusion_pytorch_model.safetensors")
+Call = list[str]
+
+
+def call_all(rank: int, world_size: int, calls: list[Call], stop_after: int | None) -> list[tuple[int, str, str]]:
+    """(status, stdout, stderr) of each call; the first is stopped by SIGTERM in the given step."""
+    from parts import loop
+
+    accumulate, done = loop._accumulate, 0
+
+    def interrupted(*args: Any) -> float:
+        nonlocal done
+        done += 1
+        if done == stop_after and rank == world_size - 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return accumulate(*args)
+
+    loop._accumulate = interrupted
+    train.stop = lambda: None  # one process group for all calls
+    results = []
+    for call in calls:
+        said, complained = io.StringIO(), io.StringIO()
+        with contextlib.redirect_stdout(said), contextlib.redirect_stderr(complained):
+            results.append((train.main(call), said.getvalue(), complained.getvalue()))
+    return results
+
+
+@pytest.fixture
+def call(run_config: dict[str, Any], write_config: Callable[..., Path], tmp_path: Path) -> Callable[..., Call]:
+    run_config["train"]["steps"] = 6
+    config = str(write_config(run_config))
+
+    def make(out: str, *more: str) -> Call:
+        return ["--config", config, "--output-dir", str(tmp_path / out), *more]
+
+    return make
+
+
+def rows(folder: Path) -> list[dict[str, Any]]:
+    timed = ("s_per_step", "peak_memory_gb")
+    lines = (folder / "metrics.jsonl").read_text().splitlines()
+    return [{k: v for k, v in json.loads(line).items() if k not in timed} for line in lines]
+
+
+def folders(out: Path) -> list[str]:
+    return sorted(p.name for p in (out / "checkpoints").iterdir())
+
+
+def test_a_stopped_run_resumes_to_the_same_weights_and_rows(call: Callable[..., Call], tmp_path: Path) -> None:
+    every = ("--set", "train.save_every=2", "--set", "train.keep=2", "--set", "train.background_save=true")
+    calls = [
+        call("halves", *every, "--resume", "latest"),  # stopped in step 3
+        call("halves", *every, "--resume", "latest"),
+        call("whole"),
+        call("halves", *every),
+        call("halves", *every, "--resume", "latest"),
+        call("halves", *every, "--resume", "nowhere"),
+    ]
+    (stopped, resumed, whole, fresh, done, nowhere) = run_ranks(call_all, 1, calls, 3)[0]
+    assert (stopped[0], resumed[0], whole[0]) == (0, 0, 0)
+    assert "yet: starting at step 0" in stopped[1] and "stopped by a signal after 3 steps" in stopped[1]
+    assert "step_00000003 after 3 steps" in resumed[1] and "finished 6 steps" in resumed[1]
+    once, twice = load_file(tmp_path / "whole" / FINAL), load_file(tmp_path / "halves" / FINAL)
+    assert all(torch.equal(once[name], twice[name]) for name in once.keys() | twice.keys())
+    assert rows(tmp_path / "halves") == rows(tmp_path / "whole")
+    assert folders(tmp_path / "halves") == ["latest", "step_00000004", "step_00000006"]
+    first_lrs = [
+        json.loads((tmp_path / out / "verify.json").read_text())["first_step_lr"] for out in ("whole", "halves")
+    ]
+    assert first_lrs[0] == first_lrs[1] != {}
+    assert fresh[0] == 2 and "it holds checkpoints of an earlier run. Continue it with --resume latest" in fresh[2]
+    assert done[0] == 2 and "Invalid train.steps=6: must be more than 6" in done[2]
+    assert nowhere[0] == 2 and "No checkpoint in 'nowhere'" in nowhere[2]
+
+
+def test_another_sharding_ranks_and_plan_continue_a_run(call: Callable[..., Call], tmp_path: Path) -> None:
+    half = ("--set", "train.save_every=3", "--max-steps", "3", "--set", "schedule.type=constant")
+    rest = ("--resume", str(tmp_path / "half" / "checkpoints"), "--set", "schedule.type=constant")
+    new = ("--set", "per_layer_lr.component_lr.ffn=6e-4")
+    kept = ("--set", "per_layer_lr.resume_lr=checkpoint")
+    started, whole = run_ranks(call_all, 1, [call("half", *half), call("whole", *rest[2:])], None)[0]
+    assert (started[0], whole[0]) == (0, 0)
+    sharded = [
+        call("fsdp2", *rest, "--sharding", "fsdp2"),
+        call("new", *rest, *new, "--sharding", "fsdp1_flat"),
+        call("kept", *rest, *new, *kept, "--sharding", "ddp"),
+    ]
+    said = run_ranks(call_all, 2, sharded, None)
+    assert [s[0] for s in said[0] + said[1]] == [0] * 6, said
+    wanted, same, new_rates, old_rates = (
+        load_file(tmp_path / out / FINAL) for out in ("whole", "fsdp2", "new", "kept")
+    )
+    assert max(float((wanted[n] - same[n]).abs().max()) for n in wanted) <= 1e-5
+    assert max(float((wanted[n] - old_rates[n]).abs().max()) for n in wanted) <= 1e-5
+    assert max(float((wanted[n] - new_rates[n]).abs().max()) for n in wanted) > 1e-4
+    assert "blocks.000-002.ffn: lr 0.00015..0.0003 -> 0.0003..0.0006 (x2)" in said[0][1][1]
+    assert "the new rates apply (resume_lr)" in said[0][1][1] and "its rates apply (resume_lr)" in said[0][2][1]
