@@ -16,6 +16,7 @@ _HOME = {
     "ModelSourceError": "errors",
     "UnmatchedParams": "errors",
     "PlanMismatch": "errors",
+    "OffloadError": "errors",
     "Config": "config",
     "load_config": "config",
     "ParamInfo": "plan",
@@ -65,6 +66,8 @@ _HOME = {
     "clip_grad_norm": "clip",
     "verify": "proof",
     "Proof": "proof",
+    "stream": "offload",
+    "StreamPolicy": "offload.policy",
 }
 
 __all__ = sorted(_HOME)

@@ -1,8 +1,9 @@
-"""``dist-layerlr plan|explain|plot|diff|export``: what a config does to a model, from its names alone; exports."""
+"""``dist-layerlr plan|explain|plot|predict|diff|export``: what a config or streaming does to a model, from its names."""
 
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,6 +13,8 @@ from dist_layerlr import report
 from dist_layerlr.build import build_plan
 from dist_layerlr.diff import Rows, plan_diff, read_rows
 from dist_layerlr.errors import ConfigError, LayerLRError
+from dist_layerlr.offload.policy import StreamPolicy
+from dist_layerlr.offload.predict import Machine, Workload, layout_from_names, predict
 from dist_layerlr.plan import Plan
 from dist_layerlr.sources import read_model
 
@@ -59,9 +62,31 @@ def _parser() -> argparse.ArgumentParser:
             command.add_argument("name", metavar="NAME", help="a parameter name of MODEL")
         command.add_argument("--config", required=True, metavar="FILE", help="training config (JSON)")
         command.add_argument("--base", metavar="MODEL", help=_BASE_HELP)
+    _add_predict(commands)
     _add_diff(commands)
     _add_export(commands)
     return parser
+
+
+def _add_predict(commands: Any) -> None:
+    text = "what streaming blocks from the host will cost: time, memory, hidden or not"
+    predict = commands.add_parser("predict", help=text, description=text)
+    predict.add_argument("model", metavar="MODEL", help=_MODEL_HELP)
+    predict.add_argument("--tokens", type=int, required=True, help="of one microbatch on one device")
+    predict.add_argument("--sequence", type=int, help="tokens that attend to each other (default: all)")
+    predict.add_argument("--gb-s", type=float, required=True, help="pinned host to device, 1e9 bytes per second")
+    predict.add_argument("--tflops", type=float, required=True, help="achieved, 1e12 operations per second")
+    window = StreamPolicy().prefetch_window
+    predict.add_argument("--window", type=int, default=window, help=f"units fetched ahead (default {window})")
+    predict.add_argument("--resident", type=int, default=0, help="units that stay on the device (default 0)")
+    predict.add_argument("--full", action="store_true", help="full finetune instead of LoRA")
+    predict.add_argument("--no-checkpointing", action="store_true", help="blocks are not computed again in backward")
+    predict.add_argument("--micro-steps", type=int, default=1, help="microbatches per step (default 1)")
+    predict.add_argument("--device-bytes", type=float, default=2.0, help="per parameter on the device (default 2)")
+    predict.add_argument("--host-bytes", type=float, help="per parameter on the host (default: as on the device)")
+    predict.add_argument("--host-gb-s", type=float, help="memory bandwidth of the host, for a CPU optimizer")
+    predict.add_argument("--json", action="store_true")
+    predict.set_defaults(run=_run_predict)
 
 
 def _add_diff(commands: Any) -> None:
@@ -111,6 +136,25 @@ def _run_plot(args: argparse.Namespace) -> Output:
 
     draw_grid(_plan(args, args.config), Path(args.output))
     return f"wrote {args.output}\n", 0
+
+
+def _run_predict(args: argparse.Namespace) -> Output:
+    layout = layout_from_names(
+        read_model(args.model),
+        full=args.full,
+        resident=args.resident,
+        device_bytes=args.device_bytes,
+        host_bytes=args.host_bytes,
+    )
+    work = Workload(
+        tokens=args.tokens,
+        sequence=args.sequence,
+        checkpointing=not args.no_checkpointing,
+        micro_steps=args.micro_steps,
+    )
+    machine = Machine(gb_s=args.gb_s, tflops=args.tflops, host_gb_s=args.host_gb_s)
+    prediction = predict(layout, work, machine, window=args.window)
+    return (json.dumps(prediction.to_dict(), indent=1) if args.json else prediction.table()) + "\n", 0
 
 
 def _run_diff(args: argparse.Namespace) -> Output:

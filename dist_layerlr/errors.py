@@ -29,3 +29,7 @@ class CheckpointError(LayerLRError, RuntimeError):
 
 class PlanMismatch(LayerLRError, RuntimeError):
     """The live optimizer does not train some parameter as the plan says."""
+
+
+class OffloadError(LayerLRError, RuntimeError):
+    """A model that cannot be streamed as asked, or one that was changed under a running stream."""

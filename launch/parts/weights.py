@@ -56,6 +56,8 @@ def empty_model(family: Family, options: RunOptions) -> nn.Module:
     path = Path(options.model_path) / "config.json"
     with blame(f"{path}: no {wanted} can be built", "restore the file"), init_empty_weights(include_buffers=False):
         model: nn.Module = family.model_class.from_config(config)  # type: ignore[attr-defined]
+    if options.train.checkpointing:
+        model.enable_gradient_checkpointing()  # type: ignore[operator]
     if options.training_method == LORA:
         _inject_lora(model, options.adapter, family.lora_targets)
     return model

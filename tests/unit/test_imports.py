@@ -2,8 +2,8 @@
 
 ``a <- b`` means that b may import a and anything left of it:
 errors <- names, depth, checks, schedule, patterns, checkpoint.folders <- stacks, components, presets, layer_decay, lora,
-checkpoint.manifest <- config <- plan
-<- matching, warn, report, sources, build, diff <- the torch side.
+checkpoint.manifest <- config <- plan <- matching, warn, report, sources, build, diff
+<- policy, ring and figures of offload <- offload.predict <- the torch side.
 """
 
 from __future__ import annotations
@@ -23,6 +23,8 @@ LAYERS = (
     {"config"},
     {"plan"},
     {"matching", "warn", "report", "sources", "build", "diff"},
+    {"offload.policy", "offload.ring", "offload.figures"},
+    {"offload.predict"},
 )
 WITHIN_LAYER = {("components", "stacks"), ("layer_decay", "stacks"), ("build", "warn"), ("build", "matching")}
 """(importer, imported) that share a layer."""

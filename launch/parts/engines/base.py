@@ -11,9 +11,10 @@ from torch import Tensor, nn
 
 from dist_layerlr.checkpoint.load import Restored
 from dist_layerlr.checkpoint.save import Saving
+from dist_layerlr.offload import Prediction
 from dist_layerlr.proof import Proof
 
-from ..options import TrainOptions
+from ..options import RunOptions, TrainOptions
 
 
 class Engine(Protocol):
@@ -39,6 +40,14 @@ class Engine(Protocol):
 
     def prove(self, factor: float) -> Proof:
         """Verify the live learning rates on all ranks."""
+        ...
+
+    def predict(self, tokens: int, micro_steps: int, options: RunOptions) -> Prediction | None:
+        """Cost of a step of microbatches of ``tokens`` while streaming; None where nothing is streamed."""
+        ...
+
+    def traffic(self) -> dict[str, int]:
+        """Bytes and copies since the last call, for the metrics; empty where nothing is streamed."""
         ...
 
     def save(self, root: Path, step: int, extra: Mapping[str, Any], train: TrainOptions) -> Saving:

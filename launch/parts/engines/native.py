@@ -4,22 +4,34 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from dist_layerlr import attach, clip_grad_norm, effect_check, load_checkpoint, save_checkpoint, scale_lrs, verify
+from dist_layerlr import (
+    attach,
+    clip_grad_norm,
+    effect_check,
+    load_checkpoint,
+    materialize,
+    save_checkpoint,
+    scale_lrs,
+    verify,
+)
 from dist_layerlr.checkpoint.load import Restored
 from dist_layerlr.checkpoint.save import Saving
+from dist_layerlr.offload import Handle, Prediction, StreamPolicy, stream
 from dist_layerlr.plan import Plan
 from dist_layerlr.proof import Proof
 
 from ..options import OptimizerOptions, RunOptions, TrainOptions
 from ..runtime import Runtime
 from ..weights import load_base
-from .wrap import WRAPS
+from .streaming import STREAMED, hold_in_bf16
+from .wrap import WRAPS, blocks_of, replicate
 
 
 class NativeEngine:
@@ -27,10 +39,31 @@ class NativeEngine:
 
     def __init__(self, sharding: str, model: nn.Module, plan: Plan, options: RunOptions, runtime: Runtime):
         self._plan, self._clip, self._sharding = plan, options.train.grad_clip, sharding
+        self._handle: Handle | None = None
+        if options.stream is not None and sharding in STREAMED:
+            self._stream(model, options, options.stream, runtime)
+            return
         self.model = WRAPS[sharding](model, plan, options, runtime)
         load_base(self.model, options)
         self.model.train()
         self.optimizer = attach(plan, self.model, lambda groups: make_optimizer(groups, options.optimizer))
+
+    def _stream(self, model: nn.Module, options: RunOptions, policy: StreamPolicy, runtime: Runtime) -> None:
+        """Load to the host, attach, stream, and only then let DDP see what is left on the device."""
+        if options.train.dtype == "bf16":
+            hold_in_bf16(blocks_of(model, self._plan))
+        materialize(model, torch.device("cpu"))
+        load_base(model, options)
+        model.train()
+        self.optimizer = attach(
+            self._plan, model, lambda groups: make_optimizer(groups, options.optimizer), emission="groups"
+        )
+        self._handle = runtime.agree(
+            lambda: stream(model, policy, optimizer=self.optimizer, device=runtime.device, files=options.model_path)
+        )
+        if self._sharding == "ddp":
+            self._handle.exclude_from_ddp()
+        self.model = replicate(model, runtime) if self._sharding == "ddp" else model
 
     def micro_step(self, *, last: bool) -> AbstractContextManager[None]:
         """Skip the gradient reduction of all but the last micro step."""
@@ -58,6 +91,22 @@ class NativeEngine:
         """Verify the live learning rates on all ranks."""
         proof: Proof = verify(self._plan, self.model, self.optimizer, factor=factor)
         return proof
+
+    def predict(self, tokens: int, micro_steps: int, options: RunOptions) -> Prediction | None:
+        """From the speeds of this machine, which take a second to measure."""
+        if self._handle is None:
+            return None
+        dtype = torch.bfloat16 if options.train.dtype == "bf16" else None
+        return self._handle.predict(
+            tokens, checkpointing=options.train.checkpointing, micro_steps=micro_steps, dtype=dtype
+        )
+
+    def traffic(self) -> dict[str, int]:
+        """What crossed the link since the last call, and the most units that held a slot so far."""
+        if self._handle is None:
+            return {}
+        stats = self._handle.stats()
+        return {**asdict(stats.recent), "units_in_slots": stats.resident_peak}
 
     def save(self, root: Path, step: int, extra: Mapping[str, Any], train: TrainOptions) -> Saving:
         """Write a checkpoint."""

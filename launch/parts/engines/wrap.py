@@ -7,6 +7,7 @@ import warnings
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import nn
 
 from dist_layerlr import materialize
@@ -15,6 +16,7 @@ from dist_layerlr.plan import Plan
 from ..families import get_family
 from ..options import RunOptions
 from ..runtime import Runtime
+from .streaming import move_buffers, offload_fsdp2, prefetch_fsdp2
 
 Wrap = Callable[[nn.Module, Plan, RunOptions, Runtime], nn.Module]
 
@@ -27,9 +29,14 @@ def whole(model: nn.Module, plan: Plan, options: RunOptions, runtime: Runtime) -
 
 def ddp(model: nn.Module, plan: Plan, options: RunOptions, runtime: Runtime) -> nn.Module:
     """A whole copy on every rank."""
+    materialize(model, runtime.device)
+    return replicate(model, runtime)
+
+
+def replicate(model: nn.Module, runtime: Runtime) -> nn.Module:
+    """Wrap a model that has memory in DDP."""
     from torch.nn.parallel import DistributedDataParallel
 
-    materialize(model, runtime.device)
     ids = [runtime.local_rank] if runtime.device.type == "cuda" else None
     return DistributedDataParallel(model, device_ids=ids)
 
@@ -77,10 +84,15 @@ def _fully_shard(
     # The loop never writes into an output in place, which is what this warning is about.
     warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
     mesh = init_device_mesh(runtime.device.type, shape, mesh_dim_names=names)
-    for block in _blocks(model, plan):
-        fully_shard(block, mesh=mesh)
-    fully_shard(model, mesh=mesh)
-    materialize(model, runtime.device)
+    blocks = blocks_of(model, plan)
+    offload = {} if options.stream is None else offload_fsdp2(runtime.device)
+    for block in blocks:
+        fully_shard(block, mesh=mesh, **offload)
+    fully_shard(model, mesh=mesh, **offload)
+    materialize(model, runtime.device if options.stream is None else torch.device("cpu"))
+    if options.stream is not None:
+        prefetch_fsdp2(blocks, options.stream.prefetch_window)
+        move_buffers(model, runtime.device)
     return model
 
 
@@ -91,7 +103,7 @@ def _flatten(
     from torch.distributed.fsdp import FullyShardedDataParallel
     from torch.distributed.fsdp.wrap import CustomPolicy
 
-    units = {id(m) for m in _blocks(model, plan)}
+    units = {id(m) for m in blocks_of(model, plan)}
     if not use_orig_params:
         units |= {id(m) for m in _trainable_leaves(model)}
         units |= {id(model.get_submodule(path)) for path in get_family(options.model_type).flat_units}
@@ -111,7 +123,7 @@ def _trainable_leaves(model: nn.Module) -> list[nn.Module]:
     return [m for m in model.modules() if any(p.requires_grad for p in m.parameters(recurse=False))]
 
 
-def _blocks(model: nn.Module, plan: Plan) -> list[nn.Module]:
+def blocks_of(model: nn.Module, plan: Plan) -> list[nn.Module]:
     """The modules that the plan calls blocks, in order."""
     stacks = dict.fromkeys(e.stack for e in plan.entries.values() if e.stack is not None)
     blocks: list[nn.Module] = []

@@ -1,0 +1,57 @@
+"""What a handle tells about itself. No torch."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class UnitInfo:
+    """One unit of the model as it is streamed."""
+
+    name: str
+    """Dotted path of its module."""
+    numel: int
+    """Elements of all its parameters, adapters and small ones included."""
+    streamed: int
+    """Elements that are streamed; 0 for a resident unit."""
+    host_bytes: int
+    """Bytes of one fetch, host to device; of a resident unit, if it were streamed."""
+    device_bytes: int
+    """Bytes of a slot that it fills, or of the device memory that it keeps if resident."""
+    grad_bytes: int
+    """Bytes of the gradients that one backward sends back; 0 when what is streamed is frozen. Of a resident unit, if it
+    were streamed."""
+    resident: bool
+    """Whether it stays on the device (``resident_blocks``)."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Traffic:
+    """What crossed the link."""
+
+    h2d_bytes: int = 0
+    d2h_bytes: int = 0
+    fetches: int = 0
+    """Units copied to the device."""
+    stalls: int = 0
+    """Units that were needed before their copy had finished."""
+
+    def since(self, before: Traffic) -> Traffic:
+        """The difference."""
+        earlier = asdict(before)
+        return Traffic(**{key: value - earlier[key] for key, value in asdict(self).items()})
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Stats:
+    """Counters of a handle."""
+
+    total: Traffic
+    """Since ``stream``."""
+    recent: Traffic
+    """Since the last call of ``stats``."""
+    resident_peak: int
+    """Most units that held a slot at a time."""
+    slots: int
+    """Slots that there are."""

@@ -1,0 +1,75 @@
+"""What stays on the device: moved there in place, and back, with gradients and optimizer state."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from dist_layerlr.errors import OffloadError
+
+
+class Residents:
+    """Tensors of a model that live on the device while it is streamed."""
+
+    def __init__(self, device: torch.device, optimizer: Optimizer | None):
+        self._device, self._optimizer = device, optimizer
+        self._homes: dict[int, tuple[str, Tensor, torch.device]] = {}
+
+    def adopt(self, model: nn.Module, streamed: set[int]) -> None:
+        """Move all parameters and buffers but ``streamed`` ones (by id). Those that were moved before stay.
+
+        Args:
+            model: the whole model.
+            streamed: ids of streamed parameters.
+        """
+        named: list[tuple[str, Tensor]] = [*model.named_parameters(), *model.named_buffers()]
+        for name, tensor in named:
+            if id(tensor) not in streamed and tensor.device != self._device:
+                self._homes[id(tensor)] = (name, tensor, tensor.device)
+                move(tensor, self._device, self._optimizer)
+
+    def check(self) -> None:
+        """Find one that left the device.
+
+        Raises:
+            OffloadError: naming it.
+        """
+        for name, tensor, _ in self._homes.values():
+            if tensor.device != self._device:
+                raise OffloadError(
+                    f"Parameter or buffer {name} was moved to {tensor.device} after stream(). "
+                    f"Move it back to {self._device}, or call handle.remove() first."
+                )
+
+    def release(self) -> None:
+        """Move everything back."""
+        for _, tensor, home in self._homes.values():
+            move(tensor, home, self._optimizer)
+        self._homes.clear()
+
+
+def move(tensor: Tensor, device: torch.device, optimizer: Optimizer | None, value: Tensor | None = None) -> None:
+    """Move a tensor in place, with its gradient and optimizer state.
+
+    Args:
+        tensor: keeps its identity.
+        device: where to.
+        optimizer: whose state follows, or None.
+        value: the new data, if it is there already.
+    """
+    gradient, tensor.grad = tensor.grad, None
+    tensor.data = tensor.data.to(device) if value is None else value
+    if gradient is not None:
+        tensor.grad = gradient.to(device)
+    state = optimizer.state.get(tensor, {}) if optimizer is not None else {}
+    for key, held in state.items():
+        # A step counter of no dimensions stays on the CPU, as torch keeps it, unless the step runs on the device.
+        if isinstance(held, Tensor) and (held.ndim or device.type == "cpu" or _counts_on_device(optimizer, tensor)):
+            state[key] = held.to(device)
+
+
+def _counts_on_device(optimizer: Optimizer | None, tensor: Tensor) -> bool:
+    groups = optimizer.param_groups if optimizer is not None else []
+    mine = (g for g in groups if any(p is tensor for p in g["params"]))
+    return any(g.get("fused") or g.get("capturable") for g in mine)

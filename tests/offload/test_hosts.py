@@ -1,0 +1,247 @@
+"""Where masters live: pinned arenas, pageable ones behind staging, safetensors files, 8-bit codes."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import nn
+
+from adversary import Adversary
+from dist_layerlr.errors import ModelSourceError, OffloadError
+from dist_layerlr.offload import codec, round_trip
+from dist_layerlr.offload import handle as handle_module
+from dist_layerlr.offload.handle import stream_on
+from dist_layerlr.offload.store import ALIGNMENT, build, payload_bytes, slot_bytes
+from dist_layerlr.offload.units import cut
+from models import BLOCKS, MIN_NUMEL, toy
+from training import (
+    Case,
+    assert_equal,
+    backend_of,
+    identity,
+    make_optimizer,
+    moments,
+    resident,
+    train,
+    weights,
+)
+
+LORA, FULL = Case(lora=True), Case(lora=False, accumulation=2)
+KINDS = pytest.mark.parametrize("case", [LORA, FULL], ids=["lora", "full"])
+
+
+def assert_streams_like_resident(case: Case, device: str, backend: Any = None, files: Any = None, **policy: Any) -> Any:
+    """Returns the stats."""
+    wanted, wanted_moments, losses = resident(case, device)
+    model = case.model()
+    optimizer = make_optimizer(model)
+    before = identity(model, optimizer)[0]
+    with stream_on(
+        backend or backend_of(device), model, case.policy(**policy), optimizer=optimizer, files=files
+    ) as handle:
+        assert train(model, optimizer, case, device) == losses
+        stats = handle.stats()
+    assert identity(model, optimizer)[0] == before
+    assert_equal(weights(model), wanted)
+    assert_equal(moments(model, optimizer), wanted_moments)
+    return stats
+
+
+@KINDS
+@pytest.mark.parametrize("units_in_pool", [1, 2])
+def test_masters_beyond_the_pool_pass_through_staging_within_it(
+    case: Case, units_in_pool: int, device: str, monkeypatch: pytest.MonkeyPatch
+):
+    cuts = cut(case.model(), case.policy())
+    unit = payload_bytes(cuts[0], None)
+    gradients = handle_module._grad_staging(cuts)
+    # A pool is given in MiB; the toy's blocks have a few KiB.
+    monkeypatch.setattr(handle_module, "MEBIBYTE", unit * units_in_pool + gradients)
+    backend = backend_of(device)
+    assert_streams_like_resident(case, device, backend, pinned_pool_mb=1)
+    if isinstance(backend, Adversary):
+        assert backend.most_locked == unit * units_in_pool + gradients and backend.locked == []
+
+
+@pytest.mark.parametrize("device", ["cpu"])
+def test_pinned_arenas_have_the_exact_size_and_every_parameter_is_aligned(device: str):
+    case, backend = Case(lora=False), Adversary(device)
+    model = case.model()
+    sizes = [p.numel() * 4 for p in model.blocks[0].parameters() if p.numel() >= MIN_NUMEL]
+    exact = sum(-(-size // ALIGNMENT) * ALIGNMENT for size in sizes[:-1]) + sizes[-1]
+    with stream_on(backend, model, case.policy()) as handle:
+        assert [u.host_bytes for u in handle.units] == [exact] * BLOCKS
+        assert backend.most_locked == exact * BLOCKS + handle_module._grad_staging(cut(toy(), case.policy()))
+        for unit in handle._engine.units:
+            assert unit.arena.nbytes == exact
+            assert all(p.host.data_ptr() == unit.arena.data_ptr() + p.start for p in unit.pieces)
+            assert all(p.start % ALIGNMENT == p.offset % ALIGNMENT == 0 for p in unit.pieces)
+    assert backend.locked == []
+
+
+@pytest.mark.parametrize("device", ["cpu"])
+def test_layouts_other_than_rows_are_kept(device: str):
+    class Convolution(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.attn = nn.Conv2d(4, 4, 3).to(memory_format=torch.channels_last)
+            self.proj = nn.Linear(8, 8)
+            self.proj.weight = nn.Parameter(torch.randn(8, 16)[:, ::2])
+
+    model = nn.ModuleDict({"blocks": nn.ModuleList(Convolution() for _ in range(3))}).requires_grad_(False)
+    before = {n: (p.clone(), p.stride()) for n, p in model.named_parameters()}
+    units = [build(c, None, None) for c in cut(model, Case().policy(min_numel=8))]
+    for piece in (p for u in units for p in u.pieces):
+        value, stride = before[piece.name]
+        assert torch.equal(piece.host, value) and torch.equal(piece.value(), value)
+        assert piece.host.stride() == (stride if "attn" in piece.name else value.contiguous().stride())
+    assert units[0].device_bytes <= slot_bytes(cut(model, Case().policy(min_numel=8))[0])
+
+
+@pytest.fixture
+def files(tmp_path: Path) -> Path:
+    """The toy's weights as a sharded checkpoint folder."""
+    state = toy().state_dict()
+    names = sorted(state)
+    shards = {f"model-{i}.safetensors": names[i::2] for i in range(2)}
+    for file, members in shards.items():
+        save_file({n: state[n].clone() for n in members}, tmp_path / file)
+    index = {"weight_map": {n: file for file, members in shards.items() for n in members}}
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
+    return tmp_path
+
+
+def test_frozen_weights_stream_from_their_files(device: str, files: Path):
+    stats = assert_streams_like_resident(LORA, device, files=files, host="file")
+    assert stats.total.fetches > BLOCKS
+
+
+@pytest.mark.parametrize("device", ["cpu"])
+def test_weights_that_train_live_in_memory_beside_the_file(device: str, files: Path):
+    def half(model: Any) -> None:
+        for block in model.blocks:
+            block.mlp.requires_grad_(False)
+
+    results = []
+    for streamed in (False, True):
+        model = FULL.model()
+        half(model)
+        handle = stream_on(backend_of(device), model, FULL.policy(host="file"), files=files) if streamed else None
+        model = model if streamed else model.to(device)
+        train(model, make_optimizer(model), FULL, device)
+        if handle is not None:
+            handle.remove()
+        results.append(weights(model))
+    assert_equal(results[1], results[0])
+
+
+@pytest.mark.parametrize("device", ["cpu"])
+def test_masters_in_files_take_no_memory_of_their_own(device: str, tmp_path: Path):
+    def anonymous_kib() -> int:
+        lines = Path("/proc/self/status").read_text().splitlines()
+        return next(int(line.split()[1]) for line in lines if line.startswith("RssAnon"))
+
+    if not Path("/proc/self/status").exists():
+        pytest.skip("no /proc")
+    side = 1500
+    blocks = nn.ModuleList(nn.ModuleDict({"attn": nn.Linear(side, side)}) for _ in range(4))
+    model = nn.ModuleDict({"blocks": blocks}).requires_grad_(False)
+    save_file(model.state_dict(), tmp_path / "w.safetensors")
+    before = anonymous_kib()
+    with stream_on(backend_of(device), model, Case().policy(host="file"), files=tmp_path):
+        freed = before - anonymous_kib()
+    unit = side * side * 4 / 1024
+    # Four units leave memory; three slots, and up to three staging buffers that nobody wrote to yet, come.
+    assert freed > 0.8 * unit
+
+
+@pytest.mark.parametrize("device", ["cpu"])
+@pytest.mark.parametrize("damage", ["missing", "shape", "dtype", "value", "no folder", "broken"])
+def test_files_that_do_not_hold_the_weights_are_refused(damage: str, device: str, files: Path):
+    model = LORA.model()
+    name = "blocks.2.attn.to_q.base_layer.weight"
+    weight = model.get_parameter(name)
+    words: tuple[str, ...] = (
+        name,
+        {"missing": "not in the given files", "value": "changed after loading"}.get(damage, damage),
+    )
+    path: Any = files
+    if damage == "missing":
+        path = files / "model-0.safetensors"
+        words = ("not in the given files", "host='memory'")
+    elif damage == "no folder":
+        path, words = files / "nowhere.safetensors", ("Cannot map", "nowhere")
+    elif damage == "broken":
+        path = files / "model-0.safetensors"
+        path.write_bytes(path.read_bytes()[:50])
+        words = ("Cannot map", "model-0")
+    elif damage == "shape":
+        model.blocks[2].attn.to_q.base_layer.weight = nn.Parameter(torch.zeros(12, 13), requires_grad=False)
+    elif damage == "dtype":
+        weight.data = weight.data.bfloat16()
+    else:
+        weight.data += 1
+    before = [(p.data_ptr(), p.dtype) for p in model.parameters()]
+    with pytest.raises((OffloadError, ModelSourceError)) as error:
+        stream_on(backend_of(device), model, LORA.policy(host="file"), files=path)
+    assert all(word in str(error.value) for word in words), str(error.value)
+    assert [(p.data_ptr(), p.dtype) for p in model.parameters()] == before
+
+
+@pytest.mark.parametrize("form", ["int8", "float8_e4m3fn"])
+@pytest.mark.parametrize("reentrant", [None, False], ids=["plain", "nonreentrant"])
+def test_eight_bit_masters_train_like_a_resident_model_that_was_rounded_once(
+    form: str, reentrant: bool | None, device: str
+):
+    """The numerical contract of ``host_dtype``."""
+    case = Case(lora=True, reentrant=reentrant)
+    rounded = case.model()
+    streamed_names = {w.name for c in cut(rounded, case.policy()) for w in c.weights}
+    for name, p in rounded.named_parameters():
+        if name in streamed_names:
+            p.data = round_trip(p.data, form)
+    rounded.to(device)
+    optimizer = make_optimizer(rounded)
+    losses = train(rounded, optimizer, case, device)
+    model = case.model()
+    assert losses != resident(case, device)[2]
+    with stream_on(backend_of(device), model, case.policy(host_dtype=form)) as handle:
+        ours = make_optimizer(model)
+        assert train(model, ours, case, device) == losses
+        # The state dict holds what the device sees; loading into codes is refused.
+        assert_equal({k: v.cpu() for k, v in model.state_dict().items()}, weights(rounded))
+        with pytest.raises(OffloadError, match="stored in 8 bits"):
+            model.load_state_dict(model.state_dict())
+        unit = handle.units[0]
+        assert unit.host_bytes < 0.6 * unit.device_bytes
+    assert_equal(weights(model), weights(rounded))
+
+
+@pytest.mark.parametrize("form, bound", [("int8", 0.5 / 127), ("float8_e4m3fn", 1 / 16)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_rounding_errs_by_at_most_half_a_code_of_the_row(form: str, bound: float, dtype: torch.dtype):
+    torch.manual_seed(0)
+    weight = (torch.randn(6, 5, 4) * torch.logspace(-6, 3, 6)[:, None, None]).to(dtype)
+    weight[2] = 0
+    once = round_trip(weight, form)
+    assert once.dtype == dtype and torch.equal(once[2], weight[2])
+    largest = weight.float().abs().amax(dim=(1, 2), keepdim=True)
+    slack = 0.0 if dtype is torch.float32 else 2.0**-8
+    assert ((once.float() - weight.float()).abs() <= largest * (bound + slack) * (1 + 1e-6)).all()
+    assert torch.equal(round_trip(once.float(), form), once.float()) or dtype is torch.bfloat16
+
+
+@pytest.mark.parametrize("form, largest", [("int8", 127.0), ("float8_e4m3fn", 448.0)])
+def test_codes_are_what_the_formula_says(form: str, largest: float):
+    weight = torch.tensor([[1.0, -0.5, 0.25, 0.0], [0.0, 0.0, 0.0, 0.0]])
+    codes, scale = codec.encode(weight, form)
+    assert scale.tolist() == [[torch.tensor(1.0 / largest).item()], [1.0]]
+    assert codes.dtype == getattr(torch, form)
+    assert codes.float()[0, 0] == largest and codes.float()[0, 3] == 0 and not codes.float()[1].any()
+    vector, row = codec.encode(torch.tensor([2.0, 1.0]), form)
+    assert vector.shape == (1, 2) and row.shape == (1, 1)

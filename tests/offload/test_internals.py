@@ -1,0 +1,121 @@
+"""Each private call of torch that streaming needs still does what it did. A failure here names the one that moved."""
+
+from __future__ import annotations
+
+import gc
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+from dist_layerlr.offload import internals
+
+pytestmark = pytest.mark.parametrize("device", ["cpu", "cuda"])
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_graph_task_tells_recomputation_from_forward(reentrant: bool, device: str):
+    seen: list[int] = []
+
+    def run(x: torch.Tensor) -> torch.Tensor:
+        seen.append(internals.graph_task())
+        return x.sin()
+
+    x = torch.ones(2, device=device, requires_grad=True)
+    checkpoint(run, x, use_reentrant=reentrant).sum().backward()
+    assert seen[0] == -1 and seen[1] >= 0 and internals.graph_task() == -1
+
+
+def test_a_callback_runs_at_the_end_of_backward_and_is_released_when_it_fails(device: str):
+    import weakref
+
+    events: list[str] = []
+
+    class Call:
+        def __call__(self) -> None:
+            events.append("called")
+
+    def queue(_: Any) -> None:
+        call = Call()
+        weakref.finalize(call, events.append, "released")
+        internals.at_end_of_backward(call)
+
+    def fail(_: Any) -> None:
+        raise ValueError
+
+    x = torch.ones(2, device=device, requires_grad=True)
+    for bad in (False, True):
+        y = x * 2
+        z = y * 3
+        z.register_hook(queue)
+        if bad:
+            y.register_hook(fail)
+            with pytest.raises(ValueError):
+                z.sum().backward()
+        else:
+            z.sum().backward()
+        events.append("back")
+    assert events[:3] == ["called", "released", "back"]
+    assert events[3:] == ["released", "back"] or device == "cuda"
+
+
+def test_the_innermost_saved_tensor_hooks_can_be_read(device: str):
+    assert internals.outer_saved_hooks() is None
+    seen: list[Any] = []
+
+    def run(x: torch.Tensor) -> torch.Tensor:
+        seen.append(internals.outer_saved_hooks())
+        return x.sin()
+
+    def pack(t: torch.Tensor) -> torch.Tensor:
+        return t
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, pack):
+        assert internals.outer_saved_hooks() == (pack, pack)
+    x = torch.ones(2, device=device, requires_grad=True)
+    checkpoint(run, x, use_reentrant=False).sum().backward()
+    assert all(found is not None and len(found) == 2 for found in seen) and len(seen) == 2
+
+
+def test_storage_uses_count_views_and_saved_tensors(device: str):
+    memory = torch.zeros(16, device=device)
+    alone = internals.storage_uses(memory)
+    view = memory[2:4]
+    assert internals.storage_uses(memory) == alone + 1
+    assert internals.storage_key(view) == internals.storage_key(memory) != internals.storage_key(memory.clone())
+    weight = nn.Parameter(torch.zeros(4, 4, device=device), requires_grad=False)
+    weight.data = memory.view(4, 4)
+    x = torch.ones(2, 4, device=device, requires_grad=True)
+    before = internals.storage_uses(memory)
+    y = nn.functional.linear(x, weight)
+    assert internals.storage_uses(memory) > before
+    del y, view
+    gc.collect()
+    assert internals.storage_uses(memory) == alone + 1
+
+
+@pytest.mark.parametrize("trains", [True, False])
+def test_a_leaf_knows_whether_a_graph_holds_it(trains: bool, device: str):
+    weight = nn.Parameter(torch.zeros(4, 4, device=device), requires_grad=trains)
+    other = weight.detach(), weight.data, weight.detach().T
+    assert not internals.in_live_graph(weight)
+    x = torch.ones(2, 4, device=device, requires_grad=True)
+    y = nn.functional.linear(x, weight)
+    assert internals.in_live_graph(weight)
+    y.sum().backward()
+    del y, other
+    assert not internals.in_live_graph(weight)
+
+
+def test_hooks_on_a_leaf_survive_a_change_of_device(device: str):
+    order: list[str] = []
+    weight = nn.Parameter(torch.ones(3))
+    weight.register_hook(lambda g: order.append(f"before {weight.grad is None}"))
+    weight.register_post_accumulate_grad_hook(lambda p: order.append(f"after {p.grad is None}"))
+    weight.data = weight.data.to(device)
+    loss = (weight * 2).sum()
+    weight.data = weight.data.cpu()
+    loss.backward()
+    assert order == ["before True", "after False"]

@@ -1,0 +1,180 @@
+"""Every known way to get streaming wrong fails some test. Each mutant runs in a process of its own, on `sim`."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+from torch import nn
+
+from dist_layerlr.offload import engine as engine_module
+from dist_layerlr.offload.engine import Engine
+from dist_layerlr.offload.grads import GradSink
+from dist_layerlr.offload.transfer import Fetcher
+from forked import in_fork
+from test_equality import check
+from test_semantics import LORA, check_memory_of_a_graph, two_forwards
+from training import Case
+
+Mutant = Callable[[], None]
+
+
+def no_ready_wait() -> None:
+    Fetcher.wait = lambda self, ready: False  # type: ignore[method-assign]
+
+
+def no_free_wait() -> None:
+    """The copy stream goes by the slot's first event for ever."""
+    rest = Engine.rest
+
+    def stale(self: Any) -> None:
+        free = [slot.free for slot in self._slots]
+        rest(self)
+        for slot, before in zip(self._slots, free, strict=True):
+            slot.free = before
+
+    Engine.rest = stale  # type: ignore[method-assign]
+
+
+def free_event_behind_the_forward_only() -> None:
+    """As if backward did not read the slot again."""
+    rest = Engine.rest
+
+    def early(self: Any) -> None:
+        free = [slot.free for slot in self._slots]
+        rest(self)
+        if engine_module.graph_task() != -1:
+            for slot, before in zip(self._slots, free, strict=True):
+                slot.free = before
+
+    Engine.rest = early  # type: ignore[method-assign]
+
+
+def _evict(self: Any, index: int) -> None:
+    self.rest()
+    if index in self.ring.holders():
+        self.ring.drop(index)
+
+
+def evict_behind_the_forward() -> None:
+    leave = Engine._leave_unit
+
+    def evicting(self: Any, index: int, *args: Any) -> None:
+        leave(self, index, *args)
+        _evict(self, index)
+
+    Engine._leave_unit = evicting  # type: ignore[method-assign]
+
+
+def evict_behind_the_backward_hook() -> None:
+    hook = Engine.hook
+
+    def hooked(self: Any, model: nn.Module, before: Any) -> Any:
+        yield from hook(self, model, before)
+        for index, unit in enumerate(self.units):
+            yield unit.module.register_full_backward_hook(lambda m, g, o, index=index: _evict(self, index))
+
+    Engine.hook = hooked  # type: ignore[method-assign]
+
+
+def no_saved_tensor_hooks() -> None:
+    Engine._save_handles = lambda self: None  # type: ignore[method-assign, return-value]
+
+
+def no_saved_tensor_hooks_and_no_look_at_who_refers_to_a_slot() -> None:
+    no_saved_tensor_hooks()
+    Engine._referred = lambda self: set()  # type: ignore[method-assign]
+
+
+def saved_tensor_hooks_that_cover_a_checkpoint() -> None:
+    engine_module.outer_saved_hooks = lambda: None  # type: ignore[attr-defined]
+
+
+def no_gradient_set_aside() -> None:
+    def keep(self: Any, param: nn.Parameter) -> None:
+        self._begin()
+        self._sums.setdefault(param, engine_module.GradSink.__init__.__globals__["_Sum"]())
+
+    GradSink._set_aside = keep  # type: ignore[method-assign]
+
+
+def no_end_of_backward() -> None:
+    engine_module.at_end_of_backward = lambda call: KEPT.append(call)  # type: ignore[attr-defined]
+
+
+KEPT: list[Any] = []
+
+
+def rebind_instead_of_data() -> None:
+    need = Engine.need
+
+    def rebinding(self: Any, index: int) -> None:
+        need(self, index)
+        for piece in self.units[index].pieces:
+            weight = piece.weight
+            weight.owner._parameters[weight.leaf] = nn.Parameter(weight.param.data, weight.param.requires_grad)
+
+    Engine.need = rebinding  # type: ignore[method-assign]
+
+
+def copies_frozen_weights_back() -> None:
+    rest = Engine.rest
+
+    def writing(self: Any) -> None:
+        if self._current is not None:
+            for piece in self.units[self._current].pieces:
+                done = self._backend.download(piece.host, piece.weight.param.data)
+                self._backend.finish(done)
+        rest(self)
+
+    Engine.rest = writing  # type: ignore[method-assign]
+
+
+def stale_copies_are_used() -> None:
+    """The copy that a forward without backward left is taken for the stepped weight."""
+    Engine._discard_stale = lambda self, index: None  # type: ignore[method-assign]
+    Engine.forget = lambda self, *, trainable_only: None  # type: ignore[method-assign]
+
+
+FULL = Case(lora=False, accumulation=2, window=1)
+PLAIN = Case(lora=True, window=1)
+KILLED_BY: list[tuple[Mutant, str, Callable[[], None]]] = [
+    (no_ready_wait, "equality", lambda: check(PLAIN, "sim")),
+    (no_free_wait, "order of queues", lambda: check(PLAIN, "sim")),
+    (free_event_behind_the_forward_only, "order of queues", lambda: check(PLAIN, "sim")),
+    (evict_behind_the_forward, "fetch count", lambda: check(Case(lora=True, reentrant=False), "sim")),
+    (evict_behind_the_backward_hook, "fetch count", lambda: check(PLAIN, "sim")),
+    (no_saved_tensor_hooks, "no slot", lambda: two_forwards(LORA, "sim")),
+    (no_saved_tensor_hooks_and_no_look_at_who_refers_to_a_slot, "equality", lambda: two_forwards(LORA, "cpu")),
+    (saved_tensor_hooks_that_cover_a_checkpoint, "memory of a graph", lambda: check_memory_of_a_graph("sim", False)),
+    (no_gradient_set_aside, "device of a gradient", lambda: check(FULL, "sim")),
+    (no_end_of_backward, "gradients at rest", lambda: check(FULL, "sim")),
+    (rebind_instead_of_data, "identity", lambda: check(FULL, "sim")),
+    (copies_frozen_weights_back, "bytes to the host", lambda: check(PLAIN, "sim")),
+    (stale_copies_are_used, "equality", lambda: check(FULL, "sim")),
+]
+SIGNS = {
+    "equality": ("differ", "losses == wanted_losses", "nan"),
+    "order of queues": ("slot overwritten behind point",),
+    "fetch count": ("by formula",),
+    "no slot": ("No slot for",),
+    "memory of a graph": ("streamed == alive",),
+    "device of a gradient": ("same device", "the process died", "device"),
+    "gradients at rest": ("differ", "device", "losses"),
+    "identity": ("before", "was replaced", "No slot for"),
+    "bytes to the host": ("downloaded",),
+}
+
+
+@pytest.mark.parametrize("mutant, sign, test", KILLED_BY, ids=[m.__name__ for m, _, _ in KILLED_BY])
+def test_a_mutant_is_found_by_the_check_that_is_meant_for_it(mutant: Mutant, sign: str, test: Callable[[], None]):
+    def run() -> None:
+        mutant()
+        with contextlib.redirect_stderr(None):
+            test()
+
+    kind, text = in_fork(run, "sim")
+    assert kind == "failed", f"{mutant.__name__} survived"
+    assert any(word in text for word in SIGNS[sign]), text
