@@ -27,6 +27,7 @@ from torch import Tensor
 
 from dist_layerlr.errors import OffloadError
 
+PAGE = 4096
 Event = Any
 """A point in a queue."""
 
@@ -194,6 +195,13 @@ class Cuda:
     def synchronize(self) -> None:
         """Block the host until the device is idle."""
         torch.cuda.synchronize(self.device)
+
+
+def host_buffer(nbytes: int) -> Tensor:
+    """Host bytes on pages that nothing else lies on, so that they can be locked and unlocked alone."""
+    memory = torch.empty(nbytes + 2 * PAGE, dtype=torch.uint8)
+    start = -memory.data_ptr() % PAGE
+    return memory[start : start + nbytes]
 
 
 def choose(device: torch.device | str | None) -> Backend:

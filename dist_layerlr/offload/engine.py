@@ -221,7 +221,9 @@ class Engine:
 
     def _enter_backward(self) -> None:
         """Be told when this pass ends. The first trigger under reentrant checkpointing lies in the outermost pass."""
-        if self._ending is None:
+        with self._lock:
+            if self._ending is not None:
+                return
             end = _EndOfBackward(self.settle)
             # Released without a call when the pass fails, before the caller sees the exception.
             self._ending = weakref.ref(end, lambda _: self.settle())

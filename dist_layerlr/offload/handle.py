@@ -112,11 +112,11 @@ class Handle:
         if self._engine is not None:
             self._engine.close()
             self._engine = None
-        for piece, home in self._homes:
+        while self._homes:  # one at a time, so that memory is freed as it is copied
+            piece, home = self._homes.pop()
             param = piece.weight.param
             if param.data_ptr() == piece.host.data_ptr():  # else the user gave it other data
                 move(param, home, self._optimizer, piece.value().to(home))
-        self._homes.clear()
         self._residents.release()
         for module in [m for m, handle in _STREAMED.items() if handle is self]:
             del _STREAMED[module]

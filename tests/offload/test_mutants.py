@@ -156,7 +156,7 @@ KILLED_BY: list[tuple[Mutant, str, Callable[[], None]]] = [
     (stale_copies_are_used, "equality", lambda: check(FULL, "sim")),
 ]
 SIGNS = {
-    "equality": ("differ", "losses == wanted_losses", "nan"),
+    "equality": ("differ", "assert losses ==", "nan"),
     "order of queues": ("slot overwritten behind point",),
     "fetch count": ("by formula",),
     "no slot": ("No slot for",),
