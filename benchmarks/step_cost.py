@@ -1,11 +1,11 @@
 """What per-layer learning rates cost: one flat rate against 144, as groups and segmented, under every sharder.
 
-    python benchmarks/step_cost.py            # 2 gloo ranks; about 15 minutes on 2 cores
+    python benchmarks/step_cost.py            # 2 gloo ranks; about 6 minutes on 2 cores
     python benchmarks/step_cost.py --only "zero 1" --rounds 40
 
-Each arm has a model and optimizer of its own; steps are interleaved, so a slow moment of the machine hits all arms.
-Medians. `flat` is the sharder's ordinary setting: torch AdamW, one group, one rate. Prints ratios, writes
-benchmarks/results/step_cost.json.
+Each arm has a model and optimizer of its own. Arms take turns, in rotating order, and a ratio is the median of the rounds'
+ratios, so a slow moment of the machine hits all arms alike. `flat` is the sharder's ordinary setting: torch AdamW, one
+group, one rate. Prints ratios, writes benchmarks/results/step_cost.json.
 """
 
 from __future__ import annotations
@@ -42,6 +42,7 @@ BLOCKS, WIDTH, BATCH, TOKENS = 48, 96, 2, 16
 SHARDERS = ("ddp", "fsdp1", "fsdp1 flat", "fsdp2", "zero 0", "zero 1", "zero 2", "zero 2 offload", "zero 3")
 METHODS = ("full", "lora")
 SCALING = (1, 12, 144, 1000)
+MANY_NAMES = 4000
 WARMUP = 3
 
 
@@ -96,7 +97,7 @@ def make_model(method: str) -> nn.Module:
     if method == "lora":
         from peft import LoraConfig, get_peft_model
 
-        targets = ["to_q", "to_k", "to_v", "to_out", "linear_in", "linear_out"]
+        targets = ["to_q", "to_v", "linear_in"]
         model = get_peft_model(model, LoraConfig(r=16, target_modules=targets, init_lora_weights=False))  # type: ignore[arg-type]
     return model
 
@@ -210,12 +211,44 @@ def make_arm(sharder: str, method: str, emission: str, rates: int) -> Arm:
 def interleave(arms: dict[str, Arm], rounds: int) -> None:
     """Step all arms in turn; the slowest rank counts."""
     for i in range(rounds + WARMUP):
-        for arm in arms.values():
+        turn = list(arms.values())
+        for arm in turn[i % len(turn) :] + turn[: i % len(turn)]:
             times = torch.tensor(arm.run(), dtype=torch.float64)
             dist.all_reduce(times, op=dist.ReduceOp.MAX)
             if i >= WARMUP:
                 arm.whole.append(float(times[0]))
                 arm.alone.append(float(times[1]))
+
+
+def upkeep(sharder: str) -> dict[str, float]:
+    """Seconds of what is not a step, for 4,000 names at 144 rates; medians of 5."""
+    model: nn.Module = nn.Sequential(*(nn.Linear(4, 4) for _ in range(MANY_NAMES // 2)))
+    config = {"learning_rate": 1e-4, "per_layer_lr": {"enabled": True, "unmatched": "default"}}
+    plan = dist_layerlr.plan_model(model, config)
+    entries = {n: dataclasses.replace(e, lr=1e-6 * (i % 144 + 1)) for i, (n, e) in enumerate(plan.entries.items())}
+    plan = dataclasses.replace(plan, entries=entries)
+    model = wrap(sharder, model)
+
+    def attach() -> torch.optim.Optimizer:
+        return dist_layerlr.attach(plan, model, lambda g: torch.optim.AdamW(g, fused=True))
+
+    optimizer = attach()
+    schedule = dist_layerlr.PlanSchedule(optimizer, dist_layerlr.Schedule(kind="cosine", total_steps=100))
+    return {
+        "attach_s": _seconds(attach),
+        "verify_s": _seconds(lambda: dist_layerlr.verify(plan, model, optimizer, factor=schedule.factor)),
+        "schedule_step_s": _seconds(schedule.step),
+    }
+
+
+def _seconds(action: Callable[[], Any]) -> float:
+    times = []
+    for _ in range(5):
+        dist.barrier()
+        start = time.perf_counter()
+        action()
+        times.append(time.perf_counter() - start)
+    return statistics.median(times)
 
 
 def work(rank: int, store: str, only: str | None, rounds: int, out: str) -> None:
@@ -233,13 +266,17 @@ def work(rank: int, store: str, only: str | None, rounds: int, out: str) -> None
             emissions = ["flat", *([] if sharder == "fsdp1 flat" else ["groups"]), "segmented"]
             arms = {e: make_arm(sharder, method, e, 144) for e in emissions}
             interleave(arms, rounds)
-            rows.append({"sharder": sharder, "method": method, "lrs": 144, **_medians(arms)})
+            rows.append({"sharder": sharder, "method": method, "lrs": 144, **_summary(arms)})
             _print_row(rank, rows[-1])
         if sharder in ("fsdp2", "zero 2"):
             arms = {str(n): make_arm(sharder, "full", "segmented", n) for n in SCALING}
             interleave(arms, rounds)
-            rows.append({"sharder": sharder, "method": "full", "scaling": True, **_medians(arms)})
+            rows.append({"sharder": sharder, "method": "full", "scaling": True, **_summary(arms)})
             _print_scaling(rank, rows[-1])
+    for sharder in ("ddp", "fsdp2"):
+        if only is None or sharder == only:
+            rows.append({"sharder": sharder, "names": MANY_NAMES, **upkeep(sharder)})
+            _print_upkeep(rank, rows[-1])
     if rank == 0:
         _write(rows, rounds, Path(out))
     dist.barrier()
@@ -254,11 +291,22 @@ def _quiet_deepspeed() -> None:
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
 
 
-def _medians(arms: dict[str, Arm]) -> dict[str, Any]:
+def _summary(arms: dict[str, Arm]) -> dict[str, Any]:
+    """Medians of each arm, and of its rounds relative to the first arm's."""
+    first = next(iter(arms.values()))
     return {
-        name: {"whole_ms": statistics.median(a.whole) * 1e3, "optimizer_ms": statistics.median(a.alone) * 1e3}
-        for name, a in arms.items()
+        name: {
+            "whole_ms": statistics.median(arm.whole) * 1e3,
+            "optimizer_ms": statistics.median(arm.alone) * 1e3,
+            "whole_ratio": _ratio(arm.whole, first.whole),
+            "optimizer_ratio": _ratio(arm.alone, first.alone),
+        }
+        for name, arm in arms.items()
     }
+
+
+def _ratio(times: list[float], base: list[float]) -> float:
+    return statistics.median(a / b for a, b in zip(times, base, strict=True))
 
 
 def _print_row(rank: int, row: dict[str, Any]) -> None:
@@ -268,8 +316,7 @@ def _print_row(rank: int, row: dict[str, Any]) -> None:
     text = f"{row['sharder']:<16}{row['method']:<6}{flat['whole_ms']:>9.1f}{flat['optimizer_ms']:>9.1f}"
     for emission in ("groups", "segmented"):
         if emission in row:
-            whole, alone = (row[emission][k] / flat[k] for k in ("whole_ms", "optimizer_ms"))
-            text += f"{whole:>10.2f}{alone:>8.2f}"
+            text += f"{row[emission]['whole_ratio']:>10.2f}{row[emission]['optimizer_ratio']:>8.2f}"
         else:
             text += f"{'-':>10}{'-':>8}"
     print(text, flush=True)
@@ -278,9 +325,18 @@ def _print_row(rank: int, row: dict[str, Any]) -> None:
 def _print_scaling(rank: int, row: dict[str, Any]) -> None:
     if rank:
         return
-    first = row[str(SCALING[0])]
-    parts = [f"{n} LRs {row[str(n)]['whole_ms'] / first['whole_ms']:.3f}" for n in SCALING]
+    parts = [f"{n} LRs {row[str(n)]['whole_ratio']:.3f}" for n in SCALING]
     print(f"{row['sharder']:<16}scaling, whole step relative to 1 LR: {', '.join(parts)}", flush=True)
+
+
+def _print_upkeep(rank: int, row: dict[str, Any]) -> None:
+    if rank:
+        return
+    what = f"attach {row['attach_s']:.2f} s, verify {row['verify_s']:.2f} s"
+    print(
+        f"{row['sharder']:<16}{MANY_NAMES:,} names: {what}, schedule step {row['schedule_step_s'] * 1e6:.0f} us",
+        flush=True,
+    )
 
 
 def _write(rows: list[dict[str, Any]], rounds: int, out: Path) -> None:

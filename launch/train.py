@@ -28,10 +28,12 @@ from dist_layerlr.errors import LayerLRError
 from dist_layerlr.report import grid
 from parts.cli import Parser, complain
 from parts.engines import SHARDINGS, ZERO, build_engine
+from parts.engines.streaming import check_streaming
 from parts.options import RunOptions, load_options
 from parts.runtime import Diverged, Runtime, check_accelerate_env, check_launch, is_shared, start, stop
 
 if TYPE_CHECKING:
+    from dist_layerlr.offload import Prediction
     from dist_layerlr.plan import Plan
     from parts.data.base import Dataset
     from parts.engines.base import Engine
@@ -48,6 +50,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if not args.plan_only:
             check_accelerate_env(sharding)
             check_launch(sharding, options.train.global_batch)
+            check_streaming(options, sharding)
         runtime = start("none" if args.plan_only else sharding)
         status = _run(args, options, sharding, runtime)
         runtime.barrier()
@@ -121,11 +124,16 @@ def _train_and_save(
     say = print if runtime.is_main else (lambda *_, **__: None)
     proof = runtime.agree(lambda: engine.prove(1.0))
     say(proof.line(), flush=True)
+    prediction = _predict(engine, family, data, options, runtime)
+    if prediction is not None:
+        say(f"[stagehand] {prediction.line()}", flush=True)
     if runtime.is_main:
         outputs.remove_previous_run(folder)
         outputs.write_text(folder / "plan.json", plan.to_json() + "\n")
         outputs.draw_plan(plan, folder)
     metrics = MetricsFile(folder / "metrics.jsonl") if runtime.is_main else None
+    if metrics is not None and prediction is not None:
+        metrics.write({"prediction": prediction.to_dict()})
     outcome = train(engine, family, data, options, runtime, metrics, stop)
     after = runtime.agree(lambda: engine.prove(outcome.last_factor))
     weights = outputs.save_weights(engine, plan, options, runtime, folder, outcome.steps)
@@ -136,6 +144,17 @@ def _train_and_save(
     say(f"{'stopped by a signal after' if outcome.stopped else 'finished'} {outcome.steps} steps; weights in {weights}")
     if picture is not None:
         say(f"learning rates in {folder / 'lr_grid.png'}, samples in {picture}")
+
+
+def _predict(engine: Engine, family: Family, data: Dataset, options: RunOptions, runtime: Runtime) -> Prediction | None:
+    """What a step will cost while streaming, going by the first sample."""
+    from dist_layerlr.model import unwrap
+    from parts.loop import micro_batch_size
+
+    model: Any = unwrap(engine.model)
+    micro = micro_batch_size(options, runtime.world_size)
+    micro_steps = options.train.global_batch // runtime.world_size // micro
+    return engine.predict(micro * family.tokens(model.config, data[0]), micro_steps, options)
 
 
 def _leave(status: int) -> None:

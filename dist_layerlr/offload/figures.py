@@ -16,11 +16,12 @@ class UnitInfo:
     streamed: int
     """Elements that are streamed; 0 for a resident unit."""
     host_bytes: int
-    """Bytes of one fetch, host to device."""
+    """Bytes of one fetch, host to device; of a resident unit, if it were streamed."""
     device_bytes: int
     """Bytes of a slot that it fills, or of the device memory that it keeps if resident."""
     grad_bytes: int
-    """Bytes of the gradients that one backward sends back; 0 when what is streamed is frozen."""
+    """Bytes of the gradients that one backward sends back; 0 when what is streamed is frozen. Of a resident unit, if it
+    were streamed."""
     resident: bool
     """Whether it stays on the device (``resident_blocks``)."""
 

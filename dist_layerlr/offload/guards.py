@@ -15,7 +15,7 @@ from dist_layerlr.offload.units import Cut
 
 _FSDP = "use fully_shard(..., offload_policy=CPUOffloadPolicy())"
 _WRAPPERS = {
-    "DistributedDataParallel": "stream the model first, exclude_from_ddp(handle, model), then wrap it",
+    "DistributedDataParallel": "stream the model first, call handle.exclude_from_ddp(), then wrap it",
     "DataParallel": "use DistributedDataParallel, one process per device",
     "FullyShardedDataParallel": f"FSDP owns its storage: {_FSDP}",
     "FSDPModule": f"FSDP owns its storage: {_FSDP}",

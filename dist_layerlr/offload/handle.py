@@ -22,7 +22,9 @@ from dist_layerlr.offload.figures import Stats, Traffic, UnitInfo
 from dist_layerlr.offload.files import map_frozen
 from dist_layerlr.offload.grads import STAGING
 from dist_layerlr.offload.guards import GroupWatch, check_cuts, check_model
+from dist_layerlr.offload.measure import predict_live
 from dist_layerlr.offload.policy import AUTO, FILE, StreamPolicy
+from dist_layerlr.offload.predict import Machine, Prediction, Workload, spread
 from dist_layerlr.offload.residents import Residents, move
 from dist_layerlr.offload.ring import Ring
 from dist_layerlr.offload.store import Piece, Unit, aligned, build, payload_bytes, slot_bytes
@@ -45,7 +47,7 @@ class Handle:
         self.policy, self.device = policy, backend.device
         self._model, self._backend, self._optimizer = model, backend, optimizer
         self._cuts = cuts
-        self._resident = _spread(len(cuts), _resident_count(cuts, policy, backend))
+        self._resident = frozenset(spread(_resident_count(cuts, policy, backend), len(cuts)))
         self._watch = None if optimizer is None else GroupWatch(optimizer)
         self._residents = Residents(backend.device, optimizer)
         self._homes: list[tuple[Piece, torch.device]] = []
@@ -79,6 +81,26 @@ class Handle:
         )
         recent, self._reported = total.since(self._reported), total
         return Stats(total=total, recent=recent, resident_peak=engine.ring.peak, slots=engine.ring.slots)
+
+    def predict(
+        self, tokens: int, *, checkpointing: bool = True, micro_steps: int = 1, sequence: int | None = None,
+        dtype: torch.dtype | None = None, machine: Machine | None = None,
+    ) -> Prediction:  # fmt: skip
+        """Predict time and memory of one optimizer step: hidden or exposed, and the floor of its time.
+
+        Args:
+            tokens: of one microbatch.
+            checkpointing: blocks are computed again in backward.
+            micro_steps: microbatches per optimizer step.
+            sequence: tokens that attend to each other; None: all.
+            dtype: computed in, such as autocast's; None: that of the streamed weights.
+            machine: speeds; None: they are measured now, which takes about a second.
+        """
+        work = Workload(tokens=tokens, sequence=sequence, checkpointing=checkpointing, micro_steps=micro_steps)
+        return predict_live(
+            self._model, self.units, self.streamed_names(), self.device, work,
+            window=self.policy.prefetch_window, dtype=dtype, machine=machine,
+        )  # fmt: skip
 
     def streamed_names(self) -> tuple[str, ...]:
         """Names, as in ``model.named_parameters()``, of streamed parameters."""
@@ -245,16 +267,11 @@ def _info(cut: Cut, policy: StreamPolicy, *, resident: bool) -> UnitInfo:
         name=cut.name,
         numel=cut.numel,
         streamed=0 if resident else sum(p.numel() for p in params),
-        host_bytes=0 if resident else payload_bytes(cut, policy.host_dtype),
+        host_bytes=payload_bytes(cut, policy.host_dtype),
         device_bytes=slot_bytes(cut),
-        grad_bytes=0 if resident else sum(p.numel() * p.element_size() for p in params if p.requires_grad),
+        grad_bytes=sum(p.numel() * p.element_size() for p in params if p.requires_grad),
         resident=resident,
     )
-
-
-def _spread(units: int, count: int) -> frozenset[int]:
-    """``count`` of ``units`` indices, evenly spaced."""
-    return frozenset((2 * i + 1) * units // (2 * count) for i in range(count))
 
 
 def _resident_count(cuts: list[Cut], policy: StreamPolicy, backend: Backend) -> int:

@@ -106,6 +106,7 @@ def train(
             row = {
                 "step": step, "loss": loss, "lr_factor": factor, "grad_norm": norm,
                 "s_per_step": time.perf_counter() - started, "peak_memory_gb": peak_memory_gb(runtime.device),
+                **engine.traffic(),
             }  # fmt: skip
             if metrics is not None and (
                 step % options.train.log_every == 0 or step == steps - 1 or stopped or not finite
@@ -179,9 +180,15 @@ def _loss(engine: Engine, family: Family, batch: Batch, numbers: list[int], opti
     """Mean squared error of the velocity, in float32."""
     flow = make_flow_batch(batch["latents"], numbers, options.train.seed)
     device = flow.noisy.device.type
-    with torch.autocast(device, dtype=torch.bfloat16, enabled=options.train.dtype == "bf16"):
+    with autocast(device, options):
         velocity = family.velocity(engine.model, flow.noisy, flow.timestep, batch)
     return torch.nn.functional.mse_loss(velocity.float(), flow.target)
+
+
+def autocast(device: str, options: RunOptions) -> torch.autocast:
+    """The context of every forward. While streaming nothing is cached: casts would keep all blocks on the device."""
+    bf16 = options.train.dtype == "bf16"
+    return torch.autocast(device, dtype=torch.bfloat16, enabled=bf16, cache_enabled=options.stream is None)
 
 
 def _share(loss: float, stop: bool, runtime: Runtime) -> tuple[float, bool]:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
 from dist_layerlr import checks
 from dist_layerlr.config import Config, load_config, read_json
 from dist_layerlr.errors import ConfigError
+from dist_layerlr.offload import StreamPolicy
 from dist_layerlr.schedule import KINDS, Schedule
 
 from .families import get_family
@@ -55,6 +56,8 @@ class TrainOptions:
     """`fp32`, or `bf16`: autocast around the forward, weights stay fp32."""
     grad_clip: float = 0.0
     """Largest global gradient norm; 0: no clipping."""
+    checkpointing: bool = False
+    """Blocks keep their inputs only and are computed again in backward."""
     log_every: int = 1
     """Steps between rows of metrics.jsonl."""
 
@@ -82,16 +85,13 @@ class RunOptions:
     schedule: Schedule
     train: TrainOptions
     samples: SampleOptions
+    stream: StreamPolicy | None
+    """`memory.stagehand`; None: weights stay on the device."""
     plan: Config = field(repr=False)
     raw: Mapping[str, Any] = field(repr=False)
     """The JSON as given, after --set."""
 
 
-_STAGEHAND: dict[str, checks.Check] = {
-    "enabled": checks.boolean,
-    "pinned_pool_mb": checks.integer(1),
-    "prefetch_window": checks.integer(1),
-}
 _BLOCKS: dict[str, dict[str, checks.Check]] = {
     "adapter": {
         "type": checks.one_of(lambda: (LORA,)),
@@ -118,6 +118,7 @@ _BLOCKS: dict[str, dict[str, checks.Check]] = {
         "seed": checks.integer(0),
         "dtype": checks.one_of(lambda: ("fp32", "bf16")),
         "grad_clip": checks.number(0.0),
+        "checkpointing": checks.boolean,
         "log_every": checks.integer(1),
     },
     "samples": {"count": checks.integer(0), "steps": checks.integer(1)},
@@ -155,7 +156,6 @@ def load_options(path: str | Path, overrides: Sequence[str] = (), max_steps: int
     if "model_type" in raw:
         get_family(checks.text("model_type", raw["model_type"]))
     _check_complete(raw, path)
-    _check_memory(raw.get("memory", {}))
     blocks = {name: checks.fields(name, _section(raw, name), allowed) for name, allowed in _BLOCKS.items()}
     train = TrainOptions(**blocks["train"])
     method = checks.one_of(lambda: (FULL, LORA))("training_method", raw.get("training_method", _method(raw)))
@@ -172,6 +172,7 @@ def load_options(path: str | Path, overrides: Sequence[str] = (), max_steps: int
         schedule=_schedule(blocks["schedule"], train.steps, cut_short=max_steps is not None),
         train=train,
         samples=SampleOptions(**blocks["samples"]),
+        stream=_stream_policy(raw.get("memory", {})),
         plan=load_config(raw),
         raw=raw,
     )
@@ -217,14 +218,18 @@ def _method(raw: Mapping[str, Any]) -> str:
     return LORA if "adapter" in raw else FULL
 
 
-def _check_memory(raw: object) -> None:
+def _stream_policy(raw: object) -> StreamPolicy | None:
+    """The policy that ``memory.stagehand`` asks for, whose keys are the policy's own; None unless enabled."""
     memory = checks.fields("memory", checks.mapping("memory", raw), {"stagehand": checks.mapping})
-    stagehand = checks.fields("memory.stagehand", memory.get("stagehand", {}), _STAGEHAND)
-    if stagehand.get("enabled"):
-        raise ConfigError(
-            "Invalid memory.stagehand.enabled=True: block streaming is not part of this version. "
-            "Set it to false, or shard with --sharding fsdp2."
-        )
+    given = dict(memory.get("stagehand", {}))
+    known = [field.name for field in fields(StreamPolicy)]
+    checks.known_keys("memory.stagehand", given, ["enabled", *known])
+    enabled = checks.boolean("memory.stagehand.enabled", given.pop("enabled", False))
+    try:
+        policy = StreamPolicy(**given)
+    except ConfigError as error:
+        raise ConfigError(f"memory.stagehand: {error}") from None
+    return policy if enabled else None
 
 
 def _adapter(values: dict[str, Any]) -> AdapterOptions:

@@ -19,7 +19,7 @@ from .data.base import Dataset
 from .engines.base import Engine
 from .families.base import Family
 from .flow import sample
-from .loop import LOWER, stack_samples
+from .loop import LOWER, autocast, stack_samples
 from .options import LORA, RunOptions
 from .runtime import Diverged, Runtime
 from .weights import ADAPTER
@@ -131,7 +131,7 @@ def draw_generated(
     engine.model.eval()
 
     def velocity(noisy: Tensor, timestep: Tensor) -> Tensor:
-        with torch.autocast(noisy.device.type, dtype=torch.bfloat16, enabled=options.train.dtype == "bf16"):
+        with autocast(noisy.device.type, options):
             return family.velocity(engine.model, noisy, timestep, moved)
 
     with torch.no_grad():

@@ -59,6 +59,8 @@ def empty_model(family: Family, options: RunOptions) -> nn.Module:
     path = Path(options.model_path) / "config.json"
     with blame(f"{path}: no {wanted} can be built", "restore the file"), init_empty_weights(include_buffers=False):
         model: nn.Module = family.model_class.from_config(config)  # type: ignore[attr-defined]
+    if options.train.checkpointing:
+        model.enable_gradient_checkpointing()  # type: ignore[operator]
     if options.training_method == LORA:
         _inject_lora(model, options.adapter, family.lora_targets)
     return model
@@ -108,10 +110,10 @@ def load_weights(model: nn.Module, files: Mapping[str, Path], *, seed: int, devi
     """Replace meta parameters by real ones: base weights from files, fresh adapters from (seed, name).
 
     Every rank reads one tensor at a time and keeps its own shard of it, so no rank ever holds the whole model when
-    parameters are DTensors. Weights become float32.
+    parameters are DTensors. Weights take the dtype of the meta parameters: float32, unless it was changed.
     """
     loaded = {
-        name: _placed_like(param, read_tensor(name, tuple(param.shape), files, seed=seed).to(device))
+        name: _placed_like(param, read_tensor(name, tuple(param.shape), files, seed=seed).to(device, param.dtype))
         for name, param in model.named_parameters()
         if param.is_meta
     }

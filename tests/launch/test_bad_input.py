@@ -96,7 +96,10 @@ CASES: dict[str, tuple[Callable[[Config, Path], None], list[str]]] = {
     "micro batch that does not divide": (_edit("train.micro_batch", 3), ["micro_batch=3", "4"]),
     "warmup longer than the run": (_edit("schedule.warmup_steps", 6), ["warmup_steps=6", "train.steps=5"]),
     "adapter on a whole block": (_block_adapter, ["target_modules=['blocks.0']", "linear", "'attn1.to_q'"]),
-    "streaming asked for": (_edit("memory.stagehand.enabled", True), ["stagehand"]),
+    "streaming that fsdp2 cannot do": (
+        _edit("memory", {"stagehand": {"enabled": True, "mode": "layer"}}),
+        ["memory.stagehand.mode='layer'", "fsdp2", "remove it"],
+    ),
 }
 
 

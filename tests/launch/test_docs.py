@@ -6,14 +6,17 @@ import contextlib
 import io
 import os
 import re
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from dist_layerlr import cli
 from dist_layerlr.config import _BLOCK_FIELDS, _PRESET_PARAMETERS, _REGION_FIELDS
 from dist_layerlr.depth import DEPTH_FUNCTIONS
 from dist_layerlr.layer_decay import CONVENTIONS
+from dist_layerlr.offload import StreamPolicy
 from dist_layerlr.presets import PRESET_FUNCTIONS, PRESETS
 from ranks import run_ranks
 
@@ -76,6 +79,40 @@ def test_own_trainer_snippets_run_in_one_process() -> None:
     assert "planned lr 0.0002, live 0.0001" in text
     observed = [float(line) for line in text.splitlines() if re.fullmatch(r"[\d.e-]+", line)]
     assert observed == [pytest.approx(1e-4, rel=0.02)]
+
+
+STREAMED_SHARED, *STREAMED = python_blocks("offload.md")
+
+
+def test_offload_snippets_run_alone_and_under_ddp() -> None:
+    training, predicting, ddp = STREAMED
+    trained, predicted = run_ranks(one_process, 1, STREAMED_SHARED, [training, predicting])[0]
+    assert "verified on 1 rank (unsharded)" in trained
+    assert [int(n) for n in re.findall(r"fetches=(\d+)", trained)] == [9, 6, 6]  # 6 = 2 * (6 blocks - 3 slots)
+    assert predicted.startswith("streaming 6 of 6 units through 3 slots: ")
+    (together,) = run_ranks(on_ranks, 2, STREAMED_SHARED, [ddp])[0]
+    assert "verified on 2 ranks (ddp)" in together
+
+
+def test_offload_page_prints_what_its_predict_commands_print(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    text = (DOCS / "offload.md").read_text()
+    listing = re.search(r"<<'END' > wan_14b.tsv\n(.*?)^END$", text, re.MULTILINE | re.DOTALL)
+    assert listing is not None
+    (tmp_path / "wan_14b.tsv").write_text(run_block("", listing[1]))
+    commands = re.findall(r"^dist-layerlr (predict .*)$", text, re.MULTILINE)
+    assert len(commands) == 4
+    for command in commands:
+        name, file, *flags = command.split()
+        path = tmp_path / file if file == "wan_14b.tsv" else ROOT / file
+        assert cli.main([name, str(path), *flags]) == 0
+        assert f"```text\n{capsys.readouterr().out}```" in text, command
+
+
+def test_offload_page_lists_every_field_of_the_policy() -> None:
+    text = (DOCS / "offload.md").read_text()
+    assert [f.name for f in fields(StreamPolicy) if f"| `{f.name}` |" not in text] == []
 
 
 def test_names_page_lists_every_field_strategy_preset_and_convention() -> None:

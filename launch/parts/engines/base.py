@@ -8,7 +8,10 @@ from typing import Protocol
 
 from torch import Tensor, nn
 
+from dist_layerlr.offload import Prediction
 from dist_layerlr.proof import Proof
+
+from ..options import RunOptions
 
 
 class Engine(Protocol):
@@ -34,6 +37,14 @@ class Engine(Protocol):
 
     def prove(self, factor: float) -> Proof:
         """Verify the live learning rates on all ranks."""
+        ...
+
+    def predict(self, tokens: int, micro_steps: int, options: RunOptions) -> Prediction | None:
+        """Cost of a step of microbatches of ``tokens`` while streaming; None where nothing is streamed."""
+        ...
+
+    def traffic(self) -> dict[str, int]:
+        """Bytes and copies since the last call, for the metrics; empty where nothing is streamed."""
         ...
 
     def trained_tensors(self, *, keep: bool) -> Iterator[tuple[str, Tensor]]:

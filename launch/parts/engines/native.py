@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -12,13 +13,15 @@ from torch import Tensor, nn
 
 from dist_layerlr import attach, clip_grad_norm, effect_check, scale_lrs, verify
 from dist_layerlr.model import unwrap
+from dist_layerlr.offload import Handle, Prediction, StreamPolicy, stream
 from dist_layerlr.plan import Plan
 from dist_layerlr.proof import Proof
 
 from ..options import OptimizerOptions, RunOptions
 from ..runtime import Runtime
-from ..weights import full_tensors
-from .wrap import WRAPS
+from ..weights import full_tensors, load_weights
+from .streaming import STREAMED, hold_in_bf16
+from .wrap import WRAPS, blocks_of, replicate
 
 
 class NativeEngine:
@@ -28,9 +31,33 @@ class NativeEngine:
         self, sharding: str, model: nn.Module, plan: Plan, options: RunOptions, runtime: Runtime, files: dict[str, Path]
     ):
         self._plan, self._clip, self._sharding = plan, options.train.grad_clip, sharding
+        self._handle: Handle | None = None
+        if options.stream is not None and sharding in STREAMED:
+            self._stream(model, options, options.stream, runtime, files)
+            return
         self.model = WRAPS[sharding](model, plan, options, runtime, files)
         self.model.train()
         self.optimizer = attach(plan, self.model, lambda groups: make_optimizer(groups, options.optimizer))
+
+    def _stream(
+        self, model: nn.Module, options: RunOptions, policy: StreamPolicy, runtime: Runtime, files: dict[str, Path]
+    ) -> None:
+        """Load to the host, attach, stream, and only then let DDP see what is left on the device."""
+        if options.train.dtype == "bf16":
+            hold_in_bf16(blocks_of(model, self._plan))
+        load_weights(model, files, seed=options.train.seed, device=torch.device("cpu"))
+        model.train()
+        self.optimizer = attach(
+            self._plan, model, lambda groups: make_optimizer(groups, options.optimizer), emission="groups"
+        )
+        self._handle = runtime.agree(
+            lambda: stream(
+                model, policy, optimizer=self.optimizer, device=runtime.device, files=sorted(set(files.values()))
+            )
+        )
+        if self._sharding == "ddp":
+            self._handle.exclude_from_ddp()
+        self.model = replicate(model, runtime) if self._sharding == "ddp" else model
 
     def micro_step(self, *, last: bool) -> AbstractContextManager[None]:
         """Skip the gradient reduction of all but the last micro step."""
@@ -58,6 +85,22 @@ class NativeEngine:
         """Verify the live learning rates on all ranks."""
         proof: Proof = verify(self._plan, self.model, self.optimizer, factor=factor)
         return proof
+
+    def predict(self, tokens: int, micro_steps: int, options: RunOptions) -> Prediction | None:
+        """From the speeds of this machine, which take a second to measure."""
+        if self._handle is None:
+            return None
+        dtype = torch.bfloat16 if options.train.dtype == "bf16" else None
+        return self._handle.predict(
+            tokens, checkpointing=options.train.checkpointing, micro_steps=micro_steps, dtype=dtype
+        )
+
+    def traffic(self) -> dict[str, int]:
+        """What crossed the link since the last call, and the most units that held a slot so far."""
+        if self._handle is None:
+            return {}
+        stats = self._handle.stats()
+        return {**asdict(stats.recent), "units_in_slots": stats.resident_peak}
 
     def trained_tensors(self, *, keep: bool) -> Iterator[tuple[str, Tensor]]:
         """Gather shards, one tensor (FSDP1: one unit) at a time."""

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
 from dist_layerlr.plan import Plan
@@ -16,6 +17,7 @@ from ..families import get_family
 from ..options import RunOptions
 from ..runtime import Runtime
 from ..weights import load_module, load_weights
+from .streaming import move_buffers, offload_fsdp2, prefetch_fsdp2
 
 Files = dict[str, Path]
 Wrap = Callable[[nn.Module, Plan, RunOptions, Runtime, Files], nn.Module]
@@ -29,9 +31,14 @@ def whole(model: nn.Module, plan: Plan, options: RunOptions, runtime: Runtime, f
 
 def ddp(model: nn.Module, plan: Plan, options: RunOptions, runtime: Runtime, files: Files) -> nn.Module:
     """A whole copy on every rank."""
+    load_weights(model, files, seed=options.train.seed, device=runtime.device)
+    return replicate(model, runtime)
+
+
+def replicate(model: nn.Module, runtime: Runtime) -> nn.Module:
+    """Wrap a loaded model in DDP."""
     from torch.nn.parallel import DistributedDataParallel
 
-    load_weights(model, files, seed=options.train.seed, device=runtime.device)
     ids = [runtime.local_rank] if runtime.device.type == "cuda" else None
     return DistributedDataParallel(model, device_ids=ids)
 
@@ -79,10 +86,16 @@ def _fully_shard(
     # The loop never writes into an output in place, which is what this warning is about.
     warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
     mesh = init_device_mesh(runtime.device.type, shape, mesh_dim_names=names)
-    for block in _blocks(model, plan):
-        fully_shard(block, mesh=mesh)
-    fully_shard(model, mesh=mesh)
-    load_weights(model, files, seed=options.train.seed, device=runtime.device)
+    blocks = blocks_of(model, plan)
+    offload = offload_fsdp2(runtime.device) if options.stream is not None else {}
+    for block in blocks:
+        fully_shard(block, mesh=mesh, **offload)
+    fully_shard(model, mesh=mesh, **offload)
+    home = runtime.device if options.stream is None else torch.device("cpu")
+    load_weights(model, files, seed=options.train.seed, device=home)
+    if options.stream is not None:
+        prefetch_fsdp2(blocks, options.stream.prefetch_window)
+        move_buffers(model, runtime.device)
     return model
 
 
@@ -93,7 +106,7 @@ def _flatten(
     from torch.distributed.fsdp import FullyShardedDataParallel
     from torch.distributed.fsdp.wrap import CustomPolicy
 
-    units = {id(m) for m in _blocks(model, plan)}
+    units = {id(m) for m in blocks_of(model, plan)}
     if not use_orig_params:
         units |= {id(m) for m in _trainable_leaves(model)}
         units |= {id(model.get_submodule(path)) for path in get_family(options.model_type).flat_units}
@@ -118,7 +131,7 @@ def _trainable_leaves(model: nn.Module) -> list[nn.Module]:
     return [m for m in model.modules() if any(p.requires_grad for p in m.parameters(recurse=False))]
 
 
-def _blocks(model: nn.Module, plan: Plan) -> list[nn.Module]:
+def blocks_of(model: nn.Module, plan: Plan) -> list[nn.Module]:
     """The modules that the plan calls blocks, in order."""
     stacks = dict.fromkeys(e.stack for e in plan.entries.values() if e.stack is not None)
     blocks: list[nn.Module] = []

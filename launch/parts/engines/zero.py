@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from dist_layerlr import attach, bind, check_ds_config, checks, scale_lrs, verify
 from dist_layerlr.config import read_json
 from dist_layerlr.errors import ConfigError
+from dist_layerlr.offload import Prediction
 from dist_layerlr.plan import Plan
 from dist_layerlr.proof import Proof
 
@@ -22,6 +23,8 @@ from ..options import RunOptions
 from ..runtime import Runtime
 from ..weights import full_tensors, load_weights
 from .native import make_optimizer, observe
+from .streaming import offload_zero
+from .wrap import blocks_of
 
 STAGES = (0, 1, 2, 3)
 _BLOCKS = ("zero_optimization", "bf16", "fp16", "optimizer", "scheduler")
@@ -39,7 +42,8 @@ class ZeroEngine:
         files: dict[str, Path],
         config_file: str,
     ):
-        config = runtime.agree(lambda: read_zero_config(config_file, options, runtime.world_size))
+        largest = max((sum(p.numel() for p in block.parameters()) for block in blocks_of(model, plan)), default=0)
+        config = runtime.agree(lambda: read_zero_config(config_file, options, runtime.world_size, block_numel=largest))
         # Stage 3 partitions on the way to the card, which need not hold the whole model.
         stage = config.get("zero_optimization", {}).get("stage", 0)
         device = torch.device("cpu") if stage == 3 else runtime.device
@@ -73,13 +77,27 @@ class ZeroEngine:
         proof: Proof = verify(self._plan, self.model, factor=factor)
         return proof
 
+    def predict(self, tokens: int, micro_steps: int, options: RunOptions) -> Prediction | None:
+        """None: DeepSpeed's own offload is not predicted."""
+        return None
+
+    def traffic(self) -> dict[str, int]:
+        """Empty: DeepSpeed does not count."""
+        return {}
+
     def trained_tensors(self, *, keep: bool) -> Iterator[tuple[str, Tensor]]:
         """Stages 0 to 2 keep whole weights on every rank; stage 3 gathers one tensor at a time."""
         return full_tensors(self.model.module, keep=keep)
 
 
-def read_zero_config(path: str, options: RunOptions, world_size: int) -> dict[str, Any]:
+def read_zero_config(path: str, options: RunOptions, world_size: int, *, block_numel: int = 0) -> dict[str, Any]:
     """Read a ds_config and fill in what the training config decides.
+
+    Args:
+        path: of the ds_config.
+        options: of the run.
+        world_size: number of ranks.
+        block_numel: parameters of the largest block, for ``memory.stagehand``.
 
     Raises:
         ConfigError: settings that would take the plan's rates over, or that contradict the training config.
@@ -114,6 +132,10 @@ def read_zero_config(path: str, options: RunOptions, world_size: int) -> dict[st
     # A torch optimizer is what the plan was attached to; DeepSpeed would otherwise insist on its own for offload.
     fixed = {"zero_allow_untested_optimizer": True, "zero_force_ds_cpu_optimizer": False}
     complete = {**config, **filled, **fixed, "gradient_clipping": clip}
+    if options.stream is not None:
+        complete["zero_optimization"] = offload_zero(
+            config.get("zero_optimization", {}), options.stream, block_numel, path
+        )
     check_ds_config(complete)
     return complete
 

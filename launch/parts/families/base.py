@@ -45,6 +45,10 @@ class Family(Protocol):
         """
         ...
 
+    def tokens(self, model_config: Mapping[str, Any], sample: Mapping[str, Tensor]) -> int:
+        """Tokens that the blocks see for one sample."""
+        ...
+
     def check_sample(
         self, model_config: Mapping[str, Any], sample: Mapping[str, Tensor], label: str = "data sample"
     ) -> None:

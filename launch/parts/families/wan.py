@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from math import prod
 from typing import Any
 
 from torch import Tensor, nn
@@ -33,6 +34,11 @@ class Wan:
             hidden_states=noisy, timestep=timestep, encoder_hidden_states=batch["prompt_embeds"], return_dict=False
         )
         return output[0]
+
+    def tokens(self, model_config: Mapping[str, Any], sample: Mapping[str, Tensor]) -> int:
+        """Patches of the latents."""
+        sizes = zip(sample["latents"].shape[1:], model_config["patch_size"], strict=True)
+        return prod(size // step for size, step in sizes)
 
     def check_sample(
         self, model_config: Mapping[str, Any], sample: Mapping[str, Tensor], label: str = "data sample"

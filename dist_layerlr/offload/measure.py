@@ -1,0 +1,117 @@
+"""Speeds of this device and its link, and what they mean for a live model: a second of copies and matrix products."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import nn
+
+from dist_layerlr.offload.figures import UnitInfo
+from dist_layerlr.offload.predict import GB, Layout, Machine, Prediction, Workload, common_width, predict
+
+ROUNDS = 5
+LONGEST = 8192
+"""Rows of the measured matrix product; more are not faster."""
+
+
+def predict_live(
+    model: nn.Module, units: Sequence[UnitInfo], streamed: Collection[str], device: torch.device, work: Workload,
+    *, window: int, dtype: torch.dtype | None, machine: Machine | None,
+) -> Prediction:  # fmt: skip
+    """Predict a step of a streamed model.
+
+    Args:
+        model: unsharded.
+        units: of its handle.
+        streamed: names of streamed parameters.
+        device: where compute happens.
+        work: what is computed; activations count as ``dtype``.
+        window: units fetched ahead.
+        dtype: computed in; None: that of the largest streamed parameter.
+        machine: speeds; None: measured now.
+    """
+    parameters = dict(model.named_parameters())
+    moving = [parameters[name] for name in streamed]
+    resident = sum(u.device_bytes for u in units if u.resident)
+    layout = Layout(
+        units=tuple(units),
+        fixed_bytes=sum(p.nbytes for p in parameters.values()) - sum(p.nbytes for p in moving) - resident,
+        width=common_width(tuple(p.shape) for p in moving),
+        stepped=sum(p.numel() for p in moving if p.requires_grad),
+    )
+    dtype = dtype or max(moving, key=lambda p: p.numel()).dtype
+    if machine is None:
+        machine = measure_machine(device, tokens=min(work.tokens, LONGEST), width=layout.width or 1024, dtype=dtype)
+    return predict(layout, replace(work, activation_bytes=dtype.itemsize), machine, window=window)
+
+
+def measure_machine(
+    device: torch.device, *, tokens: int, width: int, dtype: torch.dtype, megabytes: int = 256
+) -> Machine:
+    """Measure the pinned link and the matrix products of a block.
+
+    Args:
+        device: a CUDA device; on the CPU, copies in its own memory stand in for the link.
+        tokens: rows of the product.
+        width: columns; the matrix is (width, 4 * width), as a feed-forward layer's.
+        dtype: computed in.
+        megabytes: of one copy.
+    """
+    return Machine(
+        gb_s=link_gb_s(device, megabytes=megabytes), tflops=gemm_tflops(device, tokens=tokens, width=width, dtype=dtype)
+    )
+
+
+def link_gb_s(device: torch.device, *, megabytes: int = 256, pinned: bool = True, back: bool = False) -> float:
+    """Bandwidth of copies to the device, or ``back`` from it, in 1e9 bytes per second."""
+    cuda = device.type == "cuda"
+    host = torch.empty(megabytes << 20, dtype=torch.uint8, pin_memory=cuda and pinned)
+    there = torch.empty(megabytes << 20, dtype=torch.uint8, device=device)
+    target, source = (host, there) if back else (there, host)
+    return host.numel() / GB / _seconds(device, lambda: target.copy_(source, non_blocking=True))
+
+
+def both_ways_gb_s(device: torch.device, *, megabytes: int = 256) -> float:
+    """Sum of both directions, copied at once on two streams."""
+    size = megabytes << 20
+    hosts = [torch.empty(size, dtype=torch.uint8, pin_memory=True) for _ in range(2)]
+    there = [torch.empty(size, dtype=torch.uint8, device=device) for _ in range(2)]
+    make_stream: Any = torch.cuda.Stream
+    streams = [make_stream(device) for _ in range(2)]
+
+    def copy() -> None:
+        with torch.cuda.stream(streams[0]):
+            there[0].copy_(hosts[0], non_blocking=True)
+        with torch.cuda.stream(streams[1]):
+            hosts[1].copy_(there[1], non_blocking=True)
+
+    return 2 * size / GB / _seconds(device, copy)
+
+
+def gemm_tflops(device: torch.device, *, tokens: int, width: int, dtype: torch.dtype) -> float:
+    """Achieved operations per second of (tokens, width) @ (width, 4 * width), in 1e12."""
+    x = torch.randn(tokens, width, device=device, dtype=dtype)
+    weight = torch.randn(width, 4 * width, device=device, dtype=dtype)
+    return 8.0 * tokens * width * width / 1e12 / _seconds(device, lambda: torch.mm(x, weight))
+
+
+def _seconds(device: torch.device, work: Callable[[], object]) -> float:
+    """Median seconds of ``work``; the first run warms up."""
+    times = []
+    for _ in range(ROUNDS + 1):
+        _wait(device)
+        start = time.perf_counter()
+        work()
+        _wait(device)
+        times.append(time.perf_counter() - start)
+    return statistics.median(times[1:])
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
