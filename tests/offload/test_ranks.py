@@ -76,6 +76,7 @@ def _ddp(rank: int, world_size: int) -> Any:
             with pytest.raises(OffloadError, match="DistributedDataParallel: stream the model first"):
                 attach(wrapped, LORA, "cpu")
             handle.remove()
+            assert "_ddp_params_and_buffers_to_ignore" not in vars(model)
     with pytest.raises(OffloadError, match="streamed on 2 ranks.*stream_trainable=False"):
         attach(FULL.model(), FULL, "cpu")
     _refuse_sharded()

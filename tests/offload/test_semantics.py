@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import gc
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -407,3 +409,24 @@ def test_stats_tell_what_was_moved_since_the_last_call(device: str):
     assert first.recent == first.total
     assert second.recent.fetches == second.total.fetches - first.total.fetches == 2 * BLOCKS - 3
     assert second.recent.d2h_bytes == sum(u.grad_bytes for u in handle.units)
+
+
+@ON_CPU
+def test_backward_after_remove_says_so(device: str):
+    model = LORA.model()
+    handle = attach(model, LORA, device)
+    loss = loss_of(model, LORA, 0, device)
+    handle.remove()
+    with pytest.raises(OffloadError, match="handle was removed"):
+        loss.backward()
+
+
+@ON_CPU
+def test_a_model_that_is_dropped_without_remove_is_freed(device: str):
+    model = LORA.model()
+    seen = weakref.ref(model)
+    handle = attach(model, LORA, device)
+    loss_of(model, LORA, 0, device).backward()
+    del model, handle
+    gc.collect()
+    assert seen() is None
