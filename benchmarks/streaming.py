@@ -47,7 +47,7 @@ from dist_layerlr.offload.predict import GB, Layout, Machine, Prediction, Worklo
 
 RESULTS = ROOT / "benchmarks" / "results"
 TOLERANCE = 0.2
-"""Relative, of the fastest step. Without overlap a step is 1.4 to 1.7 times as long. A CPU that computes does not run ahead
+"""Relative, of the fastest step. Without overlap a step is 1.4 to 1.6 times as long. A CPU that computes does not run ahead
 and ask for copies, so they start up to two blocks late."""
 assert SMALL.flops is not None
 CPU = Machine(gb_s=0.125, copy_us=500, tflops=SMALL.flops / 1e12)
