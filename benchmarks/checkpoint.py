@@ -9,6 +9,8 @@ leaves its files to the page cache; they are fsynced here within its time, as DC
 time without is given too. Loads read from the page cache, into state that exists. Peak memory is the rank's resident set
 during the call, above what it was before it.
 
+`base_model`: see load_model.py.
+
 Writes its part of benchmarks/results/checkpoint.json; the other parts stay.
 """
 
@@ -41,6 +43,7 @@ except ModuleNotFoundError:
 
 import torch
 import torch.distributed as dist
+from load_model import base_model, resident_mb
 from torch import Tensor, nn
 
 WORLD = 2
@@ -199,12 +202,6 @@ def measure(arm: Arm, what: str, call: Callable[[], Any]) -> None:
     arm.peak_mb.setdefault(what, []).append(float(numbers[1]))
 
 
-def resident_mb(key: str) -> float:
-    """A row of /proc/self/status."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return int(next(line for line in lines if line.startswith(key)).split()[1]) / 1024
-
-
 def sync(folder: Path) -> None:
     """Bring this rank's half of the files to disk."""
     for path in sorted(p for p in folder.rglob("*") if p.is_file())[dist.get_rank() :: WORLD]:
@@ -273,7 +270,7 @@ def print_row(row: dict[str, Any]) -> None:
     print(text, flush=True)
 
 
-PARTS: dict[str, Callable[[int, str | None, int, Path], Any]] = {"checkpoints": checkpoints}
+PARTS: dict[str, Callable[[int, str | None, int, Path], Any]] = {"checkpoints": checkpoints, "base_model": base_model}
 """{key in the results: what measures it on every rank}."""
 
 

@@ -29,7 +29,7 @@ from dist_layerlr.tensorfile import Stored, stored_tensors
 Source = str | Path | Iterable[Path]
 Fresh = Callable[[str, Shape], Tensor]
 CHUNK = 1 << 24
-"""Elements read at once: what loading needs beside the model itself."""
+"""Elements read at once where they are cast or go to a device: what loading needs beside the model itself."""
 
 
 def load_pretrained(model: nn.Module, source: Source, *, fresh: Fresh | None = None) -> None:
@@ -120,6 +120,9 @@ def _fill(matched: Matched, fresh: Fresh | None) -> None:
 
 
 def _read(weight: Weight, stored: Stored) -> None:
+    if weight.dtype == stored.dtype and weight.tensor.device.type == "cpu":
+        stored.read(weight.start, weight.numel, weight.tensor)
+        return
     for first in range(0, weight.numel, CHUNK):
         numel = min(CHUNK, weight.numel - first)
         weight.tensor[first : first + numel].copy_(stored.read(weight.start + first, numel))

@@ -41,13 +41,18 @@ class Stored:
     offset: int
     """First byte in the file."""
 
-    def read(self, start: int, numel: int) -> Tensor:
+    def read(self, start: int, numel: int, out: Tensor | None = None) -> Tensor:
         """Elements [start, start + numel) of the flattened tensor, on the CPU; nothing else is read.
+
+        Args:
+            start: first element.
+            numel: number of elements.
+            out: flat and contiguous CPU memory of ``dtype`` to read into; None: new memory.
 
         Raises:
             ModelSourceError: the file ends before, or is gone.
         """
-        tensor = torch.empty(numel, dtype=self.dtype)
+        tensor = torch.empty(numel, dtype=self.dtype) if out is None else out
         view = tensor.view(torch.uint8).numpy().data
         try:
             with self.file.open("rb", buffering=0) as file:

@@ -19,6 +19,7 @@ gradient stream (device to host). The host never waits for the device except whe
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable
 from typing import Any, Protocol
 
@@ -27,6 +28,7 @@ from torch import Tensor
 
 from dist_layerlr.errors import OffloadError
 
+PAGE = 4096
 Event = Any
 """A point in a queue."""
 
@@ -129,6 +131,7 @@ class Cuda:
         index = torch.cuda.current_device() if device.index is None else device.index
         self.device = torch.device("cuda", index)
         self._copies: torch.cuda.Stream = torch.cuda.Stream(self.device)  # type: ignore[no-untyped-call]
+        self._pins: dict[int, weakref.finalize[Any, Any]] = {}
         self._gradients: torch.cuda.Stream = torch.cuda.Stream(self.device)  # type: ignore[no-untyped-call]
 
     def allocate(self, nbytes: int) -> Tensor:
@@ -179,11 +182,12 @@ class Cuda:
                 f"Cannot page-lock {tensor.nbytes / 2**20:.0f} MiB of host memory ({status}). "
                 "Set pinned_pool_mb lower (masters then stay pageable), or raise the limit (ulimit -l)."
             )
+        # Also where the model is dropped without remove(): a page must not stay locked when its memory is reused.
+        self._pins[tensor.data_ptr()] = weakref.finalize(tensor, runtime.cudaHostUnregister, tensor.data_ptr())
 
     def unpin(self, tensor: Tensor) -> None:
         """Give the range back."""
-        runtime: Any = torch.cuda.cudart()  # type: ignore[no-untyped-call]
-        runtime.cudaHostUnregister(tensor.data_ptr())
+        self._pins.pop(tensor.data_ptr())()
 
     def free_bytes(self) -> int | None:
         """As the driver reports it, cached blocks of torch's allocator included."""
@@ -194,6 +198,13 @@ class Cuda:
     def synchronize(self) -> None:
         """Block the host until the device is idle."""
         torch.cuda.synchronize(self.device)
+
+
+def host_buffer(nbytes: int) -> Tensor:
+    """Host bytes on pages that nothing else lies on, so that they can be locked and unlocked alone."""
+    memory = torch.empty(nbytes + 2 * PAGE, dtype=torch.uint8)
+    start = -memory.data_ptr() % PAGE
+    return memory[start : start + nbytes]
 
 
 def choose(device: torch.device | str | None) -> Backend:

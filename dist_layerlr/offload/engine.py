@@ -89,10 +89,12 @@ class Engine:
             backend, (p.weight.param for u in units for p in u.pieces if p.trainable), self._enter_backward
         )
 
-    def hook(self, model: nn.Module, before: Callable[[], None]) -> Iterable[RemovableHandle]:
-        """Register all triggers. ``before`` runs before each forward of the model."""
+    def hook(
+        self, model: nn.Module, before: Callable[[], None], after: Callable[[], None]
+    ) -> Iterable[RemovableHandle]:
+        """Register all triggers. ``before`` and ``after`` run around each forward of the model."""
         yield model.register_forward_pre_hook(partial(self._begin, before), prepend=True)
-        yield model.register_forward_hook(self._end, always_call=True)
+        yield model.register_forward_hook(partial(self._end, after), always_call=True)
         for index, unit in enumerate(self.units):
             yield unit.module.register_forward_pre_hook(partial(self._enter_unit, index), prepend=True)
             yield unit.module.register_forward_hook(partial(self._leave_unit, index), always_call=True)
@@ -147,10 +149,10 @@ class Engine:
         # Point 2 of [Note: stream order]: whoever still refers to the slot may use it after this point.
         slot.free = None if index in self._referred() else self._backend.mark()
 
-    def forget(self, *, trainable_only: bool) -> None:
-        """Give up the copies in slots, because their masters may change unseen."""
+    def forget_trainable(self) -> None:
+        """Give up copies whose masters the optimizer is about to change, maybe through ``.data``."""
         for unit in self.ring.holders():
-            if self.units[unit].grad_bytes or not trainable_only:
+            if self.units[unit].trained:
                 self.ring.drop(unit)
 
     def settle(self) -> None:
@@ -158,15 +160,17 @@ class Engine:
         with self._lock:
             self._ending = None
             self.rest()
-            self.forget(trainable_only=True)
+            self.forget_trainable()
             self.sink.settle()
 
     def close(self) -> None:
         """Stop. Parameters point at the host afterwards."""
-        self.settle()
-        self.sink.close()
-        self.fetcher.close()
-        self._slots = ()
+        try:
+            self.settle()
+        finally:
+            self.sink.close()
+            self.fetcher.close()
+            self._slots = ()
 
     def __reduce_ex__(self, protocol: Any) -> NoReturn:
         """Refuse copies: two models would share slots."""
@@ -180,22 +184,21 @@ class Engine:
         if graph_task() == -1:
             while self._saving:  # left by a KeyboardInterrupt
                 self._stop_saving()
-            for index in range(len(self.units)):
-                self._check(
-                    index, self.units[index].pieces[:1]
-                )  # one tells of a cast of all, before other code stumbles
+            for index, unit in enumerate(self.units):  # a cast of everything shows before other code trips over it
+                self._check(index, unit.pieces[:1])
             before()
             self._inside = True
 
-    def _end(self, module: nn.Module, args: Any, output: Any) -> None:
+    def _end(self, after: Callable[[], None], module: nn.Module, args: Any, output: Any) -> None:
         if graph_task() != -1:
             return
         self._inside = False
         with self._lock:
             self.rest()
             if not torch.is_grad_enabled():
-                self.forget(trainable_only=True)
+                self.forget_trainable()
             self._learn_order()
+        after()
 
     def _enter_unit(self, index: int, module: nn.Module, args: Any) -> None:
         if torch.compiler.is_compiling():
@@ -221,7 +224,9 @@ class Engine:
 
     def _enter_backward(self) -> None:
         """Be told when this pass ends. The first trigger under reentrant checkpointing lies in the outermost pass."""
-        if self._ending is None:
+        with self._lock:
+            if self._ending is not None:
+                return
             end = _EndOfBackward(self.settle)
             # Released without a call when the pass fails, before the caller sees the exception.
             self._ending = weakref.ref(end, lambda _: self.settle())
@@ -260,6 +265,10 @@ class Engine:
         if not isinstance(saved, _Saved):
             result: Tensor = saved
             return result
+        if not self._slots:
+            raise OffloadError(
+                "backward() needs streamed weights, but their handle was removed. Run it before remove()."
+            )
         self.need(saved.unit)
         unit = self.units[saved.unit]
         if unit.versions() != saved.versions:

@@ -7,12 +7,11 @@ from collections.abc import Callable, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from dist_layerlr.errors import OffloadError
-from dist_layerlr.offload.backend import Backend, Event
+from dist_layerlr.offload.backend import Backend, Event, host_buffer
 from dist_layerlr.offload.internals import graph_task
 
 STAGING = 2
@@ -62,7 +61,7 @@ class GradSink:
         """Sent to the host so far."""
         params = list(params)
         largest = max((p.numel() * p.element_size() for p in params), default=0)
-        self._staging = [torch.empty(largest, dtype=torch.uint8) for _ in range(STAGING if params else 0)]
+        self._staging = [host_buffer(largest) for _ in range(STAGING if params else 0)]
         self._idle: queue.SimpleQueue[Tensor] = queue.SimpleQueue()
         for buffer in self._staging:
             backend.pin(buffer)

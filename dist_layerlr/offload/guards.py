@@ -29,6 +29,26 @@ class GroupWatch:
     def __init__(self, optimizer: Optimizer):
         self._optimizer = optimizer
         self._members = self._read()
+        self._rates = self._read_rates()
+
+    def begin(self) -> None:
+        """Start of a forward: compare members with the start of streaming, note the rates.
+
+        Raises:
+            OffloadError: as ``check``.
+        """
+        self.check()
+        self._rates = self._read_rates()
+
+    def end(self) -> None:
+        """End of a forward, during which nobody steps or schedules.
+
+        Raises:
+            OffloadError: a group changed meanwhile.
+        """
+        self.check()
+        if self._read_rates() != self._rates:
+            raise OffloadError("A learning rate changed while the streamed model ran. Step schedulers between passes.")
 
     def check(self) -> None:
         """Compare with the start.
@@ -46,8 +66,7 @@ class GroupWatch:
                 "Call handle.remove(), change the optimizer, and stream again."
             )
 
-    def rates(self) -> list[object]:
-        """Learning rates, by group."""
+    def _read_rates(self) -> list[object]:
         return [group.get("lr") for group in self._optimizer.param_groups]
 
     def _read(self) -> list[list[int]]:

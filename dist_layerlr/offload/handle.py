@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from functools import partial
 from pathlib import Path
 from types import TracebackType
@@ -13,7 +13,6 @@ import torch
 from torch import nn
 from torch.nn.modules.module import register_module_parameter_registration_hook
 from torch.optim import Optimizer
-from torch.utils.hooks import RemovableHandle
 
 from dist_layerlr.errors import OffloadError
 from dist_layerlr.offload.backend import Backend, choose
@@ -34,8 +33,8 @@ from dist_layerlr.offload.units import Cut, cut
 _DDP_IGNORED = "_ddp_params_and_buffers_to_ignore"
 _AUTO_SHARE = 0.5
 """Part of the free device memory that ``resident_blocks='auto'`` fills; activations need the rest."""
-_STREAMED: weakref.WeakKeyDictionary[nn.Module, Handle] = weakref.WeakKeyDictionary()
-"""{unit's module: the handle that streams it}."""
+_STREAMED: weakref.WeakSet[nn.Module] = weakref.WeakSet()
+"""Modules of units that are streamed."""
 
 
 class Handle:
@@ -52,8 +51,9 @@ class Handle:
         self._residents = Residents(backend.device, optimizer)
         self._homes: list[tuple[Piece, torch.device]] = []
         self._engine: Engine | None = None
-        self._hooks: list[RemovableHandle] = []
+        self._undo: list[Callable[[], object]] = []
         self._reported = Traffic()
+        self._claimed: list[nn.Module] = []
         self._grown = False
         """Whether some module registered a parameter since the last forward."""
 
@@ -111,8 +111,9 @@ class Handle:
 
         They are frozen and equal on all ranks, since each loaded them. Without this DDP would broadcast them at its start.
         """
-        ignored: Iterable[str] = getattr(self._model, _DDP_IGNORED, ())
-        setattr(self._model, _DDP_IGNORED, sorted({*ignored, *self.streamed_names()}))
+        before: list[str] | None = self._model.__dict__.get(_DDP_IGNORED)
+        self._undo.append(partial(_restore, self._model, before))
+        setattr(self._model, _DDP_IGNORED, sorted({*(before or ()), *self.streamed_names()}))
 
     def check(self) -> None:
         """Compare the optimizer's groups with those at the start. Every forward does.
@@ -128,20 +129,25 @@ class Handle:
 
         Frozen weights that ``host_dtype`` stored in 8 bits come back rounded.
         """
-        for hook in self._hooks:
-            hook.remove()
-        self._hooks.clear()
-        if self._engine is not None:
-            self._engine.close()
+        while self._undo:
+            self._undo.pop()()
+        try:
+            if self._engine is not None:
+                self._engine.close()
+        finally:
             self._engine = None
-        for piece, home in self._homes:
+            self._restore_model()
+
+    def _restore_model(self) -> None:
+        while self._homes:  # one at a time, so that memory is freed as it is copied
+            piece, home = self._homes.pop()
             param = piece.weight.param
             if param.data_ptr() == piece.host.data_ptr():  # else the user gave it other data
                 move(param, home, self._optimizer, piece.value().to(home))
-        self._homes.clear()
         self._residents.release()
-        for module in [m for m, handle in _STREAMED.items() if handle is self]:
-            del _STREAMED[module]
+        for module in self._claimed:
+            _STREAMED.discard(module)
+        self._claimed.clear()
 
     def __enter__(self) -> Handle:
         return self
@@ -166,7 +172,8 @@ class Handle:
         mapped = map_frozen(cuts, files) if self.policy.host == FILE else None
         units = []
         for each in cuts:
-            _STREAMED[each.module] = self
+            _STREAMED.add(each.module)
+            self._claimed.append(each.module)
             units.append(build(each, mapped, self.policy.host_dtype))
             for piece in units[-1].pieces:
                 param = piece.weight.param
@@ -174,12 +181,14 @@ class Handle:
                 move(param, torch.device("cpu"), self._optimizer, piece.host)
         self._settle_rest()
         self._engine = self._make_engine(units)
-        self._hooks.extend(self._engine.hook(self._model, self._before_forward))
-        self._hooks.append(register_module_parameter_registration_hook(self._note_growth))
+        hooks = list(self._engine.hook(self._model, self._before_forward, self._after_forward))
+        # That list of hooks is global: it must not keep the model alive.
+        hooks.append(register_module_parameter_registration_hook(partial(_note_growth, weakref.ref(self))))
         for piece in (p for u in units for p in u.pieces if p.codes is not None):
             owner: Any = piece.weight.owner
-            self._hooks.append(owner.register_state_dict_post_hook(partial(_save_value, piece)))
-            self._hooks.append(owner.register_load_state_dict_pre_hook(partial(_refuse_load, piece)))
+            hooks.append(owner.register_state_dict_post_hook(partial(_save_value, piece)))
+            hooks.append(owner.register_load_state_dict_pre_hook(partial(_refuse_load, piece)))
+        self._undo.extend(hook.remove for hook in hooks)
 
     def _make_engine(self, units: list[Unit]) -> Engine:
         count = min(self.policy.slots, len(units))
@@ -195,18 +204,20 @@ class Handle:
         )
 
     def _before_forward(self) -> None:
-        self.check()
+        if self._watch is not None:
+            self._watch.begin()
         self._residents.check()
         if self._grown:
             self._settle_rest()
+
+    def _after_forward(self) -> None:
+        if self._watch is not None:
+            self._watch.end()
 
     def _settle_rest(self) -> None:
         """What is not streamed, adapters that came later included, lives on the device."""
         self._grown = False
         self._residents.adopt(self._model, {id(piece.weight.param) for piece, _ in self._homes})
-
-    def _note_growth(self, module: nn.Module, name: str, param: nn.Parameter) -> None:
-        self._grown = True
 
 
 def stream(
@@ -303,6 +314,19 @@ def _check_pool(policy: StreamPolicy, cuts: list[Cut]) -> None:
             f"Invalid pinned_pool_mb={policy.pinned_pool_mb}: smaller than what one unit ({largest.name}) passes through. "
             f"Must be >= {least}."
         )
+
+
+def _note_growth(handle: weakref.ref[Handle], module: nn.Module, name: str, param: nn.Parameter) -> None:
+    live = handle()
+    if live is not None:
+        live._grown = True
+
+
+def _restore(model: nn.Module, ignored: list[str] | None) -> None:
+    if ignored is None:
+        delattr(model, _DDP_IGNORED)
+    else:
+        setattr(model, _DDP_IGNORED, ignored)
 
 
 def _save_value(piece: Piece, module: nn.Module, state_dict: dict[str, Any], prefix: str, metadata: Any) -> None:

@@ -25,7 +25,7 @@ class Residents:
         """
         named: list[tuple[str, Tensor]] = [*model.named_parameters(), *model.named_buffers()]
         for name, tensor in named:
-            if id(tensor) not in streamed and tensor.device != self._device:
+            if id(tensor) not in streamed and id(tensor) not in self._homes and tensor.device != self._device:
                 self._homes[id(tensor)] = (name, tensor, tensor.device)
                 move(tensor, self._device, self._optimizer)
 

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from dist_layerlr.offload.backend import host_buffer
 from dist_layerlr.offload.codec import decode, encode, encoded_rows
 from dist_layerlr.offload.units import Cut, Weight
 
@@ -41,6 +42,9 @@ class Piece:
     codes: torch.dtype | None = None
     """8-bit dtype of an encoded master, whose scales (float32, one per row) follow the codes."""
 
+    mapped: bool = False
+    """Whether the master lies in a file."""
+
     @property
     def name(self) -> str:
         """As in ``model.named_parameters()``."""
@@ -66,9 +70,9 @@ class Piece:
         decode(codes.view(self.codes).view(rows, -1), scale.view(torch.float32).view(rows, 1), target)
 
     def value(self) -> Tensor:
-        """The parameter's value, in host memory of its own."""
+        """The parameter's value, in host memory of its own, or mapped from its file."""
         if self.codes is None:
-            return self.host.clone()
+            return self.host if self.mapped else self.host.clone()
         value = torch.empty_strided(self.shape, self.stride, dtype=self.dtype)
         self.expand(torch.cat([self.master.new_zeros(self.start), self.master]), value)
         return value
@@ -139,12 +143,13 @@ def build(cut: Cut, files: Files | None, host_dtype: str | None) -> Unit:
     sizes = _sizes(cut, host_dtype)
     starts = _offsets(sizes)
     offsets = _offsets([w.param.numel() * w.param.element_size() for w in cut.weights])
-    arena = torch.empty(starts[-1] + sizes[-1], dtype=torch.uint8) if files is None else None
+    arena = host_buffer(starts[-1] + sizes[-1]) if files is None else None
     pieces = []
     for weight, form, size, start, offset in zip(cut.weights, formats, sizes, starts, offsets, strict=True):
         data = weight.param.detach()
         codes: torch.dtype | None = None
-        if files is not None and not weight.param.requires_grad:
+        mapped = files is not None and not weight.param.requires_grad
+        if files is not None and mapped:
             host = files[weight.name]
             master = host.view(-1).view(torch.uint8)
         else:
@@ -163,6 +168,7 @@ def build(cut: Cut, files: Files | None, host_dtype: str | None) -> Unit:
                 host=host,
                 master=master,
                 codes=codes,
+                mapped=mapped,
             )
         )
     return Unit(cut, pieces, arena)

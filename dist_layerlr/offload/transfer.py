@@ -10,7 +10,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from dist_layerlr.offload.backend import Backend, Event
+from dist_layerlr.offload.backend import Backend, Event, host_buffer
 from dist_layerlr.offload.store import Unit, aligned
 
 MEBIBYTE = 2**20
@@ -65,7 +65,7 @@ class Fetcher:
         largest = max(u.host_bytes for u in units)
         count = MOST_STAGING if pool_bytes is None else min(MOST_STAGING, pool_bytes // largest)
         for _ in range(count):
-            memory = torch.empty(largest, dtype=torch.uint8)
+            memory = host_buffer(largest)
             self._pin(memory)
             self._idle.put(_Staging(memory))
         self._worker = ThreadPoolExecutor(1, "offload-staging")

@@ -6,9 +6,11 @@ import logging
 import os
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
 from typing import Any
 
 import deepspeed
+import pytest
 import torch
 import torch._dynamo  # noqa: F401  before the fork, as DeepSpeed's parts: imports take longer than most cases
 import torch.distributed as dist
@@ -23,6 +25,7 @@ from torch.distributed.fsdp import ShardingStrategy, fully_shard
 from torch.distributed.fsdp.wrap import ModuleWrapPolicy
 from torch.nn.parallel import DistributedDataParallel as DDP
 from torch.optim.lr_scheduler import LambdaLR
+from torch.utils.cpp_extension import get_default_build_root
 
 from dist_layerlr import attach, bind, canonical_name, check_ds_config, clip_grad_norm, plan_model
 from dist_layerlr.model import unwrap
@@ -106,6 +109,13 @@ def start_deepspeed() -> None:
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
     deepspeed.init_distributed("gloo", verbose=False)
+
+
+def need_cpu_adam() -> None:
+    """Skip, saying so, where DeepSpeedCPUAdam would first be compiled."""
+    root = os.environ.get("TORCH_EXTENSIONS_DIR") or get_default_build_root()
+    if not any(Path(root).glob("**/cpu_adam.so")):
+        pytest.skip("DeepSpeedCPUAdam is not compiled here (its first use takes minutes)")
 
 
 def ds_config(stage: int, recipe: Recipe, **fields: Any) -> dict[str, Any]:

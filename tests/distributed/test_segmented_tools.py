@@ -18,7 +18,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
 import dist_layerlr as dl
-from drivers import start_deepspeed
+from drivers import need_cpu_adam, start_deepspeed
 from toy import CONFIG, At, Block, Cases, Outcomes, backward, farthest, make_model
 
 STEPS = 3
@@ -146,18 +146,19 @@ def test_fsdp1_with_original_parameters_loses_first_moments_in_its_state_dict_an
                 torch.testing.assert_close(piece.tensors[key], wanted, rtol=1e-4, atol=1e-7)
 
 
-def engine(stage: int, **fields: Any) -> tuple[dl.Plan, Any]:
+def engine(stage: int, make: Any = adamw, emission: str = "segmented", **fields: Any) -> tuple[dl.Plan, Any]:
     import deepspeed
 
     model = make_model()
     plan = dl.plan_model(model, CONFIG)
-    optimizer = dl.attach(plan, model, adamw, emission="segmented")
+    optimizer = dl.attach(plan, model, make, emission=emission)
     config = {
         "train_micro_batch_size_per_gpu": 4, "gradient_clipping": 0.0, "zero_allow_untested_optimizer": True,
         "zero_optimization": {"stage": stage}, "steps_per_print": 10**9, **fields,
     }  # fmt: skip
     made = deepspeed.initialize(model=model, optimizer=optimizer, config=config)[0]
-    dl.bind(plan, made)
+    if emission == "segmented":
+        dl.bind(plan, made)
     return plan, made
 
 
@@ -220,3 +221,20 @@ def test_zero_2_exports_and_universal_checkpoints_work(at: At) -> None:
 @cases
 def test_zero_3_exports_and_universal_checkpoints_work(at: At) -> None:
     zero_tools(at, 3)
+
+
+@cases
+def test_deepspeeds_cpu_adam_steps_slices_like_groups(at: At) -> None:
+    need_cpu_adam()
+    from deepspeed.ops.adam import DeepSpeedCPUAdam
+
+    offload = {"offload_optimizer": {"device": "cpu"}}
+    for stage in (2, 3):
+        trained = []
+        for emission in ("groups", "segmented"):
+            fields = {"zero_optimization": {"stage": stage, **offload}}
+            plan, made = engine(stage, lambda g: DeepSpeedCPUAdam(g, weight_decay=0.1), emission, **fields)
+            drive(made, at.rank, range(STEPS))
+            dl.verify(plan, made)
+            trained.append(masters(made))
+        assert farthest(*trained) <= 1e-6

@@ -11,7 +11,6 @@ import contextlib
 import inspect
 import io
 import logging
-import os
 from pathlib import Path
 from typing import Any
 
@@ -28,10 +27,10 @@ from deepspeed.utils.zero_to_fp32 import (
     get_fp32_state_dict_from_zero_checkpoint,
 )
 from torch import nn
-from torch.utils.cpp_extension import get_default_build_root
 
 import dist_layerlr
 from dist_layerlr.errors import CheckpointError, ConfigError, PlanMismatch
+from drivers import need_cpu_adam
 from toy import (
     CONFIG,
     RATES,
@@ -675,15 +674,9 @@ def test_19_adagrad_under_zero_is_refused_with_the_reason(at: At) -> None:
 # --- 20: the optimizer that partial offload keeps on the device ---
 
 
-def cpu_adam_is_compiled() -> bool:
-    root = os.environ.get("TORCH_EXTENSIONS_DIR") or get_default_build_root()
-    return any(Path(root).glob("**/cpu_adam.so"))
-
-
 @cases
 def test_20_naive_twin_optimizer_of_partial_offload_never_hears_of_a_new_rate(at: At) -> None:
-    if not cpu_adam_is_compiled():
-        pytest.skip("DeepSpeedCPUAdam is not compiled here (its first use takes minutes)")
+    need_cpu_adam()
     from deepspeed.ops.adam import DeepSpeedCPUAdam
 
     model = make_model()

@@ -13,7 +13,6 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
-from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.backend_registration import _setup_privateuseone_for_python_backend
 
 NAME = "sim"
@@ -94,22 +93,31 @@ def _new(values: Tensor) -> Tensor:
 
 def _run(op: Any, *args: Any, **kwargs: Any) -> Any:
     """Run any operator on the buffers."""
-    tensors = [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
-    if any(t.device.type == "cpu" and t.dim() > 0 for t in tensors):
-        raise RuntimeError(f"{op}: Expected all tensors to be on the same device, but found cpu and sim")
-    _tick(op, tensors)
     pairs: list[tuple[Tensor, Tensor]] = []
 
-    def lower(value: Any) -> Any:
-        if not _on_sim(value):
-            return value
-        pairs.append((value, _values(value)))
+    def lower(tensor: Tensor) -> Tensor:
+        if tensor.device.type != NAME:
+            if tensor.device.type == "cpu" and tensor.dim() > 0:
+                raise RuntimeError(f"{op}: Expected all tensors to be on the same device, but found cpu and sim")
+            return tensor
+        pairs.append((tensor, _values(tensor)))
         return pairs[-1][1]
 
-    args, kwargs = tree_map(lower, args), tree_map(lower, kwargs)
-    if kwargs.get("device") is not None:
-        kwargs["device"] = "cpu"
-    return tree_map(lambda out: _lift(out, pairs), op(*args, **kwargs))
+    lowered = [_map(lower, value) for value in args]
+    keywords = {key: _map(lower, value) for key, value in kwargs.items()}
+    if keywords.get("device") is not None:
+        keywords["device"] = "cpu"
+    _tick(op, [tensor for tensor, _ in pairs])
+    return _map(lambda out: _lift(out, pairs), op(*lowered, **keywords))
+
+
+def _map(change: Any, value: Any) -> Any:
+    """Change the tensors in a value, a list or a tuple."""
+    if isinstance(value, Tensor):
+        return change(value)
+    if isinstance(value, (list, tuple)):
+        return type(value)([_map(change, v) for v in value])
+    return value
 
 
 def _tick(op: Any, tensors: list[Tensor]) -> None:
@@ -123,10 +131,8 @@ def _tick(op: Any, tensors: list[Tensor]) -> None:
             Clock.touched[tensor.untyped_storage()._cdata] = Clock.now
 
 
-def _lift(out: Any, pairs: list[tuple[Tensor, Tensor]]) -> Any:
+def _lift(out: Tensor, pairs: list[tuple[Tensor, Tensor]]) -> Tensor:
     """A result as a sim tensor: an argument itself, a view of one, or new."""
-    if not isinstance(out, Tensor):
-        return out
     for tensor, values in pairs:
         if out is values:
             if out.shape != tensor.shape:  # an `out=` that was resized

@@ -11,7 +11,7 @@ import torch
 
 from dist_layerlr.offload.handle import stream_on
 from forked import DEVICES
-from training import Case, assert_equal, backend_of, identity, make_optimizer, moments, resident, train, weights
+from training import Case, assert_equal, backend_of, exact, identity, make_optimizer, moments, resident, train, weights
 
 MATRIX = [
     Case(lora=lora, reentrant=reentrant, accumulation=accumulation, window=window, mode=mode)
@@ -33,7 +33,7 @@ def _covering(cases: list[Case], every: int) -> list[Case]:
 BLOCKS = [c for c in MATRIX if c.mode == "block"]
 LAYERS = [c for c in MATRIX if c.mode == "layer"]
 COVERING = {
-    "cpu": _covering(BLOCKS, 3) + _covering(LAYERS, 6) + _covering(FAMILIES, 2),
+    "cpu": _covering(BLOCKS, 3) + _covering(LAYERS, 6) + _covering(FAMILIES, 4),
     "sim": _covering(BLOCKS, 6) + LAYERS[1:2] + LAYERS[-2:-1] + FAMILIES[4:5] + FAMILIES[-6:-5],
 }
 COVERING["cuda"] = COVERING["cpu"]
@@ -63,12 +63,12 @@ def check(case: Case, device: str) -> None:
         assert all(s.device == p.device for p in at_rest for s in optimizer.state.get(p, {}).values())
 
     losses = train(model, optimizer, case, device, after_step=after_step)
-    assert losses == wanted_losses
+    assert losses == (wanted_losses if exact(case, device) else pytest.approx(wanted_losses, abs=1e-5))
     check_traffic(case, handle, backend)
     handle.remove()
     assert identity(model, optimizer)[:2] == before
-    assert_equal(weights(model), wanted_weights)
-    assert_equal(moments(model, optimizer), wanted_moments)
+    assert_equal(weights(model), wanted_weights, exact=exact(case, device))
+    assert_equal(moments(model, optimizer), wanted_moments, exact=exact(case, device))
     assert {p.device.type for p in model.parameters()} == {"cpu"}
     check_empty(device)
 
@@ -100,6 +100,7 @@ def check_empty(device: str) -> None:
 
         assert sim_device.allocated() == 0
     if device == "cuda":
+        torch._C._cuda_clearCublasWorkspaces()
         assert torch.cuda.memory_allocated() == 0
 
 

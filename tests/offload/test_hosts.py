@@ -23,6 +23,7 @@ from training import (
     Case,
     assert_equal,
     backend_of,
+    exact,
     identity,
     make_optimizer,
     moments,
@@ -32,7 +33,6 @@ from training import (
 )
 
 LORA, FULL = Case(lora=True), Case(lora=False, accumulation=2)
-KINDS = pytest.mark.parametrize("case", [LORA, FULL], ids=["lora", "full"])
 
 
 def assert_streams_like_resident(case: Case, device: str, backend: Any = None, files: Any = None, **policy: Any) -> Any:
@@ -44,16 +44,19 @@ def assert_streams_like_resident(case: Case, device: str, backend: Any = None, f
     with stream_on(
         backend or backend_of(device), model, case.policy(**policy), optimizer=optimizer, files=files
     ) as handle:
-        assert train(model, optimizer, case, device) == losses
+        assert train(model, optimizer, case, device) == (
+            losses if exact(case, device) else pytest.approx(losses, abs=1e-5)
+        )
         stats = handle.stats()
     assert identity(model, optimizer)[0] == before
-    assert_equal(weights(model), wanted)
-    assert_equal(moments(model, optimizer), wanted_moments)
+    assert_equal(weights(model), wanted, exact=exact(case, device))
+    assert_equal(moments(model, optimizer), wanted_moments, exact=exact(case, device))
     return stats
 
 
-@KINDS
-@pytest.mark.parametrize("units_in_pool", [1, 2])
+@pytest.mark.parametrize(
+    "device, case, units_in_pool", [("cpu", LORA, 1), ("cpu", FULL, 2), ("sim", FULL, 1), ("cuda", LORA, 2)], ids=str
+)
 def test_masters_beyond_the_pool_pass_through_staging_within_it(
     case: Case, units_in_pool: int, device: str, monkeypatch: pytest.MonkeyPatch
 ):
@@ -193,8 +196,16 @@ def test_files_that_do_not_hold_the_weights_are_refused(damage: str, device: str
     assert [(p.data_ptr(), p.dtype) for p in model.parameters()] == before
 
 
-@pytest.mark.parametrize("form", ["int8", "float8_e4m3fn"])
-@pytest.mark.parametrize("reentrant", [None, False], ids=["plain", "nonreentrant"])
+@pytest.mark.parametrize(
+    "device, form, reentrant",
+    [
+        ("cpu", "int8", None),
+        ("cpu", "float8_e4m3fn", False),
+        ("sim", "float8_e4m3fn", None),
+        ("cuda", "int8", None),
+        ("cuda", "float8_e4m3fn", False),
+    ],
+)
 def test_eight_bit_masters_train_like_a_resident_model_that_was_rounded_once(
     form: str, reentrant: bool | None, device: str
 ):

@@ -101,10 +101,16 @@ def moments(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Ten
     return {f"{n}.{key}": value.detach().cpu().clone() for n, held in state.items() for key, value in held.items()}
 
 
-def assert_equal(got: dict[str, Tensor], wanted: dict[str, Tensor]) -> None:
-    """Bit for bit."""
+def exact(case: Case, device: str) -> bool:
+    """Streamed full finetuning steps on the CPU, whose AdamW is not CUDA's to the last bit."""
+    return case.lora or device != "cuda"
+
+
+def assert_equal(got: dict[str, Tensor], wanted: dict[str, Tensor], *, exact: bool = True) -> None:
+    """Bit for bit, or to 1e-6."""
     assert got.keys() == wanted.keys()
-    differ = [name for name in wanted if not torch.equal(got[name], wanted[name])]
+    same = torch.equal if exact else lambda a, b: torch.allclose(a, b, rtol=0, atol=1e-6)
+    differ = [name for name in wanted if not same(got[name], wanted[name])]
     assert not differ, f"{len(differ)} of {len(wanted)} differ: {differ[:4]}"
 
 

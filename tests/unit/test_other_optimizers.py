@@ -7,6 +7,7 @@ and warnings. Their tests run where somebody has installed them, and say so wher
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import lion_pytorch
@@ -123,3 +124,16 @@ def test_prodigy_is_refused_because_it_finds_one_rate_for_all() -> None:
     for emission in ("groups", "segmented"):
         with pytest.raises(dl.ConfigError, match="Prodigy: it adapts one rate for all groups"):
             train(model(), prodigyopt.Prodigy, emission)
+
+
+@pytest.mark.parametrize("name", ["torchao AdamW8bit", "torchao AdamWFp8"])
+def test_quantised_state_is_not_saved_by_name(name: str, tmp_path: Path) -> None:
+    net = nn.Sequential(nn.Linear(64, 64))
+    plan = dl.plan_model(net, CONFIG)
+    optimizer = dl.attach(plan, net, WORKS[name])
+    for param in net.parameters():
+        param.grad = torch.ones_like(param)
+    optimizer.step()
+    with pytest.raises(dl.CheckpointError, match="Cannot save 'exp_avg' of .*keeps state that is quantised"):
+        dl.save_checkpoint(tmp_path / "root", plan, net, optimizer, step=1)
+    assert not (tmp_path / "root").exists()
