@@ -46,11 +46,12 @@ from dist_layerlr.offload.backend import Immediate
 from dist_layerlr.offload.predict import GB, Layout, Machine, Prediction, Workload, predict
 
 RESULTS = ROOT / "benchmarks" / "results"
-TOLERANCE = 0.15
-"""Relative, of the fastest step."""
+TOLERANCE = 0.2
+"""Relative, of the fastest step. Without overlap a step is 1.4 to 1.6 times as long. A CPU that computes does not run ahead
+and ask for copies, so they start up to two blocks late."""
 assert SMALL.flops is not None
-CPU = Machine(gb_s=0.2, copy_us=500, tflops=SMALL.flops / 1e12)
-"""Blocks of 4.2 MB take 21 ms; 192 tokens compute as long."""
+CPU = Machine(gb_s=0.125, copy_us=500, tflops=SMALL.flops / 1e12)
+"""Blocks of 4.2 MB take 34 ms; 192 tokens compute as long."""
 Row = dict[str, Any]
 
 

@@ -38,7 +38,7 @@ class Size:
 
 WAN_14B = Size(blocks=40, width=5120, ffn=13824, heads=40, text=512, rank=32, dtype=torch.bfloat16)
 """0.35e9 parameters a block, 28 GB."""
-SMALL = Size(blocks=20, width=256, ffn=1024, heads=4, text=16, rank=4, dtype=torch.float32, flops=19.2e9)
+SMALL = Size(blocks=16, width=256, ffn=1024, heads=4, text=16, rank=4, dtype=torch.float32, flops=12e9)
 """For the CPU: 1.05e6 parameters a block, at a tenth of what a core does, so that other load does not matter."""
 ROWS = 16
 """Real tokens of a step that is held to a speed."""

@@ -125,6 +125,6 @@ def test_names_page_lists_every_field_strategy_preset_and_convention() -> None:
 def test_pages_name_files_that_exist() -> None:
     for page in DOCS.glob("*.md"):
         for path in re.findall(
-            r"\b(?:launch|ds_configs|docs|tests|benchmarks|dist_layerlr)/[\w/]+\.\w+", page.read_text()
+            r"\b(?:launch|ds_configs|docs|tests|benchmarks|dist_layerlr)/[\w/]+(?:\.\w+)+", page.read_text()
         ):
             assert (ROOT / path).exists(), f"{page.name}: {path}"

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from test_world_size_invariance import TORCHRUN, TRAIN, as_lora, largest_difference, run, weights
 
 import make_tiny_wan
@@ -123,9 +124,10 @@ def test_ddp_with_a_streamed_base_ends_in_the_weights_of_the_resident_run(
     lora: dict[str, Any], write_config: Callable[..., Path], tmp_path: Path
 ) -> None:
     streamed = with_stagehand(lora, OURS)
-    configs = [str(write_config(lora, "resident.json")), str(write_config(streamed, "streamed.json"))]
-    resident, alone = run_ranks(on_one_rank, 1, configs, tmp_path)[0]
-    assert difference(resident, alone) == 0.0
+    mapped = with_stagehand(lora, {**OURS, "host": "file"})
+    configs = [str(write_config(config, f"{i}.json")) for i, config in enumerate((lora, streamed, mapped))]
+    resident, alone, from_file = run_ranks(on_one_rank, 1, configs, tmp_path)[0]
+    assert difference(resident, alone) == difference(resident, from_file) == 0.0
     done = run([*TORCHRUN, "2", TRAIN, "--sharding", "ddp"], streamed, tmp_path / "ddp")
     assert done.returncode == 0, done.stderr
     assert "verified on 2 ranks (ddp)" in done.stdout
@@ -218,3 +220,32 @@ def test_the_shipped_config_streams_a_lora_and_trains_on_other_data_and_model(
     assert difference(whole, streamed) == 0.0  # bf16: what autocast rounds is stored rounded
     assert streamed["rows"][0]["h2d_bytes"] > 0
     assert "h2d_bytes" not in whole["rows"][0]
+
+
+def run_main(rank: int, world_size: int, runs: list[list[str]]) -> list[int]:
+    import torch.distributed as dist
+
+    import train as program
+
+    dist.destroy_process_group()
+    return [program.main(arguments) for arguments in runs]
+
+
+@pytest.mark.full
+def test_a_checkpoint_of_a_streamed_run_continues_with_or_without_streaming(
+    lora: dict[str, Any], write_config: Callable[..., Path], tmp_path: Path
+) -> None:
+    lora["train"] = {**lora["train"], "steps": 4, "save_every": 2}
+    resident = str(write_config(lora, "resident.json"))
+    streamed = str(write_config(with_stagehand(lora, OURS), "streamed.json"))
+    begun = tmp_path / "streamed"
+    runs = [["--config", streamed, "--output-dir", str(begun)]]
+    for config, name in ((resident, "resident"), (streamed, "again")):
+        at_two = str(begun / "checkpoints" / "step_00000002")
+        runs.append(["--config", config, "--output-dir", str(tmp_path / name), "--resume", at_two])
+    assert run_ranks(run_main, 1, runs)[0] == [0, 0, 0]
+    whole, *continued = [
+        load_file(str(tmp_path / name / "final" / "adapter_model.safetensors"))
+        for name in ("streamed", "resident", "again")
+    ]
+    assert [largest_difference(whole, other) for other in continued] == [0.0, 0.0]
