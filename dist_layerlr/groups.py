@@ -47,19 +47,28 @@ def build_groups(plan: Plan, live: Mapping[str, Tensor]) -> list[ParamGroup]:
 def scale_lrs(optimizer: Any, factor: float) -> None:
     """Set every group to ``initial_lr * factor``. Reads the live groups each time: their dicts may be replaced."""
     for group in optimizer.param_groups:
-        group[LR] = group[INITIAL_LR] * factor
+        _put_lr(group, group[INITIAL_LR] * factor)
 
 
 def write_group(group: ParamGroup, lr: float, weight_decay: float | None, factor: float) -> None:
     """Put a planned rate into a live group, at ``factor`` of a schedule. Weight decay None leaves the group's own."""
     group[INITIAL_LR] = lr
-    group[LR] = lr * factor
+    _put_lr(group, lr * factor)
     if weight_decay is not None:
         group["weight_decay"] = weight_decay
 
 
+def _put_lr(group: ParamGroup, value: float) -> None:
+    """The write. Some optimizers keep the rate in a tensor (torchao's, and torch's when capturable) that must stay."""
+    if isinstance(group[LR], Tensor):
+        group[LR].fill_(value)
+    else:
+        group[LR] = value
+
+
 def _group(spec: GroupSpec, live: Mapping[str, Tensor]) -> ParamGroup:
-    group: ParamGroup = {"params": [live[n] for n in spec.names], LR: spec.lr, INITIAL_LR: spec.lr, NAME: spec.name}
+    params = list(dict.fromkeys(live[n] for n in spec.names))  # names that lie side by side may be stepped as one
+    group: ParamGroup = {"params": params, LR: spec.lr, INITIAL_LR: spec.lr, NAME: spec.name}
     if spec.weight_decay is not None:
         group["weight_decay"] = spec.weight_decay
     return group

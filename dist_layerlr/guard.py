@@ -10,6 +10,7 @@ from torch import nn
 
 from dist_layerlr.adapters import detect
 from dist_layerlr.errors import ConfigError
+from dist_layerlr.segmented import Segmented
 
 _WRITES_ONE_RATE = {
     "OneCycleLR": "drives every group to the same max_lr",
@@ -137,13 +138,19 @@ def check_optimizer(optimizer: Any, model: nn.Module | None = None) -> None:
     Raises:
         ConfigError: names the optimizer and the reason.
     """
-    name = type(getattr(optimizer, "inner", None) or optimizer).__name__
+    inner = getattr(optimizer, "inner", None) or optimizer
+    name = type(inner).__name__
     label = "unsharded" if model is None else detect(model).label
     if model is not None and label.startswith("zero"):
         label = f"zero {model.zero_optimization_stage()}"  # type: ignore[operator]
     sharded = model is None or label not in ("unsharded", "ddp", "zero 0")
     if name in _NOT_ELEMENTWISE and sharded:
         raise ConfigError(f"Invalid optimizer {name} on sharded parameters: it {_NOT_ELEMENTWISE[name]}. Use AdamW.")
+    if isinstance(optimizer, Segmented) and optimizer.cuts and _is_quantised(inner):
+        raise ConfigError(
+            f"Invalid optimizer {name} on flat parameters: it keeps its state in quantised blocks, which names that share "
+            "a flat tensor cannot share. Use it with DDP or FSDP2, or use AdamW."
+        )
     if name in _ONE_RATE_FOR_ALL:
         raise ConfigError(f"Invalid optimizer {name}: it adapts one rate for all groups. Use AdamW, or one flat rate.")
     if name == "Adagrad" and (model is None or label in ("zero 1", "zero 2", "zero 3")):
@@ -151,6 +158,12 @@ def check_optimizer(optimizer: Any, model: nn.Module | None = None) -> None:
             "Invalid optimizer Adagrad under ZeRO: DeepSpeed rebuilds it from its constructor's defaults, without the "
             "planned groups. Use AdamW."
         )
+
+
+def _is_quantised(optimizer: Any) -> bool:
+    """Bitsandbytes' 8-bit optimizers, and all of torchao's."""
+    bits = getattr(getattr(optimizer, "args", None), "optim_bits", 32)
+    return bits == 8 or type(optimizer).__module__.partition(".")[0] == "torchao"
 
 
 def check_sharding(model: nn.Module, wanted: str) -> None:

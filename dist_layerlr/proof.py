@@ -20,6 +20,9 @@ from dist_layerlr.guard import check_optimizer
 from dist_layerlr.plan import Plan, PlanEntry
 from dist_layerlr.segmented import MakeOptimizer, Segmented, Slice
 
+_ROUNDING = 1e-7
+"""Relative; some optimizers keep their rate as a float32 tensor."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Proof:
@@ -58,7 +61,8 @@ def attach(plan: Plan, model: nn.Module, make: MakeOptimizer, *, emission: str =
         make: groups -> optimizer; each group has ``params``, absolute ``lr``, ``initial_lr``, ``name``, and
             ``weight_decay`` where the plan gives one.
         emission: `groups` (ordinary parameter groups), `segmented` (one group outside, rates applied on slices; give it
-            when DeepSpeed follows, then call ``bind``), or `auto`: segmented where groups cannot work (flat FSDP1).
+            when DeepSpeed follows, then call ``bind``), or `auto`: segmented under DDP, FSDP1 and FSDP2, where it is at
+            least as fast (benchmarks/step_cost.py); groups on a bare model, which may be wrapped later.
 
     Raises:
         PlanMismatch: the model's trainable parameters are not those of the plan, or it is a DeepSpeed engine already.
@@ -76,6 +80,7 @@ def bind(plan: Plan, engine: nn.Module) -> None:
 
     Raises:
         PlanMismatch: on all ranks alike: the engine's optimizer is not segmented, or names differ from the plan's.
+        ConfigError: an optimizer that cannot step slices (see ``check_optimizer``).
     """
     with together(plan.digest):
         optimizer = detect(engine).pieces(engine, None).optimizer
@@ -87,6 +92,7 @@ def bind(plan: Plan, engine: nn.Module) -> None:
         optimizer.unbind()
         found = detect(engine).pieces(engine, None)
         optimizer.bind([Slice(name=p.name, owner=p.owner, offset=p.offset, numel=p.numel) for p in found.pieces])
+        check_optimizer(optimizer, engine)
 
 
 def read_back(model: nn.Module, optimizer: Any = None) -> dict[str, LiveParam]:
@@ -162,7 +168,7 @@ def _local_problems(
 def _compare(entry: PlanEntry, live: LiveParam, factor: float, default_decay: float) -> list[Problem]:
     problems: list[Problem] = []
     wanted = entry.lr * factor
-    if not math.isclose(live.lr, wanted, rel_tol=1e-9, abs_tol=0.0):
+    if not math.isclose(live.lr, wanted, rel_tol=_ROUNDING, abs_tol=0.0):
         problems.append(("lr", f"{entry.name}: planned lr {wanted:.6g}, live {live.lr:.6g}"))
     decay = default_decay if entry.weight_decay is None else entry.weight_decay
     if not math.isclose(live.weight_decay, decay, rel_tol=1e-9, abs_tol=0.0):

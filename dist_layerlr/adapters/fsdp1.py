@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from dist_layerlr.adapters.base import (
-    SEGMENTED,
+    GROUPS,
     Piece,
     Pieces,
     Weight,
@@ -82,9 +82,9 @@ class Fsdp1Adapter:
         return found
 
     def attach(self, plan: Plan, model: nn.Module, make: MakeOptimizer, emission: str) -> Optimizer:
-        """Groups on the original parameters; flat parameters are always stepped in segments."""
+        """Segments, or groups on the original parameters; flat parameters are always stepped in segments."""
         shards = [s for s in iterate_shards(model) if s.trainable]
-        if emission == SEGMENTED or any(s.param is None for s in shards):
+        if emission != GROUPS or any(s.param is None for s in shards):
             return segment(plan, [_slice(s) for s in shards], make)
         return make(build_groups(plan, {s.name: s.param for s in shards if s.param is not None}))
 

@@ -12,7 +12,7 @@ from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from dist_layerlr.adapters.base import (
-    SEGMENTED,
+    GROUPS,
     Pieces,
     Weight,
     buffers,
@@ -46,8 +46,8 @@ class Fsdp2Adapter:
         return any(isinstance(module, FSDPModule) for module in model.modules())
 
     def attach(self, plan: Plan, model: nn.Module, make: MakeOptimizer, emission: str) -> Optimizer:
-        """Ordinary groups, split where a foreach call could not take the tensors together, or segments."""
-        if emission == SEGMENTED:
+        """Segments on local shards, or ordinary groups, split where a foreach call could not take the tensors together."""
+        if emission != GROUPS:
             return segment_whole(plan, model, make)
         return make([part for group in param_groups(plan, model) for part in _split_by_mesh(group)])
 

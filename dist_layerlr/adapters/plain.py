@@ -8,6 +8,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from dist_layerlr.adapters.base import (
+    AUTO,
     SEGMENTED,
     Pieces,
     Weight,
@@ -34,13 +35,14 @@ class PlainAdapter:
 
     def handles(self, model: nn.Module) -> bool:
         """True: the last adapter asked."""
-        if any(c.__name__ == "DistributedDataParallel" for c in type(model).__mro__):
+        if _is_ddp(model):
             self.label = "ddp"
         return True
 
     def attach(self, plan: Plan, model: nn.Module, make: MakeOptimizer, emission: str) -> Optimizer:
-        """Ordinary groups, unless segments are asked for."""
-        return segment_whole(plan, model, make) if emission == SEGMENTED else make(param_groups(plan, model))
+        """Segments under DDP. A bare model may yet go to DeepSpeed or Accelerate: ordinary groups, unless asked."""
+        segmented = emission == SEGMENTED or (emission == AUTO and _is_ddp(model))
+        return segment_whole(plan, model, make) if segmented else make(param_groups(plan, model))
 
     def pieces(self, model: nn.Module, optimizer: Any) -> Pieces:
         """Whole parameters, by identity. Ranks hold copies."""
@@ -60,3 +62,7 @@ class PlainAdapter:
 
     def refresh(self, model: nn.Module, optimizer: Any) -> None:
         """Nothing to do: there are no copies."""
+
+
+def _is_ddp(model: nn.Module) -> bool:
+    return any(c.__name__ == "DistributedDataParallel" for c in type(model).__mro__)

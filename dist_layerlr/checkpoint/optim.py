@@ -81,7 +81,7 @@ def prepare_state(planned: Iterable[OwnerState], live: Live, manifest: Manifest)
         for key in held.keys() - state.keys.keys():
             del held[key]
         for key, dtype in state.keys.items():
-            held[key] = _room(held.get(key), owner, dtype, isinstance(live.found.optimizer, Segmented))
+            held[key] = _room(held.get(key), owner, dtype)
             if not all(key in source for source in state.sources):
                 local(held[key]).zero_()
             for piece, source, saved in zip(state.pieces, state.sources, state.saved_names, strict=True):
@@ -122,11 +122,11 @@ def _agreed(numbers: Mapping[str, Mapping[str, Number]]) -> Mapping[str, Number]
     return numbers[first]
 
 
-def _room(held: Any, owner: Tensor, dtype: torch.dtype, segmented: bool) -> Tensor:
+def _room(held: Any, owner: Tensor, dtype: torch.dtype) -> Tensor:
+    """The state tensor that is there, or a new one laid out as the owner."""
     if isinstance(held, Tensor) and local(held).numel() == local(owner).numel():
         return held
-    like = local(owner) if segmented else owner
-    return torch.zeros_like(like.detach(), dtype=dtype)
+    return torch.zeros_like(owner.detach(), dtype=dtype)
 
 
 def _number(number: Number, piece: Piece, optimizer: Any, same_class: bool) -> Any:

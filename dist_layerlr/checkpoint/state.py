@@ -105,17 +105,22 @@ def _state_runs(piece: Piece, optimizer: Any, size: int, numbers: Scalars) -> li
     for key, value in optimizer.state.get(piece.owner, {}).items():
         if isinstance(value, Tensor) and value.ndim == 0:
             numbers.setdefault(piece.name, {})[key] = (value.item(), str(value.dtype).removeprefix("torch."))
-        elif isinstance(value, Tensor) and local(value).numel() == local(piece.owner).numel():
+        elif isinstance(value, Tensor) and _elementwise(local(value), local(piece.owner)):
             runs.append(piece_run(f"{OPTIM}.{piece.name}.{key}", piece, value, size))
         elif isinstance(value, (int, float)):
             numbers.setdefault(piece.name, {})[key] = (value, None)
         elif value is not None:
-            what = f"shape {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
+            what = f" of shape {tuple(value.shape)}" if isinstance(value, Tensor) else ""
             raise CheckpointError(
-                f"Cannot save {key!r} of {piece.name} ({what}): {type(optimizer).__name__} keeps state that is not "
-                "element by element. Use AdamW, SGD or another elementwise optimizer."
+                f"Cannot save {key!r} of {piece.name}, a {type(value).__name__}{what}: {type(optimizer).__name__} keeps "
+                "state that is quantised or not element by element. Save it with the library's own tools, or use AdamW."
             )
     return runs
+
+
+def _elementwise(value: Tensor, owner: Tensor) -> bool:
+    """Whether state has one number for each element: not quantised (a tensor class of its own), not factored."""
+    return type(value) in (Tensor, nn.Parameter) and value.numel() == owner.numel()
 
 
 def piece_run(key: str, piece: Piece, tensor: Tensor, size: int) -> Run:

@@ -240,12 +240,6 @@ def test_canary_mixed_precision_wrappers_keep_their_copies(at: At) -> None:
 
 
 @cases
-def test_canary_zero_0_in_bf16_steps_the_optimizer_as_it_starts_which_segmented_refuses(at: At) -> None:
-    with pytest.raises(PlanMismatch, match="tensors that it does not know"):
-        Zero(Recipe(emission="segmented"), 0, **BF16)
-
-
-@cases
 def test_a_library_that_moved_its_parts_is_named_with_the_version_that_had_them(at: At) -> None:
     lost = {1: "single_partition_of_fp32_groups", 3: "sub_group_to_group_id"}
     for stage, attribute in lost.items():

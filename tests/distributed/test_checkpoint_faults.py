@@ -220,7 +220,7 @@ def stepped_unevenly(root: Path) -> None:
     driver = make()
     train(driver, 1)
     for name, param in driver.model.named_parameters():
-        if name == "gate":
+        if name == "gate" and "step" in driver.optimizer.state[param]:  # one rank has its element
             driver.optimizer.state[param]["step"].fill_(7.0)
     path = save_checkpoint(root, driver.plan, driver.model, driver.optimizer, step=1).path
     refuses(make(wrap=fsdp1_flat), path, "were saved with .*7.0.* with one counter. Resume under the sharder")
@@ -326,7 +326,7 @@ def one_process(rank: int, world_size: int, root: Path) -> None:
     step(freed)
     adafactor = unsharded(net(), {"default_lr": 1e-3}, torch.optim.Adafactor)
     step(adafactor)
-    with pytest.raises(CheckpointError, match="Adafactor keeps state that is not element by element"):
+    with pytest.raises(CheckpointError, match="Adafactor keeps state that is quantised or not element"):
         save_checkpoint(root, adafactor.plan, adafactor.model, adafactor.optimizer, step=2)
     before_any_step = unsharded(net(), {"default_lr": 1e-3})
     start = save_checkpoint(

@@ -1,6 +1,6 @@
 """5 steps, save, stop, resume, 5 steps: the weights of 10 steps in one go, whatever saved and whatever resumes.
 
-Bitwise on the same layout, within 1e-5 on another. The default run has every ordered pair of sharders on 2 ranks, and 1
+Bitwise on the same layout (2 ranks), within 1e-5 on another. The default run has every ordered pair of sharders, and 1, 2
 and 4 ranks in both directions; ``python -m pytest -m full`` has all pairs of layouts on 1, 2 and 4 ranks.
 """
 
@@ -11,7 +11,7 @@ import traceback
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -25,23 +25,37 @@ from ranks import run_ranks
 
 HALF, SOON, WHOLE = 5, 6, 10
 """Steps done at the save, where the default run compares layouts, and in the end."""
-ACROSS = 1e-5
+ACROSS, BF16, REBUILT = 1e-5, 6e-2, 1e-7
+"""Largest difference across layouts; across precisions; and on one layout of more than two ranks, where the order of a sum
+matters: DDP lays its gradient buckets out anew after the first step of every process."""
 SCHEDULE = Schedule(kind="cosine", warmup_steps=2, total_steps=WHOLE + 1, min_ratio=0.1)
+
+
+def zero(recipe: Recipe, stage: int, *, emission: str = "segmented", **fields: Any) -> Driver:
+    return Zero(replace(recipe, emission=emission), stage, **fields)
+
+
 LAYOUTS: dict[str, Callable[[Recipe], Driver]] = {
     "none": functools.partial(Native, lambda model: model),
     **{name: functools.partial(Native, wrap) for name, wrap in SHARDERS.items()},
-    **{f"zero {stage}": functools.partial(Zero, stage=stage) for stage in (0, 1, 2, 3)},
+    **{f"zero {stage}": functools.partial(zero, stage=stage) for stage in (0, 1, 2, 3)},
 }
 OFFLOAD = {"zero": {"offload_optimizer": {"device": "cpu"}}, "zero_force_ds_cpu_optimizer": False}
 MORE: dict[str, Callable[[Recipe], Driver]] = {
-    **{f"{n}, segmented": lambda r, make=make: make(replace(r, emission="segmented")) for n, make in LAYOUTS.items()},
-    "zero 2, bf16": functools.partial(Zero, stage=2, bf16={"enabled": True}),
+    "none, segmented": lambda recipe: Native(lambda model: model, replace(recipe, emission="segmented")),
+    **{
+        f"{name}, groups": lambda recipe, wrap=wrap: Native(wrap, replace(recipe, emission="groups"))
+        for name, wrap in SHARDERS.items()
+        if name != "fsdp1 flat"
+    },
+    **{f"zero {stage}, groups": functools.partial(zero, stage=stage, emission="groups") for stage in (0, 1, 2, 3)},
+    "zero 2, bf16": functools.partial(zero, stage=2, bf16={"enabled": True}),
     "fsdp2, HSDP": functools.partial(Native, functools.partial(fsdp2, mesh=(2, 1))),
     "fsdp2, on the CPU": functools.partial(Native, functools.partial(fsdp2, offload_policy=CPUOffloadPolicy(False))),
     "fsdp1, SHARD_GRAD_OP": functools.partial(Native, functools.partial(fsdp1, strategy="SHARD_GRAD_OP")),
-    "zero 2, offload": functools.partial(Zero, stage=2, **OFFLOAD),
-    "zero 3, offload": functools.partial(Zero, stage=3, **OFFLOAD),
-    "zero 3, small sub-groups": functools.partial(Zero, stage=3, zero={"sub_group_size": 500}),
+    "zero 2, offload": functools.partial(zero, stage=2, **OFFLOAD),
+    "zero 3, offload": functools.partial(zero, stage=3, **OFFLOAD),
+    "zero 3, small sub-groups": functools.partial(zero, stage=3, zero={"sub_group_size": 500}),
 }
 ALL = LAYOUTS | MORE
 
@@ -161,7 +175,8 @@ def check(cases: list[Resume], outcomes: dict[str, Outcome]) -> None:
     wrong = []
     for case in cases:
         off = outcomes.get(case.id, "not run")
-        bar = 0.0 if case.source == case.target else 6e-2 if "bf16" in case.id else ACROSS
+        same = 0.0 if case.source.ranks <= 2 else REBUILT
+        bar = same if case.source == case.target else BF16 if "bf16" in case.id else ACROSS
         if isinstance(off, str) or off > bar:
             wrong.append(f"{case.id}: {off}")
     assert not wrong, "\n".join(wrong)
@@ -173,15 +188,22 @@ def pairs(sources: list[Layout], targets: list[Layout]) -> list[Resume]:
 
 
 TWO = [Layout(name, 2) for name in LAYOUTS if name not in ("none", "zero 0")]
-DEFAULT = [
-    *pairs(TWO, TWO),
-    *pairs([Layout("none", 1)], [Layout("none", 1), *TWO]),
-    *pairs(TWO, [Layout("none", 1)]),
+ELSEWHERE = [
     *pairs([Layout("fsdp2", 4)], [Layout("zero 2", 2), Layout("none", 1)]),
     *pairs([Layout("zero 3", 4)], [Layout("fsdp1 flat", 2)]),
     *pairs([Layout("fsdp1", 2), Layout("zero 1", 2)], [Layout("fsdp2", 4), Layout("zero 3", 4)]),
-    *pairs([Layout("zero 2, segmented", 2)], [Layout("zero 2", 2), Layout("fsdp2, segmented", 2)]),
-    *pairs([Layout("fsdp2", 2)], [Layout("fsdp2, segmented", 2), Layout("zero 2, bf16", 2)]),
+]
+"""Pairs of sharders that change the number of ranks, too."""
+DEFAULT = [
+    *ELSEWHERE,
+    *pairs([Layout("none", 1)], [Layout("none", 1), *TWO]),
+    *(
+        case
+        for case in pairs(TWO, [Layout("none", 1), *TWO])
+        if (case.source.name, case.target.name) not in {(other.source.name, other.target.name) for other in ELSEWHERE}
+    ),
+    *pairs([Layout("zero 2, groups", 2)], [Layout("zero 2", 2)]),
+    *pairs([Layout("fsdp2", 2)], [Layout("fsdp2, groups", 2), Layout("zero 2, bf16", 2)]),
     *pairs([Layout("zero 2, bf16", 2)], [Layout("zero 2, bf16", 2)]),
 ]
 
@@ -191,8 +213,8 @@ def test_every_sharder_resumes_what_every_sharder_saved(tmp_path: Path) -> None:
 
 
 def test_adapters_resume_on_a_base_that_is_not_saved(tmp_path: Path) -> None:
-    cases = pairs([Layout("fsdp2", 2), Layout("zero 3", 2)], [Layout("fsdp2", 2), Layout("zero 3", 2)])
-    cases += pairs([Layout("zero 3", 2)], [Layout("none", 1)])
+    cases = pairs([Layout("fsdp2", 2)], [Layout("fsdp2", 2), Layout("zero 3", 2)])
+    cases += pairs([Layout("zero 3", 2)], [Layout("fsdp1", 2)])
     check(cases, run_all("lora", cases, tmp_path))
 
 

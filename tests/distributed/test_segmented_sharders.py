@@ -11,8 +11,18 @@ import pytest
 from ranks import run_ranks
 
 STEPS = 20
-NATIVE = ("ddp", "fsdp1", "fsdp2")
+NATIVE = ("ddp", "fsdp1", "fsdp1 flat", "fsdp2")
 ZERO = ("zero 0", "zero 1", "zero 2", "zero 3")
+CASES = [
+    *((sharder, "fp32", make) for sharder in (*NATIVE, *ZERO) for make in ("SGD", "AdamW fused")),
+    *((sharder, "fp32", "AdamW") for sharder in ("fsdp1 flat", "fsdp2", "zero 2")),
+    *((sharder, "fp32", "AdamW fused") for sharder in ("zero 2 offload", "zero 3 offload")),
+    *(
+        (sharder, "bf16", make)
+        for sharder in ("fsdp1 flat", "fsdp2", "zero 2", "zero 3")
+        for make in ("SGD", "AdamW fused")
+    ),
+]
 CONFIG: dict[str, Any] = {
     "learning_rate": 3e-4,
     "per_layer_lr": {
@@ -33,17 +43,21 @@ def _work(rank: int, world_size: int) -> dict[str, Any]:
         "AdamW fused": lambda g: torch.optim.AdamW(g, weight_decay=0.1, fused=True),
     }
     results: dict[str, Any] = {}
-    for name, make in makes.items():
-        for sharder in (*NATIVE, *ZERO):
-            run = _zero if sharder in ZERO else _native
-            groups, segmented = (run(sharder, make, emission, rank, world_size) for emission in ("groups", "segmented"))
-            results[f"{sharder}, {name}"] = _largest(groups, segmented)
+    for sharder, dtype, name in CASES:
+        run = _zero if sharder.startswith("zero") else _native
+        # Flat FSDP1 cannot do groups at all: it must equal FSDP1 with original parameters.
+        groups = run(sharder.removesuffix(" flat"), dtype, makes[name], "groups", rank, world_size)
+        segmented = run(sharder, dtype, makes[name], "segmented", rank, world_size)
+        results[f"{sharder}, {dtype}, {name}"] = _largest(groups, segmented)
+    results["started"] = {
+        emission: _moved_by_initialize(makes["SGD"], emission) for emission in ("groups", "segmented")
+    }
     results["fragments"] = _fragments(rank, world_size)
     results["unbound"] = _unbound(rank)
     return results
 
 
-def _model() -> Any:
+def _model(dtype: str = "fp32") -> Any:
     import torch
     from torch import nn
 
@@ -72,7 +86,7 @@ def _model() -> Any:
             return self.head(x)
 
     torch.manual_seed(0)
-    return Model()
+    return Model().to(torch.bfloat16 if dtype == "bf16" else torch.float32)
 
 
 def _batch(step: int, rank: int, world_size: int) -> Any:
@@ -83,7 +97,8 @@ def _batch(step: int, rank: int, world_size: int) -> Any:
     return x[rank::world_size], y[rank::world_size]
 
 
-def _native(sharder: str, make: Any, emission: str, rank: int, world_size: int) -> dict[str, Any]:
+def _native(sharder: str, dtype: str, make: Any, emission: str, rank: int, world_size: int) -> dict[str, Any]:
+    """Weights after training; bf16: weights, gradients and state all in bf16."""
     import torch
     import torch.nn.functional as F
     from torch.distributed.fsdp import FullyShardedDataParallel as FSDP
@@ -92,12 +107,12 @@ def _native(sharder: str, make: Any, emission: str, rank: int, world_size: int) 
 
     import dist_layerlr as dl
 
-    model = _model()
+    model = _model(dtype)
     plan = dl.plan_model(model, CONFIG)
     if sharder == "ddp":
         model = torch.nn.parallel.DistributedDataParallel(model)
-    elif sharder == "fsdp1":
-        model = FSDP(model, use_orig_params=True, device_id=torch.device("cpu"))
+    elif sharder.startswith("fsdp1"):
+        model = FSDP(model, use_orig_params=sharder == "fsdp1", device_id=torch.device("cpu"))
     else:
         mesh = torch.distributed.device_mesh.init_device_mesh("cpu", (world_size,))
         for block in model.blocks:
@@ -107,12 +122,13 @@ def _native(sharder: str, make: Any, emission: str, rank: int, world_size: int) 
     schedule = dl.PlanSchedule(optimizer, dl.Schedule(kind="cosine", warmup_steps=2, total_steps=STEPS))
     for step in range(STEPS):
         x, y = _batch(step, rank, world_size)
+        x, y = (t.bfloat16() if dtype == "bf16" else t for t in (x, y))
         F.mse_loss(model(x), y).backward()
         optimizer.step()
         optimizer.zero_grad()
         schedule.step()
     dl.verify(plan, model, optimizer, factor=schedule.factor)
-    if sharder == "fsdp1":
+    if sharder.startswith("fsdp1"):
         with FSDP.summon_full_params(model, writeback=False):
             return {n: p.detach().clone() for n, p in model.named_parameters()}
     return {
@@ -121,7 +137,7 @@ def _native(sharder: str, make: Any, emission: str, rank: int, world_size: int) 
     }
 
 
-def _engine(sharder: str, make: Any, emission: str) -> Any:
+def _engine(sharder: str, make: Any, emission: str, dtype: str = "fp32") -> Any:
     import deepspeed
 
     import dist_layerlr as dl
@@ -130,10 +146,13 @@ def _engine(sharder: str, make: Any, emission: str) -> Any:
     model = _model()
     plan = dl.plan_model(model, CONFIG)
     optimizer = dl.attach(plan, model, make, emission=emission)
+    offload = {"offload_optimizer": {"device": "cpu"}} if "offload" in sharder else {}
     config = {
         "train_micro_batch_size_per_gpu": 4,
         "gradient_clipping": 0.0,
-        "zero_optimization": {"stage": int(sharder[-1]), "sub_group_size": 1500},
+        "zero_optimization": {"stage": int(sharder.split()[1]), "sub_group_size": 1500, **offload},
+        "zero_force_ds_cpu_optimizer": False,
+        "bf16": {"enabled": dtype == "bf16"},
         "zero_allow_untested_optimizer": True,
         "steps_per_print": 10**9,
     }
@@ -144,20 +163,22 @@ def _engine(sharder: str, make: Any, emission: str) -> Any:
 def _steps(engine: Any, count: int, rank: int, world_size: int, schedule: Any = None) -> None:
     import torch.nn.functional as F
 
+    dtype = engine.module.head.weight.dtype
     for step in range(count):
-        x, y = _batch(step, rank, world_size)
+        x, y = (t.to(dtype) for t in _batch(step, rank, world_size))
         engine.backward(F.mse_loss(engine(x), y))
         engine.step()
         if schedule is not None:
             schedule.step()
 
 
-def _zero(sharder: str, make: Any, emission: str, rank: int, world_size: int) -> dict[str, Any]:
+def _zero(sharder: str, dtype: str, make: Any, emission: str, rank: int, world_size: int) -> dict[str, Any]:
+    """Master weights after training."""
     from deepspeed.utils import safe_get_full_fp32_param
 
     import dist_layerlr as dl
 
-    plan, engine = _engine(sharder, make, emission)
+    plan, engine = _engine(sharder, make, emission, dtype)
     if emission == "segmented":
         dl.bind(plan, engine)
     schedule = dl.PlanSchedule(engine, dl.Schedule(kind="cosine", warmup_steps=2, total_steps=STEPS))
@@ -165,6 +186,18 @@ def _zero(sharder: str, make: Any, emission: str, rank: int, world_size: int) ->
     dl.verify(plan, engine, factor=schedule.factor)
     full = {n: safe_get_full_fp32_param(p) for n, p in engine.module.named_parameters()}
     return {n: (p if full[n] is None else full[n]).detach().clone() for n, p in engine.module.named_parameters()}
+
+
+def _moved_by_initialize(make: Any, emission: str) -> float:
+    """How far stage 0 in bf16 moves the master weights before training: deepspeed 0.19.8 takes a step on zero gradients."""
+    import dist_layerlr as dl
+    from dist_layerlr.adapters.zero import ZeroAdapter
+
+    plan, engine = _engine("zero 0", make, emission, "bf16")
+    if emission == "segmented":
+        dl.bind(plan, engine)
+    start = {n: p.detach().float() for n, p in _model("bf16").named_parameters()}
+    return _largest(start, {p.name: p.owner.detach() for p in ZeroAdapter().pieces(engine).pieces})
 
 
 def _fragments(rank: int, world_size: int) -> dict[str, float]:
@@ -229,18 +262,22 @@ def measured() -> dict[str, Any]:
     return run_ranks(_work, 2, deadline_s=300)[0]
 
 
-@pytest.mark.parametrize("sharder", [*NATIVE, *ZERO])
-def test_sgd_is_bitwise_the_same_as_with_groups(sharder: str, measured: dict[str, Any]) -> None:
-    assert measured[f"{sharder}, SGD"] == 0.0
+@pytest.mark.parametrize(("sharder", "dtype", "make"), CASES)
+def test_segmented_trains_like_groups(sharder: str, dtype: str, make: str, measured: dict[str, Any]) -> None:
+    """SGD bitwise; AdamW to a part in ten million."""
+    allowed = {"SGD": 0.0, "AdamW": 1e-7, "AdamW fused": 1e-7}[make]
+    if make == "AdamW fused" and sharder != "ddp":
+        allowed = 5e-7  # the kernel rounds differently in its vector and scalar parts, and slices move the border
+    if (sharder, dtype) == ("fsdp1 flat", "bf16"):
+        allowed = 2**-7  # the same border, where the last place of a weight is that large
+    assert measured[f"{sharder}, {dtype}, {make}"] <= allowed
 
 
-@pytest.mark.parametrize("name", ["AdamW", "AdamW fused"])
-@pytest.mark.parametrize("sharder", [*NATIVE, *ZERO])
-def test_adamw_is_the_same_as_with_groups_to_a_part_in_ten_million(
-    sharder: str, name: str, measured: dict[str, Any]
+def test_the_step_that_deepspeed_takes_inside_initialize_decays_groups_but_not_segments(
+    measured: dict[str, Any],
 ) -> None:
-    # The fused kernel rounds differently in its vector and scalar parts, and slices move the border between them.
-    assert measured[f"{sharder}, {name}"] <= (5e-7 if "fused" in name else 1e-7)
+    assert measured["started"]["groups"] > 0.0, "deepspeed has mended it: drop Segmented's early return"
+    assert measured["started"]["segmented"] == 0.0
 
 
 @pytest.mark.parametrize("sharder", ZERO[1:])

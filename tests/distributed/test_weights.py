@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -30,11 +29,10 @@ NATIVE: dict[str, Wrap] = {
     "fsdp2 on cpu": functools.partial(fsdp2, offload_policy=CPUOffloadPolicy(pin_memory=False)),
 }
 ZERO: dict[str, Callable[[Recipe], Any]] = {
-    **{f"zero {s}": functools.partial(Zero, stage=s) for s in (0, 1, 2, 3)},
     **{f"zero {s} bf16": functools.partial(Zero, stage=s, **BF16) for s in (0, 1, 2, 3)},
     "zero 1 bf16, fp32 sums": functools.partial(Zero, stage=1, **BF16, data_types={"grad_accum_dtype": "fp32"}),
     "zero 3 offload": functools.partial(Zero, stage=3, **OFFLOAD),
-    "zero 3 segmented": lambda recipe: Zero(replace(recipe, emission="segmented"), 3),
+    "zero 3": functools.partial(Zero, stage=3),
 }
 
 
