@@ -29,6 +29,8 @@ LAUNCHES = {
     "hsdp on 2 ranks": [*TORCHRUN, "2", TRAIN, "--sharding", "hsdp"],
     **{f"zero {stage} on 2 ranks": [*DEEPSPEED, str(ROOT / "ds_configs" / f"zero{stage}.json")] for stage in range(4)},
 }
+LORA_BY_DEFAULT = ("ddp on 2 ranks", "fsdp2 on 2 ranks", "zero 2 on 2 ranks")
+LORA_BESIDES = tuple(label for label in LAUNCHES if label not in LORA_BY_DEFAULT)
 PORTS = iter(range(29610, 29700))
 
 
@@ -64,17 +66,25 @@ def as_lora(config: dict[str, Any]) -> dict[str, Any]:
         **{k: v for k, v in config["per_layer_lr"].items() if k != "no_decay"}, "lora_plus_ratio": 4}}  # fmt: skip
 
 
-@pytest.mark.parametrize("method", ["full finetune", "lora"])
+@pytest.mark.parametrize(
+    ("method", "launches"),
+    [
+        ("full finetune", tuple(LAUNCHES)),
+        ("lora", LORA_BY_DEFAULT),
+        pytest.param("lora", LORA_BESIDES, marks=pytest.mark.full, id="lora-besides"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
 def test_final_weights_do_not_depend_on_launcher_sharder_or_world_size(
-    method: str, run_config: dict[str, Any], tmp_path: Path
+    method: str, launches: tuple[str, ...], run_config: dict[str, Any], tmp_path: Path
 ) -> None:
     config = as_lora(run_config) if method == "lora" else run_config
     config["train"]["micro_batch"] = 2
     alone = run(["python", TRAIN, "--sharding", "none"], config, tmp_path / "none")
     assert alone.returncode == 0, alone.stderr
     reference = weights(tmp_path / "none")
-    for label, command in LAUNCHES.items():
-        done = run(command, config, tmp_path / label)
+    for label in launches:
+        done = run(LAUNCHES[label], config, tmp_path / label)
         assert done.returncode == 0, f"{label}:\n{done.stdout}\n{done.stderr}"
         sharder, ranks = label.replace("hsdp", "fsdp2").split(" on ")
         assert f"verified on {ranks} ({sharder})" in done.stdout
