@@ -1,6 +1,6 @@
 """What checkpoints cost beside the libraries' own, in time and memory, on the same model under every sharder.
 
-    python benchmarks/checkpoint.py                     # 2 gloo ranks; about 10 minutes on 2 cores
+    python benchmarks/checkpoint.py                     # 2 gloo ranks; about 5 minutes on 2 idle cores
     python benchmarks/checkpoint.py --only fsdp2 --rounds 9 --folder /dev/shm
 
 `checkpoints`: save and load of weights and AdamW state, ours beside torch's (get_state_dict, dcp.save, dcp.load,
