@@ -26,6 +26,7 @@ from dist_layerlr.offload.guards import check_autocast
 from dist_layerlr.offload.internals import (
     at_end_of_backward,
     graph_task,
+    in_grad_transform,
     outer_saved_hooks,
     storage_key,
     storage_uses,
@@ -43,6 +44,8 @@ class _Saved(NamedTuple):
     shape: torch.Size
     stride: tuple[int, ...]
     offset: int
+    conjugate: bool
+    negative: bool
     versions: tuple[int, ...]
 
 
@@ -75,10 +78,14 @@ class Engine:
         self._stamps: dict[int, tuple[int, ...]] = {}
         self._current: int | None = None
         """The unit whose parameters point at the device."""
+        self._arrived: tuple[int, ...] = ()
+        """Versions of its weights when they came."""
         self._last = 0
         """The unit that was needed last."""
         self._inside = False
         """Whether a forward of the whole model is running."""
+        self._thread = 0
+        """Which thread runs it, or ran the last one."""
         self._traced: list[int] | None = []
         """Units in the order of the first forward; None once that is known."""
         self._saving: list[torch.autograd.graph.saved_tensors_hooks | None] = []
@@ -102,6 +109,7 @@ class Engine:
             for owner in owners.values():
                 if owner is not unit.module:
                     yield owner.register_forward_pre_hook(partial(self._enter_part, index), prepend=True)
+                    yield owner.register_forward_hook(self._leave_part, always_call=True)
 
     def need(self, index: int) -> None:
         """Bring a unit to the device and point its parameters at it.
@@ -115,6 +123,11 @@ class Engine:
                 self._enter_backward()
             if index == self._current:
                 return
+            if in_grad_transform():
+                raise OffloadError(
+                    f"Unit {self.units[index].name} cannot be fetched inside torch.func.grad, vjp or jvp, which allow no "
+                    "copies into memory of others. Use torch.autograd.grad, or torch.autograd.forward_ad."
+                )
             self.rest()
             self._check(index, self.units[index].pieces)
             self._discard_stale(index)
@@ -135,11 +148,16 @@ class Engine:
             for piece in self.units[index].pieces:
                 piece.weight.param.data = piece.on(slot.typed[piece.dtype])
             self._current = self._last = index
+            self._arrived = self.units[index].versions()
             if self._traced is not None and not backward and index not in self._traced:
                 self._traced.append(index)
 
     def rest(self) -> None:
-        """Point the current unit's parameters back at the host. Its copy stays in the slot."""
+        """Point the current unit's parameters back at the host. Its copy stays in the slot.
+
+        Raises:
+            OffloadError: somebody wrote to them meanwhile; the host has not seen it.
+        """
         if self._current is None:
             return
         index, self._current = self._current, None
@@ -148,6 +166,11 @@ class Engine:
         slot = self._slots[self.ring.slot(index)]
         # Point 2 of [Note: stream order]: whoever still refers to the slot may use it after this point.
         slot.free = None if index in self._referred() else self._backend.mark()
+        if self.units[index].versions() != self._arrived:
+            raise OffloadError(
+                f"Weights of {self.units[index].name} were written to during a forward or backward pass, which would be "
+                "lost. Write between passes; weights that train stay on the device with stream_trainable=False."
+            )
 
     def forget_trainable(self) -> None:
         """Give up copies whose masters the optimizer is about to change, maybe through ``.data``."""
@@ -159,9 +182,11 @@ class Engine:
         """End of a backward pass, successful or not: gradients to their parameters, everything on the host. Idempotent."""
         with self._lock:
             self._ending = None
-            self.rest()
-            self.forget_trainable()
-            self.sink.settle()
+            try:
+                self.rest()
+            finally:
+                self.forget_trainable()
+                self.sink.settle()
 
     def close(self) -> None:
         """Stop. Parameters point at the host afterwards."""
@@ -182,6 +207,13 @@ class Engine:
 
     def _begin(self, before: Callable[[], None], module: nn.Module, args: Any) -> None:
         if graph_task() == -1:
+            thread = threading.get_ident()
+            if self._inside and thread != self._thread:
+                raise OffloadError(
+                    "Two threads run the streamed model at once, which has one set of weights on the device. "
+                    "Give each call its turn (a lock)."
+                )
+            self._thread = thread
             while self._saving:  # left by a KeyboardInterrupt
                 self._stop_saving()
             for index, unit in enumerate(self.units):  # a cast of everything shows before other code trips over it
@@ -190,7 +222,7 @@ class Engine:
             self._inside = True
 
     def _end(self, after: Callable[[], None], module: nn.Module, args: Any, output: Any) -> None:
-        if graph_task() != -1:
+        if graph_task() != -1 or threading.get_ident() != self._thread:
             return
         self._inside = False
         with self._lock:
@@ -221,6 +253,12 @@ class Engine:
     def _enter_part(self, index: int, module: nn.Module, args: Any) -> None:
         if not torch.compiler.is_compiling():
             self.need(index)
+
+    def _leave_part(self, module: nn.Module, args: Any, output: Any) -> None:
+        """A part that is called alone leaves its weights on the host, too."""
+        if not torch.compiler.is_compiling() and graph_task() == -1 and not self._inside and not self._saving:
+            with self._lock:
+                self.rest()
 
     def _enter_backward(self) -> None:
         """Be told when this pass ends. The first trigger under reentrant checkpointing lies in the outermost pass."""
@@ -256,7 +294,8 @@ class Engine:
             return tensor if outer is None else _Foreign(outer(tensor))
         unit = self.ring.unit_in(slot)
         versions = self.units[unit].versions()
-        return _Saved(unit, tensor.dtype, tensor.shape, tensor.stride(), int(tensor.storage_offset()), versions)
+        bits = tensor.is_conj(), tensor.is_neg()
+        return _Saved(unit, tensor.dtype, tensor.shape, tensor.stride(), int(tensor.storage_offset()), *bits, versions)
 
     def _unpack(self, outer: Callable[[Any], Tensor] | None, saved: Any) -> Tensor:
         if isinstance(saved, _Foreign):
@@ -278,7 +317,9 @@ class Engine:
             )
         slot = self._slots[self.ring.slot(saved.unit)]
         memory = slot.typed[saved.dtype] if saved.dtype in slot.typed else slot.memory.view(saved.dtype)
-        return memory.as_strided(saved.shape, saved.stride, saved.offset)
+        view = memory.as_strided(saved.shape, saved.stride, saved.offset)
+        view = view.conj() if saved.conjugate else view
+        return view.neg() if saved.negative else view
 
     # State
 
@@ -310,8 +351,9 @@ class Engine:
     def _raise_full(self, index: int) -> NoReturn:
         held = ", ".join(self.units[u].name for u in sorted(self._referred()))
         raise OffloadError(
-            f"No slot for {self.units[index].name}: views of the weights of {held} are still held. A view is valid inside "
-            "its block's forward only; clone what is to be kept."
+            f"No slot for {self.units[index].name}: views of the weights of {held} are still held, by code that kept them "
+            "(clone what is to be kept), by saved-tensor hooks inside a block, or by a graph of create_graph=True "
+            "(raise prefetch_window, or run that pass before stream())."
         )
 
     def _learn_order(self) -> None:
@@ -325,8 +367,9 @@ def _problem(piece: Piece) -> str | None:
     param = piece.weight.param
     if piece.weight.owner._parameters.get(piece.weight.leaf) is not param:
         return "was replaced (load_state_dict(assign=True), or a swapped module)"
-    if param.data_ptr() != piece.host.data_ptr() or param.dtype != piece.dtype:
-        return "was moved or cast (.to(), .half(), ...)"
+    moved = param.data_ptr() != piece.host.data_ptr() or piece.master.data_ptr() != piece.address
+    if moved or param.dtype != piece.dtype:
+        return "was moved or cast (.to(), .half(), .share_memory(), ...)"
     if param.requires_grad and not piece.trainable:
         return "was unfrozen"
     return None

@@ -12,7 +12,7 @@ from torch.utils.hooks import RemovableHandle
 
 from dist_layerlr.errors import OffloadError
 from dist_layerlr.offload.backend import Backend, Event, host_buffer
-from dist_layerlr.offload.internals import graph_task
+from dist_layerlr.offload.internals import accumulate_hooks, graph_task
 
 STAGING = 2
 """Staging buffers, each as large as the largest gradient; a bound on gradients that wait on the device."""
@@ -103,7 +103,14 @@ class GradSink:
 
     def _take(self, param: nn.Parameter) -> None:
         gradient, param.grad = param.grad, None
-        assert gradient is not None
+        if accumulate_hooks(param) > 1:
+            raise OffloadError(
+                f"A streamed parameter of shape {tuple(param.shape)} has a post-accumulate-grad hook, as optimizers that "
+                "step during backward do: its gradient is on its way to the host. Step after backward, or set "
+                "stream_trainable=False."
+            )
+        if gradient is None:  # frozen since the forward
+            return
         if gradient.requires_grad or gradient.is_sparse:
             what = "sparse" if gradient.is_sparse else "to be differentiated again (create_graph=True)"
             raise OffloadError(f"A gradient of shape {tuple(param.shape)} is {what}. Set stream_trainable=False.")

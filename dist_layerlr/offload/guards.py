@@ -10,7 +10,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from dist_layerlr.errors import OffloadError
-from dist_layerlr.offload.internals import in_live_graph
+from dist_layerlr.offload.internals import accumulate_hooks, in_live_graph
 from dist_layerlr.offload.units import Cut
 
 _FSDP = "use fully_shard(..., offload_policy=CPUOffloadPolicy())"
@@ -102,6 +102,7 @@ def check_cuts(model: nn.Module, cuts: Iterable[Cut], streamed: Iterable[nn.Modu
         raise OffloadError(f"{type(model).__name__} is streamed already. Call remove() on its handle first.")
     for cut in cuts:
         _refuse_compiled(model, cut)
+        _refuse_steps_in_backward(cut)
     for name, param in model.named_parameters():
         if in_live_graph(param):
             raise OffloadError(
@@ -115,6 +116,15 @@ def check_cuts(model: nn.Module, cuts: Iterable[Cut], streamed: Iterable[nn.Modu
             f"Parameter {trainable[0]} is trainable and streamed on {ranks} ranks: DDP cannot reduce its gradient. "
             f"Set stream_trainable=False, or {_FSDP}."
         )
+
+
+def _refuse_steps_in_backward(cut: Cut) -> None:
+    for weight in cut.weights:
+        if weight.param.requires_grad and accumulate_hooks(weight.param):
+            raise OffloadError(
+                f"Parameter {weight.name} has a post-accumulate-grad hook, as optimizers that step during backward do: "
+                "its gradient would be on its way to the host. Step after backward, or set stream_trainable=False."
+            )
 
 
 def _refuse_compiled(model: nn.Module, cut: Cut) -> None:

@@ -27,6 +27,12 @@ def outer_saved_hooks() -> tuple[Callable[[Tensor], Any], Callable[[Any], Tensor
     return found
 
 
+def in_grad_transform() -> bool:
+    """Whether torch.func differentiates (grad, vjp, jvp, ...); vmap alone does not."""
+    levels = torch._C._functorch.get_interpreter_stack() or ()
+    return any(level.key() != torch._C._functorch.TransformType.Vmap for level in levels)
+
+
 def storage_key(tensor: Tensor) -> int:
     """Identity of the memory behind a tensor, on any device."""
     key: int = tensor.untyped_storage()._cdata
@@ -37,6 +43,11 @@ def storage_uses(tensor: Tensor) -> int:
     """Tensors and storages that share the memory of this one, itself included."""
     count: int = torch._C._storage_Use_Count(tensor.untyped_storage()._cdata)
     return count
+
+
+def accumulate_hooks(param: Tensor) -> int:
+    """Number of hooks that run when a gradient has been accumulated into this leaf."""
+    return len(param._post_accumulate_grad_hooks or ())
 
 
 def in_live_graph(param: Tensor) -> bool:

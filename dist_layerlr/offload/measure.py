@@ -95,8 +95,9 @@ def both_ways_gb_s(device: torch.device, *, megabytes: int = 256) -> float:
 
 def gemm_tflops(device: torch.device, *, tokens: int, width: int, dtype: torch.dtype) -> float:
     """Achieved operations per second of (tokens, width) @ (width, 4 * width), in 1e12."""
-    x = torch.randn(tokens, width, device=device, dtype=dtype)
-    weight = torch.randn(width, 4 * width, device=device, dtype=dtype)
+    generator = torch.Generator(device).manual_seed(0)  # the user's random numbers must not depend on a prediction
+    x = torch.randn(tokens, width, device=device, dtype=dtype, generator=generator)
+    weight = torch.randn(width, 4 * width, device=device, dtype=dtype, generator=generator)
     return 8.0 * tokens * width * width / 1e12 / _seconds(device, lambda: torch.mm(x, weight))
 
 

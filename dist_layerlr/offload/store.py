@@ -17,7 +17,9 @@ from dist_layerlr.offload.units import Cut, Weight
 
 ALIGNMENT = 256
 """Bytes; what copies and kernels like best."""
-_SAMPLES = 1024
+_SAMPLES = 64
+"""Words of each master that tell whether it was written to."""
+_WORDS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 Files = Mapping[str, Tensor]
 """{parameter name: tensor mapped from its file}."""
 
@@ -39,6 +41,8 @@ class Piece:
     """What the parameter points at while it is not on the device; no values if the master is encoded."""
     master: Tensor
     """Bytes of the payload."""
+    address: int
+    """Of the master when it was made."""
     codes: torch.dtype | None = None
     """8-bit dtype of an encoded master, whose scales (float32, one per row) follow the codes."""
 
@@ -94,8 +98,7 @@ class Unit:
         self.dtypes = frozenset(p.dtype for p in pieces)
         self.trained = frozenset(p.dtype for p in pieces if p.trainable)
         """Dtypes of trainable weights."""
-        words = None if arena is None else arena[: arena.numel() // 8 * 8].view(torch.int64)
-        self._sample = None if words is None else words[:: max(1, words.numel() // _SAMPLES)]
+        self._samples = [_sample(p) for p in pieces if p.codes is None]
 
     def fill(self, staging: Tensor) -> Tensor:
         """Copy the payload into a staging buffer and return the filled part."""
@@ -112,7 +115,7 @@ class Unit:
 
     def stamp(self) -> tuple[int, ...]:
         """Changes with every write through a parameter, and with one through ``.data`` that touches a sampled word."""
-        return (*self.versions(), 0 if self._sample is None else int(self._sample.sum()))
+        return (*self.versions(), sum(int(words.sum()) for words in self._samples))
 
 
 def aligned(nbytes: int) -> int:
@@ -167,6 +170,7 @@ def build(cut: Cut, files: Files | None, host_dtype: str | None) -> Unit:
                 start=start,
                 host=host,
                 master=master,
+                address=master.data_ptr(),
                 codes=codes,
                 mapped=mapped,
             )
@@ -207,6 +211,11 @@ def _offsets(sizes: list[int]) -> list[int]:
 def _carve(arena: Tensor, start: int, nbytes: int) -> Tensor:
     """A run of the arena as a tensor with a storage of its own, so that saving it does not save its neighbours."""
     return torch.from_numpy(arena.numpy()[start : start + nbytes])
+
+
+def _sample(piece: Piece) -> Tensor:
+    words = piece.master.view(_WORDS.get(piece.dtype.itemsize, torch.uint8))
+    return words[:: max(1, words.numel() // _SAMPLES)]
 
 
 def _is_dense(data: Tensor) -> bool:

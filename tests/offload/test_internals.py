@@ -119,3 +119,25 @@ def test_hooks_on_a_leaf_survive_a_change_of_device(device: str):
     weight.data = weight.data.cpu()
     loss.backward()
     assert order == ["before True", "after False"]
+
+
+def test_hooks_behind_accumulation_are_counted(device: str):
+    weight = nn.Parameter(torch.ones(3, device=device))
+    assert internals.accumulate_hooks(weight) == 0
+    hook = weight.register_post_accumulate_grad_hook(lambda p: None)
+    assert internals.accumulate_hooks(weight) == 1
+    hook.remove()
+    assert internals.accumulate_hooks(weight) == 0
+
+
+def test_function_transforms_that_differentiate_are_told_from_vmap(device: str):
+    seen: list[bool] = []
+
+    def f(x: torch.Tensor) -> torch.Tensor:
+        seen.append(internals.in_grad_transform())
+        return x.sum()
+
+    x = torch.ones(2, 3, device=device)
+    for call in (f, torch.func.grad(f), torch.func.vmap(f), torch.func.vmap(torch.func.grad(f))):
+        call(x)
+    assert seen == [False, True, False, True]
