@@ -56,9 +56,20 @@ def read_rows(path: str | Path) -> Rows | None:
     if "digest" not in loaded or "parameters" not in loaded:
         return None
     rows = loaded["parameters"]
-    if not isinstance(rows, dict) or not all(isinstance(row, dict) and row.keys() >= _FIELDS for row in rows.values()):
-        raise ModelSourceError(f"Invalid plan {str(file)!r}: its rows are incomplete. Write it again with the run.")
+    if not isinstance(rows, dict) or not all(_is_row(row) for row in rows.values()):
+        raise ModelSourceError(
+            f"Invalid plan {str(file)!r}: its rows are incomplete or no numbers. Write it again with the run."
+        )
     return rows
+
+
+def _is_row(row: Any) -> bool:
+    return (
+        isinstance(row, dict)
+        and row.keys() >= _FIELDS
+        and all(isinstance(row[key], (int, float)) for key in ("lr", "numel"))
+        and isinstance(row["weight_decay"], (int, float, type(None)))
+    )
 
 
 def _rows(plan: Plan | Rows) -> Rows:

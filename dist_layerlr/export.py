@@ -167,6 +167,8 @@ def choose(
         raise ConfigError(f"No adapter {adapter!r} to export as {format}: the model has {adapters or 'none'}.")
     if config is None:
         raise ConfigError(f"Cannot export adapter {adapter!r}: its LoraConfig is not known. Give adapter_config.json.")
+    if "peft_type" not in config:
+        raise ConfigError(f"Invalid adapter config with keys {sorted(config)[:5]}: no peft_type. Give PEFT's own file.")
     outside = [name for name, held in table.items() if held.trainable and lora.adapter_of(name) != adapter]
     if outside:
         raise ConfigError(

@@ -133,7 +133,7 @@ def _train_and_save(
     from parts.files import write_json, write_text
     from parts.loop import Position, train
     from parts.metrics import MetricsFile
-    from parts.resume import finish_saving, restore, saver
+    from parts.resume import finish_saving, is_own, restore, saver
 
     say = partial(print, flush=True) if runtime.is_main else (lambda *_, **__: None)
     begin = Position() if checkpoint is None else restore(engine, checkpoint, options, say)
@@ -143,7 +143,7 @@ def _train_and_save(
     if prediction is not None:
         say(f"[stagehand] {prediction.line()}")
     if runtime.is_main:
-        if checkpoint is None:
+        if checkpoint is None or not is_own(checkpoint, folder):
             outputs.remove_previous_run(folder)
         write_text(folder / "plan.json", plan.to_json() + "\n")
         outputs.draw_plan(plan, folder)

@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 from torch.distributed.checkpoint.state_dict_loader import load
+from torch.optim.lr_scheduler import LRScheduler
 
 from dist_layerlr.adapters import detect
 from dist_layerlr.adapters.base import world_size
@@ -184,8 +185,18 @@ def _restore_extra(saved: Mapping[str, Any], live: Mapping[str, Any]) -> None:
         if key not in saved or not hasattr(target, "load_state_dict"):
             continue
         target.load_state_dict(saved[key])
-        if hasattr(target, "base_lrs"):  # a torch scheduler brings the old plan's rates back
-            target.base_lrs = [group["initial_lr"] for group in target.optimizer.param_groups]
+        if isinstance(target, LRScheduler):
+            _rebase(target)
+
+
+def _rebase(scheduler: Any) -> None:
+    """A torch scheduler, and those inside it, bring the old plan's rates back, in the old plan's order of groups."""
+    for inner in getattr(scheduler, "_schedulers", ()):
+        _rebase(inner)
+    groups = scheduler.optimizer.param_groups
+    if hasattr(scheduler, "base_lrs"):
+        scheduler.base_lrs = [group["initial_lr"] for group in groups]
+    scheduler._last_lr = [group["lr"] for group in groups]  # what get_last_lr() reports until the next step
 
 
 def _restore_rng(saved: torch.Tensor, ranks: int, rank: int) -> None:

@@ -15,6 +15,7 @@ from dist_layerlr.errors import CheckpointError
 
 FORMAT = 1
 SHOWN = 5
+_PAIRS = "__pairs__"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,7 +59,7 @@ class Manifest:
 
     def write(self, folder: Path) -> None:
         """Write ``checkpoint.json`` to disk."""
-        content = {"format": FORMAT, **asdict(self)}
+        content = {"format": FORMAT, **asdict(self), "extra": packed(self.extra)}
         text = json.dumps({"crc32": zlib.crc32(_canonical(content)), "content": content}, indent=1)
         write_durably(folder / MANIFEST, text + "\n")
 
@@ -94,7 +95,7 @@ def read_manifest(folder: Path) -> Manifest:
         name: Stored(**{**row, "shape": tuple(row["shape"]), "aliases": tuple(row["aliases"])})
         for name, row in content.pop("parameters").items()
     }
-    return Manifest(parameters=parameters, **content)
+    return Manifest(parameters=parameters, extra=unpacked(content.pop("extra")), **content)
 
 
 def read_sealed(folder: Path, name: str, manifest: Manifest) -> Any:
@@ -111,6 +112,28 @@ def read_sealed(folder: Path, name: str, manifest: Manifest) -> Any:
     if zlib.crc32(data) != manifest.files[name]:
         raise damaged(path, "its checksum is wrong")
     return json.loads(data)
+
+
+def packed(value: Any) -> Any:
+    """As JSON can hold it: numbers that are keys, which it would turn into text, become pairs."""
+    if isinstance(value, (list, tuple)):
+        return [packed(item) for item in value]
+    if not isinstance(value, Mapping):
+        return value
+    row = {key: packed(item) for key, item in value.items()}
+    numbered = any(isinstance(key, (int, float)) for key in row)
+    scalars = all(isinstance(key, (str, int, float)) for key in row)
+    return {_PAIRS: [[key, item] for key, item in row.items()]} if numbered and scalars else row
+
+
+def unpacked(value: Any) -> Any:
+    """Inverse of ``packed``, but for tuples, which have become lists."""
+    if isinstance(value, list):
+        return [unpacked(item) for item in value]
+    if not isinstance(value, dict):
+        return value
+    pairs = value[_PAIRS] if value.keys() == {_PAIRS} else value.items()
+    return {key: unpacked(item) for key, item in pairs}
 
 
 def damaged(path: Path, reason: str) -> CheckpointError:

@@ -60,12 +60,15 @@ def plan_state(live: Live, manifest: Manifest, index: Index) -> list[OwnerState]
         if not local(pieces[0].owner).numel():
             continue
         saved = [_saved_name(piece, live, manifest) for piece in pieces]
+        counters = {n: numbers[n] for n in saved if n in numbers}
+        frozen = [n for n in saved if n is not None and not manifest.parameters[n].trainable]
+        _check_unfrozen(frozen, counters)
         planned.append(
             OwnerState(
                 pieces=pieces,
                 sources=[elementwise.get(name or "", {}) for name in saved],
                 saved_names=saved,
-                numbers=_agreed({n: numbers[n] for n in saved if n in numbers}),
+                numbers=_agreed(counters),
             )
         )
     return planned
@@ -106,6 +109,16 @@ def _check_class(saved: str, live: str) -> None:
 
 def _saved_name(piece: Piece, live: Live, manifest: Manifest) -> str | None:
     return manifest.name_of(piece.name, live.by_name[piece.name].aliases)
+
+
+def _check_unfrozen(frozen: list[str], counters: Mapping[str, Mapping[str, Number]]) -> None:
+    """A name that starts at step 0 beside others would be corrected for their step: about 3 times its rate at first."""
+    if frozen and counters:
+        beside = next(iter(counters))
+        raise CheckpointError(
+            f"{frozen[0]} was frozen and has no step counter, but this sharder steps it in one tensor with {beside}, "
+            "which has one. Resume under DDP or FSDP2, or start anew from the exported weights."
+        )
 
 
 def _agreed(numbers: Mapping[str, Mapping[str, Number]]) -> Mapping[str, Number]:

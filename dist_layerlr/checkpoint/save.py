@@ -16,18 +16,20 @@ import torch.distributed as dist
 from torch import nn
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict_saver import async_save, save
+from torch.optim.lr_scheduler import LRScheduler
 
 from dist_layerlr.adapters import detect
 from dist_layerlr.adapters.base import world_size
 from dist_layerlr.agreement import alike, everyone
 from dist_layerlr.checkpoint import folders
 from dist_layerlr.checkpoint.engine import engine_state
-from dist_layerlr.checkpoint.manifest import Manifest
+from dist_layerlr.checkpoint.manifest import Manifest, packed, unpacked
 from dist_layerlr.checkpoint.runs import Run, SavePlanner, Scalars
 from dist_layerlr.checkpoint.shards import INDEX, Index, ShardWriter
 from dist_layerlr.checkpoint.state import describe, look, saved_runs
 from dist_layerlr.diff import PLAN_FILE
 from dist_layerlr.errors import CheckpointError, ConfigError, LayerLRError
+from dist_layerlr.guard import check_scheduler
 from dist_layerlr.plan import Plan
 
 
@@ -112,7 +114,7 @@ def save_checkpoint(
 
     Raises:
         CheckpointError: on all ranks alike, naming file and tensor; older checkpoints stay.
-        ConfigError: something in ``extra`` that JSON cannot hold.
+        ConfigError: something in ``extra`` that JSON cannot hold, or a scheduler that ``check_scheduler`` refuses.
     """
     settle()
     rank = dist.get_rank() if world_size() > 1 else 0
@@ -139,10 +141,14 @@ def _collect(
 
 
 def _plain(extra: Mapping[str, Any]) -> dict[str, Any]:
-    plain = {key: value.state_dict() if hasattr(value, "state_dict") else value for key, value in extra.items()}
-    for key, value in plain.items():
+    """A copy, as a load will return it: the caller may change his own before a background save writes it."""
+    plain = {}
+    for key, value in extra.items():
+        if isinstance(value, LRScheduler):
+            check_scheduler(value)  # a load puts the rates back as plan x one multiplier
+        state = value.state_dict() if hasattr(value, "state_dict") else value
         try:
-            json.dumps(value)
+            plain[key] = unpacked(json.loads(json.dumps(packed(state))))
         except (TypeError, ValueError) as error:
             raise ConfigError(f"Invalid extra[{key!r}]: {error}. Give what JSON can hold.") from None
     return plain

@@ -103,7 +103,7 @@ def saved_runs(live: Live, table: Mapping[str, Stored], rank: int) -> tuple[list
 def _state_runs(piece: Piece, optimizer: Any, size: int, numbers: Scalars) -> list[Run]:
     runs = []
     for key, value in optimizer.state.get(piece.owner, {}).items():
-        if isinstance(value, Tensor) and value.ndim == 0:
+        if isinstance(value, Tensor) and value.ndim == 0 and (key == "step" or local(piece.owner).ndim):
             numbers.setdefault(piece.name, {})[key] = (value.item(), str(value.dtype).removeprefix("torch."))
         elif isinstance(value, Tensor) and _elementwise(local(value), local(piece.owner)):
             runs.append(piece_run(f"{OPTIM}.{piece.name}.{key}", piece, value, size))

@@ -9,6 +9,7 @@ from typing import Any
 from dist_layerlr import checks, find_checkpoint, resume_plan
 from dist_layerlr.checkpoint.folders import complete
 from dist_layerlr.checkpoint.save import settle
+from dist_layerlr.errors import CheckpointError
 from dist_layerlr.export import SAVED_CONFIG, adapter_config
 from dist_layerlr.plan import Plan
 
@@ -29,7 +30,7 @@ def choose_checkpoint(resume: str | None, folder: Path, runtime: Runtime, say: S
     ``latest`` without any checkpoint is a beginning too, so that one command line starts a job and restarts it.
 
     Raises:
-        ConfigError: no --resume, and checkpoints of another run in the output folder.
+        ConfigError: checkpoints of another run in the output folder, and no --resume, or one from elsewhere.
         CheckpointError: no checkpoint at the given path.
     """
     if resume is None:
@@ -38,7 +39,15 @@ def choose_checkpoint(resume: str | None, folder: Path, runtime: Runtime, say: S
     if resume == LATEST and not any(runtime.everyone(bool(complete(folder / CHECKPOINTS)))):
         say(f"no checkpoint in {folder / CHECKPOINTS} yet: starting at step 0")
         return None
-    return find_checkpoint(folder / CHECKPOINTS if resume == LATEST else resume)
+    path = find_checkpoint(folder / CHECKPOINTS if resume == LATEST else resume)
+    if not is_own(path, folder):
+        runtime.agree(lambda: check_fresh(folder))
+    return path
+
+
+def is_own(checkpoint: Path, folder: Path) -> bool:
+    """Whether a checkpoint is of the run in this output folder, whose files then go on."""
+    return checkpoint.resolve().parent == (folder / CHECKPOINTS).resolve()
 
 
 def adapt_plan(path: Path, plan: Plan, say: Say) -> Plan:
@@ -56,10 +65,16 @@ def restore(engine: Engine, path: Path, options: RunOptions, say: Say) -> Positi
     """Load the checkpoint. Returns where to go on.
 
     Raises:
+        CheckpointError: it is not of this program.
         ConfigError: the run is already as long as ``train.steps`` asks.
     """
     restored = engine.load(path)
     extra = restored.extra
+    if not extra.keys() >= {"samples", "observed"}:
+        raise CheckpointError(
+            f"Checkpoint {str(path)!r} does not say how many samples were seen: train.py did not write it. "
+            "Start from its weights: dist-layerlr export, then model_path."
+        )
     if restored.step >= options.train.steps:
         allowed = f"more than {restored.step}, the steps done in {str(path)!r}"
         raise checks.invalid("train.steps", options.train.steps, allowed)

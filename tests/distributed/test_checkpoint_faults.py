@@ -229,6 +229,19 @@ def stepped_unevenly(root: Path) -> None:
     assert same(state(driver), state(back))
 
 
+def unfrozen_beside_others(root: Path) -> None:
+    """A name without a counter would take its neighbours': 2.5 times its rate after 1000 steps."""
+    driver = make()
+    train(driver, 1)
+    name, param = next((n, p) for n, p in driver.model.named_parameters() if p.requires_grad and p.ndim == 2)
+    del driver.optimizer.state[param]
+    param.requires_grad_(False)
+    path = save_checkpoint(root, driver.plan, driver.model, driver.optimizer, step=1).path
+    refuses(make(wrap=fsdp1_flat), path, f"{name} was frozen and has no step counter, .* Resume under DDP or FSDP2")
+    back = make()
+    assert name in load_checkpoint(path, back.plan, back.model, back.optimizer).fresh
+
+
 def what_json_cannot_hold(root: Path) -> None:
     driver = make()
     with pytest.raises(ConfigError, match=r"Invalid extra\['x'\]: .*set"):
@@ -238,7 +251,7 @@ def what_json_cannot_hold(root: Path) -> None:
 
 CASES = (
     a_flipped_byte, a_missing_or_short_shard, another_model, another_base, a_full_disk, a_background_save,
-    an_eval_forward_before_a_save, stepped_unevenly, what_json_cannot_hold,
+    an_eval_forward_before_a_save, stepped_unevenly, unfrozen_beside_others, what_json_cannot_hold,
 )  # fmt: skip
 
 

@@ -27,6 +27,8 @@ from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from dist_layerlr import ConfigError, attach, bind, export_weights, plan_model, save_checkpoint
 from dist_layerlr.cli import main
+from dist_layerlr.export import choose
+from dist_layerlr.gather import LiveWeights
 from dist_layerlr.plan import Plan
 from drivers import ds_config, start_deepspeed
 from parity import Recipe
@@ -265,6 +267,8 @@ def refused(rank: int, world_size: int, folder: str) -> None:
     ):
         with pytest.raises(ConfigError, match=words):
             export_weights(model, folder, format=format)
+    with pytest.raises(ConfigError, match=r"Invalid adapter config with keys \['lr'\]: no peft_type"):
+        choose(LiveWeights(lora).table, "kohya", None, "default", {"lr": 1.0}, {}, None)
     lora.proj_out.weight.requires_grad_(True)
     with pytest.raises(ConfigError, match=r"Cannot export proj_out\.weight with adapter 'default': it is trained"):
         export_weights(lora, folder, format="peft")

@@ -8,6 +8,7 @@ import json
 import os
 import signal
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ import torch
 from safetensors.torch import load_file
 
 import train
+from dist_layerlr.checkpoint.manifest import read_manifest
 from ranks import run_ranks
 
 FINAL = Path("final/diffusion_pytorch_model.safetensors")
@@ -115,3 +117,26 @@ def test_another_sharding_ranks_and_plan_continue_a_run(call: Callable[..., Call
     assert max(float((wanted[n] - new_rates[n]).abs().max()) for n in wanted) > 1e-4
     assert "blocks.000-002.ffn: lr 0.00015..0.0003 -> 0.0003..0.0006 (x2)" in said[0][1][1]
     assert "the new rates apply (resume_lr)" in said[0][1][1] and "its rates apply (resume_lr)" in said[0][2][1]
+
+
+def test_another_runs_checkpoint_starts_files_of_its_own_and_spares_other_checkpoints(
+    call: Callable[..., Call], tmp_path: Path
+) -> None:
+    source = tmp_path / "source" / "checkpoints"
+    every = ("--set", "train.save_every=1", "--set", "train.keep=2", "--set", "schedule.type=constant")
+    (tmp_path / "used").mkdir()
+    (tmp_path / "used" / "metrics.jsonl").write_text('{"step": 0, "loss": 777}\n')
+    calls = [
+        call("source", *every, "--max-steps", "2"),
+        call("used", *every, "--max-steps", "3", "--resume", str(source)),
+        call("used", *every, "--max-steps", "4", "--resume", str(source)),
+        call("used", *every, "--max-steps", "4", "--resume", str(tmp_path / "used" / "checkpoints" / "step_00000003")),
+    ]
+    said = run_ranks(call_all, 1, calls, None)[0]
+    assert [status for status, _, _ in said] == [0, 0, 2, 0], said
+    assert "it holds checkpoints of an earlier run. Continue it with --resume latest" in said[2][2]
+    assert [row["step"] for row in rows(tmp_path / "used")] == [2, 3]
+    newest = source / "step_00000002"
+    replace(read_manifest(newest), extra={}).write(newest)
+    foreign = run_ranks(call_all, 1, [call("new", *every, "--resume", str(source))], None)[0]
+    assert foreign[0][0] == 2 and "train.py did not write it" in foreign[0][2]

@@ -103,9 +103,12 @@ def test_the_command_compares_runs_plans_and_configs_and_ends_with_1_where_they_
 def test_what_is_no_plan_is_one_line_with_status_2(files: Path, capsys):
     (files / "empty").mkdir()
     (files / "broken.json").write_text('{"digest": "x", "parameters": {"a": {"lr": 1}}}')
+    row = '{"lr": "1", "weight_decay": null, "numel": 1, "stack": "s", "block": null, "component": "c"}'
+    (files / "text.json").write_text(f'{{"digest": "x", "parameters": {{"a": {row}}}}}')
     for other, part in (
-        ("same_config.json", "pass --model MODEL"), ("empty", "empty/plan.json"), ("broken.json", "rows are incomplete"),
-        ("nowhere", "nowhere"),
+        ("same_config.json", "pass --model MODEL"), ("empty", "empty/plan.json"),
+        ("broken.json", "rows are incomplete or no numbers"),
+        ("nowhere", "nowhere"), ("text.json", "rows are incomplete or no numbers"),
     ):  # fmt: skip
         assert main(["diff", str(files / "run"), str(files / other)]) == 2
         line = capsys.readouterr().err
