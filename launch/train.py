@@ -151,7 +151,11 @@ def _train_and_save(
     if metrics is not None and prediction is not None:
         metrics.write({"step": begin.step, "prediction": prediction.to_dict()})
     save = saver(engine, options, folder)
-    outcome = train(engine, family, data, options, runtime, metrics, stop, begin, save)
+    try:
+        outcome = train(engine, family, data, options, runtime, metrics, stop, begin, save)
+    except Diverged:  # on all ranks alike; the checkpoint before it is good
+        finish_saving()
+        raise
     finish_saving()
     after = runtime.agree(lambda: engine.prove(outcome.last_factor))
     weights = outputs.save_weights(engine, plan, options, runtime, folder, outcome.steps)

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import os
 from pathlib import Path
+from typing import IO
 
 import torch
 from torch import Tensor, nn
@@ -30,11 +32,15 @@ _WRITTEN = (
 """Every file that a run may leave in its output folder."""
 
 
+_LOCKS: dict[Path, IO[str]] = {}
+"""{output folder: open lock file}; a lock goes with the process, however it ends."""
+
+
 def open_output_dir(path: str | Path, model_path: str, *, probe: bool) -> Path:
     """Create the output folder. With ``probe`` (the rank that writes), make sure that all files can be written.
 
     Raises:
-        ConfigError: it cannot be created or written to, or the model that is trained lies in it.
+        ConfigError: it cannot be created or written to, another run writes to it, or the model that is trained lies in it.
     """
     folder = Path(path)
     if (folder / "final").resolve() == Path(model_path).resolve():
@@ -42,11 +48,31 @@ def open_output_dir(path: str | Path, model_path: str, *, probe: bool) -> Path:
     try:
         folder.mkdir(parents=True, exist_ok=True)
         if probe:
+            _lock(folder)
             _probe(folder)
     except OSError as error:
         what = f"{error.strerror}: {str(error.filename)!r}"
         raise ConfigError(f"Cannot write to --output-dir {str(path)!r}: {what}. Choose another folder.") from None
     return folder
+
+
+def _lock(folder: Path) -> None:
+    """Keep a second run out of the folder for as long as this process lives.
+
+    Raises:
+        ConfigError: there is one.
+    """
+    if folder.resolve() in _LOCKS:
+        return
+    file = (folder / ".lock").open("w")
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        file.close()
+        raise ConfigError(
+            f"Invalid --output-dir {str(folder)!r}: another run is writing to it. Wait for it, or choose another folder."
+        ) from None
+    _LOCKS[folder.resolve()] = file
 
 
 def _probe(folder: Path) -> None:

@@ -66,7 +66,8 @@ def restore(engine: Engine, path: Path, options: RunOptions, say: Say) -> Positi
 
     Raises:
         CheckpointError: it is not of this program.
-        ConfigError: the run is already as long as ``train.steps`` asks.
+        ConfigError: the run is already longer than ``train.steps`` asks. At just that many steps only the weights,
+            samples and proofs are left to write: the run was ended between its last checkpoint and these.
     """
     restored = engine.load(path)
     extra = restored.extra
@@ -75,8 +76,8 @@ def restore(engine: Engine, path: Path, options: RunOptions, say: Say) -> Positi
             f"Checkpoint {str(path)!r} does not say how many samples were seen: train.py did not write it. "
             "Start from its weights: dist-layerlr export, then model_path."
         )
-    if restored.step >= options.train.steps:
-        allowed = f"more than {restored.step}, the steps done in {str(path)!r}"
+    if restored.step > options.train.steps:
+        allowed = f"at least {restored.step}, the steps done in {str(path)!r}"
         raise checks.invalid("train.steps", options.train.steps, allowed)
     for line in _changed(extra.get("config", {}), options.raw):
         say(f"  config: {line}")

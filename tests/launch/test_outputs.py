@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import io
 import json
 from collections.abc import Callable
@@ -94,3 +95,11 @@ def test_a_folder_that_cannot_take_every_file_is_refused_before_training(
 def test_a_run_does_not_replace_the_model_it_starts_from(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="model_path is its final/"):
         open_output_dir(tmp_path, str(tmp_path / "x" / ".." / "final"), probe=False)
+
+
+def test_a_folder_that_another_run_writes_to_is_refused(tmp_path: Path) -> None:
+    with (tmp_path / ".lock").open("w") as other:
+        fcntl.flock(other, fcntl.LOCK_EX)
+        with pytest.raises(ConfigError, match="another run is writing to it"):
+            open_output_dir(tmp_path, "model", probe=True)
+    open_output_dir(tmp_path, "model", probe=True)

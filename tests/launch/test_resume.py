@@ -76,9 +76,10 @@ def test_a_stopped_run_resumes_to_the_same_weights_and_rows(call: Callable[..., 
         call("whole"),
         call("halves", *every),
         call("halves", *every, "--resume", "latest"),
+        call("halves", *every, "--resume", "latest", "--max-steps", "5"),
         call("halves", *every, "--resume", "nowhere"),
     ]
-    (stopped, resumed, whole, fresh, done, nowhere) = run_ranks(call_all, 1, calls, 3)[0]
+    (stopped, resumed, whole, fresh, done, shorter, nowhere) = run_ranks(call_all, 1, calls, 3)[0]
     assert (stopped[0], resumed[0], whole[0]) == (0, 0, 0)
     assert "yet: starting at step 0" in stopped[1] and "stopped by a signal after 3 steps" in stopped[1]
     assert "step_00000003 after 3 steps" in resumed[1] and "finished 6 steps" in resumed[1]
@@ -91,7 +92,8 @@ def test_a_stopped_run_resumes_to_the_same_weights_and_rows(call: Callable[..., 
     ]
     assert first_lrs[0] == first_lrs[1] != {}
     assert fresh[0] == 2 and "it holds checkpoints of an earlier run. Continue it with --resume latest" in fresh[2]
-    assert done[0] == 2 and "Invalid train.steps=6: must be more than 6" in done[2]
+    assert done[0] == 0 and "finished 6 steps; weights in" in done[1]  # ended before it wrote them, say
+    assert shorter[0] == 2 and "Invalid train.steps=5: must be at least 6" in shorter[2]
     assert nowhere[0] == 2 and "No checkpoint in 'nowhere'" in nowhere[2]
 
 
