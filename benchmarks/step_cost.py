@@ -1,6 +1,6 @@
 """What per-layer learning rates cost: one flat rate against 144, as groups and segmented, under every sharder.
 
-    python benchmarks/step_cost.py            # 2 gloo ranks; about 15 minutes on 2 cores
+    python benchmarks/step_cost.py            # 2 gloo ranks; about 19 minutes on 2 cores
     python benchmarks/step_cost.py --only "zero 1" --rounds 40
 
 Each arm has a model and optimizer of its own. Arms take turns, in rotating order, and a ratio is the median of the rounds'
