@@ -50,7 +50,7 @@ def test_a_second_run_into_the_same_folder_replaces_the_first(call: list[str], t
     assert (first, second) == (0, 0)
     assert "Warning" not in said
     assert files(tmp_path / "out") == {
-        "notes.txt", "plan.json", "verify.json", "metrics.jsonl", "lr_grid.png", "final/adapter_config.json",
+        ".lock", "notes.txt", "plan.json", "verify.json", "metrics.jsonl", "lr_grid.png", "final/adapter_config.json",
         "final/adapter_model.safetensors",
     }  # fmt: skip
 
