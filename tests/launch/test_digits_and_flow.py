@@ -16,6 +16,7 @@ from parts.data.digits import DIGIT_WORDS, PATHS, SCAN, MovingDigits
 from parts.families import FAMILIES, get_family
 from parts.flow import euler_sigmas, make_flow_batch, mix_seed, sample
 from parts.samples import _short, draw_samples
+from ranks import run_ranks
 
 TINY = [
     "--layers",
@@ -218,15 +219,19 @@ def test_unknown_model_type_names_the_allowed_ones() -> None:
     assert all(family.model_type == key for key, family in FAMILIES.items())
 
 
-def test_tiny_checkpoint_loads_and_predicts_a_velocity(checkpoint: Path) -> None:
+def velocity_and_gradients(rank: int, world_size: int, checkpoint: Path) -> tuple[bool, list[str]]:
+    """Whether the velocity has the shape of its input, and the parameters that get no gradient."""
     family = get_family("wan")
     model = family.model_class.from_pretrained(checkpoint)
     noisy = torch.randn(2, 1, 4, 16, 16)
     velocity = family.velocity(model, noisy, torch.tensor([10.0, 990.0]), {"prompt_embeds": torch.randn(2, 3, 8)})
-    assert velocity.shape == noisy.shape
     velocity.square().mean().backward()
     still = [name for name, parameter in model.named_parameters() if not parameter.grad.abs().sum() > 0]
-    assert still == []
+    return velocity.shape == noisy.shape, still
+
+
+def test_tiny_checkpoint_loads_and_predicts_a_velocity(checkpoint: Path) -> None:
+    assert run_ranks(velocity_and_gradients, 1, checkpoint)[0] == (True, [])
 
 
 def test_tiny_checkpoint_has_the_names_of_the_full_size_model(checkpoint: Path) -> None:
