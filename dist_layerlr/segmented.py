@@ -90,9 +90,8 @@ class Segmented(Optimizer):
         spec = {name: i for i, group in enumerate(self._plan.groups) for name in group.names}
         by_owner: dict[int, list[Slice]] = {}
         for piece in slices:
-            if piece.numel or isinstance(
-                piece.owner, DTensor
-            ):  # empty shards have state too: all ranks save the same keys
+            # Empty shards of DTensors have state too: all ranks must save the same keys.
+            if piece.numel or isinstance(piece.owner, DTensor):
                 by_owner.setdefault(id(piece.owner), []).append(piece)
         held = {id(p) for group in self.param_groups for p in group["params"]}
         self._rows = [_Row(_runs(found, spec), own=key in held) for key, found in by_owner.items()]

@@ -174,6 +174,37 @@ def test_a_gradient_that_first_comes_later_counts_its_own_steps() -> None:
     assert all(torch.equal(groups[n], segmented[n]) for n in groups)
 
 
+def test_a_flat_tensor_whose_gradient_first_comes_later_leaves_shared_counters_right() -> None:
+    """The slices of a flat tensor share a counter; torch's own step, which makes the late state, counts every slice."""
+    net, late_from = model(), 3
+    plan = dl.plan_model(net, CONFIG)
+    names = [n for n, _ in net.named_parameters()]
+    halves = [names[: len(names) // 2], names[len(names) // 2 :]]
+    flats, slices = [], []
+    for half in halves:
+        flats.append(nn.Parameter(torch.cat([net.get_parameter(n).detach().reshape(-1) for n in half])))
+        offset = 0
+        for name in half:
+            slices.append(Slice(name=name, owner=flats[-1], offset=offset, numel=net.get_parameter(name).numel()))
+            offset += slices[-1].numel
+    sliced = Segmented(plan, flats, OPTIMIZERS["AdamW fused"], slices)
+    groups = dl.attach(plan, net, OPTIMIZERS["AdamW fused"], emission="groups")
+    for step in range(6):
+        gradients(net, step)
+        for half, flat in zip(halves, flats, strict=True):
+            flat.grad = torch.cat([net.get_parameter(n).grad.reshape(-1) for n in half])  # type: ignore[union-attr]
+        if step < late_from:
+            flats[1].grad = None
+            for name in halves[1]:
+                net.get_parameter(name).grad = None
+        groups.step()
+        sliced.step()
+    assert [float(sliced.state[flat]["step"]) for flat in flats] == [6, 6 - late_from]
+    for half, flat in zip(halves, flats, strict=True):
+        wanted = torch.cat([net.get_parameter(n).detach().reshape(-1) for n in half])
+        torch.testing.assert_close(flat.detach(), wanted, rtol=5e-7, atol=1e-8)
+
+
 def test_state_of_a_flat_tensor_loads_into_its_slices() -> None:
     net = model()
     first = flat_optimizer(net, OPTIMIZERS["AdamW fused"])
