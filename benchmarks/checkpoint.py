@@ -274,21 +274,20 @@ PARTS: dict[str, Callable[[int, str | None, int, Path], Any]] = {"checkpoints": 
 """{key in the results: what measures it on every rank}."""
 
 
-def work(rank: int, scratch: str, args: argparse.Namespace) -> None:
-    """Everything one rank does."""
+def work(rank: int, scratch: str, part: str, args: argparse.Namespace) -> None:
+    """What one rank does for one part."""
     torch.set_num_threads(1)
     warnings.filterwarnings("ignore")
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(WORLD), DS_ACCELERATOR="cpu")
-    dist.init_process_group("gloo", init_method=f"file://{scratch}/store", rank=rank, world_size=WORLD)
+    dist.init_process_group("gloo", init_method=f"file://{scratch}/store_{part}", rank=rank, world_size=WORLD)
     import deepspeed
     from deepspeed.utils import logger
 
     logger.setLevel(logging.ERROR)
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    for part in args.parts:
-        found = PARTS[part](rank, args.only, args.rounds, Path(scratch))
-        if rank == 0 and args.only is None:
-            write(Path(args.out), part, found, args.rounds)
+    found = PARTS[part](rank, args.only, args.rounds, Path(scratch))
+    if rank == 0 and args.only is None:
+        write(Path(args.out), part, found, args.rounds)
     dist.barrier()
     dist.destroy_process_group()
 
@@ -314,7 +313,8 @@ def main() -> None:
     parser.add_argument("--out", default=str(ROOT / "benchmarks" / "results" / "checkpoint.json"))
     args = parser.parse_args()
     with tempfile.TemporaryDirectory(dir=args.folder) as scratch:
-        torch.multiprocessing.spawn(work, (scratch, args), nprocs=WORLD)  # type: ignore[no-untyped-call]
+        for part in args.parts:
+            torch.multiprocessing.spawn(work, (scratch, part, args), nprocs=WORLD)  # type: ignore[no-untyped-call]
 
 
 if __name__ == "__main__":

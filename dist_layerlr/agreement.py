@@ -46,19 +46,39 @@ def alike(work: Callable[[], Result]) -> Result:
     Raises:
         LayerLRError: as that rank raised it; other exceptions become a CheckpointError that names the rank.
     """
-    failure: LayerLRError | None = None
+    result, failure = _attempt(work)
+    _raise_first(everyone(failure), failure)
+    return result  # type: ignore[return-value]
+
+
+def rank_zero(work: Callable[[], Result]) -> Result:
+    """As ``alike``, but every rank returns rank 0's result. Collective.
+
+    Raises:
+        LayerLRError: as ``alike`` does.
+    """
+    result, failure = _attempt(work)
+    heard = everyone((result, failure))
+    _raise_first([other for _, other in heard], failure)
+    return heard[0][0]  # type: ignore[no-any-return]
+
+
+def _attempt(work: Callable[[], Result]) -> tuple[Result | None, LayerLRError | None]:
     try:
-        result = work()
+        return work(), None
     except LayerLRError as error:
-        failure = error
+        return None, error
     except Exception as error:
         rank = dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
         failure = CheckpointError(f"Rank {rank}: {type(error).__name__}: {error}")
         failure.__cause__ = error
-    first = next((heard for heard in everyone(failure) if heard is not None), None)
+        return None, failure
+
+
+def _raise_first(heard: list[LayerLRError | None], mine: LayerLRError | None) -> None:
+    first = next((failure for failure in heard if failure is not None), None)
     if first is not None:
-        raise first from failure
-    return result
+        raise first from mine
 
 
 @contextmanager

@@ -15,16 +15,16 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from dist_layerlr.adapters import detect
 from dist_layerlr.adapters.base import world_size
-from dist_layerlr.agreement import alike, everyone
+from dist_layerlr.agreement import alike, rank_zero
 from dist_layerlr.checkpoint import folders
 from dist_layerlr.checkpoint.engine import restore_engine
 from dist_layerlr.checkpoint.manifest import Manifest, model_problem, read_manifest, read_sealed
 from dist_layerlr.checkpoint.optim import OwnerState, plan_state, prepare_state, without_state
 from dist_layerlr.checkpoint.rng import fork_rng, write_rng
-from dist_layerlr.checkpoint.runs import LoadPlanner, Run, sizes
+from dist_layerlr.checkpoint.runs import LoadPlanner, Run
 from dist_layerlr.checkpoint.save import settle, worded
 from dist_layerlr.checkpoint.shards import INDEX, Index, ShardReader, broken, read_index
-from dist_layerlr.checkpoint.state import RNG, Live, look, sample_runs, weight_targets
+from dist_layerlr.checkpoint.state import Live, look, rng_target, sample_runs, weight_targets
 from dist_layerlr.diff import PLAN_FILE, plan_diff
 from dist_layerlr.errors import CheckpointError
 from dist_layerlr.plan import Plan
@@ -78,15 +78,15 @@ def load_checkpoint(
     live, states = alike(lambda: _match(path, manifest, index, model, optimizer))
     rank = dist.get_rank() if world_size() > 1 else 0
     alike(lambda: _check_bytes(path, index, rank))
-    random = _check_samples(path, manifest, index, live, rank)
-    runs = weight_targets(live, manifest) + prepare_state(states, live, manifest)
-    _fill(path, index, runs)
+    _check_samples(path, manifest, index, live)
+    random = rng_target(manifest, index, rank)
+    _fill(path, index, [random, *weight_targets(live, manifest), *prepare_state(states, live, manifest)])
     live.adapter.refresh(model, optimizer)
     multiplier = manifest.factor if factor is None else factor
     reapply(effective, model, optimizer, factor=multiplier)
     restore_engine(model, manifest.sharder_state)
     _restore_extra(manifest.extra, extra or {})
-    _restore_rng(random, manifest.ranks, rank)
+    _restore_rng(random.tensor, manifest.ranks, rank)
     proof = verify(effective, model, optimizer, factor=multiplier)
     return Restored(
         path=path, step=manifest.step, extra=manifest.extra, plan=effective, changes=changes,
@@ -100,7 +100,7 @@ def find_checkpoint(folder: str | Path) -> Path:
     Raises:
         CheckpointError: there is none, or a rank does not see it.
     """
-    chosen = Path(everyone(str(alike(lambda: folders.latest(folder))))[0])
+    chosen = rank_zero(lambda: folders.latest(folder))
     return alike(lambda: folders.latest(chosen))
 
 
@@ -152,13 +152,12 @@ def _check_bytes(path: Path, index: Index, rank: int) -> None:
         raise CheckpointError(problems[0] + more)
 
 
-def _check_samples(path: Path, manifest: Manifest, index: Index, live: Live, rank: int) -> torch.Tensor:
-    """Compare the frozen base with the saved samples. Returns the saved state of the random number generators."""
+def _check_samples(path: Path, manifest: Manifest, index: Index, live: Live) -> None:
+    """Compare the frozen base with the saved samples."""
+    if all(row.saved for row in manifest.parameters.values()):
+        return
     pairs = sample_runs(live, manifest)
-    source = rank if rank < manifest.ranks else 0
-    size = sizes(index.metadata)[f"{RNG}.{source}"][0]
-    random = torch.empty(size, dtype=torch.uint8)
-    _fill(path, index, [*(room for _, room in pairs), Run(key=f"{RNG}.{source}", start=0, size=size, tensor=random)])
+    _fill(path, index, [room for _, room in pairs])
 
     def compare() -> None:
         for mine, saved in pairs:
@@ -170,7 +169,6 @@ def _check_samples(path: Path, manifest: Manifest, index: Index, live: Live, ran
                 )
 
     alike(compare)
-    return random
 
 
 def _fill(path: Path, index: Index, runs: list[Run]) -> None:

@@ -20,7 +20,7 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from dist_layerlr.adapters import detect
 from dist_layerlr.adapters.base import world_size
-from dist_layerlr.agreement import alike, everyone
+from dist_layerlr.agreement import alike, rank_zero
 from dist_layerlr.checkpoint import folders
 from dist_layerlr.checkpoint.engine import engine_state
 from dist_layerlr.checkpoint.manifest import Manifest, packed, unpacked
@@ -119,7 +119,7 @@ def save_checkpoint(
     settle()
     rank = dist.get_rank() if world_size() > 1 else 0
     manifest, runs, numbers = alike(lambda: _collect(plan, model, optimizer, step, extra or {}, frozen, rank))
-    hidden = Path(everyone(str(alike(lambda: folders.begin(Path(root), step) if rank == 0 else "")))[0])
+    hidden = rank_zero(lambda: folders.begin(Path(root), step) if rank == 0 else Path())
 
     def finish(index: Index) -> None:
         _complete(hidden, manifest, plan, index, keep)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import os
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -214,25 +214,32 @@ def broken(folder: Path, index: Index, rank: int, ranks: int) -> list[str]:
     """Read this rank's share of all bytes and say which files are missing, short or changed, and of which tensor."""
     places = sorted(index.places(), key=lambda p: (p[1].file, p[1].offset))
     total = sum(place.nbytes for _, place in places)
-    problems: list[str] = []
-    buffer, before = bytearray(_BUFFER), 0
+    shares: dict[str, list[tuple[str, Place]]] = {}
+    before = 0
     for key, place in places:
-        mine = before * ranks // max(total, 1) == rank
+        if before * ranks // max(total, 1) == rank:
+            shares.setdefault(place.file, []).append((key, place))
         before += place.nbytes
-        if mine and (reason := _check(folder / place.file, place, buffer)):
-            problems.append(str(damaged(folder / place.file, f"{reason}, at {key}")))
-    return problems
+    return [problem for file, share in shares.items() for problem in _broken_in(folder / file, share)]
 
 
-def _check(path: Path, place: Place, buffer: bytearray) -> str | None:
-    view, crc, left = memoryview(buffer), 0, place.nbytes
+def _broken_in(path: Path, places: Sequence[tuple[str, Place]]) -> list[str]:
+    buffer, found, key = bytearray(_BUFFER), [], places[0][0]
     try:
         with path.open("rb", buffering=0) as file:
-            file.seek(place.offset)
-            while left and (count := file.readinto(view[: min(left, len(view))])):
-                crc, left = zlib.crc32(view[:count], crc), left - count
+            for key, place in places:
+                if reason := _check(file, place, buffer):
+                    found.append(f"{reason}, at {key}")
     except OSError as error:
-        return str(error.strerror)
+        found.append(f"{error.strerror}, at {key}")
+    return [str(damaged(path, reason)) for reason in found]
+
+
+def _check(file: Any, place: Place, buffer: bytearray) -> str | None:
+    view, crc, left = memoryview(buffer), 0, place.nbytes
+    file.seek(place.offset)
+    while left and (count := file.readinto(view[: min(left, len(view))])):
+        crc, left = zlib.crc32(view[:count], crc), left - count
     if left:
         return "it ends too early"
     return None if crc == place.crc32 else "bytes have changed"

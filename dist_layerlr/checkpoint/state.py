@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from dist_layerlr.adapters import Adapter, Piece, Pieces, Weight
 from dist_layerlr.checkpoint.manifest import Manifest, Stored
 from dist_layerlr.checkpoint.rng import read_rng
-from dist_layerlr.checkpoint.runs import Run, Scalars
+from dist_layerlr.checkpoint.runs import Run, Scalars, sizes
+from dist_layerlr.checkpoint.shards import Index
 from dist_layerlr.errors import CheckpointError
 from dist_layerlr.names import parse
 from dist_layerlr.segmented import Segmented, local
@@ -152,6 +153,13 @@ def _sample(weight: Weight) -> Run | None:
 def _rng_run(rank: int) -> Run:
     state = read_rng()
     return Run(key=f"{RNG}.{rank}", start=0, size=state.numel(), tensor=state)
+
+
+def rng_target(manifest: Manifest, index: Index, rank: int) -> Run:
+    """Room for the saved random number generators of a rank; rank 0's for one that the checkpoint does not know."""
+    key = f"{RNG}.{rank if rank < manifest.ranks else 0}"
+    size = sizes(index.metadata)[key][0]
+    return Run(key=key, start=0, size=size, tensor=torch.empty(size, dtype=torch.uint8))
 
 
 def sample_runs(live: Live, manifest: Manifest) -> list[tuple[Run, Run]]:
