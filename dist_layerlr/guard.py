@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torch import nn
+from torch.optim.lr_scheduler import LRScheduler
 
 from dist_layerlr.adapters import detect
 from dist_layerlr.errors import ConfigError
@@ -62,6 +63,12 @@ def check_scheduler(scheduler: Any) -> None:
         _check_proportional(name, scheduler)
     if name in ("LambdaLR", "MultiplicativeLR") and len({id(f) for f in scheduler.lr_lambdas}) > 1:
         raise ConfigError(f"Invalid scheduler {name} with a function per group: ratios change. Give one function.")
+
+
+def torch_scheduler(scheduler: Any) -> LRScheduler | None:
+    """The torch scheduler that this is, or that Accelerate has wrapped; None: something else."""
+    inner = scheduler.scheduler if type(scheduler).__name__ == "AcceleratedScheduler" else scheduler
+    return inner if isinstance(inner, LRScheduler) else None
 
 
 def _check_accelerated(scheduler: Any) -> None:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import warnings
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -11,25 +13,26 @@ import torch
 import torch.distributed as dist
 from torch import nn
 from torch.distributed.checkpoint.state_dict_loader import load
-from torch.optim.lr_scheduler import LRScheduler
 
 from dist_layerlr.adapters import detect
 from dist_layerlr.adapters.base import world_size
-from dist_layerlr.agreement import alike, rank_zero
+from dist_layerlr.agreement import alike, everyone, rank_zero
 from dist_layerlr.checkpoint import folders
 from dist_layerlr.checkpoint.engine import restore_engine
-from dist_layerlr.checkpoint.manifest import Manifest, model_problem, read_manifest, read_sealed
+from dist_layerlr.checkpoint.manifest import Manifest, model_problem, plan_problem, read_manifest, read_sealed
 from dist_layerlr.checkpoint.optim import OwnerState, plan_state, prepare_state, without_state
 from dist_layerlr.checkpoint.rng import fork_rng, write_rng
 from dist_layerlr.checkpoint.runs import LoadPlanner, Run
 from dist_layerlr.checkpoint.save import settle, worded
 from dist_layerlr.checkpoint.shards import INDEX, Index, ShardReader, broken, read_index
-from dist_layerlr.checkpoint.state import Live, look, rng_target, sample_runs, weight_targets
+from dist_layerlr.checkpoint.state import Live, look, rng_target, same_values, sample_runs, weight_targets
 from dist_layerlr.diff import PLAN_FILE, plan_diff
 from dist_layerlr.errors import CheckpointError
+from dist_layerlr.guard import torch_scheduler
 from dist_layerlr.plan import Plan
 from dist_layerlr.proof import Proof, verify
 from dist_layerlr.resume import reapply
+from dist_layerlr.scheduling import PlanSchedule
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,7 +69,7 @@ def load_checkpoint(
         model: as it is trained.
         optimizer: the one that is stepped; a DeepSpeed engine brings its own.
         extra: objects with ``load_state_dict`` by key, as given to ``save_checkpoint``.
-        factor: schedule multiplier to put in force; None: the saved one.
+        factor: schedule multiplier to put in force; None: that of a PlanSchedule in ``extra``, else the saved one.
 
     Raises:
         CheckpointError: on all ranks alike; the running job is untouched.
@@ -74,23 +77,31 @@ def load_checkpoint(
     """
     settle()
     path = find_checkpoint(folder)
-    manifest, index, effective, changes = alike(lambda: _read(path, plan))
+    extra = extra or {}
+    manifest, index, effective, changes = alike(lambda: _read(path, plan, extra))
     live, states = alike(lambda: _match(path, manifest, index, model, optimizer))
     rank = dist.get_rank() if world_size() > 1 else 0
+    forgotten = [key for key in manifest.objects if key not in extra]
+    if forgotten and rank == 0:
+        warnings.warn(f"The saved state of extra[{forgotten[0]!r}] was not asked for: it starts anew.", stacklevel=2)
     alike(lambda: _check_bytes(path, index, rank))
     _check_samples(path, manifest, index, live)
     random = rng_target(manifest, index, rank)
-    _fill(path, index, [random, *weight_targets(live, manifest), *prepare_state(states, live, manifest)])
+    _fill_all(path, index, [random, *weight_targets(live, manifest), *prepare_state(states, live, manifest)])
     live.adapter.refresh(model, optimizer)
-    multiplier = manifest.factor if factor is None else factor
+    given = {key: target for key, target in extra.items() if hasattr(target, "load_state_dict")}
+    for key, target in given.items():
+        target.load_state_dict(manifest.extra[key])
+    multiplier = _multiplier(given.values(), manifest) if factor is None else factor
     reapply(effective, model, optimizer, factor=multiplier)
+    for scheduler in filter(None, map(torch_scheduler, given.values())):
+        _rebase(scheduler)
     restore_engine(model, manifest.sharder_state)
-    _restore_extra(manifest.extra, extra or {})
     _restore_rng(random.tensor, manifest.ranks, rank)
     proof = verify(effective, model, optimizer, factor=multiplier)
     return Restored(
         path=path, step=manifest.step, extra=manifest.extra, plan=effective, changes=changes,
-        fresh=without_state(states), proof=proof,
+        fresh=list(dict.fromkeys(chain(*everyone(without_state(states))))), proof=proof,
     )  # fmt: skip
 
 
@@ -111,10 +122,17 @@ def resume_plan(folder: str | Path, plan: Plan) -> tuple[Plan, list[str]]:
     checkpoint knows keep its rates and weight decay.
 
     Raises:
-        CheckpointError: no checkpoint there, or a damaged one.
+        CheckpointError: no checkpoint there, a damaged one, or one of another model.
     """
     path = find_checkpoint(folder)
-    return alike(lambda: _adapted(path, read_manifest(path), plan))
+
+    def adapt() -> tuple[Plan, list[str]]:
+        manifest = read_manifest(path)
+        problem = plan_problem(manifest, {name: entry.shape for name, entry in plan.entries.items()})
+        _refuse_other_model(path, problem)
+        return _adapted(path, manifest, plan)
+
+    return alike(adapt)
 
 
 def _adapted(path: Path, manifest: Manifest, plan: Plan) -> tuple[Plan, list[str]]:
@@ -129,8 +147,14 @@ def _adapted(path: Path, manifest: Manifest, plan: Plan) -> tuple[Plan, list[str
     return replace(plan, entries=entries), changes
 
 
-def _read(path: Path, plan: Plan) -> tuple[Manifest, Index, Plan, list[str]]:
+def _read(path: Path, plan: Plan, extra: Mapping[str, Any]) -> tuple[Manifest, Index, Plan, list[str]]:
     manifest = read_manifest(path)
+    absent = [key for key in extra if key not in manifest.extra]
+    if absent:
+        raise CheckpointError(
+            f"extra[{absent[0]!r}] is not in checkpoint {str(path)!r}, which has {sorted(manifest.extra)}. "
+            "Leave it out to let it start anew."
+        )
     index = read_index(read_sealed(path, INDEX, manifest))
     return manifest, index, *_adapted(path, manifest, plan)
 
@@ -140,9 +164,13 @@ def _match(
 ) -> tuple[Live, list[OwnerState]]:
     live = look(detect(model), model, optimizer)
     problem = model_problem(manifest, {w.name: (tuple(w.shape), w.aliases) for w in live.weights})
+    _refuse_other_model(path, problem)
+    return live, plan_state(live, manifest, index)
+
+
+def _refuse_other_model(path: Path, problem: str | None) -> None:
     if problem is not None:
         raise CheckpointError(f"Checkpoint {str(path)!r} is of another model: {problem}.")
-    return live, plan_state(live, manifest, index)
 
 
 def _check_bytes(path: Path, index: Index, rank: int) -> None:
@@ -161,14 +189,23 @@ def _check_samples(path: Path, manifest: Manifest, index: Index, live: Live) -> 
 
     def compare() -> None:
         for mine, saved in pairs:
-            if not torch.equal(mine.tensor.cpu(), saved.tensor):
-                name = saved.key.partition(".")[2]
+            name = saved.key.partition(".")[2]
+            if not same_values(mine.tensor.cpu(), saved.tensor, getattr(torch, manifest.parameters[name].dtype)):
                 raise CheckpointError(
                     f"Checkpoint {str(path)!r} was trained on another base model: frozen {name} has other values. "
                     "Load the base that it was trained on (model_path)."
                 )
 
     alike(compare)
+
+
+def _fill_all(path: Path, index: Index, runs: list[Run]) -> None:
+    try:
+        _fill(path, index, runs)
+    except CheckpointError as error:  # of the disk: the bytes were good a moment ago
+        raise CheckpointError(
+            f"{error} A part is loaded already: end this job, its weights are neither the old nor the saved ones."
+        ) from error
 
 
 def _fill(path: Path, index: Index, runs: list[Run]) -> None:
@@ -178,13 +215,9 @@ def _fill(path: Path, index: Index, runs: list[Run]) -> None:
             run.settle()
 
 
-def _restore_extra(saved: Mapping[str, Any], live: Mapping[str, Any]) -> None:
-    for key, target in live.items():
-        if key not in saved or not hasattr(target, "load_state_dict"):
-            continue
-        target.load_state_dict(saved[key])
-        if isinstance(target, LRScheduler):
-            _rebase(target)
+def _multiplier(given: Iterable[Any], manifest: Manifest) -> float:
+    """The caller's own schedule may be another one by now; without one, the saved multiplier stays in force."""
+    return next((s.factor for s in given if isinstance(s, PlanSchedule)), manifest.factor)
 
 
 def _rebase(scheduler: Any) -> None:

@@ -48,6 +48,8 @@ class Manifest:
     parameters: Mapping[str, Stored]
     extra: Mapping[str, Any] = field(default_factory=dict)
     """The caller's."""
+    objects: tuple[str, ...] = ()
+    """Keys of ``extra`` whose values are states of objects."""
     sharder_state: Mapping[str, Any] = field(default_factory=dict)
     """Counters and loss scale of DeepSpeed."""
     files: Mapping[str, int] = field(default_factory=dict)
@@ -95,7 +97,8 @@ def read_manifest(folder: Path) -> Manifest:
         name: Stored(**{**row, "shape": tuple(row["shape"]), "aliases": tuple(row["aliases"])})
         for name, row in content.pop("parameters").items()
     }
-    return Manifest(parameters=parameters, extra=unpacked(content.pop("extra")), **content)
+    objects = tuple(content.pop("objects", ()))
+    return Manifest(parameters=parameters, extra=unpacked(content.pop("extra")), objects=objects, **content)
 
 
 def read_sealed(folder: Path, name: str, manifest: Manifest) -> Any:
@@ -159,7 +162,25 @@ def model_problem(manifest: Manifest, live: Mapping[str, tuple[tuple[int, ...], 
         parts = [f"it lacks {_some(lacking)}"] if lacking else []
         parts += [f"it has {_some(extra)}, which the model does not have"] if extra else []
         return "; ".join(parts)
-    for name, (shape, _) in live.items():
+    return _shape_problem(manifest, {name: shape for name, (shape, _) in live.items()}, matched)
+
+
+def plan_problem(manifest: Manifest, shapes: Mapping[str, tuple[int, ...]]) -> str | None:
+    """What makes a plan one of another model than the saved; None: nothing.
+
+    Args:
+        manifest: of the checkpoint.
+        shapes: {name: shape} of what trains.
+    """
+    matched = {name: manifest.name_of(name) for name in shapes}
+    lacking = [name for name, saved in matched.items() if saved is None]
+    return f"it lacks {_some(lacking)}" if lacking else _shape_problem(manifest, shapes, matched)
+
+
+def _shape_problem(
+    manifest: Manifest, shapes: Mapping[str, tuple[int, ...]], matched: Mapping[str, str | None]
+) -> str | None:
+    for name, shape in shapes.items():
         row = manifest.parameters[str(matched[name])]
         if row.shape != tuple(shape):
             return f"{name} has shape {row.shape} in the checkpoint, {tuple(shape)} in the model"

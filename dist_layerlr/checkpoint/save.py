@@ -16,7 +16,6 @@ import torch.distributed as dist
 from torch import nn
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict_saver import async_save, save
-from torch.optim.lr_scheduler import LRScheduler
 
 from dist_layerlr.adapters import detect
 from dist_layerlr.adapters.base import world_size
@@ -29,7 +28,7 @@ from dist_layerlr.checkpoint.shards import INDEX, Index, ShardWriter
 from dist_layerlr.checkpoint.state import describe, look, saved_runs
 from dist_layerlr.diff import PLAN_FILE
 from dist_layerlr.errors import CheckpointError, ConfigError, LayerLRError
-from dist_layerlr.guard import check_scheduler
+from dist_layerlr.guard import check_scheduler, torch_scheduler
 from dist_layerlr.plan import Plan
 
 
@@ -135,7 +134,8 @@ def _collect(
     runs, numbers = saved_runs(live, table, rank)
     manifest = Manifest(
         step=step, factor=live.factor, digest=plan.digest, sharder=live.adapter.label, ranks=world_size(),
-        optimizer=live.optimizer_class, parameters=table, extra=_plain(extra), sharder_state=engine_state(model),
+        optimizer=live.optimizer_class, parameters=table, extra=_plain(extra),
+        objects=tuple(key for key in extra if hasattr(extra[key], "state_dict")), sharder_state=engine_state(model),
     )  # fmt: skip
     return manifest, runs, numbers
 
@@ -144,7 +144,7 @@ def _plain(extra: Mapping[str, Any]) -> dict[str, Any]:
     """A copy, as a load will return it: the caller may change his own before a background save writes it."""
     plain = {}
     for key, value in extra.items():
-        if isinstance(value, LRScheduler):
+        if torch_scheduler(value) is not None:
             check_scheduler(value)  # a load puts the rates back as plan x one multiplier
         state = value.state_dict() if hasattr(value, "state_dict") else value
         try:

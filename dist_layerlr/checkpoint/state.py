@@ -174,6 +174,20 @@ def sample_runs(live: Live, manifest: Manifest) -> list[tuple[Run, Run]]:
     return pairs
 
 
+def same_values(mine: Tensor, saved: Tensor, saved_dtype: torch.dtype) -> bool:
+    """Whether samples are of the same tensor, be it kept in another precision: they are compared in the coarser one.
+
+    Args:
+        mine: live values.
+        saved: of ``mine``'s dtype.
+        saved_dtype: what they were read from.
+    """
+    floats = saved_dtype.is_floating_point and mine.dtype.is_floating_point
+    if floats and torch.finfo(saved_dtype).eps > torch.finfo(mine.dtype).eps:
+        mine = mine.to(saved_dtype).to(mine.dtype)
+    return torch.equal(mine, saved)
+
+
 def weight_targets(live: Live, manifest: Manifest) -> list[Run]:
     """Where saved weights go: into fp32 masters where there are, else into the weights themselves."""
     stepped = {piece.name for piece in live.found.pieces}

@@ -18,7 +18,16 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
 
-from dist_layerlr import Plan, attach, load_checkpoint, optimizer_state, plan_model, save_checkpoint, verify
+from dist_layerlr import (
+    Plan,
+    attach,
+    load_checkpoint,
+    optimizer_state,
+    plan_model,
+    resume_plan,
+    save_checkpoint,
+    verify,
+)
 from dist_layerlr.adapters import detect
 from dist_layerlr.checkpoint import folders
 from dist_layerlr.checkpoint.rng import read_rng
@@ -134,6 +143,9 @@ def another_model(root: Path) -> None:
     _, path = saved(root)
     refuses(make(Wider()), path, r"of another model: last\.weight has shape \(3, 19\) in the checkpoint, \(5, 19\)")
     refuses(make(Longer()), path, r"of another model: it lacks more\.weight, more\.bias")
+    for recipe, told in ((Wider(), r"last\.weight has shape"), (Longer(), "it lacks more")):
+        with pytest.raises(CheckpointError, match=f"of another model: {told}"):  # before any difference between plans
+            resume_plan(path, make(recipe).plan)
     refuses(make(Recipe(optimizer="sgd")), path, "trained with AdamW, the live optimizer is SGD. Use AdamW.")
     longer = make(Longer())
     other = save_checkpoint(root / "longer", longer.plan, longer.model, longer.optimizer, step=0).path
@@ -287,6 +299,24 @@ class Convolutions(nn.Module):
         return self.norm(self.first(x)) + self.tied(x)
 
 
+def precisions(root: Path, net: Callable[[], Convolutions]) -> None:
+    """A frozen base is the same in any precision."""
+
+    def frozen(dtype: torch.dtype, scale: float = 1.0) -> Layout:
+        model = net()
+        model.tied.requires_grad_(False).to(dtype)  # and first.weight, which is tied to it
+        with torch.no_grad():
+            model.tied.weight.mul_(scale)
+        return unsharded(model, {"default_lr": 1e-3})
+
+    for saved, live in ((torch.bfloat16, torch.float32), (torch.float32, torch.bfloat16)):
+        one, two, other = frozen(saved), frozen(live), frozen(live, 1.5)
+        path = save_checkpoint(root / str(saved), one.plan, one.model, one.optimizer, step=0, frozen=False).path
+        load_checkpoint(path, two.plan, two.model, two.optimizer)
+        with pytest.raises(CheckpointError, match="another base model"):
+            load_checkpoint(path, other.plan, other.model, other.optimizer)
+
+
 def one_process(rank: int, world_size: int, root: Path) -> None:
     """channels_last, batch norm, ties; another plan; a new scheduler base; weights frozen and freed in between."""
     x = torch.randn(2, 3, 8, 8)
@@ -326,6 +356,7 @@ def one_process(rank: int, world_size: int, root: Path) -> None:
         torch.equal(a, b)
         for a, b in zip(one.model.state_dict().values(), kept.model.state_dict().values(), strict=True)
     )
+    precisions(root / "precisions", net)
     part = net()
     part.norm.requires_grad_(False)
     frozen = unsharded(part, {"default_lr": 1e-3})
