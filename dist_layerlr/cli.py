@@ -11,8 +11,9 @@ from typing import Any
 
 from dist_layerlr import report
 from dist_layerlr.build import build_plan
-from dist_layerlr.diff import Rows, plan_diff, read_rows
-from dist_layerlr.errors import ConfigError, LayerLRError
+from dist_layerlr.checkpoint.folders import latest
+from dist_layerlr.diff import PLAN_FILE, Rows, plan_diff, read_rows
+from dist_layerlr.errors import CheckpointError, ConfigError, LayerLRError
 from dist_layerlr.offload.policy import StreamPolicy
 from dist_layerlr.offload.predict import Machine, Workload, layout_from_names, predict
 from dist_layerlr.plan import Plan
@@ -92,7 +93,7 @@ def _add_predict(commands: Any) -> None:
 def _add_diff(commands: Any) -> None:
     text = "print what trains differently; status 0: nothing, 1: something, 2: error"
     diff = commands.add_parser("diff", help=text, description=text)
-    where = "checkpoint or run folder, plan.json, or training config (JSON, with --model)"
+    where = "checkpoint, folder of checkpoints or run folder, plan.json, or training config (JSON, with --model)"
     diff.add_argument("old", metavar="A", help=where)
     diff.add_argument("new", metavar="B", help=where)
     diff.add_argument("--model", metavar="MODEL", help=f"for configs: {_MODEL_HELP}")
@@ -104,7 +105,8 @@ def _add_diff(commands: Any) -> None:
 def _add_export(commands: Any) -> None:
     text = "write the weights of a checkpoint as files that diffusers, transformers, PEFT or kohya's programs load"
     export = commands.add_parser("export", help=text, description=text)
-    export.add_argument("checkpoint", metavar="CKPT", help="a checkpoint folder, or a folder of them: then the newest")
+    where = "a checkpoint folder, or a folder of them or of a run: then the newest"
+    export.add_argument("checkpoint", metavar="CKPT", help=where)
     export.add_argument("output", metavar="OUT", help="folder to write")
     formats = ("diffusers", "transformers", "peft", "kohya")
     export.add_argument("--format", required=True, choices=formats, help="full weights (the first two), or a LoRA")
@@ -177,12 +179,24 @@ def _run_export(args: argparse.Namespace) -> Output:
 
 
 def _plan_or_rows(args: argparse.Namespace, source: str) -> Plan | Rows:
-    rows = read_rows(source)
+    rows = read_rows(_with_plan(Path(source)))
     if rows is not None:
         return rows
     if args.model is None:
         raise ConfigError(f"{source!r} is no plan. To compare what a training config plans, pass --model MODEL.")
     return _plan(args, source)
+
+
+def _with_plan(path: Path) -> Path:
+    """A folder of checkpoints stands for the newest of them."""
+    if not path.is_dir() or (path / PLAN_FILE).exists():
+        return path
+    try:
+        return latest(path)
+    except CheckpointError:
+        raise ConfigError(
+            f"{str(path)!r} holds neither {PLAN_FILE} nor a complete checkpoint. Check the path."
+        ) from None
 
 
 if __name__ == "__main__":

@@ -16,6 +16,8 @@ from dist_layerlr.errors import CheckpointError
 MANIFEST = "checkpoint.json"
 """Its presence tells a checkpoint from a folder of checkpoints."""
 POINTER = "latest"
+CHECKPOINTS = "checkpoints"
+"""Folder of checkpoints in a run's output folder."""
 _SAVING, _DELETING = ".saving-", ".deleting-"
 _NAME = re.compile(r"step_(\d{8,})(?:-(\d+))?")
 
@@ -70,7 +72,7 @@ def complete(root: Path) -> list[Path]:
 
 
 def latest(folder: str | Path) -> Path:
-    """The checkpoint that ``folder`` is, or the newest complete one in it.
+    """The checkpoint that ``folder`` is, or the newest complete one in it, or in its ``checkpoints``.
 
     Raises:
         CheckpointError: there is none.
@@ -78,6 +80,8 @@ def latest(folder: str | Path) -> Path:
     folder = Path(folder)
     if is_checkpoint(folder):
         return folder
+    if complete(folder / CHECKPOINTS):
+        folder /= CHECKPOINTS
     try:
         pointed = folder / (folder / POINTER).read_text(encoding="utf-8").strip()
     except (OSError, UnicodeDecodeError):

@@ -22,7 +22,7 @@ from dist_layerlr.checkpoint.engine import restore_engine
 from dist_layerlr.checkpoint.manifest import Manifest, model_problem, plan_problem, read_manifest, read_sealed
 from dist_layerlr.checkpoint.optim import OwnerState, plan_state, prepare_state, without_state
 from dist_layerlr.checkpoint.rng import fork_rng, write_rng
-from dist_layerlr.checkpoint.runs import LoadPlanner, Run
+from dist_layerlr.checkpoint.runs import LoadPlanner, Run, accept_one_process
 from dist_layerlr.checkpoint.save import settle, worded
 from dist_layerlr.checkpoint.shards import INDEX, Index, ShardReader, broken, read_index
 from dist_layerlr.checkpoint.state import Live, look, rng_target, same_values, sample_runs, weight_targets
@@ -209,6 +209,7 @@ def _fill_all(path: Path, index: Index, runs: list[Run]) -> None:
 
 
 def _fill(path: Path, index: Index, runs: list[Run]) -> None:
+    accept_one_process()
     with worded(), torch.no_grad():
         load({}, storage_reader=ShardReader(path, index), planner=LoadPlanner(runs))
         for run in runs:

@@ -6,6 +6,7 @@ ranks, dropping replicas and finding which saved run overlaps which live one is 
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -151,3 +152,8 @@ def sizes(metadata: Metadata) -> dict[str, tuple[int, torch.dtype]]:
         for key, row in metadata.state_dict_metadata.items()
         if isinstance(row, TensorStorageMetadata)
     }
+
+
+def accept_one_process() -> None:
+    """Silence torch's warning of a checkpoint without a process group: here that is meant."""
+    warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable or uninitialized")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import warnings
 import zlib
 from collections.abc import Iterator, Mapping
 from concurrent.futures import Future
@@ -23,7 +22,7 @@ from dist_layerlr.agreement import alike, rank_zero
 from dist_layerlr.checkpoint import folders
 from dist_layerlr.checkpoint.engine import engine_state
 from dist_layerlr.checkpoint.manifest import Manifest, packed, unpacked
-from dist_layerlr.checkpoint.runs import Run, SavePlanner, Scalars
+from dist_layerlr.checkpoint.runs import Run, SavePlanner, Scalars, accept_one_process
 from dist_layerlr.checkpoint.shards import INDEX, Index, ShardWriter
 from dist_layerlr.checkpoint.state import describe, look, saved_runs
 from dist_layerlr.diff import PLAN_FILE
@@ -168,7 +167,7 @@ def _complete(hidden: Path, manifest: Manifest, plan: Plan, index: Index, keep: 
 
 
 def _write(hidden: Path, runs: list[Run], numbers: Scalars, writer: ShardWriter, background: bool) -> Saving:
-    warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable or uninitialized")
+    accept_one_process()
     state = {run.place: run.tensor for run in runs}
     planner = SavePlanner(runs, numbers)
     if not background:

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.distributed.checkpoint.state_dict_loader import load
 
 from dist_layerlr.checkpoint.manifest import read_manifest, read_sealed
-from dist_layerlr.checkpoint.runs import LoadPlanner, Run, sizes
+from dist_layerlr.checkpoint.runs import LoadPlanner, Run, accept_one_process, sizes
 from dist_layerlr.checkpoint.shards import INDEX, Index, ShardReader, broken, read_index
 from dist_layerlr.checkpoint.state import WEIGHT
 from dist_layerlr.errors import CheckpointError
@@ -70,5 +70,6 @@ class SavedWeights:
         size = prod(held.shape)
         flat = torch.empty(size, dtype=held.dtype)
         run = Run(key=f"{WEIGHT}.{name}", start=0, size=size, tensor=flat)
+        accept_one_process()
         load({}, storage_reader=ShardReader(self._path, self._index), planner=LoadPlanner([run]), no_dist=True)
         return flat.view(held.shape)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from dist_layerlr import export_weights, find_not_finite
-from dist_layerlr.checkpoint.folders import complete
+from dist_layerlr.checkpoint.folders import CHECKPOINTS, complete
 from dist_layerlr.errors import ConfigError
 from dist_layerlr.plan import Plan
 
@@ -24,7 +24,6 @@ from .loop import LOWER, autocast, stack_samples
 from .options import LORA, RunOptions
 from .runtime import Diverged, Runtime
 
-CHECKPOINTS = "checkpoints"
 _WRITTEN = (
     "plan.json", "verify.json", "metrics.jsonl", "lr_grid.png", "samples/samples.png", "final/adapter_config.json",
     "final/config.json", "final/diffusion_pytorch_model*.safetensors*", "final/adapter_model.safetensors",

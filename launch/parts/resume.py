@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from dist_layerlr import checks, find_checkpoint, resume_plan
-from dist_layerlr.checkpoint.folders import complete
+from dist_layerlr.checkpoint.folders import CHECKPOINTS, complete
 from dist_layerlr.checkpoint.save import settle
 from dist_layerlr.errors import CheckpointError
 from dist_layerlr.export import SAVED_CONFIG, adapter_config
@@ -16,7 +16,7 @@ from dist_layerlr.plan import Plan
 from .engines.base import Engine
 from .loop import Position, Save
 from .options import RunOptions
-from .outputs import CHECKPOINTS, check_fresh
+from .outputs import check_fresh
 from .runtime import Runtime
 from .weights import ADAPTER
 

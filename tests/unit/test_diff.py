@@ -100,13 +100,23 @@ def test_the_command_compares_runs_plans_and_configs_and_ends_with_1_where_they_
     assert capsys.readouterr().out.splitlines()[0] == "blocks.0.ff.net.2.weight: lr 0.0006 -> 0.0003 (x0.5)"
 
 
+def test_a_folder_of_checkpoints_stands_for_the_newest(files: Path, capsys):
+    newest = files / "out" / "checkpoints" / "step_00000002"
+    newest.mkdir(parents=True)
+    (newest / "checkpoint.json").write_text("{}")
+    (files / "other.json").rename(newest / "plan.json")
+    for folder in (newest, newest.parent, files / "out"):
+        assert main(["diff", str(files / "run"), str(folder)]) == 1
+        assert "(x2), 3 names" in capsys.readouterr().out
+
+
 def test_what_is_no_plan_is_one_line_with_status_2(files: Path, capsys):
     (files / "empty").mkdir()
     (files / "broken.json").write_text('{"digest": "x", "parameters": {"a": {"lr": 1}}}')
     row = '{"lr": "1", "weight_decay": null, "numel": 1, "stack": "s", "block": null, "component": "c"}'
     (files / "text.json").write_text(f'{{"digest": "x", "parameters": {{"a": {row}}}}}')
     for other, part in (
-        ("same_config.json", "pass --model MODEL"), ("empty", "empty/plan.json"),
+        ("same_config.json", "pass --model MODEL"), ("empty", "neither plan.json nor a complete checkpoint"),
         ("broken.json", "rows are incomplete or no numbers"),
         ("nowhere", "nowhere"), ("text.json", "rows are incomplete or no numbers"),
     ):  # fmt: skip
