@@ -29,8 +29,9 @@ LAUNCHES = {
     "hsdp on 2 ranks": [*TORCHRUN, "2", TRAIN, "--sharding", "hsdp"],
     **{f"zero {stage} on 2 ranks": [*DEEPSPEED, str(ROOT / "ds_configs" / f"zero{stage}.json")] for stage in range(4)},
 }
-LORA_BY_DEFAULT = ("ddp on 2 ranks", "fsdp2 on 2 ranks", "zero 2 on 2 ranks")
-LORA_BESIDES = tuple(label for label in LAUNCHES if label not in LORA_BY_DEFAULT)
+LORA = ("ddp on 2 ranks", "fsdp2 on 2 ranks", "zero 2 on 2 ranks")
+FULL = (*LORA, "fsdp1 flat on 2 ranks", "fsdp2 on 4 ranks", "zero 3 on 2 ranks")
+"""By default; the other launches by `-m full`."""
 PORTS = iter(range(29610, 29700))
 
 
@@ -66,14 +67,18 @@ def as_lora(config: dict[str, Any]) -> dict[str, Any]:
         **{k: v for k, v in config["per_layer_lr"].items() if k != "no_decay"}, "lora_plus_ratio": 4}}  # fmt: skip
 
 
+def _but(labels: tuple[str, ...]) -> tuple[str, ...]:
+    return tuple(label for label in LAUNCHES if label not in labels)
+
+
 @pytest.mark.parametrize(
     ("method", "launches"),
     [
-        ("full finetune", tuple(LAUNCHES)),
-        ("lora", LORA_BY_DEFAULT),
-        pytest.param("lora", LORA_BESIDES, marks=pytest.mark.full, id="lora-besides"),
+        pytest.param("full finetune", FULL, id="full finetune"),
+        pytest.param("lora", LORA, id="lora"),
+        pytest.param("full finetune", _but(FULL), marks=pytest.mark.full, id="full finetune, others"),
+        pytest.param("lora", _but(LORA), marks=pytest.mark.full, id="lora, others"),
     ],
-    ids=lambda value: value if isinstance(value, str) else "",
 )
 def test_final_weights_do_not_depend_on_launcher_sharder_or_world_size(
     method: str, launches: tuple[str, ...], run_config: dict[str, Any], tmp_path: Path
