@@ -21,7 +21,9 @@ Rows = Mapping[str, Row]
 _FIELDS = frozenset({"lr", "weight_decay", "numel", "stack", "block", "component"})
 
 
-def plan_diff(old: Plan | Rows, new: Plan | Rows, *, every_name: bool = False) -> list[str]:
+def plan_diff(
+    old: Plan | Rows, new: Plan | Rows, *, every_name: bool = False, called: tuple[str, str] = ("first", "second")
+) -> list[str]:  # fmt: skip
     """Readable lines for whatever trains differently; empty when both plans train alike.
 
     ``blocks.000-002.self_attn: lr 0.00012..0.0004 -> 0.00024..0.0008 (x2), 12 names``
@@ -30,6 +32,7 @@ def plan_diff(old: Plan | Rows, new: Plan | Rows, *, every_name: bool = False) -
         old: a plan, or its rows.
         new: what it became.
         every_name: one line per name, instead of one per (stack, component) and equal change.
+        called: what to call the two plans.
     """
     before, after = _rows(old), _rows(new)
     groups: dict[Hashable, list[str]] = {}
@@ -40,7 +43,7 @@ def plan_diff(old: Plan | Rows, new: Plan | Rows, *, every_name: bool = False) -
             row = b or a
             assert row is not None
             groups.setdefault(name if every_name else (row["stack"], row["component"], change), []).append(name)
-    return [_line(names, before, after) for names in groups.values()]
+    return [_line(names, before, after, called) for names in groups.values()]
 
 
 def read_rows(path: str | Path) -> Rows | None:
@@ -91,11 +94,11 @@ def _change(old: Row | None, new: Row | None) -> Hashable | None:
     return lr, old["weight_decay"], new["weight_decay"], numel
 
 
-def _line(names: Sequence[str], old: Rows, new: Rows) -> str:
+def _line(names: Sequence[str], old: Rows, new: Rows, called: tuple[str, str]) -> str:
     before, after = [old[n] for n in names if n in old], [new[n] for n in names if n in new]
     head = names[0] if len(names) == 1 else _cells(after or before)
     if not before or not after:
-        where = "second" if after else "first"
+        where = called[1] if after else called[0]
         parts = [f"only in the {where} plan, lr {_span(after or before)}"]
     else:
         parts = _changes(before, after)

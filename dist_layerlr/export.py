@@ -153,6 +153,8 @@ def choose(
     """
     if format not in FORMATS:
         raise ConfigError(f"Invalid format={format!r}: must be one of {', '.join(FORMATS)}.")
+    if dtype is not None and not dtype.is_floating_point:
+        raise ConfigError(f"Invalid dtype={dtype}: must be a floating-point dtype, such as torch.bfloat16.")
     adapters = sorted({found for name in table if (found := lora.adapter_of(name)) is not None})
     common = {"format": "pt", **metadata}
     if format in (DIFFUSERS, TRANSFORMERS):

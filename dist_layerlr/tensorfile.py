@@ -18,7 +18,7 @@ from typing import BinaryIO
 import torch
 from torch import Tensor
 
-from dist_layerlr.errors import ModelSourceError
+from dist_layerlr.errors import ConfigError, ModelSourceError
 from dist_layerlr.plan import Shape
 from dist_layerlr.sources import read_header
 
@@ -26,6 +26,7 @@ DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
     "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2, "I64": torch.int64, "I32": torch.int32,
     "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
+    "C64": torch.complex64,
 }  # fmt: skip
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
@@ -139,7 +140,14 @@ def write(path: Path, entries: Sequence[Entry], fetch: Callable[[Entry], Tensor]
 
 
 def header(entries: Sequence[Entry], metadata: Mapping[str, str]) -> bytes:
-    """First bytes of a file of these tensors, in this order."""
+    """First bytes of a file of these tensors, in this order.
+
+    Raises:
+        ConfigError: a dtype that the format lacks.
+    """
+    unknown = next((entry for entry in entries if entry.dtype not in _NAMES), None)
+    if unknown is not None:
+        raise ConfigError(f"Cannot write {unknown.name!r}: it is {unknown.dtype}, which safetensors files cannot hold.")
     rows: dict[str, object] = {"__metadata__": dict(metadata)}
     end = 0
     for entry in entries:

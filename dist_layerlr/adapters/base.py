@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from dist_layerlr.errors import PlanMismatch
+from dist_layerlr.errors import ConfigError, PlanMismatch
 from dist_layerlr.groups import ParamGroup
 from dist_layerlr.model import live_parameters, unwrap
 from dist_layerlr.names import canonical_name
@@ -219,11 +219,17 @@ def state(found: Pieces) -> dict[str, list[StatePiece]]:
 
 
 def innermost(optimizer: Any) -> Any:
-    """Look through wrappers such as AcceleratedOptimizer to the torch optimizer."""
+    """Look through wrappers such as AcceleratedOptimizer to the torch optimizer.
+
+    Raises:
+        ConfigError: there is none.
+    """
     while not isinstance(optimizer, Optimizer) and hasattr(optimizer, "optimizer"):
         optimizer = optimizer.optimizer
     while type(optimizer).__name__ == "AcceleratedOptimizer":
         optimizer = optimizer.optimizer
+    if not hasattr(optimizer, "param_groups"):
+        raise ConfigError(f"Invalid optimizer={optimizer!r}: give the torch optimizer that is stepped.")
     return optimizer
 
 

@@ -4,7 +4,7 @@ With ``use_orig_params=True`` the original parameters stay, as 1-D views of this
 flat parameters are visible, with one learning rate each; there the rates are applied in segments.
 
 Private, read in torch 2.13: ``module._handle.flat_param`` and its ``_fqns``, ``_shard_param_infos``, ``_params``,
-``_numels``, ``_shapes``, ``_shared_param_infos``.
+``_numels``, ``_shapes``, ``_contiguities``, ``_shared_param_infos``.
 """
 
 from __future__ import annotations
@@ -30,6 +30,7 @@ from dist_layerlr.adapters.base import (
     whole_weight,
     world_size,
 )
+from dist_layerlr.errors import ConfigError
 from dist_layerlr.groups import build_groups
 from dist_layerlr.model import FLAT_PARAM
 from dist_layerlr.names import canonical_name
@@ -56,6 +57,8 @@ class Shard:
     """Of the whole parameter."""
     aliases: tuple[str, ...]
     """Other names tied to it."""
+    in_order: bool
+    """Whether memory order, in which FSDP1 flattens, is the order of elements."""
 
     @property
     def owner(self) -> Any:
@@ -111,7 +114,11 @@ class Fsdp1Adapter:
         return resolve(Pieces(pieces=pieces, strangers=strangers, optimizer=inner))
 
     def weights(self, model: nn.Module) -> list[Weight]:
-        """Runs of the flat shards; parameters that FSDP1 was told to ignore are whole."""
+        """Runs of the flat shards; parameters that FSDP1 was told to ignore are whole.
+
+        Raises:
+            ConfigError: a parameter that was not contiguous: FSDP1 keeps its elements in the order of its memory.
+        """
         found = [_weight(s) for s in iterate_shards(model)]
         known = {name for w in found for name in (w.name, *w.aliases)}
         ignored = [
@@ -126,6 +133,11 @@ class Fsdp1Adapter:
 
 
 def _weight(shard: Shard) -> Weight:
+    if not shard.in_order:
+        raise ConfigError(
+            f"{shard.name} was not contiguous (channels_last, or transposed) when FSDP1 flattened it, so its runs "
+            "cannot be saved or loaded. Make it contiguous before FSDP wraps it, or shard with FSDP2."
+        )
     flat = shard.flat.detach().view(-1)[shard.offset : shard.offset + shard.numel]
     return Weight(
         name=shard.name, aliases=shard.aliases, tensor=flat, start=shard.start, shape=shard.shape,
@@ -164,7 +176,8 @@ def _unit(path: str, flat: Any, handle: Any) -> Iterator[Shard]:
     tied = _tied(prefix, flat)
     if sharded and flat._params is None:
         _check_ranges(flat, infos, handle)
-    for fqn, info, param, shape in zip(flat._fqns, infos, originals, flat._shapes, strict=True):
+    columns = zip(flat._fqns, infos, originals, flat._shapes, flat._contiguities, strict=True)
+    for fqn, info, param, shape, contiguous in columns:
         numel = info.numel_in_shard or 0
         yield Shard(
             name=canonical_name(prefix + fqn),
@@ -176,6 +189,7 @@ def _unit(path: str, flat: Any, handle: Any) -> Iterator[Shard]:
             replicas=replicas,
             shape=tuple(shape),
             aliases=tuple(tied.get(canonical_name(fqn), ())),
+            in_order=contiguous,
         )
 
 

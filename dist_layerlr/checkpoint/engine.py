@@ -53,10 +53,11 @@ def save_deepspeed(folder: str | Path, plan: Plan, engine: Any, *, tag: str, **m
         more: further arguments of ``save_checkpoint``.
     """
     engine.save_checkpoint(str(folder), tag=tag, **more)
-    ranks = everyone(resume.manifest(plan, engine))
+    ranks = everyone(resume.manifest(plan, engine))  # all have written by now
 
     def write() -> None:
         if engine.global_rank == 0:
+            ranks[0]["files"] = _sizes(Path(folder) / tag)
             write_durably(Path(folder) / tag / NAMES, json.dumps(ranks))
 
     alike(write)
@@ -80,15 +81,30 @@ def load_deepspeed(folder: str | Path, plan: Plan, engine: Any, *, tag: str, fac
         DeepSpeed's client state.
 
     Raises:
-        CheckpointError: no manifest, or another number of ranks.
+        CheckpointError: no manifest, another number of ranks, or a file that is missing or of another length.
         PlanMismatch: names, order or sizes differ from the saved; nothing is loaded.
     """
     path = Path(folder) / tag / NAMES
     saved = alike(lambda: _read_names(path, len(everyone(None)), engine.global_rank))
     resume.check_manifest(saved, plan, engine)
+    alike(lambda: _check_files(path.parent, saved.get("files", {})))
     _, client = engine.load_checkpoint(str(folder), tag=tag, **more)
     resume.reapply(plan, engine, factor=factor)
     return client
+
+
+def _sizes(folder: Path) -> dict[str, int]:
+    """{file: bytes} of what DeepSpeed has written, as one rank sees it."""
+    files = (path for path in folder.rglob("*") if path.is_file() and path.name != NAMES)
+    return {str(path.relative_to(folder)): path.stat().st_size for path in files}
+
+
+def _check_files(folder: Path, saved: Mapping[str, int]) -> None:
+    """DeepSpeed itself fails on the rank that lacks a file, and the others wait for it."""
+    found = _sizes(folder)
+    for name, size in saved.items():
+        if found.get(name) != size:
+            raise damaged(folder / name, f"{found[name]} of {size} bytes" if name in found else "no such file")
 
 
 def _read_names(path: Path, ranks: int, rank: int) -> dict[str, Any]:

@@ -48,10 +48,11 @@ def commit(hidden: Path, *, keep: int | None = None) -> Path:
     (root / (POINTER + ".tmp")).replace(root / POINTER)
     sync_folder(root)
     others = [folder for folder in complete(root) if folder != final]
-    old = others[: max(len(others) - keep + 1, 0)] if keep is not None else []
-    for folder in others:
-        if folder in old or step_of(folder) == step_of(final):
-            _delete(folder)
+    replaced = [folder for folder in others if step_of(folder) == step_of(final)]
+    kept = [folder for folder in others if folder not in replaced]
+    old = kept[: max(len(kept) - keep + 1, 0)] if keep is not None else []
+    for folder in replaced + old:
+        _delete(folder)
     return final
 
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
+from copy import deepcopy
 from dataclasses import dataclass, replace
 from itertools import chain
 from pathlib import Path
@@ -86,12 +88,11 @@ def load_checkpoint(
         warnings.warn(f"The saved state of extra[{forgotten[0]!r}] was not asked for: it starts anew.", stacklevel=2)
     alike(lambda: _check_bytes(path, index, rank))
     _check_samples(path, manifest, index, live)
+    given = {key: target for key, target in extra.items() if hasattr(target, "load_state_dict")}
+    _restore_extra(given, manifest.extra)
     random = rng_target(manifest, index, rank)
     _fill_all(path, index, [random, *weight_targets(live, manifest), *prepare_state(states, live, manifest)])
     live.adapter.refresh(model, optimizer)
-    given = {key: target for key, target in extra.items() if hasattr(target, "load_state_dict")}
-    for key, target in given.items():
-        target.load_state_dict(manifest.extra[key])
     multiplier = _multiplier(given.values(), manifest) if factor is None else factor
     reapply(effective, model, optimizer, factor=multiplier)
     for scheduler in filter(None, map(torch_scheduler, given.values())):
@@ -137,7 +138,7 @@ def resume_plan(folder: str | Path, plan: Plan) -> tuple[Plan, list[str]]:
 
 def _adapted(path: Path, manifest: Manifest, plan: Plan) -> tuple[Plan, list[str]]:
     rows: dict[str, Any] = read_sealed(path, PLAN_FILE, manifest)["parameters"]
-    changes = plan_diff(rows, plan)
+    changes = plan_diff(rows, plan, called=("checkpoint's", "new"))
     if plan.config.per_layer_lr.resume_lr == "plan" or not changes:
         return plan, changes
     entries = {
@@ -214,6 +215,29 @@ def _fill(path: Path, index: Index, runs: list[Run]) -> None:
         load({}, storage_reader=ShardReader(path, index), planner=LoadPlanner(runs))
         for run in runs:
             run.settle()
+
+
+def _restore_extra(given: Mapping[str, Any], saved: Mapping[str, Any]) -> None:
+    """Before anything else is changed: the caller's objects may refuse. On any rank, then all get their own state back."""
+    before = {key: deepcopy(target.state_dict()) for key, target in given.items() if hasattr(target, "state_dict")}
+
+    def restore() -> None:
+        for key, target in given.items():
+            try:
+                target.load_state_dict(saved[key])
+            except Exception as error:
+                raise CheckpointError(
+                    f"extra[{key!r}] does not take its saved state: {type(error).__name__}: {error} "
+                    "Leave it out to let it start anew."
+                ) from error
+
+    try:
+        alike(restore)
+    except CheckpointError:
+        for key, state in before.items():
+            with suppress(Exception):  # one that never had a state to give back
+                given[key].load_state_dict(state)
+        raise
 
 
 def _multiplier(given: Iterable[Any], manifest: Manifest) -> float:

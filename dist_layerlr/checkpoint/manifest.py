@@ -162,7 +162,8 @@ def model_problem(manifest: Manifest, live: Mapping[str, tuple[tuple[int, ...], 
         parts = [f"it lacks {_some(lacking)}"] if lacking else []
         parts += [f"it has {_some(extra)}, which the model does not have"] if extra else []
         return "; ".join(parts)
-    return _shape_problem(manifest, {name: shape for name, (shape, _) in live.items()}, matched)
+    untied = _untied(matched)
+    return untied or _shape_problem(manifest, {name: shape for name, (shape, _) in live.items()}, matched)
 
 
 def plan_problem(manifest: Manifest, shapes: Mapping[str, tuple[int, ...]]) -> str | None:
@@ -175,6 +176,14 @@ def plan_problem(manifest: Manifest, shapes: Mapping[str, tuple[int, ...]]) -> s
     matched = {name: manifest.name_of(name) for name in shapes}
     lacking = [name for name, saved in matched.items() if saved is None]
     return f"it lacks {_some(lacking)}" if lacking else _shape_problem(manifest, shapes, matched)
+
+
+def _untied(matched: Mapping[str, str | None]) -> str | None:
+    first: dict[str | None, str] = {}
+    for name, saved in matched.items():
+        if first.setdefault(saved, name) != name:
+            return f"{first[saved]} and {name} are one tied tensor in it, and two in the model (model.tie_weights()?)"
+    return None
 
 
 def _shape_problem(

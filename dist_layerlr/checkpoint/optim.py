@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
 from typing import Any
@@ -14,13 +14,17 @@ from dist_layerlr.adapters import Piece
 from dist_layerlr.checkpoint.manifest import Manifest
 from dist_layerlr.checkpoint.runs import Run, Scalars, sizes
 from dist_layerlr.checkpoint.shards import Index
-from dist_layerlr.checkpoint.state import OPTIM, Live, piece_run
+from dist_layerlr.checkpoint.state import OPTIM, WEIGHT, Live, piece_run
 from dist_layerlr.errors import CheckpointError
 from dist_layerlr.segmented import Segmented, local
 
 _SAME = {"Adam": "AdamW", "DeepSpeedCPUAdam": "AdamW", "FusedAdam": "AdamW"}
 """Optimizers whose state means the same."""
+_FLAGS = {"amsgrad": "max_exp_avg_sq", "centered": "grad_avg"}
+"""Settings of a group that need a state tensor of their own, which torch makes in a parameter's first step only."""
 Number = tuple[float, str | None]
+Dtypes = Mapping[str, torch.dtype | None]
+"""{state key: dtype; None: as the parameter's}."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,14 +33,14 @@ class OwnerState:
 
     pieces: list[Piece]
     """Of the tensor, on this rank."""
-    sources: list[Mapping[str, torch.dtype]]
-    """{state key: dtype} for each piece; empty where the checkpoint has no state for it."""
+    sources: Sequence[Dtypes]
+    """For each piece; empty where the checkpoint has no state for it."""
     saved_names: list[str | None]
     numbers: Mapping[str, Number]
     """Step counters."""
 
     @property
-    def keys(self) -> dict[str, torch.dtype]:
+    def keys(self) -> Dtypes:
         """State keys of all pieces."""
         return {key: dtype for source in self.sources for key, dtype in source.items()}
 
@@ -45,15 +49,11 @@ def plan_state(live: Live, manifest: Manifest, index: Index) -> list[OwnerState]
     """Match saved optimizer state with live tensors. Nothing is changed.
 
     Raises:
-        CheckpointError: another optimizer; or parameters that share a live tensor, hence a step counter, disagree on it.
+        CheckpointError: another optimizer, or one that keeps more state; or parameters that share a live tensor, hence a
+            step counter, disagree on it.
     """
     _check_class(manifest.optimizer, live.optimizer_class)
-    elementwise: dict[str, dict[str, torch.dtype]] = {}
-    for key, (_, dtype) in sizes(index.metadata).items():
-        kind, _, rest = key.partition(".")
-        if kind == OPTIM:
-            name, _, leaf = rest.rpartition(".")
-            elementwise.setdefault(name, {})[leaf] = dtype
+    elementwise = _saved_state(index)
     numbers: Scalars = index.metadata.planner_data or {}
     planned = []
     for pieces in _by_owner(live.found.pieces):
@@ -63,10 +63,13 @@ def plan_state(live: Live, manifest: Manifest, index: Index) -> list[OwnerState]
         counters = {n: numbers[n] for n in saved if n in numbers}
         frozen = [n for n in saved if n is not None and not manifest.parameters[n].trainable]
         _check_unfrozen(frozen, counters)
+        sources = [elementwise.get(name or "", {}) for name in saved]
+        for piece, source in zip(pieces, sources, strict=True):
+            _check_flags(piece, source)
         planned.append(
             OwnerState(
                 pieces=pieces,
-                sources=[elementwise.get(name or "", {}) for name in saved],
+                sources=sources,
                 saved_names=saved,
                 numbers=_agreed(counters),
             )
@@ -102,6 +105,27 @@ def without_state(planned: Iterable[OwnerState]) -> list[str]:
     return list(dict.fromkeys(n for n, has in known if not has)) if any(has for _, has in known) else []
 
 
+def _saved_state(index: Index) -> dict[str, dict[str, torch.dtype | None]]:
+    """{name: its state}. State in the dtype of its weight follows the live parameter's dtype, which torch steps it with."""
+    stored = sizes(index.metadata)
+    found: dict[str, dict[str, torch.dtype | None]] = {}
+    for key, (_, dtype) in stored.items():
+        kind, _, rest = key.partition(".")
+        if kind == OPTIM:
+            name, _, leaf = rest.rpartition(".")
+            found.setdefault(name, {})[leaf] = None if dtype == stored[f"{WEIGHT}.{name}"][1] else dtype
+    return found
+
+
+def _check_flags(piece: Piece, source: Dtypes) -> None:
+    for flag, key in _FLAGS.items():
+        if source and piece.group.get(flag) and key not in source:
+            raise CheckpointError(
+                f"The live optimizer has {flag}=True, but the checkpoint has no {key} of {piece.name}: it was trained "
+                f"without. Set {flag}=False."
+            )
+
+
 def _check_class(saved: str, live: str) -> None:
     if _SAME.get(saved, saved) != _SAME.get(live, live):
         raise CheckpointError(f"The checkpoint was trained with {saved}, the live optimizer is {live}. Use {saved}.")
@@ -135,7 +159,7 @@ def _agreed(numbers: Mapping[str, Mapping[str, Number]]) -> Mapping[str, Number]
     return numbers[first]
 
 
-def _room(held: Any, owner: Tensor, dtype: torch.dtype) -> Tensor:
+def _room(held: Any, owner: Tensor, dtype: torch.dtype | None) -> Tensor:
     """The state tensor that is there, or a new one laid out as the owner."""
     if isinstance(held, Tensor) and local(held).numel() == local(owner).numel():
         return held

@@ -116,6 +116,7 @@ class LoadPlanner(DefaultLoadPlanner):
     def __init__(self, runs: Sequence[Run]):
         super().__init__(flatten_state_dict=False, flatten_sharded_tensors=False)
         self._runs = {run.place: run for run in runs}
+        assert len(self._runs) == len(runs), "two runs of one place: only the last would be read"
 
     def create_local_plan(self) -> LoadPlan:
         """Reads of all that overlaps.

@@ -16,6 +16,7 @@ from torch import nn
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict_saver import async_save, save
 
+from dist_layerlr import checks
 from dist_layerlr.adapters import detect
 from dist_layerlr.adapters.base import world_size
 from dist_layerlr.agreement import alike, rank_zero
@@ -29,6 +30,7 @@ from dist_layerlr.diff import PLAN_FILE
 from dist_layerlr.errors import CheckpointError, ConfigError, LayerLRError
 from dist_layerlr.guard import check_scheduler, torch_scheduler
 from dist_layerlr.plan import Plan
+from dist_layerlr.proof import verify
 
 
 class Saving:
@@ -112,11 +114,19 @@ def save_checkpoint(
 
     Raises:
         CheckpointError: on all ranks alike, naming file and tensor; older checkpoints stay.
-        ConfigError: something in ``extra`` that JSON cannot hold, or a scheduler that ``check_scheduler`` refuses.
+        ConfigError: step or keep out of range, something in ``extra`` that JSON cannot hold, or a scheduler that
+            ``check_scheduler`` refuses.
+        PlanMismatch: the optimizer does not train what the plan says; nothing is written.
     """
     settle()
     rank = dist.get_rank() if world_size() > 1 else 0
-    manifest, runs, numbers = alike(lambda: _collect(plan, model, optimizer, step, extra or {}, frozen, rank))
+
+    def collect() -> tuple[Manifest, list[Run], Scalars]:
+        _check_numbers(step, keep)
+        return _collect(plan, model, optimizer, step, extra or {}, frozen, rank)
+
+    manifest, runs, numbers = alike(collect)
+    verify(plan, model, optimizer, factor=manifest.factor)  # else a load would trust a plan that was not trained
     hidden = rank_zero(lambda: folders.begin(Path(root), step) if rank == 0 else Path())
 
     def finish(index: Index) -> None:
@@ -137,6 +147,12 @@ def _collect(
         objects=tuple(key for key in extra if hasattr(extra[key], "state_dict")), sharder_state=engine_state(model),
     )  # fmt: skip
     return manifest, runs, numbers
+
+
+def _check_numbers(step: int, keep: int | None) -> None:
+    checks.integer(0)("step", step)
+    if keep is not None:
+        checks.integer(1)("keep", keep)
 
 
 def _plain(extra: Mapping[str, Any]) -> dict[str, Any]:

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import random
 import resource
-import shutil
 import signal
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,16 +18,13 @@ from torch import nn
 
 from dist_layerlr import (
     Plan,
-    attach,
     load_checkpoint,
     optimizer_state,
-    plan_model,
     resume_plan,
     save_checkpoint,
     verify,
 )
 from dist_layerlr.adapters import detect
-from dist_layerlr.checkpoint import folders
 from dist_layerlr.checkpoint.rng import read_rng
 from dist_layerlr.errors import CheckpointError, ConfigError
 from drivers import Native, fsdp1, fsdp1_flat, fsdp2
@@ -261,9 +256,55 @@ def what_json_cannot_hold(root: Path) -> None:
     assert not root.exists()
 
 
+class Stubborn:
+    """The caller's object; it takes no state on rank 1."""
+
+    def __init__(self) -> None:
+        self.state = 1
+
+    def state_dict(self) -> dict[str, int]:
+        return {"state": self.state}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        if dist.get_rank() == 1 and state["state"] == 1:
+            raise ValueError("not with me")
+        self.state = state["state"]
+
+
+def an_extra_that_refuses(root: Path) -> None:
+    driver = make()
+    path = save_checkpoint(root, driver.plan, driver.model, driver.optimizer, step=0, extra={"x": Stubborn()}).path
+    live = Stubborn()
+    live.state = 5
+    train(driver)
+    before = state(driver)
+    with pytest.raises(CheckpointError, match=r"extra\['x'\] does not take its saved state: ValueError: not with me"):
+        load_checkpoint(path, driver.plan, driver.model, driver.optimizer, extra={"x": live})
+    assert live.state == 5 and same(before, state(driver))
+
+
+class ChannelsLast(Recipe):
+    def model(self) -> nn.Module:
+        model: Any = super().model()
+        model.patches = nn.Conv2d(3, 4, 2).to(memory_format=torch.channels_last)
+        return model
+
+
+def memory_in_another_order(root: Path) -> None:
+    """FSDP1 flattens such a parameter in memory order: its runs are no runs of elements."""
+    for wrap in (fsdp1, fsdp1_flat):
+        driver = make(ChannelsLast(), wrap)
+        with pytest.raises(
+            ConfigError, match=r"patches\.weight was not contiguous \(channels_last.* Make it contiguous"
+        ):
+            save_checkpoint(root, driver.plan, driver.model, driver.optimizer, step=0)
+    assert not root.exists()
+
+
 CASES = (
     a_flipped_byte, a_missing_or_short_shard, another_model, another_base, a_full_disk, a_background_save,
     an_eval_forward_before_a_save, stepped_unevenly, unfrozen_beside_others, what_json_cannot_hold,
+    an_extra_that_refuses, memory_in_another_order,
 )  # fmt: skip
 
 
@@ -275,112 +316,3 @@ def on_rank(rank: int, world_size: int, root: Path) -> None:
 
 def test_faults_are_told_on_all_ranks_alike_and_change_nothing(tmp_path: Path) -> None:
     run_ranks(on_rank, 2, tmp_path)
-
-
-@dataclass
-class Layout:
-    plan: Plan
-    model: nn.Module
-    optimizer: torch.optim.Optimizer
-
-
-def unsharded(model: nn.Module, rates: dict[str, Any], kind: Any = torch.optim.AdamW) -> Layout:
-    plan = plan_model(model, {"per_layer_lr": {"enabled": True, "unmatched": "default", "component_lr": {}, **rates}})
-    return Layout(plan, model, attach(plan, model, lambda groups: kind(groups, lr=1.0)))
-
-
-class Convolutions(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.first, self.norm, self.tied = nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Conv2d(3, 4, 3)
-        self.tied.weight = self.first.weight
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.norm(self.first(x)) + self.tied(x)
-
-
-def precisions(root: Path, net: Callable[[], Convolutions]) -> None:
-    """A frozen base is the same in any precision."""
-
-    def frozen(dtype: torch.dtype, scale: float = 1.0) -> Layout:
-        model = net()
-        model.tied.requires_grad_(False).to(dtype)  # and first.weight, which is tied to it
-        with torch.no_grad():
-            model.tied.weight.mul_(scale)
-        return unsharded(model, {"default_lr": 1e-3})
-
-    for saved, live in ((torch.bfloat16, torch.float32), (torch.float32, torch.bfloat16)):
-        one, two, other = frozen(saved), frozen(live), frozen(live, 1.5)
-        path = save_checkpoint(root / str(saved), one.plan, one.model, one.optimizer, step=0, frozen=False).path
-        load_checkpoint(path, two.plan, two.model, two.optimizer)
-        with pytest.raises(CheckpointError, match="another base model"):
-            load_checkpoint(path, other.plan, other.model, other.optimizer)
-
-
-def one_process(rank: int, world_size: int, root: Path) -> None:
-    """channels_last, batch norm, ties; another plan; a new scheduler base; weights frozen and freed in between."""
-    x = torch.randn(2, 3, 8, 8)
-
-    def net(scale: float = 1.0) -> Convolutions:
-        torch.manual_seed(3)
-        model: Any = Convolutions().to(memory_format=torch.channels_last)
-        with torch.no_grad():
-            model.first.weight.mul_(scale)
-        return model
-
-    def step(layout: Layout) -> None:
-        layout.model(x).square().mean().backward()
-        layout.optimizer.step()
-        layout.optimizer.zero_grad()
-
-    one = unsharded(net(), {"default_lr": 1e-3})
-    step(one)
-    scheduler = torch.optim.lr_scheduler.StepLR(one.optimizer, 5)
-    save_checkpoint(root, one.plan, one.model, one.optimizer, step=1, extra={"scheduler": scheduler, "note": "hi"})
-    two = unsharded(net(2.0), {"default_lr": 2e-3})
-    again = torch.optim.lr_scheduler.StepLR(two.optimizer, 5)
-    restored = load_checkpoint(root, two.plan, two.model, two.optimizer, extra={"scheduler": again})
-    assert restored.extra["note"] == "hi" and "lr 0.001 -> 0.002" in restored.changes[0]
-    assert again.base_lrs == [2e-3] and {g["lr"] for g in two.optimizer.param_groups} == {2e-3}
-    assert all(
-        torch.equal(a, b) for a, b in zip(one.model.state_dict().values(), two.model.state_dict().values(), strict=True)
-    )
-    moment = two.optimizer.state[two.model.first.weight]["exp_avg"]
-    assert moment.is_contiguous(memory_format=torch.channels_last)
-    assert torch.equal(moment, one.optimizer.state[one.model.first.weight]["exp_avg"])
-    kept = unsharded(net(), {"default_lr": 2e-3, "resume_lr": "checkpoint"})
-    restored = load_checkpoint(root, kept.plan, kept.model, kept.optimizer)
-    assert {g["lr"] for g in kept.optimizer.param_groups} == {1e-3} and restored.plan.digest == one.plan.digest
-    step(kept), step(one)
-    assert all(
-        torch.equal(a, b)
-        for a, b in zip(one.model.state_dict().values(), kept.model.state_dict().values(), strict=True)
-    )
-    precisions(root / "precisions", net)
-    part = net()
-    part.norm.requires_grad_(False)
-    frozen = unsharded(part, {"default_lr": 1e-3})
-    load_checkpoint(root, frozen.plan, frozen.model, frozen.optimizer)
-    step(frozen)
-    save_checkpoint(root / "frozen", frozen.plan, frozen.model, frozen.optimizer, step=2)
-    freed = unsharded(net(), {"default_lr": 1e-3})
-    assert set(load_checkpoint(root / "frozen", freed.plan, freed.model, freed.optimizer).fresh) == {
-        "norm.weight", "norm.bias",
-    }  # fmt: skip
-    step(freed)
-    adafactor = unsharded(net(), {"default_lr": 1e-3}, torch.optim.Adafactor)
-    step(adafactor)
-    with pytest.raises(CheckpointError, match="Adafactor keeps state that is quantised or not element"):
-        save_checkpoint(root, adafactor.plan, adafactor.model, adafactor.optimizer, step=2)
-    before_any_step = unsharded(net(), {"default_lr": 1e-3})
-    start = save_checkpoint(
-        root / "start", before_any_step.plan, before_any_step.model, before_any_step.optimizer, step=0
-    )
-    load_checkpoint(start.path, one.plan, one.model, one.optimizer)
-    assert not any(one.optimizer.state.values())
-    shutil.rmtree(root)
-    assert not folders.complete(root)
-
-
-def test_one_process_keeps_layouts_ties_buffers_schedulers_and_what_is_frozen(tmp_path: Path) -> None:
-    run_ranks(one_process, 1, tmp_path / "x")

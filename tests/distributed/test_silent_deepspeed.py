@@ -11,6 +11,7 @@ import contextlib
 import inspect
 import io
 import logging
+import os
 from pathlib import Path
 from typing import Any
 
@@ -236,6 +237,25 @@ def test_03_load_deepspeed_refuses_reordered_groups_and_puts_the_rates_of_equal_
         dist_layerlr.verify(new, resumed)
     with pytest.raises(CheckpointError, match="Save with dist_layerlr.save_deepspeed"):
         dist_layerlr.load_deepspeed(at.folder, plan, resumed, tag="nothing")
+
+
+@cases
+def test_03_load_deepspeed_misses_a_short_or_absent_file_on_all_ranks_alike(at: At) -> None:
+    """DeepSpeed itself fails on the rank that reads it, and the others wait for that rank."""
+    plan = dist_layerlr.plan_model(make_model(), config(component_lr={}, default_lr=1e-3))
+    engine = engine_by_block(2, (0, 1, 2))
+    run(engine, at)
+    dist_layerlr.save_deepspeed(at.folder, plan, engine, tag="whole")
+    run(engine, at, first=1)
+    before = masters(engine)
+    (shard,) = (at.folder / "whole").glob("zero_pp_rank_1_*")
+    for told, damage in (("bytes", lambda: os.truncate(shard, 100)), ("no such file", shard.unlink)):
+        if dist.get_rank() == 0:
+            damage()
+        dist.barrier()
+        with pytest.raises(CheckpointError, match=rf"{shard.name}' is damaged or incomplete: .*{told}"):
+            dist_layerlr.load_deepspeed(at.folder, plan, engine, tag="whole")
+    assert wrong(before, masters(engine), 0.0) == []
 
 
 # --- 4: universal checkpoints ---

@@ -110,6 +110,9 @@ def test_a_step_that_is_saved_again_is_replaced_without_a_gap(tmp_path: Path) ->
     assert save(tmp_path, 7).name == "step_00000007-1"
     assert names(tmp_path) == ["step_00000007-1"]
     assert save(tmp_path, 7).name == "step_00000007-2"
+    save(tmp_path, 8)
+    save(tmp_path, 8, keep=2)
+    assert names(tmp_path) == ["step_00000007-2", "step_00000008-1"]
 
 
 def test_latest_takes_a_checkpoint_a_pointer_or_the_newest(tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ from huggingface_hub import split_torch_state_dict_into_shards
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from dist_layerlr import ModelSourceError
+from dist_layerlr import ConfigError, ModelSourceError
 from dist_layerlr.publish import publish, split
 from dist_layerlr.tensorfile import DTYPES, Entry, file_order, stored_tensors, write
 
@@ -58,6 +58,13 @@ def test_the_library_reads_what_is_written_here(tmp_path: Path) -> None:
     assert read.keys() == state.keys() and all(same(read[name], state[name]) for name in state)
     stored = stored_tensors(tmp_path / "m.safetensors").values()
     assert all(place.offset % place.dtype.itemsize == 0 for place in stored)  # older versions view the file in place
+
+
+def test_a_dtype_that_the_format_lacks_is_refused_by_name(tmp_path: Path) -> None:
+    with pytest.raises(
+        ConfigError, match=r"Cannot write 'freqs': it is torch\.complex128, which safetensors files cannot"
+    ):
+        write(tmp_path / "m", [Entry(name="freqs", shape=(2,), dtype=torch.complex128)], lambda _: torch.zeros(2), {})
 
 
 def test_a_tensor_is_cast_to_what_the_header_says(tmp_path: Path) -> None:
