@@ -29,7 +29,7 @@ from dist_layerlr.adapters.base import (
 from dist_layerlr.errors import PlanMismatch
 from dist_layerlr.groups import ParamGroup, param_groups
 from dist_layerlr.plan import Plan
-from dist_layerlr.segmented import MakeOptimizer
+from dist_layerlr.segmented import MakeOptimizer, local
 from dist_layerlr.segments import dim0_range
 
 
@@ -116,10 +116,10 @@ def _place(param: Tensor) -> tuple[int, int, int]:
             replicas *= size
         elif coordinate is not None:
             rank, ranks = rank * size + coordinate[dim], ranks * size
-    local = param.to_local().numel()
+    here = local(param).numel()
     start, numel = dim0_range(param.shape, ranks, rank)
     if any(p.is_shard() and not p.is_shard(0) for p in param.placements):
-        return 0, local, replicas
-    if numel != local:
-        raise internals_moved("FSDP2", "torch 2.13", f"the shard of a {tuple(param.shape)} DTensor ({local} elements)")
-    return start, local, replicas
+        return 0, here, replicas
+    if numel != here:
+        raise internals_moved("FSDP2", "torch 2.13", f"the shard of a {tuple(param.shape)} DTensor ({here} elements)")
+    return start, here, replicas
