@@ -1,13 +1,13 @@
 """What checkpoints cost beside the libraries' own, in time and memory, on the same model under every sharder.
 
-    python benchmarks/checkpoint.py                     # 2 gloo ranks; about 5 minutes on 2 idle cores
+    python benchmarks/checkpoint.py                     # 2 gloo ranks; about 7 minutes on 2 idle cores
     python benchmarks/checkpoint.py --only fsdp2 --rounds 9 --folder /dev/shm
 
 `checkpoints`: save and load of weights and AdamW state, ours beside torch's (get_state_dict, dcp.save, dcp.load,
-set_state_dict) or DeepSpeed's (engine.save_checkpoint, load_checkpoint), in turns, medians of the slowest rank. DeepSpeed
-leaves its files to the page cache; they are fsynced here within its time, as DCP and ours do by themselves, and the
-time without is given too. Loads read from the page cache, into state that exists. Peak memory is the rank's resident set
-during the call, above what it was before it.
+set_state_dict) or DeepSpeed's (engine.save_checkpoint, load_checkpoint), in turns. Seconds are medians of the slowest rank,
+ratios medians of each round's ratio. DeepSpeed leaves its files to the page cache; they are fsynced here within its time,
+as DCP and ours do by themselves, and the time without is given too. Loads read from the page cache, into state that exists.
+Peak memory is the rank's resident set during the call, above what it was before it.
 
 `base_model`: see load_model.py.
 
@@ -247,7 +247,8 @@ def checkpoints(rank: int, only: str | None, rounds: int, scratch: Path) -> list
             continue
         arms = (zero_arms if sharder.startswith("zero") else native_arms)(sharder)
         take_turns(arms, rounds, scratch)
-        rows.append({"sharder": sharder, **{name: summary(arm) for name, arm in arms.items()}})
+        ratios = {what: paired_ratio(arms, what) for what in ("save", "load")}
+        rows.append({"sharder": sharder, **{name: summary(arm) for name, arm in arms.items()}, "ratio": ratios})
         if rank == 0:
             print_row(rows[-1])
     return rows
@@ -259,12 +260,18 @@ def summary(arm: Arm) -> dict[str, float]:
     return numbers | {f"{what}_peak_mb": statistics.median(series) for what, series in arm.peak_mb.items()}
 
 
+def paired_ratio(arms: dict[str, Arm], what: str) -> float:
+    """Median over rounds of ours / theirs: both were measured moments apart."""
+    pairs = zip(arms["ours"].seconds[what], arms["theirs"].seconds[what], strict=True)
+    return statistics.median(ours / theirs for ours, theirs in pairs)
+
+
 def print_row(row: dict[str, Any]) -> None:
     """One line of the table."""
     theirs, ours = row["theirs"], row["ours"]
     text = f"{row['sharder']:<12}"
-    for key in ("save_s", "load_s"):
-        text += f"{theirs[key]:>9.2f}{ours[key]:>9.2f}{ours[key] / theirs[key]:>7.2f}"
+    for what in ("save", "load"):
+        text += f"{theirs[what + '_s']:>9.2f}{ours[what + '_s']:>9.2f}{row['ratio'][what]:>7.2f}"
     for key in ("save_peak_mb", "load_peak_mb"):
         text += f"{theirs[key]:>9.0f}{ours[key]:>9.0f}"
     print(text, flush=True)
@@ -308,7 +315,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS), help="default: all")
     parser.add_argument("--only", choices=SHARDERS, help="one sharder; nothing is written")
-    parser.add_argument("--rounds", type=int, default=7, help="measured rounds (default 7)")
+    parser.add_argument("--rounds", type=int, default=11, help="measured rounds (default 11)")
     parser.add_argument("--folder", help="where to write checkpoints (default: the temporary folder)")
     parser.add_argument("--out", default=str(ROOT / "benchmarks" / "results" / "checkpoint.json"))
     args = parser.parse_args()

@@ -67,14 +67,16 @@ def row(sharder: str, folder: Path, rounds: int) -> dict[str, Any]:
     }
     taken: dict[str, list[tuple[float, float]]] = {name: [] for name in arms}
     for number in range(rounds + 1):
-        for name, load in arms.items():
-            numbers = measure(load, folder)
+        for name in arms if number % 2 else reversed(arms):
+            numbers = measure(arms[name], folder)
             if number:  # the first warms up
                 taken[name].append(numbers)
     found: dict[str, Any] = {"sharder": sharder, "model_mb": size_mb(folder)}
     for name, series in taken.items():
         seconds, peaks = zip(*series, strict=True)
         found[name] = {"load_s": statistics.median(seconds), "load_peak_mb": statistics.median(peaks)}
+    pairs = zip(taken["ours"], taken["theirs"], strict=True)
+    found["ratio"] = statistics.median(ours[0] / theirs[0] for ours, theirs in pairs)
     return found
 
 
@@ -221,8 +223,6 @@ def resident_mb(key: str) -> float:
 def print_row(found: dict[str, Any]) -> None:
     """One line of the table."""
     theirs, ours = found["theirs"], found["ours"]
-    text = (
-        f"{found['sharder']:<12}{theirs['load_s']:>9.2f}{ours['load_s']:>9.2f}{ours['load_s'] / theirs['load_s']:>7.2f}"
-    )
+    text = f"{found['sharder']:<12}{theirs['load_s']:>9.2f}{ours['load_s']:>9.2f}{found['ratio']:>7.2f}"
     ratio = ours["load_peak_mb"] / theirs["load_peak_mb"]
     print(text + f"{theirs['load_peak_mb']:>9.0f}{ours['load_peak_mb']:>9.0f}{ratio:>7.2f}", flush=True)

@@ -80,13 +80,12 @@ def load_checkpoint(
     settle()
     path = find_checkpoint(folder)
     extra = extra or {}
-    manifest, index, effective, changes = alike(lambda: _read(path, plan, extra))
-    live, states = alike(lambda: _match(path, manifest, index, model, optimizer))
     rank = dist.get_rank() if world_size() > 1 else 0
+    checked = alike(lambda: _check(path, plan, model, optimizer, extra, rank))
+    manifest, index, live, states = checked.manifest, checked.index, checked.live, checked.states
     forgotten = [key for key in manifest.objects if key not in extra]
     if forgotten and rank == 0:
         warnings.warn(f"The saved state of extra[{forgotten[0]!r}] was not asked for: it starts anew.", stacklevel=2)
-    alike(lambda: _check_bytes(path, index, rank))
     _check_samples(path, manifest, index, live)
     given = {key: target for key, target in extra.items() if hasattr(target, "load_state_dict")}
     _restore_extra(given, manifest.extra)
@@ -94,14 +93,14 @@ def load_checkpoint(
     _fill_all(path, index, [random, *weight_targets(live, manifest), *prepare_state(states, live, manifest)])
     live.adapter.refresh(model, optimizer)
     multiplier = _multiplier(given.values(), manifest) if factor is None else factor
-    reapply(effective, model, optimizer, factor=multiplier)
+    reapply(checked.plan, model, optimizer, factor=multiplier)
     for scheduler in filter(None, map(torch_scheduler, given.values())):
         _rebase(scheduler)
     restore_engine(model, manifest.sharder_state)
     _restore_rng(random.tensor, manifest.ranks, rank)
-    proof = verify(effective, model, optimizer, factor=multiplier)
+    proof = verify(checked.plan, model, optimizer, factor=multiplier)
     return Restored(
-        path=path, step=manifest.step, extra=manifest.extra, plan=effective, changes=changes,
+        path=path, step=manifest.step, extra=manifest.extra, plan=checked.plan, changes=checked.changes,
         fresh=list(dict.fromkeys(chain(*everyone(without_state(states))))), proof=proof,
     )  # fmt: skip
 
@@ -148,7 +147,23 @@ def _adapted(path: Path, manifest: Manifest, plan: Plan) -> tuple[Plan, list[str
     return replace(plan, entries=entries), changes
 
 
-def _read(path: Path, plan: Plan, extra: Mapping[str, Any]) -> tuple[Manifest, Index, Plan, list[str]]:
+@dataclass(frozen=True, kw_only=True)
+class _Checked:
+    """A checkpoint that fits what is live, and whose bytes, of this rank's share, are good."""
+
+    manifest: Manifest
+    index: Index
+    plan: Plan
+    """To be put in force."""
+    changes: list[str]
+    live: Live
+    states: list[OwnerState]
+
+
+def _check(
+    path: Path, plan: Plan, model: nn.Module, optimizer: Any, extra: Mapping[str, Any], rank: int
+) -> _Checked:  # fmt: skip
+    """All that can be said without other ranks and without changing anything."""
     manifest = read_manifest(path)
     absent = [key for key in extra if key not in manifest.extra]
     if absent:
@@ -157,16 +172,12 @@ def _read(path: Path, plan: Plan, extra: Mapping[str, Any]) -> tuple[Manifest, I
             "Leave it out to let it start anew."
         )
     index = read_index(read_sealed(path, INDEX, manifest))
-    return manifest, index, *_adapted(path, manifest, plan)
-
-
-def _match(
-    path: Path, manifest: Manifest, index: Index, model: nn.Module, optimizer: Any
-) -> tuple[Live, list[OwnerState]]:
+    effective, changes = _adapted(path, manifest, plan)
     live = look(detect(model), model, optimizer)
-    problem = model_problem(manifest, {w.name: (tuple(w.shape), w.aliases) for w in live.weights})
-    _refuse_other_model(path, problem)
-    return live, plan_state(live, manifest, index)
+    _refuse_other_model(path, model_problem(manifest, {w.name: (tuple(w.shape), w.aliases) for w in live.weights}))
+    states = plan_state(live, manifest, index)
+    _check_bytes(path, index, rank)
+    return _Checked(manifest=manifest, index=index, plan=effective, changes=changes, live=live, states=states)
 
 
 def _refuse_other_model(path: Path, problem: str | None) -> None:
