@@ -30,7 +30,7 @@ LAUNCHES = {
     **{f"zero {stage} on 2 ranks": [*DEEPSPEED, str(ROOT / "ds_configs" / f"zero{stage}.json")] for stage in range(4)},
 }
 LORA = ("ddp on 2 ranks", "fsdp2 on 2 ranks", "zero 2 on 2 ranks")
-FULL = (*LORA, "fsdp1 flat on 2 ranks", "fsdp2 on 4 ranks", "zero 3 on 2 ranks")
+FULL = (*LORA, "fsdp2 on 4 ranks")
 """By default; the other launches by `-m full`."""
 PORTS = iter(range(29610, 29700))
 
