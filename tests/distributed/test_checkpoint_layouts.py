@@ -29,8 +29,8 @@ HALF, SOON, WHOLE = 5, 6, 10
 ACROSS, BF16, REBUILT = 1e-5, 6e-2, 1e-7
 """Largest difference across layouts; across precisions; and where a sum over more than two ranks changes its order."""
 REORDERED = ("ddp", "zero 2")
-"""DDP lays its gradient buckets out anew after the first step of every process. ZeRO 2 on 4 ranks is bitwise when it runs
-alone; after hundreds of other engines in one process it was seen 1.5e-8 off, unexplained."""
+"""DDP lays its gradient buckets out anew after the first step of every process. ZeRO 2 on 4 ranks trains otherwise in a
+process that has run other engines before, with or without a checkpoint; alone it resumes bitwise."""
 SCHEDULE = Schedule(kind="cosine", warmup_steps=2, total_steps=WHOLE + 1, min_ratio=0.1)
 
 
