@@ -123,7 +123,7 @@ def measure(load: Load, folder: Path) -> tuple[float, float]:
 
 
 def destroy(model: Any) -> None:
-    """DeepSpeed keeps destroyed engines alive, half a gigabyte each; at least they can be emptied."""
+    """DeepSpeed keeps destroyed engines alive, with all their memory; at least they can be emptied."""
     model.destroy()
     optimizer = model.optimizer
     for param in model.parameters():

@@ -16,7 +16,6 @@ Rows are kept by arm and token count in benchmarks/results/streaming_<device>.js
 from __future__ import annotations
 
 import argparse
-import contextlib
 import json
 import os
 import platform
@@ -25,7 +24,7 @@ import statistics
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -38,7 +37,7 @@ except ModuleNotFoundError:
     sys.path.insert(0, str(ROOT))
 
 import torch
-from streaming_arms import ROWS, SMALL, WAN_14B, Arm, Size, builders, ours
+from streaming_arms import ROWS, SMALL, WAN_14B, Arm, Size, builders, kernels, ours
 from torch import Tensor
 
 from dist_layerlr.offload import measure
@@ -333,19 +332,6 @@ def measure_link(device: torch.device, size: Size) -> Machine:
     t_star = torch.finfo(size.dtype).bits / 8 * machine.tflops * 1e12 / (2 * machine.gb_s * GB)
     print(", ".join(f"{k} {v:.1f}" for k, v in found.items()), f"-> hidden from {t_star:,.0f} tokens")
     return machine
-
-
-@contextlib.contextmanager
-def kernels(exact: bool) -> Iterator[None]:
-    """Deterministic ones, which are slower, when losses are compared bit by bit."""
-    if not exact:
-        yield
-        return
-    from torch.nn.attention import SDPBackend, sdpa_kernel
-
-    torch.use_deterministic_algorithms(True)
-    with sdpa_kernel(SDPBackend.MATH):
-        yield
 
 
 def _wait(device: torch.device) -> None:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import gc
 import importlib.util
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
 
@@ -371,3 +372,16 @@ def builders(size: Size, device: torch.device) -> dict[str, Callable[[], Arm]]:
     if importlib.util.find_spec("ramtorch"):
         found["ramtorch"] = partial(ramtorch, size, device)
     return found
+
+
+@contextlib.contextmanager
+def kernels(exact: bool) -> Iterator[None]:
+    """Deterministic ones, which are slower, when losses are compared bit by bit."""
+    if not exact:
+        yield
+        return
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+
+    torch.use_deterministic_algorithms(True)
+    with sdpa_kernel(SDPBackend.MATH):
+        yield

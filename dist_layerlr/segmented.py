@@ -296,7 +296,7 @@ def local(tensor: Tensor) -> Tensor:
     """This rank's part, without autograd and without DTensor dispatch afterwards."""
     if not isinstance(tensor, DTensor):
         return tensor
-    with torch.no_grad():  # else an autograd node for each call: ten times the time
+    with torch.no_grad():  # else an autograd node for each call: twice the time
         return tensor.to_local()
 
 
