@@ -1,13 +1,14 @@
-"""What checkpoints cost beside the libraries' own, in time and memory, on the same model under every sharder.
+"""What checkpoints cost beside the libraries' own, in time and memory, under every sharder.
 
-    python benchmarks/checkpoint.py                     # 2 gloo ranks; about 7 minutes on 2 idle cores
+    python benchmarks/checkpoint.py    # 2 gloo ranks; about 7 minutes on 2 idle cores
     python benchmarks/checkpoint.py --only fsdp2 --rounds 9 --folder /dev/shm
 
-`checkpoints`: save and load of weights and AdamW state, ours beside torch's (get_state_dict, dcp.save, dcp.load,
-set_state_dict) or DeepSpeed's (engine.save_checkpoint, load_checkpoint), in turns. Seconds are medians of the slowest rank,
-ratios medians of each round's ratio. DeepSpeed leaves its files to the page cache; they are fsynced here within its time,
-as DCP and ours do by themselves, and the time without is given too. Loads read from the page cache, into state that exists.
-Peak memory is the rank's resident set during the call, above what it was before it.
+`checkpoints`: save and load of weights and AdamW state, ours beside torch's (get_state_dict,
+dcp.save, dcp.load, set_state_dict) or DeepSpeed's (engine.save_checkpoint, load_checkpoint), in
+turns. Seconds are medians of the slowest rank, ratios medians of each round's ratio. DeepSpeed
+leaves its files to the page cache; they are fsynced here within its time, as DCP and ours do by
+themselves, and the time without is given too. Loads read from the page cache, into state that
+exists. Peak memory is the rank's resident set during the call, above what it was before it.
 
 `base_model`: see load_model.py.
 
@@ -24,7 +25,6 @@ import os
 import platform
 import shutil
 import statistics
-import sys
 import tempfile
 import time
 import warnings
@@ -35,25 +35,24 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
-try:
-    import dist_layerlr
-except ModuleNotFoundError:
-    sys.path.insert(0, str(ROOT))
-    import dist_layerlr
-
 import torch
 import torch.distributed as dist
-from load_model import base_model, resident_mb
 from torch import Tensor, nn
+
+import dist_layerlr
+from load_model import base_model, resident_mb
 
 WORLD = 2
 WIDTH, BLOCKS, TOKENS = 1024, 4, 4
 SHARDERS = ("ddp", "fsdp1", "fsdp1 flat", "fsdp2", "zero 1", "zero 2", "zero 3")
 CONFIG = {
     "per_layer_lr": {
-        "enabled": True, "component_lr": {"self_attn": 4e-4, "ffn": 1e-4}, "default_lr": 2e-4, "unmatched": "default",
+        "enabled": True,
+        "component_lr": {"self_attn": 4e-4, "ffn": 1e-4},
+        "default_lr": 2e-4,
+        "unmatched": "default",
     }
-}  # fmt: skip
+}
 
 
 class Block(nn.Module):
@@ -62,8 +61,12 @@ class Block(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.norm1, self.norm2 = nn.LayerNorm(WIDTH), nn.LayerNorm(WIDTH)
-        self.attn1 = nn.ModuleDict({n: nn.Linear(WIDTH, WIDTH) for n in ("to_q", "to_k", "to_v", "to_out")})
-        self.ff = nn.ModuleDict({"linear_in": nn.Linear(WIDTH, 4 * WIDTH), "linear_out": nn.Linear(4 * WIDTH, WIDTH)})
+        self.attn1 = nn.ModuleDict(
+            {n: nn.Linear(WIDTH, WIDTH) for n in ("to_q", "to_k", "to_v", "to_out")}
+        )
+        self.ff = nn.ModuleDict(
+            {"linear_in": nn.Linear(WIDTH, 4 * WIDTH), "linear_out": nn.Linear(4 * WIDTH, WIDTH)}
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, WIDTH) -> (B, WIDTH)."""
@@ -139,7 +142,9 @@ def native_arms(sharder: str) -> dict[str, Arm]:
         weights, state = get_state_dict(plain, optimizer)
         both = {"model": weights, "optimizer": state}
         dcp.load(both, checkpoint_id=folder)
-        set_state_dict(plain, optimizer, model_state_dict=both["model"], optim_state_dict=both["optimizer"])
+        set_state_dict(
+            plain, optimizer, model_state_dict=both["model"], optim_state_dict=both["optimizer"]
+        )
 
     model = Model()
     plan = dist_layerlr.plan_model(model, CONFIG)
@@ -157,9 +162,12 @@ def zero_arms(sharder: str) -> dict[str, Arm]:
 
     zero = {"stage": int(sharder.split()[1])}
     config = {
-        "train_micro_batch_size_per_gpu": TOKENS, "gradient_clipping": 0.0, "zero_optimization": zero,
-        "zero_allow_untested_optimizer": True, "steps_per_print": 10**9,
-    }  # fmt: skip
+        "train_micro_batch_size_per_gpu": TOKENS,
+        "gradient_clipping": 0.0,
+        "zero_optimization": zero,
+        "zero_allow_untested_optimizer": True,
+        "steps_per_print": 10**9,
+    }
     engines = []
     for _ in range(2):
         model = Model()
@@ -184,7 +192,9 @@ def zero_arms(sharder: str) -> dict[str, Arm]:
 def our_arm(plan: dist_layerlr.Plan, model: Any, optimizer: Any) -> Arm:
     """Ours, the same calls everywhere."""
     return Arm(
-        lambda folder: dist_layerlr.save_checkpoint(folder, plan, model, optimizer, step=1).wait() and None,
+        lambda folder: (
+            dist_layerlr.save_checkpoint(folder, plan, model, optimizer, step=1).wait() and None
+        ),
         lambda folder: dist_layerlr.load_checkpoint(folder, plan, model, optimizer) and None,
     )
 
@@ -196,7 +206,9 @@ def measure(arm: Arm, what: str, call: Callable[[], Any]) -> None:
     before = resident_mb("VmRSS")
     start = time.perf_counter()
     call()
-    numbers = torch.tensor([time.perf_counter() - start, resident_mb("VmHWM") - before], dtype=torch.float64)
+    numbers = torch.tensor(
+        [time.perf_counter() - start, resident_mb("VmHWM") - before], dtype=torch.float64
+    )
     dist.all_reduce(numbers, op=dist.ReduceOp.MAX)
     arm.seconds.setdefault(what, []).append(float(numbers[0]))
     arm.peak_mb.setdefault(what, []).append(float(numbers[1]))
@@ -220,7 +232,10 @@ def save_to_disk(arm: Arm, folder: Path) -> None:
 
 
 def take_turns(arms: dict[str, Arm], rounds: int, scratch: Path) -> None:
-    """Save and load with each arm in every round, in changing order; the first round is not counted."""
+    """Save and load with each arm in every round, in changing order.
+
+    The first round is not counted.
+    """
     for number in range(rounds + 1):
         names = list(arms) if number % 2 else list(arms)[::-1]
         for name in names:
@@ -239,8 +254,15 @@ def take_turns(arms: dict[str, Arm], rounds: int, scratch: Path) -> None:
 def checkpoints(rank: int, only: str | None, rounds: int, scratch: Path) -> list[dict[str, Any]]:
     """Rows of the table: save and load under each sharder."""
     if rank == 0:
-        print(f"{'':<12}{'save s':>18}{'':>7}{'load s':>17}{'':>7}{'save peak MB':>18}{'load peak MB':>18}")
-        print(f"{'sharder':<12}" + f"{'theirs':>9}{'ours':>9}{'ratio':>7}" * 2 + f"{'theirs':>9}{'ours':>9}" * 2)
+        print(
+            f"{'':<12}{'save s':>18}{'':>7}{'load s':>17}{'':>7}"
+            f"{'save peak MB':>18}{'load peak MB':>18}"
+        )
+        print(
+            f"{'sharder':<12}"
+            + f"{'theirs':>9}{'ours':>9}{'ratio':>7}" * 2
+            + f"{'theirs':>9}{'ours':>9}" * 2
+        )
     rows = []
     for sharder in SHARDERS:
         if only is not None and sharder != only:
@@ -248,7 +270,13 @@ def checkpoints(rank: int, only: str | None, rounds: int, scratch: Path) -> list
         arms = (zero_arms if sharder.startswith("zero") else native_arms)(sharder)
         take_turns(arms, rounds, scratch)
         ratios = {what: paired_ratio(arms, what) for what in ("save", "load")}
-        rows.append({"sharder": sharder, **{name: summary(arm) for name, arm in arms.items()}, "ratio": ratios})
+        rows.append(
+            {
+                "sharder": sharder,
+                **{name: summary(arm) for name, arm in arms.items()},
+                "ratio": ratios,
+            }
+        )
         if rank == 0:
             print_row(rows[-1])
     return rows
@@ -257,7 +285,9 @@ def checkpoints(rank: int, only: str | None, rounds: int, scratch: Path) -> list
 def summary(arm: Arm) -> dict[str, float]:
     """Medians."""
     numbers = {f"{what}_s": statistics.median(series) for what, series in arm.seconds.items()}
-    return numbers | {f"{what}_peak_mb": statistics.median(series) for what, series in arm.peak_mb.items()}
+    return numbers | {
+        f"{what}_peak_mb": statistics.median(series) for what, series in arm.peak_mb.items()
+    }
 
 
 def paired_ratio(arms: dict[str, Arm], what: str) -> float:
@@ -277,7 +307,10 @@ def print_row(row: dict[str, Any]) -> None:
     print(text, flush=True)
 
 
-PARTS: dict[str, Callable[[int, str | None, int, Path], Any]] = {"checkpoints": checkpoints, "base_model": base_model}
+PARTS: dict[str, Callable[[int, str | None, int, Path], Any]] = {
+    "checkpoints": checkpoints,
+    "base_model": base_model,
+}
 """{key in the results: what measures it on every rank}."""
 
 
@@ -285,8 +318,12 @@ def work(rank: int, scratch: str, part: str, args: argparse.Namespace) -> None:
     """What one rank does for one part."""
     torch.set_num_threads(1)
     warnings.filterwarnings("ignore")
-    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(WORLD), DS_ACCELERATOR="cpu")
-    dist.init_process_group("gloo", init_method=f"file://{scratch}/store_{part}", rank=rank, world_size=WORLD)
+    os.environ.update(
+        RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(WORLD), DS_ACCELERATOR="cpu"
+    )
+    dist.init_process_group(
+        "gloo", init_method=f"file://{scratch}/store_{part}", rank=rank, world_size=WORLD
+    )
     import deepspeed
     from deepspeed.utils import logger
 
@@ -304,19 +341,34 @@ def write(out: Path, part: str, found: Any, rounds: int) -> None:
     import deepspeed
 
     results = json.loads(out.read_text()) if out.exists() else {}
-    versions = {"torch": torch.__version__, "deepspeed": deepspeed.__version__, "python": platform.python_version()}
-    results |= {"device": "cpu", "ranks": WORLD, **versions, part: {"rounds": rounds, "rows": found}}
+    versions = {
+        "torch": torch.__version__,
+        "deepspeed": deepspeed.__version__,
+        "python": platform.python_version(),
+    }
+    results |= {
+        "device": "cpu",
+        "ranks": WORLD,
+        **versions,
+        part: {"rounds": rounds, "rows": found},
+    }
     out.parent.mkdir(exist_ok=True)
     out.write_text(json.dumps(results, indent=1) + "\n")
 
 
 def main() -> None:
     """Start the ranks."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS), help="default: all")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--parts", nargs="+", choices=PARTS, default=list(PARTS), help="default: all"
+    )
     parser.add_argument("--only", choices=SHARDERS, help="one sharder; nothing is written")
     parser.add_argument("--rounds", type=int, default=11, help="measured rounds (default 11)")
-    parser.add_argument("--folder", help="where to write checkpoints (default: the temporary folder)")
+    parser.add_argument(
+        "--folder", help="where to write checkpoints (default: the temporary folder)"
+    )
     parser.add_argument("--out", default=str(ROOT / "benchmarks" / "results" / "checkpoint.json"))
     args = parser.parse_args()
     with tempfile.TemporaryDirectory(dir=args.folder) as scratch:

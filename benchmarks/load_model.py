@@ -1,11 +1,13 @@
-"""Part `base_model` of checkpoint.py: a pretrained model into shards, beside `from_pretrained` on every rank.
+"""Part `base_model` of checkpoint.py: a pretrained model into shards, beside `from_pretrained` on
+every rank.
 
-`theirs` is what most trainers do: every rank calls from_pretrained, then shards (fully_shard, deepspeed.initialize).
-`ours`: an empty model, sharded, then load_pretrained. The model is diffusers' Wan at the widths of Wan 2.1 1.3B, four
-blocks of its thirty: 0.2 billion parameters in fp32 in two files, read from the page cache, where it costs nothing that
-every rank reads all of them. Each round measures from building the model to a model that can be called. Peak memory is
-the growth of the rank's resident set; what deepspeed.initialize adds for gradients and buckets, on a GPU machine in its
-memory and the same both ways, is left out.
+`theirs` is what most trainers do: every rank calls from_pretrained, then shards (fully_shard,
+deepspeed.initialize). `ours`: an empty model, sharded, then load_pretrained. The model is
+diffusers' Wan at the widths of Wan 2.1 1.3B, four blocks of its thirty: 0.2 billion parameters in
+fp32 in two files, read from the page cache, where it costs nothing that every rank reads all of
+them. Each round measures from building the model to a model that can be called. Peak memory is the
+growth of the rank's resident set; what deepspeed.initialize adds for gradients and buckets, on a
+GPU machine in its memory and the same both ways, is left out.
 """
 
 from __future__ import annotations
@@ -36,7 +38,10 @@ def base_model(rank: int, only: str | None, rounds: int, scratch: Path) -> list[
     diffusers.utils.logging.disable_progress_bar()
     if rank == 0:
         build().save_pretrained(folder, max_shard_size="500MB")
-        print(f"{'base model':<12}{'load s':>18}{'':>7}{'load peak MB':>18}{'':>7}   of {size_mb(folder):.0f} MB")
+        print(
+            f"{'base model':<12}{'load s':>18}{'':>7}{'load peak MB':>18}{'':>7}   of"
+            f" {size_mb(folder):.0f} MB"
+        )
         print(f"{'sharder':<12}" + f"{'theirs':>9}{'ours':>9}{'ratio':>7}" * 2)
     dist.barrier()
     rows = []
@@ -54,9 +59,15 @@ def build() -> Any:
 
     torch.manual_seed(0)
     return WanTransformer3DModel(
-        num_attention_heads=12, attention_head_dim=128, in_channels=16, out_channels=16, text_dim=4096, freq_dim=256,
-        ffn_dim=8960, num_layers=4,
-    )  # fmt: skip
+        num_attention_heads=12,
+        attention_head_dim=128,
+        in_channels=16,
+        out_channels=16,
+        text_dim=4096,
+        freq_dim=256,
+        ffn_dim=8960,
+        num_layers=4,
+    )
 
 
 def row(sharder: str, folder: Path, rounds: int) -> dict[str, Any]:
@@ -74,7 +85,10 @@ def row(sharder: str, folder: Path, rounds: int) -> dict[str, Any]:
     found: dict[str, Any] = {"sharder": sharder, "model_mb": size_mb(folder)}
     for name, series in taken.items():
         seconds, peaks = zip(*series, strict=True)
-        found[name] = {"load_s": statistics.median(seconds), "load_peak_mb": statistics.median(peaks)}
+        found[name] = {
+            "load_s": statistics.median(seconds),
+            "load_peak_mb": statistics.median(peaks),
+        }
     pairs = zip(taken["ours"], taken["theirs"], strict=True)
     found["ratio"] = statistics.median(ours[0] / theirs[0] for ours, theirs in pairs)
     return found
@@ -89,7 +103,9 @@ class Peak:
         self._resume_at(0.0)
 
     def _resume_at(self, grown: float) -> None:
-        Path("/proc/self/clear_refs").write_text("5")  # the kernel's peak begins at what is resident now
+        Path("/proc/self/clear_refs").write_text(
+            "5"
+        )  # the kernel's peak begins at what is resident now
         self._base = resident_mb("VmRSS") - grown
 
     @contextlib.contextmanager
@@ -123,7 +139,10 @@ def measure(load: Load, folder: Path) -> tuple[float, float]:
 
 
 def destroy(model: Any) -> None:
-    """DeepSpeed keeps destroyed engines alive, with all their memory; at least they can be emptied."""
+    """DeepSpeed keeps destroyed engines alive, with all their memory.
+
+    At least they can be emptied.
+    """
     model.destroy()
     optimizer = model.optimizer
     for param in model.parameters():
@@ -141,7 +160,8 @@ def from_pretrained_fsdp2(folder: Path) -> Any:
 
 def straight_fsdp2(folder: Path) -> Any:
     """Sharded, then read."""
-    from dist_layerlr import load_pretrained, materialize
+    from dist_layerlr.sharders import materialize
+    from dist_layerlr.weights import load_pretrained
 
     model = shard(empty(folder))
     materialize(model, "cpu")
@@ -161,7 +181,8 @@ def from_pretrained_zero3(folder: Path) -> Any:
 
 def straight_zero3(folder: Path) -> Any:
     """Partitioned, then read."""
-    from dist_layerlr import load_pretrained, partition_empty
+    from dist_layerlr.sharders import partition_empty
+    from dist_layerlr.weights import load_pretrained
 
     model = empty(folder)
     partition_empty(model, zero_config())
@@ -223,6 +244,10 @@ def resident_mb(key: str) -> float:
 def print_row(found: dict[str, Any]) -> None:
     """One line of the table."""
     theirs, ours = found["theirs"], found["ours"]
-    text = f"{found['sharder']:<12}{theirs['load_s']:>9.2f}{ours['load_s']:>9.2f}{found['ratio']:>7.2f}"
+    text = f"{found['sharder']:<12}{theirs['load_s']:>9.2f}{ours['load_s']:>9.2f}"
+    text += f"{found['ratio']:>7.2f}"
     ratio = ours["load_peak_mb"] / theirs["load_peak_mb"]
-    print(text + f"{theirs['load_peak_mb']:>9.0f}{ours['load_peak_mb']:>9.0f}{ratio:>7.2f}", flush=True)
+    print(
+        text + f"{theirs['load_peak_mb']:>9.0f}{ours['load_peak_mb']:>9.0f}{ratio:>7.2f}",
+        flush=True,
+    )

@@ -10,23 +10,19 @@ from __future__ import annotations
 import json
 import platform
 import statistics
-import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-try:
-    import dist_layerlr  # noqa: F401
-except ModuleNotFoundError:
-    sys.path.insert(0, str(ROOT))
 
 from dist_layerlr import build_plan, read_model
 
 LTX2_NAMES = ROOT / "tests" / "census" / "ltx2_19b.tsv.gz"
 LTX2_CONFIG = ROOT / "launch" / "configs" / "ltx2.json"
 SUFFIXES = (
-    "attn1.to_q attn1.to_k attn1.to_v attn1.to_out.0 attn2.to_q attn2.to_k ff.net.0.proj ff.net.2 norm1 norm2".split()
+    "attn1.to_q attn1.to_k attn1.to_v attn1.to_out.0 attn2.to_q attn2.to_k ff.net.0.proj ff.net.2"
+    " norm1 norm2".split()
 )
 SIZES = (12_500, 25_000, 50_000, 100_000)
 ROUNDS = 5
@@ -47,7 +43,10 @@ def main() -> None:
     for label, count, seconds in rows:
         print(f"{label:<20}{count:>10,}{seconds * 1e3:>10.1f}{seconds / count * 1e6:>10.1f}")
     growth = rows[-1][2] / rows[1][2] / (SIZES[-1] / SIZES[0])
-    print(f"time per name at {SIZES[-1]:,} names is {growth:.2f} times that at {SIZES[0]:,} (1.00 is linear)")
+    print(
+        f"time per name at {SIZES[-1]:,} names is {growth:.2f} times that at {SIZES[0]:,} (1.00 is"
+        " linear)"
+    )
     result = {
         "python": platform.python_version(),
         "machine": platform.machine(),
@@ -79,7 +78,11 @@ def once(work: Callable[[], None]) -> float:
 
 def synthetic(count: int) -> list[tuple[str, tuple[int, ...]]]:
     """A model of ``count`` names in blocks of ten."""
-    return [(f"transformer_blocks.{i}.{s}.weight", (64, 64)) for i in range(count // len(SUFFIXES)) for s in SUFFIXES]
+    return [
+        (f"transformer_blocks.{i}.{s}.weight", (64, 64))
+        for i in range(count // len(SUFFIXES))
+        for s in SUFFIXES
+    ]
 
 
 if __name__ == "__main__":

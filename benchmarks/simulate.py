@@ -1,11 +1,12 @@
-"""Where every element of a model lies in a job of any size, and at which learning rate: computed, then proved.
+"""Where every element of a model lies in a job of any size, at which learning rate; with proof.
 
     python benchmarks/simulate.py --model ltx2_19b --world-size 1024 --sharding fsdp2
-    python benchmarks/simulate.py --model CHECKPOINT_FOLDER --world-size 64 --sharding zero3 --config FILE
+    python benchmarks/simulate.py --model FOLDER --world-size 64 --sharding zero3 --config FILE
 
-The plan comes from names and shapes, each rank's element ranges from ``dist_layerlr.segments``, which is what the
-adapters check live shards against. No process group and no torch: 1,024 ranks are a loop. Prints a table and writes
-``benchmarks/results/simulate_<model>_<sharding>_<ranks>.json``. Exit status 1 when the proof fails.
+The plan comes from names and shapes, element ranges of ranks from ``dist_layerlr.sharders.ranges``,
+which is what the sharders check live shards against. No process group and no torch: 1,024 ranks are
+a loop. Prints a table and writes ``benchmarks/results/simulate_<model>_<sharding>_<ranks>.json``.
+Exit status 1 when the proof fails.
 """
 
 from __future__ import annotations
@@ -22,23 +23,23 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
-try:
-    import dist_layerlr  # noqa: F401
-except ModuleNotFoundError:
-    sys.path.insert(0, str(ROOT))
 
-from dist_layerlr import LayerLRError, ModelSourceError, Plan, PlanEntry, build_plan, read_model
-from dist_layerlr.segments import dim0_range, flat_ranges, zero3_range
+from dist_layerlr import LayerLRError, Plan, build_plan, read_model
+from dist_layerlr.errors import ModelSourceError
+from dist_layerlr.plan import PlanEntry
+from dist_layerlr.sharders.ranges import dim0_range, flat_ranges, zero3_range
 
 CENSUS = ROOT / "tests" / "census"
 RESULTS = ROOT / "benchmarks" / "results"
 ZERO_ALIGN = 2
-"""DeepSpeed pads a ZeRO-1 and -2 group to a multiple of 2 x ranks (``nccl_start_alignment_factor``)."""
+"""DeepSpeed pads a ZeRO-1 and -2 group to a multiple of 2 x ranks
+(``nccl_start_alignment_factor``)."""
 
 Piece = tuple[int, int, int]
 """(rank, first element, number of elements) of a flattened parameter."""
 Held = Iterator[tuple[str, float, list[Piece]]]
-"""For each parameter that some optimizer group steps: its name, the group's rate, who holds which elements."""
+"""For each parameter that some optimizer group steps: its name, the group's rate, who holds which
+elements."""
 
 
 class NotCovered(Exception):
@@ -49,7 +50,9 @@ def by_rows(plan: Plan, ranks: int) -> Held:
     """FSDP2: rows of every parameter."""
     for name, lr, entry in stepped(plan):
         if not entry.shape:
-            raise ModelSourceError(f"Parameter {name!r} is a scalar, which fully_shard refuses. Make it 1-D.")
+            raise ModelSourceError(
+                f"Parameter {name!r} is a scalar, which fully_shard refuses. Make it 1-D."
+            )
         yield name, lr, nonempty(dim0_range(entry.shape, ranks, rank) for rank in range(ranks))
 
 
@@ -71,7 +74,9 @@ def by_unit(plan: Plan, ranks: int) -> Held:
 
 
 def by_group(plan: Plan, ranks: int) -> Held:
-    """ZeRO-1 and -2 under a segmented optimizer, as the trainer has it: all parameters laid end to end."""
+    """ZeRO-1 and -2 under a segmented optimizer, as the trainer has it: all parameters laid end to
+    end.
+    """
     rates = {name: lr for name, lr, _ in stepped(plan)}
     for entry, pieces in flattened(list(plan.entries.values()), ranks, align=ZERO_ALIGN):
         yield entry.name, rates[entry.name], pieces
@@ -87,7 +92,9 @@ SHARDINGS: dict[str, Callable[[Plan, int], Held]] = {
 
 
 def stepped(plan: Plan) -> Iterator[tuple[str, float, PlanEntry]]:
-    """What the optimizer's groups hold: each group's own rate, not the entry's, so that merging is under test."""
+    """What the optimizer's groups hold: each group's own rate, not the entry's, so that merging is
+    under test.
+    """
     for group in plan.groups:
         for name in group.names:
             yield name, group.lr, plan.entries[name]
@@ -98,12 +105,16 @@ def nonempty(ranges: Iterable[tuple[int, int]]) -> list[Piece]:
     return [(rank, start, count) for rank, (start, count) in enumerate(ranges) if count]
 
 
-def flattened(members: Sequence[PlanEntry], ranks: int, *, align: int) -> Iterator[tuple[PlanEntry, list[Piece]]]:
+def flattened(
+    members: Sequence[PlanEntry], ranks: int, *, align: int
+) -> Iterator[tuple[PlanEntry, list[Piece]]]:
     """Pieces of parameters that share one flat tensor."""
     numels = [entry.numel for entry in members]
     pieces: list[list[Piece]] = [[] for _ in members]
     for rank in range(ranks):
-        for held, (start, count) in zip(pieces, flat_ranges(numels, ranks, rank, align=align), strict=True):
+        for held, (start, count) in zip(
+            pieces, flat_ranges(numels, ranks, rank, align=align), strict=True
+        ):
             if count:
                 held.append((rank, start, count))
     return zip(members, pieces, strict=True)
@@ -149,7 +160,9 @@ class Ledger:
         """
         missing = plan.entries.keys() - self.seen
         if missing:
-            raise NotCovered(f"{len(missing)} parameters are stepped by no rank, such as {min(missing)}")
+            raise NotCovered(
+                f"{len(missing)} parameters are stepped by no rank, such as {min(missing)}"
+            )
         total = sum(entry.numel for entry in plan.entries.values())
         if not sum(self.per_rank) == sum(self.per_lr.values()) == total:
             raise NotCovered(f"{sum(self.per_rank):,} elements are stepped, {total:,} planned")
@@ -164,7 +177,9 @@ def check_tiles(name: str, numel: int, pieces: Iterable[Piece]) -> None:
     end = 0
     for rank, start, count in sorted(pieces, key=lambda piece: piece[1]):
         if start != end:
-            raise NotCovered(f"{name}: rank {rank} starts at element {start}, {end} is the next to be held")
+            raise NotCovered(
+                f"{name}: rank {rank} starts at element {start}, {end} is the next to be held"
+            )
         end = start + count
     if end != numel:
         raise NotCovered(f"{name}: {end} of {numel} elements are held")
@@ -221,12 +236,28 @@ def show(rows: dict[str, Any], per_lr: dict[float, int]) -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Simulate, print, write."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", required=True, help="a name under tests/census, or anything that read_model reads")
-    parser.add_argument("--world-size", type=int, default=1024, metavar="N", help="ranks (default: 1024)")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--model",
+        required=True,
+        help="a name under tests/census, or anything that read_model reads",
+    )
+    parser.add_argument(
+        "--world-size", type=int, default=1024, metavar="N", help="ranks (default: 1024)"
+    )
     parser.add_argument("--sharding", choices=SHARDINGS, required=True)
-    parser.add_argument("--config", default=str(ROOT / "launch" / "configs" / "ltx2.json"), metavar="FILE")
-    parser.add_argument("--output-dir", type=Path, default=RESULTS, metavar="DIR", help="default: benchmarks/results")
+    parser.add_argument(
+        "--config", default=str(ROOT / "launch" / "configs" / "ltx2.json"), metavar="FILE"
+    )
+    parser.add_argument(
+        "--output-dir",
+        type=Path,
+        default=RESULTS,
+        metavar="DIR",
+        help="default: benchmarks/results",
+    )
     args = parser.parse_args(argv)
     if args.world_size < 1:
         parser.error(f"invalid --world-size {args.world_size}: must be >= 1")
@@ -249,7 +280,9 @@ def write(rows: dict[str, Any], per_lr: dict[float, int], args: argparse.Namespa
     args.output_dir.mkdir(parents=True, exist_ok=True)
     stem = Path(args.model).name.removesuffix(".tsv.gz")
     path = args.output_dir / f"simulate_{stem}_{args.sharding}_{args.world_size}.json"
-    rates = [{"lr": lr, "elements": elements} for lr, elements in sorted(per_lr.items(), reverse=True)]
+    rates = [
+        {"lr": lr, "elements": elements} for lr, elements in sorted(per_lr.items(), reverse=True)
+    ]
     path.write_text(json.dumps({**rows, "per_lr": rates}, indent=1) + "\n", encoding="utf-8")
 
 

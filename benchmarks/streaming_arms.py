@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from dist_layerlr.offload import StreamPolicy
-from dist_layerlr.offload.backend import Backend, Cuda, choose
-from dist_layerlr.offload.handle import stream_on
+from dist_layerlr.offload.device import Backend, Cuda, choose
+from dist_layerlr.offload.streaming import stream_on
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -39,8 +39,11 @@ class Size:
 
 WAN_14B = Size(blocks=40, width=5120, ffn=13824, heads=40, text=512, rank=32, dtype=torch.bfloat16)
 """0.35e9 parameters a block, 28 GB."""
-SMALL = Size(blocks=16, width=256, ffn=1024, heads=4, text=16, rank=4, dtype=torch.float32, flops=12e9)
-"""For the CPU: 1.05e6 parameters a block, at a tenth of what a core does, so that other load does not matter."""
+SMALL = Size(
+    blocks=16, width=256, ffn=1024, heads=4, text=16, rank=4, dtype=torch.float32, flops=12e9
+)
+"""For the CPU: 1.05e6 parameters a block, at a tenth of what a core does, so that other load does
+not matter."""
 ROWS = 16
 """Real tokens of a step that is held to a speed."""
 
@@ -109,11 +112,20 @@ class Block(nn.Module):
         super().__init__()
         self.heads = size.heads
         d = size.width
-        self.norm1, self.norm2, self.norm3 = (nn.LayerNorm(d, elementwise_affine=False) for _ in range(3))
-        self.attn1 = nn.ModuleDict({n: Adapted(d, d, size, device) for n in ("to_q", "to_k", "to_v", "to_out")})
-        self.attn2 = nn.ModuleDict({n: Adapted(d, d, size, device) for n in ("to_q", "to_k", "to_v", "to_out")})
+        self.norm1, self.norm2, self.norm3 = (
+            nn.LayerNorm(d, elementwise_affine=False) for _ in range(3)
+        )
+        self.attn1 = nn.ModuleDict(
+            {n: Adapted(d, d, size, device) for n in ("to_q", "to_k", "to_v", "to_out")}
+        )
+        self.attn2 = nn.ModuleDict(
+            {n: Adapted(d, d, size, device) for n in ("to_q", "to_k", "to_v", "to_out")}
+        )
         self.size, self.clock = size, clock
-        self.ffn_in, self.ffn_out = Adapted(d, size.ffn, size, device), Adapted(size.ffn, d, size, device)
+        self.ffn_in, self.ffn_out = (
+            Adapted(d, size.ffn, size, device),
+            Adapted(size.ffn, d, size, device),
+        )
 
     def forward(self, x: Tensor, text: Tensor) -> Tensor:
         """(B, T, d), (B, L, d) -> (B, T, d)."""
@@ -122,7 +134,9 @@ class Block(nn.Module):
         h = self.norm1(x)
         x = x + self._attend(self.attn1, h, h)
         x = x + self._attend(self.attn2, self.norm2(x), text)
-        out: Tensor = self.ffn_out(nn.functional.gelu(self.ffn_in(self.norm3(x)), approximate="tanh"))
+        out: Tensor = self.ffn_out(
+            nn.functional.gelu(self.ffn_in(self.norm3(x)), approximate="tanh")
+        )
         if self.size.flops is not None:
             out = _Tick.apply(out, self.clock, False)
         return x + out
@@ -156,12 +170,16 @@ class Stack(nn.Module):
 
 @torch.no_grad()
 def make_model(size: Size, device: torch.device | str) -> Stack:
-    """The same weights for every arm: blocks differ by a rotation of one random block, which takes seconds at 28 GB."""
+    """The same weights for every arm: blocks differ by a rotation of one random block, which takes
+    seconds at 28 GB.
+    """
     model = Stack(size, device)
     generator = torch.Generator().manual_seed(0)
     first = dict(model.blocks[0].named_parameters())
     for name, param in first.items():
-        value = torch.randn(param.shape, generator=generator) * (0.02 if name.endswith("base.weight") else 0.002)
+        value = torch.randn(param.shape, generator=generator) * (
+            0.02 if name.endswith("base.weight") else 0.002
+        )
         param.copy_(value)
     for i, block in enumerate(model.blocks):
         for name, param in block.named_parameters():
@@ -192,11 +210,16 @@ class Arm:
 
     @torch.no_grad()
     def reset(self, tokens: int = 0) -> None:
-        """Back to the weights and optimizer of the start. A model held to a speed computes as if on that many tokens."""
+        """Back to the weights and optimizer of the start.
+
+        A model held to a speed computes as if on that many tokens.
+        """
         for block in self.model.modules():
             if isinstance(block, Block) and block.size.flops is not None:
                 numel = sum(p.numel() for p in block.parameters())
-                block.clock.seconds = (2 * numel * tokens + 4 * tokens**2 * block.size.width) / block.size.flops
+                block.clock.seconds = (
+                    2 * numel * tokens + 4 * tokens**2 * block.size.width
+                ) / block.size.flops
         for param, value in zip(self.parameters, self._initial, strict=True):
             param.copy_(value)
         self.optimizer = torch.optim.AdamW(self.parameters, lr=1e-4, fused=True)
@@ -220,7 +243,9 @@ class Arm:
 
 def _plain(model: Stack) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
     def backward(x: Tensor, text: Tensor, target: Tensor) -> Tensor:
-        x = x.detach().requires_grad_()  # or reentrant checkpointing gives the first block no gradients
+        x = (
+            x.detach().requires_grad_()
+        )  # or reentrant checkpointing gives the first block no gradients
         loss = nn.functional.mse_loss(model(x, text).float(), target.float())
         torch.autograd.backward(loss)
         return loss.detach()
@@ -234,14 +259,20 @@ def resident(size: Size, device: torch.device) -> Arm:
     return Arm(label="resident", model=model, backward=_plain(model))
 
 
-def ours(size: Size, backend: Backend, *, window: int = 1, share: float = 0.0, overlap: bool = True) -> Arm:
+def ours(
+    size: Size, backend: Backend, *, window: int = 1, share: float = 0.0, overlap: bool = True
+) -> Arm:
     """``stream``, with a share of the blocks resident."""
     model = make_model(size, "cpu")
     resident = round(share * size.blocks)
-    policy = StreamPolicy(prefetch_window=window, resident_blocks=resident, min_numel=size.width * size.width)
+    policy = StreamPolicy(
+        prefetch_window=window, resident_blocks=resident, min_numel=size.width * size.width
+    )
     handle = stream_on(backend, model, policy)
     return Arm(
-        label=f"ours W={window}" + f", {share:.0%} resident" * (resident > 0) + ", no overlap" * (not overlap),
+        label=f"ours W={window}"
+        + f", {share:.0%} resident" * (resident > 0)
+        + ", no overlap" * (not overlap),
         model=model,
         backward=_plain(model),
         handle=handle,
@@ -254,7 +285,9 @@ def ours(size: Size, backend: Backend, *, window: int = 1, share: float = 0.0, o
 class SerialCuda(Cuda):
     """Waits for every copy before anything else runs: what streaming costs without overlap."""
 
-    def upload(self, target: Tensor, source: Tensor, after: Any, then: Callable[[], None] | None) -> Any:
+    def upload(
+        self, target: Tensor, source: Tensor, after: Any, then: Callable[[], None] | None
+    ) -> Any:
         """Copy, and wait for it."""
         ready = super().upload(target, source, after, then)
         self.synchronize()
@@ -262,9 +295,13 @@ class SerialCuda(Cuda):
 
 
 def naive(size: Size, device: torch.device) -> Arm:
-    """Frozen weights of a block go ``.to(device)`` before it runs and ``.to("cpu")`` behind it, pageable, waited for."""
+    """Frozen weights of a block go ``.to(device)`` before it runs and ``.to("cpu")`` behind it,
+    pageable, waited for.
+    """
     model = make_model(size, "cpu")
-    model.reentrant = True  # its first forward runs without gradients, which tells it from the recomputation
+    model.reentrant = (
+        True  # its first forward runs without gradients, which tells it from the recomputation
+    )
     for param in model.parameters():
         if param.requires_grad:
             param.data = param.data.to(device)
@@ -348,7 +385,9 @@ def ramtorch(size: Size, device: torch.device) -> Arm:
     def backward(x: Tensor, text: Tensor, target: Tensor) -> Tensor:
         for chunk in chunks:
             chunk.text = text
-        done = model.step(x, targets=target, loss_fn=lambda y, t: nn.functional.mse_loss(y.float(), t.float()))
+        done = model.step(
+            x, targets=target, loss_fn=lambda y, t: nn.functional.mse_loss(y.float(), t.float())
+        )
         model.flush_grads()
         loss: Tensor = done.loss.detach()
         return loss

@@ -1,4 +1,6 @@
-"""``dist-layerlr plan|explain|plot|predict|diff|export``: what a config or streaming does to a model, from its names."""
+"""``dist-layerlr plan|explain|plot|predict|diff|export``: what a config or streaming does to a
+model, from its names.
+"""
 
 from __future__ import annotations
 
@@ -9,24 +11,29 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from dist_layerlr import report
-from dist_layerlr.build import build_plan
 from dist_layerlr.checkpoint.folders import latest
-from dist_layerlr.diff import PLAN_FILE, Rows, plan_diff, read_rows
 from dist_layerlr.errors import CheckpointError, ConfigError, LayerLRError
 from dist_layerlr.offload.policy import StreamPolicy
 from dist_layerlr.offload.predict import Machine, Workload, layout_from_names, predict
-from dist_layerlr.plan import Plan
-from dist_layerlr.sources import read_model
+from dist_layerlr.plan.build import build_plan
+from dist_layerlr.plan.diff import PLAN_FILE, Rows, plan_diff, read_rows
+from dist_layerlr.plan.entries import Plan
+from dist_layerlr.plan.read import read_model
+from dist_layerlr.report.grid import explain, grid, to_csv
 
-_MODEL_HELP = "a .safetensors file, a checkpoint folder, or a tsv of name<TAB>shape (.gz too; - reads stdin)"
+_MODEL_HELP = (
+    "a .safetensors file, a checkpoint folder, or a tsv of name<TAB>shape (.gz too; - reads stdin)"
+)
 _BASE_HELP = "the full model, when MODEL lists an adapter only"
 Output = tuple[str, int]
 """(text for stdout, exit status)."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line. Returns 0, 1 where ``diff`` found a difference, or 2 after a one-line error."""
+    """Run the command line.
+
+    Returns 0, 1 where ``diff`` found a difference, or 2 after a one-line error.
+    """
     args = _parser().parse_args(argv)
     status = 0
     try:
@@ -47,7 +54,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="dist-layerlr", description=__doc__)
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    plan = commands.add_parser("plan", help="print the grid of learning rates, or every parameter's as JSON or CSV")
+    plan = commands.add_parser(
+        "plan", help="print the grid of learning rates, or every parameter's as JSON or CSV"
+    )
     shape = plan.add_mutually_exclusive_group()
     shape.add_argument("--json", dest="format", action="store_const", const="json")
     shape.add_argument("--csv", dest="format", action="store_const", const="csv")
@@ -55,13 +64,17 @@ def _parser() -> argparse.ArgumentParser:
     explain = commands.add_parser("explain", help="say how one parameter came to its learning rate")
     explain.set_defaults(run=_run_explain)
     plot = commands.add_parser("plot", help="draw the grid as a heat map")
-    plot.add_argument("--output", default="lr_grid.png", help="PNG file to write (default: lr_grid.png)")
+    plot.add_argument(
+        "--output", default="lr_grid.png", help="PNG file to write (default: lr_grid.png)"
+    )
     plot.set_defaults(run=_run_plot)
     for command in (plan, explain, plot):
         command.add_argument("model", metavar="MODEL", help=_MODEL_HELP)
         if command is explain:
             command.add_argument("name", metavar="NAME", help="a parameter name of MODEL")
-        command.add_argument("--config", required=True, metavar="FILE", help="training config (JSON)")
+        command.add_argument(
+            "--config", required=True, metavar="FILE", help="training config (JSON)"
+        )
         command.add_argument("--base", metavar="MODEL", help=_BASE_HELP)
     _add_predict(commands)
     _add_diff(commands)
@@ -73,19 +86,41 @@ def _add_predict(commands: Any) -> None:
     text = "what streaming blocks from the host will cost: time, memory, hidden or not"
     predict = commands.add_parser("predict", help=text, description=text)
     predict.add_argument("model", metavar="MODEL", help=_MODEL_HELP)
-    predict.add_argument("--tokens", type=int, required=True, help="of one microbatch on one device")
-    predict.add_argument("--sequence", type=int, help="tokens that attend to each other (default: all)")
-    predict.add_argument("--gb-s", type=float, required=True, help="pinned host to device, 1e9 bytes per second")
-    predict.add_argument("--tflops", type=float, required=True, help="achieved, 1e12 operations per second")
+    predict.add_argument(
+        "--tokens", type=int, required=True, help="of one microbatch on one device"
+    )
+    predict.add_argument(
+        "--sequence", type=int, help="tokens that attend to each other (default: all)"
+    )
+    predict.add_argument(
+        "--gb-s", type=float, required=True, help="pinned host to device, 1e9 bytes per second"
+    )
+    predict.add_argument(
+        "--tflops", type=float, required=True, help="achieved, 1e12 operations per second"
+    )
     window = StreamPolicy().prefetch_window
-    predict.add_argument("--window", type=int, default=window, help=f"units fetched ahead (default {window})")
-    predict.add_argument("--resident", type=int, default=0, help="units that stay on the device (default 0)")
+    predict.add_argument(
+        "--window", type=int, default=window, help=f"units fetched ahead (default {window})"
+    )
+    predict.add_argument(
+        "--resident", type=int, default=0, help="units that stay on the device (default 0)"
+    )
     predict.add_argument("--full", action="store_true", help="full finetune instead of LoRA")
-    predict.add_argument("--no-checkpointing", action="store_true", help="blocks are not computed again in backward")
-    predict.add_argument("--micro-steps", type=int, default=1, help="microbatches per step (default 1)")
-    predict.add_argument("--device-bytes", type=float, default=2.0, help="per parameter on the device (default 2)")
-    predict.add_argument("--host-bytes", type=float, help="per parameter on the host (default: as on the device)")
-    predict.add_argument("--host-gb-s", type=float, help="memory bandwidth of the host, for a CPU optimizer")
+    predict.add_argument(
+        "--no-checkpointing", action="store_true", help="blocks are not computed again in backward"
+    )
+    predict.add_argument(
+        "--micro-steps", type=int, default=1, help="microbatches per step (default 1)"
+    )
+    predict.add_argument(
+        "--device-bytes", type=float, default=2.0, help="per parameter on the device (default 2)"
+    )
+    predict.add_argument(
+        "--host-bytes", type=float, help="per parameter on the host (default: as on the device)"
+    )
+    predict.add_argument(
+        "--host-gb-s", type=float, help="memory bandwidth of the host, for a CPU optimizer"
+    )
     predict.add_argument("--json", action="store_true")
     predict.set_defaults(run=_run_predict)
 
@@ -93,7 +128,10 @@ def _add_predict(commands: Any) -> None:
 def _add_diff(commands: Any) -> None:
     text = "print what trains differently; status 0: nothing, 1: something, 2: error"
     diff = commands.add_parser("diff", help=text, description=text)
-    where = "checkpoint, folder of checkpoints or run folder, plan.json, or training config (JSON, with --model)"
+    where = (
+        "checkpoint, folder of checkpoints or run folder, plan.json, or training config (JSON, with"
+        " --model)"
+    )
     diff.add_argument("old", metavar="A", help=where)
     diff.add_argument("new", metavar="B", help=where)
     diff.add_argument("--model", metavar="MODEL", help=f"for configs: {_MODEL_HELP}")
@@ -103,17 +141,30 @@ def _add_diff(commands: Any) -> None:
 
 
 def _add_export(commands: Any) -> None:
-    text = "write the weights of a checkpoint as files that diffusers, transformers, PEFT or kohya's programs load"
+    text = (
+        "write the weights of a checkpoint as files that diffusers, transformers, PEFT or kohya's"
+        " programs load"
+    )
     export = commands.add_parser("export", help=text, description=text)
     where = "a checkpoint folder, or a folder of them or of a run: then the newest"
     export.add_argument("checkpoint", metavar="CKPT", help=where)
     export.add_argument("output", metavar="OUT", help="folder to write")
     formats = ("diffusers", "transformers", "peft", "kohya")
-    export.add_argument("--format", required=True, choices=formats, help="full weights (the first two), or a LoRA")
+    export.add_argument(
+        "--format", required=True, choices=formats, help="full weights (the first two), or a LoRA"
+    )
     export.add_argument("--dtype", choices=("fp32", "bf16", "fp16"), help="default: as trained")
-    export.add_argument("--base", metavar="DIR", help="folder of the trained model: its config.json is copied")
-    export.add_argument("--adapter", default="default", metavar="NAME", help="PEFT's name of the adapter")
-    export.add_argument("--adapter-config", metavar="FILE", help="adapter_config.json, where the checkpoint has none")
+    export.add_argument(
+        "--base", metavar="DIR", help="folder of the trained model: its config.json is copied"
+    )
+    export.add_argument(
+        "--adapter", default="default", metavar="NAME", help="PEFT's name of the adapter"
+    )
+    export.add_argument(
+        "--adapter-config",
+        metavar="FILE",
+        help="adapter_config.json, where the checkpoint has none",
+    )
     export.set_defaults(run=_run_export)
 
 
@@ -126,15 +177,15 @@ def _run_plan(args: argparse.Namespace) -> Output:
     plan = _plan(args, args.config)
     if args.format == "json":
         return plan.to_json() + "\n", 0
-    return (report.to_csv(plan) if args.format == "csv" else report.grid(plan) + "\n"), 0
+    return (to_csv(plan) if args.format == "csv" else grid(plan) + "\n"), 0
 
 
 def _run_explain(args: argparse.Namespace) -> Output:
-    return report.explain(_plan(args, args.config), args.name) + "\n", 0
+    return explain(_plan(args, args.config), args.name) + "\n", 0
 
 
 def _run_plot(args: argparse.Namespace) -> Output:
-    from dist_layerlr.plot import draw_grid
+    from dist_layerlr.report.heatmap import draw_grid
 
     draw_grid(_plan(args, args.config), Path(args.output))
     return f"wrote {args.output}\n", 0
@@ -156,25 +207,34 @@ def _run_predict(args: argparse.Namespace) -> Output:
     )
     machine = Machine(gb_s=args.gb_s, tflops=args.tflops, host_gb_s=args.host_gb_s)
     prediction = predict(layout, work, machine, window=args.window)
-    return (json.dumps(prediction.to_dict(), indent=1) if args.json else prediction.table()) + "\n", 0
+    return (
+        json.dumps(prediction.to_dict(), indent=1) if args.json else prediction.table()
+    ) + "\n", 0
 
 
 def _run_diff(args: argparse.Namespace) -> Output:
-    lines = plan_diff(*(_plan_or_rows(args, source) for source in (args.old, args.new)), every_name=args.names)
+    lines = plan_diff(
+        *(_plan_or_rows(args, source) for source in (args.old, args.new)), every_name=args.names
+    )
     return "".join(f"{line}\n" for line in lines), int(bool(lines))
 
 
 def _run_export(args: argparse.Namespace) -> Output:
     import torch
 
-    from dist_layerlr.config import read_json
-    from dist_layerlr.export import export_checkpoint
+    from dist_layerlr.export.export import export_checkpoint
+    from dist_layerlr.plan.config import read_json
 
     dtypes = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
     files = export_checkpoint(
-        args.checkpoint, args.output, format=args.format, dtype=dtypes.get(args.dtype), adapter=args.adapter,
-        config=read_json(args.adapter_config) if args.adapter_config else None, base=args.base,
-    )  # fmt: skip
+        args.checkpoint,
+        args.output,
+        format=args.format,
+        dtype=dtypes.get(args.dtype),
+        adapter=args.adapter,
+        config=read_json(args.adapter_config) if args.adapter_config else None,
+        base=args.base,
+    )
     return "".join(f"wrote {file}\n" for file in files), 0
 
 
@@ -183,7 +243,9 @@ def _plan_or_rows(args: argparse.Namespace, source: str) -> Plan | Rows:
     if rows is not None:
         return rows
     if args.model is None:
-        raise ConfigError(f"{source!r} is no plan. To compare what a training config plans, pass --model MODEL.")
+        raise ConfigError(
+            f"{source!r} is no plan. To compare what a training config plans, pass --model MODEL."
+        )
     return _plan(args, source)
 
 

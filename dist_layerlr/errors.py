@@ -1,7 +1,7 @@
 """Every error a user can cause, one class per cause.
 
-The text of each names the field or parameter, the value, what is allowed, and what to do next, in one line where
-it fits. Command line programs print that text and exit with status 2.
+The text of each names the field or parameter, the value, what is allowed, and what to do next, in
+one line where it fits. Command line programs print that text and exit with status 2.
 """
 
 from __future__ import annotations
@@ -24,7 +24,9 @@ class UnmatchedParams(LayerLRError, ValueError):
 
 
 class CheckpointError(LayerLRError, RuntimeError):
-    """A checkpoint that cannot be written, or one that is damaged, incomplete or of another model."""
+    """A checkpoint that cannot be written, or one that is damaged, incomplete or of another
+    model.
+    """
 
 
 class PlanMismatch(LayerLRError, RuntimeError):

@@ -1,4 +1,6 @@
-"""Small validators: (field path, raw value) -> parsed value, or a ConfigError that says what is allowed."""
+"""Small validators: (field path, raw value) -> parsed value, or a ConfigError that says what is
+allowed.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +18,11 @@ def number(low: float, high: float = math.inf, *, open_low: bool = False) -> Che
     """A finite number in [low, high], or (low, high]."""
     left = "(" if open_low else "["
     above = ">" if open_low else ">="
-    allowed = f"a number in {left}{low:g}, {high:g}]" if high < math.inf else f"a finite number {above} {low:g}"
+    allowed = (
+        f"a number in {left}{low:g}, {high:g}]"
+        if high < math.inf
+        else f"a finite number {above} {low:g}"
+    )
 
     def check(path: str, value: object) -> float:
         if not isinstance(value, (int, float)) or isinstance(value, bool):
@@ -45,7 +51,9 @@ def integer(low: int) -> Check:
 
 def numbers(*, at_least: int) -> Check:
     """A list of numbers in [0, 1]."""
-    return _sequence(number(0.0, 1.0), f"a list of {at_least} or more numbers in [0, 1]", at_least, tuple)
+    return _sequence(
+        number(0.0, 1.0), f"a list of {at_least} or more numbers in [0, 1]", at_least, tuple
+    )
 
 
 def integers(*, at_least: int) -> Check:
@@ -86,7 +94,9 @@ def one_of(choices: Callable[[], tuple[str, ...]]) -> Check:
     def check(path: str, value: object) -> str:
         allowed = choices()
         if not isinstance(value, str) or value not in allowed:
-            raise invalid(path, value, "one of " + ", ".join(allowed), suggestion(str(value), allowed))
+            raise invalid(
+                path, value, "one of " + ", ".join(allowed), suggestion(str(value), allowed)
+            )
         return value
 
     return check
@@ -125,11 +135,16 @@ def known_keys(path: str, given: Iterable[str], allowed: Iterable[str]) -> None:
     for key in given:
         if key not in allowed:
             hint = suggestion(str(key), allowed)
-            raise ConfigError(f"Unknown key {key!r} in {path}.{hint} Allowed: {', '.join(sorted(allowed))}.")
+            raise ConfigError(
+                f"Unknown key {key!r} in {path}.{hint} Allowed: {', '.join(sorted(allowed))}."
+            )
 
 
 def near_misses(path: str, given: Iterable[str], wanted: Iterable[str]) -> None:
-    """Refuse keys that are almost, but not quite, a wanted one; other keys belong to somebody else."""
+    """Refuse keys that are almost, but not quite, a wanted one.
+
+    Other keys belong to somebody else.
+    """
     wanted = list(wanted)
     for key in given:
         close = difflib.get_close_matches(str(key), wanted, n=1, cutoff=0.8)
@@ -148,7 +163,9 @@ def invalid(path: str, value: object, allowed: str, hint: str = "") -> ConfigErr
     return ConfigError(f"Invalid {path}={value!r}: must be {allowed}.{hint}")
 
 
-def _sequence(inner: Check, allowed: str, at_least: int, build: Callable[[list[Any]], Any]) -> Check:
+def _sequence(
+    inner: Check, allowed: str, at_least: int, build: Callable[[list[Any]], Any]
+) -> Check:
     def check(path: str, value: object) -> Any:
         if not isinstance(value, (list, tuple)) or len(value) < at_least:
             raise invalid(path, value, allowed)

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, TypeVar
 
+import torch
 import torch.distributed as dist
 
 from dist_layerlr.errors import CheckpointError, LayerLRError, PlanMismatch
@@ -15,25 +16,62 @@ Problem = tuple[str, str]
 """(kind: a key of CAUSES, text)."""
 SHOWN = 10
 CAUSES = {
-    "not stepped": "the optimizer was built before the model was sharded, or from other parameters; build it with "
-    "attach(plan, model, make) after sharding (before deepspeed.initialize)",
-    "lr": "a scheduler, a checkpoint or an optimizer block overwrote the groups' rates, or groups were merged; drive them "
-    "with PlanSchedule, call reapply after every load, and remove scheduler and optimizer blocks from the sharder's config",
-    "weight decay": "a checkpoint or an optimizer block overwrote the groups' settings; call reapply after every load",
+    "not stepped": (
+        "the optimizer was built before the model was sharded, or from other parameters; build it"
+        " with attach(plan, model, make) after sharding (before deepspeed.initialize)"
+    ),
+    "lr": (
+        "a scheduler, a checkpoint or an optimizer block overwrote the groups' rates, or groups"
+        " were merged; drive them with PlanSchedule, call reapply after every load, and remove"
+        " scheduler and optimizer blocks from the sharder's config"
+    ),
+    "weight decay": (
+        "a checkpoint or an optimizer block overwrote the groups' settings; call reapply after"
+        " every load"
+    ),
     "elements": "a shard is stepped twice or not at all; one sharder wraps part of the model only",
     "unplanned": "adapters or requires_grad changed after the plan was made; make the plan last",
     "repeated": "two groups hold the same parameter",
     "error": "an exception of that rank, not of all; its own log has the traceback",
     "plan": "ranks read different configs or models; give every rank the same files",
-    "effect": "the optimizer does not use its groups' rates (one that adapts or rescales them, or a stale copy of a group)",
-    "layout": "groups or their order changed since the checkpoint was written; make the plan from the same config, or "
-    "load by name",
+    "effect": (
+        "the optimizer does not use its groups' rates (one that adapts or rescales them, or a stale"
+        " copy of a group)"
+    ),
+    "layout": (
+        "groups or their order changed since the checkpoint was written; make the plan from the"
+        " same config, or load by name"
+    ),
 }
+
+
+def in_group() -> bool:
+    """Whether this process belongs to a default process group."""
+    return dist.is_available() and dist.is_initialized()
+
+
+def rank() -> int:
+    """This process's rank in the default process group; 0 without one."""
+    return dist.get_rank() if in_group() else 0
+
+
+def world_size() -> int:
+    """Ranks in the default process group; 1 without one."""
+    return dist.get_world_size() if in_group() else 1
+
+
+def transport_device() -> torch.device:
+    """Where a tensor must be for the default group to send it: NCCL alone takes only its own
+    device.
+    """
+    if not in_group() or "cpu" in dist.get_backend_config():
+        return torch.device("cpu")
+    return torch.device("cuda", torch.cuda.current_device())
 
 
 def everyone(mine: Any) -> list[Any]:
     """What each rank contributes, by rank. Collective when a process group exists."""
-    if not (dist.is_available() and dist.is_initialized()):
+    if not in_group():
         return [mine]
     gathered: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(gathered, mine)
@@ -41,10 +79,13 @@ def everyone(mine: Any) -> list[Any]:
 
 
 def alike(work: Callable[[], Result]) -> Result:
-    """Run ``work`` on every rank; if it fails on any, every rank raises the first failing rank's error. Collective.
+    """Run ``work`` on every rank.
+
+    If it fails on any, every rank raises the first failing rank's error. Collective.
 
     Raises:
-        LayerLRError: as that rank raised it; other exceptions become a CheckpointError that names the rank.
+        LayerLRError: as that rank raised it; other exceptions become a CheckpointError that names
+            the rank.
     """
     result, failure = _attempt(work)
     _raise_first(everyone(failure), failure)
@@ -69,8 +110,7 @@ def _attempt(work: Callable[[], Result]) -> tuple[Result | None, LayerLRError | 
     except LayerLRError as error:
         return None, error
     except Exception as error:
-        rank = dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
-        failure = CheckpointError(f"Rank {rank}: {type(error).__name__}: {error}")
+        failure = CheckpointError(f"Rank {rank()}: {type(error).__name__}: {error}")
         failure.__cause__ = error
         return None, failure
 
@@ -85,8 +125,8 @@ def _raise_first(heard: list[LayerLRError | None], mine: LayerLRError | None) ->
 def together(digest: str) -> Iterator[list[Problem]]:
     """Collect this rank's problems; at exit every rank raises what any rank found. Collective.
 
-    An exception inside the block is a problem too, whatever its type: the other ranks do not wait for a rank that left.
-    One that all ranks raise alike passes unchanged.
+    An exception inside the block is a problem too, whatever its type: the other ranks do not wait
+    for a rank that left. One that all ranks raise alike passes unchanged.
 
     Raises:
         PlanMismatch: a rank has a problem or an exception of its own, or digests differ.
@@ -110,13 +150,19 @@ def _first_mismatch(heard: list[tuple[str, int, list[Problem]]]) -> PlanMismatch
     digests = [digest for digest, _, _ in heard]
     if len(set(digests)) > 1:
         return mismatch(0, [("plan", f"plans differ between ranks: {digests}")], 1)
-    failing = ((rank, count, shown) for rank, (_, count, shown) in enumerate(heard) if count)
-    return next((mismatch(rank, shown, count) for rank, count, shown in failing), None)
+    for failing, (_, count, shown) in enumerate(heard):
+        if count:
+            return mismatch(failing, shown, count)
+    return None
 
 
-def mismatch(rank: int, shown: list[Problem], count: int) -> PlanMismatch:
-    """The one wording: rank, problems, likely causes with their fixes."""
+def mismatch(failing: int, shown: list[Problem], count: int) -> PlanMismatch:
+    """The one wording: the failing rank, its problems, likely causes with their fixes."""
     more = f" (first {len(shown)} of {count})" if count > len(shown) else ""
     lines = "\n".join(f"  {text}" for _, text in shown)
-    causes = "\n".join(f"  likely cause: {CAUSES[kind]}." for kind in dict.fromkeys(k for k, _ in shown))
-    return PlanMismatch(f"The live optimizer differs from the plan on rank {rank}{more}:\n{lines}\n{causes}")
+    causes = "\n".join(
+        f"  likely cause: {CAUSES[kind]}." for kind in dict.fromkeys(k for k, _ in shown)
+    )
+    return PlanMismatch(
+        f"The live optimizer differs from the plan on rank {failing}{more}:\n{lines}\n{causes}"
+    )

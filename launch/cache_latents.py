@@ -1,12 +1,15 @@
-r"""Encode captioned images and clips once, so that training needs neither the VAE nor the text encoder.
+r"""Encode captioned images and clips once: training then needs neither VAE nor text encoder.
 
-    python launch/cache_latents.py --input photos --output cache --vae MODEL/vae --text-encoder MODEL/text_encoder
-    python launch/cache_latents.py --input clips --output cache --vae MODEL/vae --text-encoder MODEL/text_encoder \
+    python launch/cache_latents.py --input photos --output cache \
+        --vae MODEL/vae --text-encoder MODEL/text_encoder
+    python launch/cache_latents.py --input clips --output cache \
+        --vae MODEL/vae --text-encoder MODEL/text_encoder \
         --frames 17 --height 480 --width 832 --dtype bf16 --device cuda
 
-The input folder holds images (``cat.png`` with ``cat.txt``), clips (a sub-folder of numbered frames, with
-``caption.txt`` inside or ``<folder>.txt`` beside it), or both. Every sample becomes one safetensors file with
-``latents`` (C, F, H, W) and ``prompt_embeds`` (L, D). A second call encodes only what is missing.
+The input folder holds images (``cat.png`` and ``cat.txt``), clips (a sub-folder of numbered frames,
+with ``caption.txt`` inside or ``<folder>.txt`` beside it), or both. Every sample becomes one
+safetensors file with ``latents`` (C, F, H, W) and ``prompt_embeds`` (L, D). A second call encodes
+only what is missing.
 """
 
 from __future__ import annotations
@@ -17,7 +20,6 @@ import re
 import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -27,14 +29,11 @@ from safetensors.torch import save_file
 from torch import Tensor
 from tqdm import tqdm
 
-if find_spec("dist_layerlr") is None:  # a checkout that is not installed
-    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
 from dist_layerlr.errors import ConfigError, LayerLRError, ModelSourceError
-from parts.blame import blame
-from parts.cli import Parser, complain
-from parts.data.cached import CAPTION, LATENTS, PROMPT_EMBEDS, CachedDataset, read_header
-from parts.encode import (
+from launch.trainer.blame import blame
+from launch.trainer.cli import Parser, complain
+from launch.trainer.data.cached import CAPTION, LATENTS, PROMPT_EMBEDS, CachedDataset, read_header
+from launch.trainer.data.encode import (
     ClipSize,
     check_size,
     check_tokens,
@@ -76,25 +75,28 @@ def find_samples(folder: Path) -> list[Sample]:
     """List the images and clips of a folder, sorted by name; only captions are read.
 
     Raises:
-        ModelSourceError: the folder is missing or holds no sample, a caption is missing, or two samples share a name.
+        ModelSourceError: the folder is missing or holds no sample, a caption is missing, or two
+            samples share a name.
     """
     if not folder.is_dir():
-        raise ModelSourceError(f"Invalid --input {str(folder)!r}: not a folder; give the folder of images or clips.")
+        raise ModelSourceError(
+            f"Invalid --input {str(folder)!r}: not a folder; give the folder of images or clips."
+        )
     entries = sorted(path for path in folder.iterdir() if not path.name.startswith("."))
     samples = [_image_sample(path) for path in entries if _is_image(path)]
     samples += [_clip_sample(path) for path in entries if path.is_dir()]
     if not samples:
         raise ModelSourceError(
-            f"Invalid --input {str(folder)!r}: found 0 images ({', '.join(IMAGE_SUFFIXES)}) and 0 sub-folders of "
-            "frames; need at least 1."
+            f"Invalid --input {str(folder)!r}: found 0 images ({', '.join(IMAGE_SUFFIXES)}) and 0"
+            " sub-folders of frames; need at least 1."
         )
     by_name: dict[str, Sample] = {}
     for sample in samples:
         other = by_name.setdefault(sample.name, sample)
         if other is not sample:
             raise ModelSourceError(
-                f"Invalid --input {str(folder)!r}: {other.source} and {sample.source} would both be written to "
-                f"{sample.name}.safetensors; rename one of them."
+                f"Invalid --input {str(folder)!r}: {other.source} and {sample.source} would both be"
+                f" written to {sample.name}.safetensors; rename one of them."
             )
     return [by_name[name] for name in sorted(by_name)]
 
@@ -108,7 +110,9 @@ def cut_frames(samples: Sequence[Sample], frames: int | None) -> list[Sample]:
     for sample in samples:
         if frames is not None and len(sample.frames) < frames:
             found = f"{sample.source}: has {len(sample.frames)} frames"
-            raise ModelSourceError(f"{found}, need --frames={frames}; lower --frames or remove the clip.")
+            raise ModelSourceError(
+                f"{found}, need --frames={frames}; lower --frames or remove the clip."
+            )
     return [replace(sample, frames=sample.frames[:frames]) for sample in samples]
 
 
@@ -122,8 +126,9 @@ def common_size(samples: Sequence[Sample], height: int | None, width: int | None
     for sample in samples:
         if len(sample.frames) != len(first.frames):
             raise ModelSourceError(
-                f"{sample.source}: has {len(sample.frames)} frames, {first.source} has {len(first.frames)}; "
-                "all need the same number; set --frames, and keep images and clips in separate folders."
+                f"{sample.source}: has {len(sample.frames)} frames, {first.source} has"
+                f" {len(first.frames)}; all need the same number; set --frames, and keep images and"
+                " clips in separate folders."
             )
     sizes = {path: image_size(path) for sample in samples for path in sample.frames}
     if height is not None and width is not None:
@@ -151,7 +156,8 @@ def image_size(path: Path) -> tuple[int, int]:
 
 
 def load_clip(paths: Sequence[Path], height: int, width: int) -> Tensor:
-    """Load frames as (3, F, height, width), float32 in [-1, 1], scaled to cover the size and cropped at the centre.
+    """Load frames as (3, F, height, width), float32 in [-1, 1], scaled to cover the size and
+    cropped at the centre.
 
     Raises:
         ModelSourceError: a file is no readable image.
@@ -170,7 +176,9 @@ def _load_frame(path: Path, height: int, width: int) -> Tensor:
 
 
 def _is_image(path: Path) -> bool:
-    return path.suffix.lower() in IMAGE_SUFFIXES and path.is_file() and not path.name.startswith(".")
+    return (
+        path.suffix.lower() in IMAGE_SUFFIXES and path.is_file() and not path.name.startswith(".")
+    )
 
 
 def _image_sample(path: Path) -> Sample:
@@ -181,8 +189,12 @@ def _image_sample(path: Path) -> Sample:
 def _clip_sample(folder: Path) -> Sample:
     frames = tuple(sorted((path for path in folder.iterdir() if _is_image(path)), key=_natural))
     if not frames:
-        raise ModelSourceError(f"{folder}: holds 0 frames ({', '.join(IMAGE_SUFFIXES)}); add frames or move it away.")
-    caption = _read_caption(folder.name, [folder / "caption.txt", folder.parent / f"{folder.name}.txt"])
+        raise ModelSourceError(
+            f"{folder}: holds 0 frames ({', '.join(IMAGE_SUFFIXES)}); add frames or move it away."
+        )
+    caption = _read_caption(
+        folder.name, [folder / "caption.txt", folder.parent / f"{folder.name}.txt"]
+    )
     return Sample(name=folder.name, frames=frames, caption=caption, source=folder.name)
 
 
@@ -197,7 +209,9 @@ def _read_caption(source: str, places: Sequence[Path]) -> str:
         if place.is_file():
             with blame(f"{place}: caption is not UTF-8 text", "save it as UTF-8"):
                 return " ".join(place.read_text(encoding="utf-8").split())
-    raise ModelSourceError(f"{source}: no caption; write one to {' or '.join(str(place) for place in places)}.")
+    raise ModelSourceError(
+        f"{source}: no caption; write one to {' or '.join(str(place) for place in places)}."
+    )
 
 
 # Files
@@ -212,14 +226,22 @@ def write_sample(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str
     partial = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         with blame(f"{path}: cannot be written", "free space or choose another --output"):
-            save_file({field: tensor.contiguous() for field, tensor in tensors.items()}, partial, metadata=metadata)
+            save_file(
+                {field: tensor.contiguous() for field, tensor in tensors.items()},
+                partial,
+                metadata=metadata,
+            )
             os.replace(partial, path)
     finally:
         partial.unlink(missing_ok=True)
 
 
 def check_written(
-    path: Path, metadata: dict[str, str], latent_size: tuple[int, int, int], max_tokens: int, stored_as: str
+    path: Path,
+    metadata: dict[str, str],
+    latent_size: tuple[int, int, int],
+    max_tokens: int,
+    stored_as: str,
 ) -> None:
     """Refuse to keep a file that another caption, model, size or type was used for.
 
@@ -235,9 +257,17 @@ def check_written(
     """
     header = read_header(path)
     found: dict[str, Any] = {key: header.metadata.get(key) for key in metadata}
-    found["latents (F, H, W)"], found["max-tokens"] = header.shapes[LATENTS][1:], header.shapes[PROMPT_EMBEDS][0]
+    found["latents (F, H, W)"], found["max-tokens"] = (
+        header.shapes[LATENTS][1:],
+        header.shapes[PROMPT_EMBEDS][0],
+    )
     found["dtype"] = header.dtypes[LATENTS]
-    wanted = {**metadata, "latents (F, H, W)": latent_size, "max-tokens": max_tokens, "dtype": stored_as}
+    wanted = {
+        **metadata,
+        "latents (F, H, W)": latent_size,
+        "max-tokens": max_tokens,
+        "dtype": stored_as,
+    }
     for key, value in wanted.items():
         if found[key] != value:
             raise ModelSourceError(
@@ -251,19 +281,43 @@ def check_written(
 
 def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     """Read the command line; a bad one ends the program with status 2."""
-    parser = Parser(prog="cache_latents", description="Encode captioned images and clips for training.")
-    parser.add_argument("--input", type=Path, required=True, metavar="DIR", help="images or clips with captions")
-    parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="one safetensors file per sample")
-    parser.add_argument("--vae", type=Path, required=True, metavar="DIR", help="local folder of a diffusers VAE")
-    parser.add_argument("--text-encoder", type=Path, required=True, metavar="DIR", help="local transformers folder")
-    parser.add_argument("--tokenizer", type=Path, metavar="DIR", help="default: found in or beside the text encoder")
-    parser.add_argument("--frames", type=_positive, metavar="N", help="keep the first N frames of each clip")
-    parser.add_argument("--height", type=_positive, metavar="PX", help="resize and crop; needs --width")
-    parser.add_argument("--width", type=_positive, metavar="PX", help="resize and crop; needs --height")
-    parser.add_argument("--max-tokens", type=_positive, metavar="N", help="default: the tokenizer's, at most 512")
-    parser.add_argument("--dtype", choices=sorted(DTYPES), default="fp32", help="to compute and to store")
+    parser = Parser(
+        prog="cache_latents", description="Encode captioned images and clips for training."
+    )
+    parser.add_argument(
+        "--input", type=Path, required=True, metavar="DIR", help="images or clips with captions"
+    )
+    parser.add_argument(
+        "--output", type=Path, required=True, metavar="DIR", help="one safetensors file per sample"
+    )
+    parser.add_argument(
+        "--vae", type=Path, required=True, metavar="DIR", help="local folder of a diffusers VAE"
+    )
+    parser.add_argument(
+        "--text-encoder", type=Path, required=True, metavar="DIR", help="local transformers folder"
+    )
+    parser.add_argument(
+        "--tokenizer", type=Path, metavar="DIR", help="default: found in or beside the text encoder"
+    )
+    parser.add_argument(
+        "--frames", type=_positive, metavar="N", help="keep the first N frames of each clip"
+    )
+    parser.add_argument(
+        "--height", type=_positive, metavar="PX", help="resize and crop; needs --width"
+    )
+    parser.add_argument(
+        "--width", type=_positive, metavar="PX", help="resize and crop; needs --height"
+    )
+    parser.add_argument(
+        "--max-tokens", type=_positive, metavar="N", help="default: the tokenizer's, at most 512"
+    )
+    parser.add_argument(
+        "--dtype", choices=sorted(DTYPES), default="fp32", help="to compute and to store"
+    )
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
-    parser.add_argument("--overwrite", action="store_true", help="encode samples again that are already there")
+    parser.add_argument(
+        "--overwrite", action="store_true", help="encode samples again that are already there"
+    )
     args = parser.parse_args(argv)
     if (args.height is None) != (args.width is None):
         parser.error(f"--height={args.height} and --width={args.width} must be given together")
@@ -280,7 +334,9 @@ def encode_all(args: argparse.Namespace) -> int:
         LayerLRError: any input that cannot be encoded; files already written stay.
     """
     if args.device == "cuda" and not torch.cuda.is_available():
-        raise ConfigError("Invalid --device=cuda. This torch sees no CUDA device; use --device cpu.")
+        raise ConfigError(
+            "Invalid --device=cuda. This torch sees no CUDA device; use --device cpu."
+        )
     samples = cut_frames(find_samples(args.input), args.frames)
     size = common_size(samples, args.height, args.width)
     vae = load_vae(args.vae, DTYPES[args.dtype], args.device)
@@ -309,14 +365,17 @@ def encode_all(args: argparse.Namespace) -> int:
 def _warn_cut(cut: Sequence[Sample], max_tokens: int) -> None:
     if cut:
         print(
-            f"cache_latents: warning: captions longer than --max-tokens={max_tokens} were cut, first that of "
-            f"{cut[0].source}; shorten them or raise --max-tokens: {len(cut)} cut",
+            f"cache_latents: warning: captions longer than --max-tokens={max_tokens} were cut,"
+            f" first that of {cut[0].source}; shorten them or raise --max-tokens: {len(cut)} cut",
             file=sys.stderr,
         )
 
 
 def _missing(
-    samples: Iterable[Sample], args: argparse.Namespace, latent_size: tuple[int, int, int], max_tokens: int
+    samples: Iterable[Sample],
+    args: argparse.Namespace,
+    latent_size: tuple[int, int, int],
+    max_tokens: int,
 ) -> list[Sample]:
     """Make the output folder and list the samples to encode; those kept are checked first."""
     with blame(f"Invalid --output {str(args.output)!r}: cannot be made", "choose another folder"):
@@ -327,7 +386,9 @@ def _missing(
         if args.overwrite or not path.exists():
             missing.append(sample)
         else:
-            check_written(path, _metadata(args, sample), latent_size, max_tokens, _STORED_AS[args.dtype])
+            check_written(
+                path, _metadata(args, sample), latent_size, max_tokens, _STORED_AS[args.dtype]
+            )
     return missing
 
 

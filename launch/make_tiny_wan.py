@@ -3,7 +3,8 @@
     python launch/make_tiny_wan.py runs/quickstart/tiny_wan
     python launch/make_tiny_wan.py /tmp/wan --layers 2 --heads 2 --channels 16 --patch 2
 
-Parameter names are those of the full-size models, so a per-layer plan made here reads the same there.
+Parameter names are those of the full-size models, so a per-layer plan made here reads the same
+there.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ import torch
 from safetensors import SafetensorError
 from torch import nn
 
-from parts.cli import Parser, complain
+from launch.trainer.cli import Parser, complain
 
 _PROGRAM = "make_tiny_wan.py"
 
@@ -33,19 +34,24 @@ def main(arguments: Sequence[str] | None = None) -> int:
         model: Any = build(options)
         model.save_pretrained(out)
     except (OSError, SafetensorError) as error:
-        complain(_PROGRAM, f"Invalid OUT_DIR={str(out)!r}: cannot be written to ({error}); choose another folder.")
+        complain(
+            _PROGRAM,
+            f"Invalid OUT_DIR={str(out)!r}: cannot be written to ({error}); choose another folder.",
+        )
         return 2
     weights = sum(file.stat().st_size for file in out.glob("*.safetensors"))
     count = sum(parameter.numel() for parameter in model.parameters())
     print(
-        f"wrote {out}: WanTransformer3DModel, {options.layers} blocks of width {options.heads * options.head_dim}, "
-        f"{count:,} parameters, {weights / 1e6:.1f} MB"
+        f"wrote {out}: WanTransformer3DModel, {options.layers} blocks of width"
+        f" {options.heads * options.head_dim}, {count:,} parameters, {weights / 1e6:.1f} MB"
     )
     return 0
 
 
 def build(options: argparse.Namespace) -> nn.Module:
-    """Return the model of the parsed options, initialised from ``options.seed`` as the published Wan code does."""
+    """Return the model of the parsed options, initialised from ``options.seed`` as the published
+    Wan code does.
+    """
     from diffusers import WanTransformer3DModel
 
     torch.manual_seed(options.seed)
@@ -66,20 +72,24 @@ def build(options: argparse.Namespace) -> nn.Module:
 
 @torch.no_grad()
 def _initialise(model: nn.Module) -> None:
-    """Xavier weights, zero biases but for self-attention's, and a small output layer: velocity starts near 0."""
+    """Xavier weights, zero biases but for self-attention's, and a small output layer: velocity
+    starts near 0.
+    """
     for name, module in model.named_modules():
         if not isinstance(module, nn.Linear | nn.Conv3d):
             continue
         weight = module.weight
         if name == "proj_out":
-            # Not exactly 0, as trained from scratch upstream: then no other parameter would move in the first step.
+            # Not exactly 0, as trained from scratch upstream: then no other parameter would move in
+            # the first step.
             nn.init.normal_(weight, std=0.1 / math.sqrt(weight.shape[1]))
         else:
             nn.init.xavier_uniform_(weight.flatten(1))
         if module.bias is None:
             continue
         if name.endswith((".attn1.to_q", ".attn1.to_k")):
-            # Rotary positions act on these: a head that starts with a bias already prefers some relative places.
+            # Rotary positions act on these: a head that starts with a bias already prefers some
+            # relative places.
             nn.init.normal_(module.bias)
         else:
             nn.init.zeros_(module.bias)
@@ -99,7 +109,9 @@ def _parser() -> argparse.ArgumentParser:
         ("--freq-dim", 64, "width of the timestep's sinusoids, a multiple of 2, at least 6"),
     ):
         check = _even if "multiple of 2" in meaning else _positive
-        parser.add_argument(flag, type=check, default=default, help=f"{meaning} (default {default})")
+        parser.add_argument(
+            flag, type=check, default=default, help=f"{meaning} (default {default})"
+        )
     parser.add_argument("--seed", type=_seed, default=0, help="of the weights (default 0)")
     return parser
 

@@ -1,9 +1,11 @@
-"""Census files: every parameter name of real models, with the component and the block that each belongs to.
+"""Census files: every parameter name of real models, with the component and the block that each
+belongs to.
 
-``<model>.tsv.gz`` lists a real-size model, ``<model>.lora.tsv.gz`` its LoRA tensors, ``<model>.kohya.tsv.gz`` the same
-under flattened names. Columns: name, shape, stack, block_idx, block_count (per stack), expected, accept (acceptable
-components, ``other`` meaning that no rule names the parameter), detail, trunk_idx, trunk_count (one depth over the
-trunk in forward order), seed_literal, seed_literal_cross_first (what the seed's patterns say as raw substrings).
+``<model>.tsv.gz`` lists a real-size model, ``<model>.lora.tsv.gz`` its LoRA tensors,
+``<model>.kohya.tsv.gz`` the same under flattened names. Columns: name, shape, stack, block_idx,
+block_count (per stack), expected, accept (acceptable components, ``other`` meaning that no rule
+names the parameter), detail, trunk_idx, trunk_count (one depth over the trunk in forward order),
+seed_literal, seed_literal_cross_first (what the seed's patterns say as raw substrings).
 """
 
 from __future__ import annotations
@@ -14,7 +16,7 @@ from functools import cache
 from pathlib import Path
 
 from dist_layerlr import build_plan
-from dist_layerlr.plan import Plan
+from dist_layerlr.plan.entries import Plan
 
 FOLDER = Path(__file__).parent / "census"
 UNETS = ("sd15", "sdxl")
@@ -23,7 +25,12 @@ UNETS = ("sd15", "sdxl")
 RATES = {"self_attn": 4e-4, "cross_attn": 2e-4, "ffn": 3e-4, "norm": 5e-5}
 DEFAULT_LR = 1e-4
 CONFIG = {
-    "per_layer_lr": {"enabled": True, "component_lr": RATES, "default_lr": DEFAULT_LR, "unmatched": "default"},
+    "per_layer_lr": {
+        "enabled": True,
+        "component_lr": RATES,
+        "default_lr": DEFAULT_LR,
+        "unmatched": "default",
+    },
 }
 """All four components named, linear depth."""
 
@@ -42,7 +49,8 @@ class Row:
     accept: frozenset[str]
     """`default` where the file says `other`."""
     seed_literal: str
-    """Component by the seed's patterns as raw substrings, cross attention first; `default` for `other`."""
+    """Component by the seed's patterns as raw substrings, cross attention first; `default` for
+    `other`."""
     detail: str
 
     @property
@@ -53,7 +61,9 @@ class Row:
 
 def files() -> list[str]:
     """Every census file that labels components, without the ending."""
-    return sorted(p.name.removesuffix(".tsv.gz") for p in FOLDER.glob("*.tsv.gz") if "rfdetr_lr" not in p.name)
+    return sorted(
+        p.name.removesuffix(".tsv.gz") for p in FOLDER.glob("*.tsv.gz") if "rfdetr_lr" not in p.name
+    )
 
 
 def base_of(file: str) -> str | None:
@@ -66,7 +76,9 @@ def table(file: str) -> tuple[dict[str, str], ...]:
     """The raw rows of any census file."""
     with gzip.open(FOLDER / f"{file}.tsv.gz", "rt", encoding="utf-8") as lines:
         header = next(lines).rstrip("\n").split("\t")
-        return tuple(dict(zip(header, line.rstrip("\n").split("\t"), strict=True)) for line in lines)
+        return tuple(
+            dict(zip(header, line.rstrip("\n").split("\t"), strict=True)) for line in lines
+        )
 
 
 @cache

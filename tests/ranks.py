@@ -14,10 +14,14 @@ from typing import Any
 DEADLINE_S = 120.0
 
 
-def run_ranks(work: Callable[..., Any], world_size: int, *args: Any, deadline_s: float = DEADLINE_S) -> list[Any]:
-    """Call ``work(rank, world_size, *args)`` on every rank of a fresh process group; return the results by rank.
+def run_ranks(
+    work: Callable[..., Any], world_size: int, *args: Any, deadline_s: float = DEADLINE_S
+) -> list[Any]:
+    """Call ``work(rank, world_size, *args)`` on every rank of a fresh process group; return the
+    results by rank.
 
-    Ranks are forked, so the parent must not have run a backward pass, and nothing may be pickled but results.
+    Ranks are forked, so the parent must not have run a backward pass, and nothing may be pickled
+    but results.
 
     Raises:
         AssertionError: a rank raised (with its traceback), died, or was not done in time.
@@ -27,7 +31,9 @@ def run_ranks(work: Callable[..., Any], world_size: int, *args: Any, deadline_s:
     with tempfile.TemporaryDirectory() as folder:
         store = os.path.join(folder, "store")
         ranks = [
-            context.Process(target=_rank, args=(work, rank, world_size, store, queue, args), daemon=True)
+            context.Process(
+                target=_rank, args=(work, rank, world_size, store, queue, args), daemon=True
+            )
             for rank in range(world_size)
         ]
         for process in ranks:
@@ -45,11 +51,16 @@ def _collect(queue: Any, ranks: list[Any], world_size: int, deadline_s: float) -
     end = time.monotonic() + deadline_s
     while len(results) < world_size:
         if time.monotonic() > end:
-            raise AssertionError(f"ranks {sorted(set(range(world_size)) - results.keys())} hang after {deadline_s:g} s")
+            raise AssertionError(
+                f"ranks {sorted(set(range(world_size)) - results.keys())} hang after"
+                f" {deadline_s:g} s"
+            )
         try:
             rank, good, value = queue.get(timeout=1.0)
         except mp.queues.Empty:  # type: ignore[attr-defined]
-            dead = [i for i, p in enumerate(ranks) if p.exitcode not in (None, 0) and i not in results]
+            dead = [
+                i for i, p in enumerate(ranks) if p.exitcode not in (None, 0) and i not in results
+            ]
             assert not dead, f"ranks {dead} died with {[ranks[i].exitcode for i in dead]}"
             continue
         assert good, f"rank {rank} raised:\n{value}"
@@ -57,7 +68,14 @@ def _collect(queue: Any, ranks: list[Any], world_size: int, deadline_s: float) -
     return [results[rank] for rank in range(world_size)]
 
 
-def _rank(work: Callable[..., Any], rank: int, world_size: int, store: str, queue: Any, args: tuple[Any, ...]) -> None:
+def _rank(
+    work: Callable[..., Any],
+    rank: int,
+    world_size: int,
+    store: str,
+    queue: Any,
+    args: tuple[Any, ...],
+) -> None:
     import torch
     import torch.distributed as dist
 
@@ -65,7 +83,11 @@ def _rank(work: Callable[..., Any], rank: int, world_size: int, store: str, queu
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world_size))
     try:
         dist.init_process_group(
-            "gloo", init_method=f"file://{store}", rank=rank, world_size=world_size, timeout=timedelta(seconds=60)
+            "gloo",
+            init_method=f"file://{store}",
+            rank=rank,
+            world_size=world_size,
+            timeout=timedelta(seconds=60),
         )
         queue.put((rank, True, work(rank, world_size, *args)))
     except BaseException:

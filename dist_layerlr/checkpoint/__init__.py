@@ -1,1 +1,41 @@
-"""Checkpoints keyed by canonical name, that any layout loads. See docs/checkpoints.md."""
+"""Checkpoints keyed by canonical name, that any layout loads. See docs/checkpoints.md.
+
+Importing this package does not import torch: the command line compares folders by their files
+alone.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from dist_layerlr.checkpoint.deepspeed import load_deepspeed as load_deepspeed
+    from dist_layerlr.checkpoint.deepspeed import save_deepspeed as save_deepspeed
+    from dist_layerlr.checkpoint.load import Restored as Restored
+    from dist_layerlr.checkpoint.load import find_checkpoint as find_checkpoint
+    from dist_layerlr.checkpoint.load import load_checkpoint as load_checkpoint
+    from dist_layerlr.checkpoint.load import resume_plan as resume_plan
+    from dist_layerlr.checkpoint.save import Saving as Saving
+    from dist_layerlr.checkpoint.save import save_checkpoint as save_checkpoint
+
+_MODULE_OF = {
+    "load_deepspeed": "deepspeed",
+    "save_deepspeed": "deepspeed",
+    "Restored": "load",
+    "find_checkpoint": "load",
+    "load_checkpoint": "load",
+    "resume_plan": "load",
+    "Saving": "save",
+    "save_checkpoint": "save",
+}
+
+__all__ = sorted(_MODULE_OF)
+
+if not TYPE_CHECKING:
+
+    def __getattr__(name: str) -> Any:
+        """Resolve public names on first use, so that torch loads only when it is asked for."""
+        if name not in _MODULE_OF:
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        return getattr(importlib.import_module(f"{__name__}.{_MODULE_OF[name]}"), name)

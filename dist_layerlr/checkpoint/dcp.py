@@ -1,7 +1,9 @@
-"""What torch.distributed.checkpoint is told to store: runs of elements of flattened, unsharded tensors.
+"""What torch.distributed.checkpoint is told to store: runs of elements of flattened, unsharded
+tensors.
 
-Every layout holds such runs, whatever wraps the model, so any of them loads what any other has saved. Planning across
-ranks, dropping replicas and finding which saved run overlaps which live one is DCP's.
+Every layout holds such runs, whatever wraps the model, so any of them loads what any other has
+saved. Planning across ranks, dropping replicas and finding which saved run overlaps which live one
+is DCP's.
 """
 
 from __future__ import annotations
@@ -58,7 +60,9 @@ class Run:
     @property
     def chunk(self) -> ChunkStorageMetadata:
         """As DCP describes it."""
-        return ChunkStorageMetadata(offsets=torch.Size([self.start]), sizes=torch.Size([self.tensor.numel()]))
+        return ChunkStorageMetadata(
+            offsets=torch.Size([self.start]), sizes=torch.Size([self.tensor.numel()])
+        )
 
     def settle(self) -> None:
         """Call after a load."""
@@ -88,7 +92,9 @@ class SavePlanner(DefaultSavePlanner):
         for plan in all_plans:
             for name, values in (plan.planner_data or {}).items():
                 if merged.setdefault(name, values) != values:
-                    raise CheckpointError(f"Cannot save {name}: ranks hold {merged[name]} and {values} for it.")
+                    raise CheckpointError(
+                        f"Cannot save {name}: ranks hold {merged[name]} and {values} for it."
+                    )
         plans, metadata = super().create_global_plan(all_plans)
         return plans, replace(metadata, planner_data=merged)
 
@@ -128,12 +134,17 @@ class LoadPlanner(DefaultLoadPlanner):
         saved: Mapping[str, Any] = self.metadata.state_dict_metadata
         items: list[ReadItem] = []
         for run in self._runs.values():
-            found = create_read_items_for_chunk_list(run.key, saved[run.key], [run.chunk]) if run.key in saved else []
+            found = (
+                create_read_items_for_chunk_list(run.key, saved[run.key], [run.chunk])
+                if run.key in saved
+                else []
+            )
             covered = sum(item.lengths[0] for item in found)
             if covered != run.tensor.numel():
                 raise CheckpointError(
-                    f"The checkpoint holds {covered} of the {run.tensor.numel()} elements of {run.key} from "
-                    f"{run.start} on. It was not written whole; resume from another one."
+                    f"The checkpoint holds {covered} of the {run.tensor.numel()} elements of"
+                    f" {run.key} from {run.start} on. It was not written whole; resume from another"
+                    " one."
                 )
             items += found
         return LoadPlan(items)
@@ -157,4 +168,6 @@ def sizes(metadata: Metadata) -> dict[str, tuple[int, torch.dtype]]:
 
 def accept_one_process() -> None:
     """Silence torch's warning of a checkpoint without a process group: here that is meant."""
-    warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable or uninitialized")
+    warnings.filterwarnings(
+        "ignore", message="torch.distributed is disabled, unavailable or uninitialized"
+    )

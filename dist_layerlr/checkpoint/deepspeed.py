@@ -1,4 +1,7 @@
-"""DeepSpeed engines: their counters and loss scale; and their own checkpoints, guarded by our name manifest."""
+"""DeepSpeed engines: their counters and loss scale.
+
+And their own checkpoints, guarded by our name manifest.
+"""
 
 from __future__ import annotations
 
@@ -7,12 +10,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from dist_layerlr import resume
-from dist_layerlr.agreement import alike, everyone
 from dist_layerlr.checkpoint.folders import write_durably
 from dist_layerlr.checkpoint.manifest import damaged
 from dist_layerlr.errors import CheckpointError
-from dist_layerlr.plan import Plan
+from dist_layerlr.plan.entries import Plan
+from dist_layerlr.proof.reapply import check_manifest, manifest, reapply
+from dist_layerlr.ranks import alike, everyone
 
 NAMES = "dist_layerlr_names.json"
 _COUNTERS = ("global_steps", "global_samples", "micro_steps", "skipped_steps")
@@ -31,7 +34,10 @@ def engine_state(model: Any) -> dict[str, Any]:
 
 
 def restore_engine(model: Any, state: Mapping[str, Any]) -> None:
-    """Inverse of ``engine_state``; a checkpoint of another sharder leaves the engine's own numbers."""
+    """Inverse of ``engine_state``.
+
+    A checkpoint of another sharder leaves the engine's own numbers.
+    """
     if not hasattr(model, "zero_optimization_stage") or not state:
         return
     for name, value in state["counters"].items():
@@ -50,10 +56,10 @@ def save_deepspeed(folder: str | Path, plan: Plan, engine: Any, *, tag: str, **m
         plan: in force.
         engine: DeepSpeed's.
         tag: folder of this checkpoint.
-        more: further arguments of ``save_checkpoint``.
+        **more: further arguments of ``save_checkpoint``.
     """
     engine.save_checkpoint(str(folder), tag=tag, **more)
-    ranks = everyone(resume.manifest(plan, engine))  # all have written by now
+    ranks = everyone(manifest(plan, engine))  # all have written by now
 
     def write() -> None:
         if engine.global_rank == 0:
@@ -63,11 +69,14 @@ def save_deepspeed(folder: str | Path, plan: Plan, engine: Any, *, tag: str, **m
     alike(write)
 
 
-def load_deepspeed(folder: str | Path, plan: Plan, engine: Any, *, tag: str, factor: float = 1.0, **more: Any) -> Any:
-    """``engine.load_checkpoint``, but only into the layout it was saved from, and with the plan's rates after it.
+def load_deepspeed(
+    folder: str | Path, plan: Plan, engine: Any, *, tag: str, factor: float = 1.0, **more: Any
+) -> Any:
+    """``engine.load_checkpoint``, but only into the layout it was saved from, and with the plan's
+    rates after it.
 
-    DeepSpeed matches by position: other groups of the same size would be filled with each other's weights. Load
-    ``save_checkpoint``'s own format into another layout.
+    DeepSpeed matches by position: other groups of the same size would be filled with each other's
+    weights. Load ``save_checkpoint``'s own format into another layout.
 
     Args:
         folder: DeepSpeed's ``load_dir``.
@@ -75,21 +84,22 @@ def load_deepspeed(folder: str | Path, plan: Plan, engine: Any, *, tag: str, fac
         engine: DeepSpeed's.
         tag: folder of this checkpoint.
         factor: the schedule's multiplier at that step.
-        more: further arguments of ``load_checkpoint``.
+        **more: further arguments of ``load_checkpoint``.
 
     Returns:
         DeepSpeed's client state.
 
     Raises:
-        CheckpointError: no manifest, another number of ranks, or a file that is missing or of another length.
+        CheckpointError: no manifest, another number of ranks, or a file that is missing or of
+            another length.
         PlanMismatch: names, order or sizes differ from the saved; nothing is loaded.
     """
     path = Path(folder) / tag / NAMES
     saved = alike(lambda: _read_names(path, len(everyone(None)), engine.global_rank))
-    resume.check_manifest(saved, plan, engine)
+    check_manifest(saved, plan, engine)
     alike(lambda: _check_files(path.parent, saved.get("files", {})))
     _, client = engine.load_checkpoint(str(folder), tag=tag, **more)
-    resume.reapply(plan, engine, factor=factor)
+    reapply(plan, engine, factor=factor)
     return client
 
 
@@ -104,7 +114,9 @@ def _check_files(folder: Path, saved: Mapping[str, int]) -> None:
     found = _sizes(folder)
     for name, size in saved.items():
         if found.get(name) != size:
-            raise damaged(folder / name, f"{found[name]} of {size} bytes" if name in found else "no such file")
+            raise damaged(
+                folder / name, f"{found[name]} of {size} bytes" if name in found else "no such file"
+            )
 
 
 def _read_names(path: Path, ranks: int, rank: int) -> dict[str, Any]:
@@ -112,18 +124,22 @@ def _read_names(path: Path, ranks: int, rank: int) -> dict[str, Any]:
         saved = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise CheckpointError(
-            f"Cannot read {str(path)!r}: {error.strerror}. Save with dist_layerlr.save_deepspeed to have it."
+            f"Cannot read {str(path)!r}: {error.strerror}. Save with"
+            " dist_layerlr.checkpoint.save_deepspeed to have it."
         ) from None
     except ValueError as error:
         raise damaged(path, str(error)) from None
     if len(saved) != ranks:
         raise CheckpointError(
-            f"DeepSpeed checkpoint {str(path.parent)!r} is of {len(saved)} ranks, this job has {ranks}. "
-            "Start it with as many, or save with dist_layerlr.save_checkpoint, which any number loads."
+            f"DeepSpeed checkpoint {str(path.parent)!r} is of {len(saved)} ranks, this job has"
+            f" {ranks}. Start it with as many, or save with dist_layerlr.save_checkpoint, which any"
+            " number loads."
         )
     found: dict[str, Any] = saved[rank]
     return found
 
 
 def _scaler(engine: Any) -> Any:
-    return getattr(engine.optimizer, "loss_scaler", None) or getattr(engine.optimizer, "loss_scale_config", None)
+    return getattr(engine.optimizer, "loss_scaler", None) or getattr(
+        engine.optimizer, "loss_scale_config", None
+    )

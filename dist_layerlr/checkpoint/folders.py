@@ -1,7 +1,8 @@
 """Folders of checkpoints: each is complete or invisible, whatever moment the process dies at. Pure.
 
-A checkpoint grows in a hidden folder, is renamed when all of it is on disk, and only then does the ``latest`` file point
-to it. It is hidden again before it is deleted, so that half a deletion looks like no checkpoint either.
+A checkpoint grows in a hidden folder, is renamed when all of it is on disk, and only then does the
+``latest`` file point to it. It is hidden again before it is deleted, so that half a deletion looks
+like no checkpoint either.
 """
 
 from __future__ import annotations
@@ -23,7 +24,9 @@ _NAME = re.compile(r"step_(\d{8,})(?:-(\d+))?")
 
 
 def begin(root: Path, step: int) -> Path:
-    """Create the hidden folder of a new checkpoint, and remove what killed saves have left behind."""
+    """Create the hidden folder of a new checkpoint, and remove what killed saves have left
+    behind.
+    """
     root.mkdir(parents=True, exist_ok=True)
     for left in root.iterdir():
         if left.name.startswith((_SAVING, _DELETING)):
@@ -38,7 +41,8 @@ def commit(hidden: Path, *, keep: int | None = None) -> Path:
 
     Args:
         hidden: what ``begin`` returned; its files are on disk.
-        keep: how many checkpoints stay, this one included; None: all. One of the same step is replaced in any case.
+        keep: how many checkpoints stay, this one included; None: all. One of the same step is
+            replaced in any case.
     """
     root, final = hidden.parent, hidden.parent / hidden.name.removeprefix(_SAVING)
     sync_folder(hidden)
@@ -68,12 +72,17 @@ def final_of(hidden: Path) -> Path:
 
 def complete(root: Path) -> list[Path]:
     """Checkpoints in a folder, in the order in which they were written."""
-    found = [f for f in root.iterdir() if _NAME.fullmatch(f.name) and is_checkpoint(f)] if root.is_dir() else []
+    found = (
+        [f for f in root.iterdir() if _NAME.fullmatch(f.name) and is_checkpoint(f)]
+        if root.is_dir()
+        else []
+    )
     return sorted(found, key=lambda f: ((f / MANIFEST).stat().st_mtime_ns, f.name))
 
 
 def latest(folder: str | Path) -> Path:
-    """The checkpoint that ``folder`` is, or the newest complete one in it, or in its ``checkpoints``.
+    """The checkpoint that ``folder`` is, or the newest complete one in it, or in its
+    ``checkpoints``.
 
     Raises:
         CheckpointError: there is none.
@@ -91,7 +100,9 @@ def latest(folder: str | Path) -> Path:
         return pointed
     found = complete(folder)
     if not found:
-        raise CheckpointError(f"No checkpoint in {str(folder)!r}: it holds no complete step_* folder. Check the path.")
+        raise CheckpointError(
+            f"No checkpoint in {str(folder)!r}: it holds no complete step_* folder. Check the path."
+        )
     return found[-1]
 
 
@@ -124,8 +135,14 @@ def sync_folder(folder: Path) -> None:
 
 
 def _free_name(root: Path, step: int) -> str:
-    """``step_00000010``, or ``step_00000010-1`` beside one that must stay until this one is complete."""
-    attempts = [int(m[2] or 0) for f in root.iterdir() if (m := _NAME.fullmatch(f.name)) and int(m[1]) == step]
+    """``step_00000010``, or ``step_00000010-1`` beside one that must stay until this one is
+    complete.
+    """
+    attempts = [
+        int(m[2] or 0)
+        for f in root.iterdir()
+        if (m := _NAME.fullmatch(f.name)) and int(m[1]) == step
+    ]
     return f"step_{step:08d}" + (f"-{max(attempts) + 1}" if attempts else "")
 
 

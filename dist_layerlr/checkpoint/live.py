@@ -11,14 +11,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dist_layerlr.adapters import Adapter, Piece, Pieces, Weight
+from dist_layerlr.checkpoint.dcp import Run, Scalars, sizes
 from dist_layerlr.checkpoint.manifest import Manifest, Stored
 from dist_layerlr.checkpoint.rng import read_rng
-from dist_layerlr.checkpoint.runs import Run, Scalars, sizes
-from dist_layerlr.checkpoint.shards import Index
+from dist_layerlr.checkpoint.storage import Index
 from dist_layerlr.errors import CheckpointError
-from dist_layerlr.names import parse
-from dist_layerlr.segmented import Segmented, local
+from dist_layerlr.optim.groups import INITIAL_LR, LR
+from dist_layerlr.optim.readback import live_pieces
+from dist_layerlr.optim.segmented import Segmented
+from dist_layerlr.plan.names import parse
+from dist_layerlr.sharders import Piece, Pieces, Sharder, Weight, sharder_of
+from dist_layerlr.sharders.base import local
 
 WEIGHT, OPTIM, SAMPLE, RNG = "weight", "optim", "sample", "rng"
 SAMPLES = 8
@@ -29,7 +32,7 @@ SAMPLES = 8
 class Live:
     """A model and its optimizer, as one rank holds them."""
 
-    adapter: Adapter
+    sharder: Sharder
     weights: list[Weight]
     found: Pieces
 
@@ -42,20 +45,27 @@ class Live:
     def optimizer_class(self) -> str:
         """What steps the elements: the inner optimizer of a segmented one."""
         optimizer = self.found.optimizer
-        inner = optimizer.inner if isinstance(optimizer, Segmented) and optimizer.inner is not None else optimizer
+        inner = (
+            optimizer.inner
+            if isinstance(optimizer, Segmented) and optimizer.inner is not None
+            else optimizer
+        )
         return type(inner).__name__
 
     @property
     def factor(self) -> float:
         """The schedule's multiplier: what the live rates are of their initial ones."""
-        rates = ((p.group["lr"], p.group.get("initial_lr", 0.0)) for p in self.found.pieces)
+        rates = ((p.group[LR], p.group.get(INITIAL_LR, 0.0)) for p in self.found.pieces)
         return next((float(lr) / float(initial) for lr, initial in rates if initial), 1.0)
 
 
-def look(adapter: Adapter, model: nn.Module, optimizer: Any) -> Live:
-    """List everything. Collective under no sharder."""
-    weights = adapter.weights(model)  # before the pieces: it reshards what a forward left gathered
-    return Live(adapter=adapter, weights=weights, found=adapter.pieces(model, optimizer))
+def look(model: nn.Module, optimizer: Any) -> Live:
+    """List everything. No sharder needs a collective for it."""
+    sharder = sharder_of(model)
+    # Weights come first: listing them reshards what a forward left gathered, and pieces are found
+    # by identity.
+    weights = sharder.weights()
+    return Live(sharder=sharder, weights=weights, found=live_pieces(sharder, optimizer))
 
 
 def describe(live: Live, *, frozen: bool | None) -> dict[str, Stored]:
@@ -104,8 +114,15 @@ def saved_runs(live: Live, table: Mapping[str, Stored], rank: int) -> tuple[list
 def _state_runs(piece: Piece, optimizer: Any, size: int, numbers: Scalars) -> list[Run]:
     runs = []
     for key, value in optimizer.state.get(piece.owner, {}).items():
-        if isinstance(value, Tensor) and value.ndim == 0 and (key == "step" or local(piece.owner).ndim):
-            numbers.setdefault(piece.name, {})[key] = (value.item(), str(value.dtype).removeprefix("torch."))
+        if (
+            isinstance(value, Tensor)
+            and value.ndim == 0
+            and (key == "step" or local(piece.owner).ndim)
+        ):
+            numbers.setdefault(piece.name, {})[key] = (
+                value.item(),
+                str(value.dtype).removeprefix("torch."),
+            )
         elif isinstance(value, Tensor) and _elementwise(local(value), local(piece.owner)):
             runs.append(piece_run(f"{OPTIM}.{piece.name}.{key}", piece, value, size))
         elif isinstance(value, (int, float)):
@@ -113,14 +130,17 @@ def _state_runs(piece: Piece, optimizer: Any, size: int, numbers: Scalars) -> li
         elif value is not None:
             what = f" of shape {tuple(value.shape)}" if isinstance(value, Tensor) else ""
             raise CheckpointError(
-                f"Cannot save {key!r} of {piece.name}, a {type(value).__name__}{what}: {type(optimizer).__name__} keeps "
-                "state that is quantised or not element by element. Save it with the library's own tools, or use AdamW."
+                f"Cannot save {key!r} of {piece.name}, a {type(value).__name__}{what}:"
+                f" {type(optimizer).__name__} keeps state that is quantised or not element by"
+                " element. Save it with the library's own tools, or use AdamW."
             )
     return runs
 
 
 def _elementwise(value: Tensor, owner: Tensor) -> bool:
-    """Whether state has one number for each element: not quantised (a tensor class of its own), not factored."""
+    """Whether state has one number for each element: not quantised (a tensor class of its own), not
+    factored.
+    """
     return type(value) in (Tensor, nn.Parameter) and value.numel() == owner.numel()
 
 
@@ -135,7 +155,9 @@ def piece_run(key: str, piece: Piece, tensor: Tensor, size: int) -> Run:
 
 def _weight_run(weight: Weight) -> Run:
     key = f"{WEIGHT}.{weight.name}"
-    return Run(key=key, start=weight.start, size=prod(weight.shape), tensor=weight.tensor, home=weight.home)
+    return Run(
+        key=key, start=weight.start, size=prod(weight.shape), tensor=weight.tensor, home=weight.home
+    )
 
 
 def _sample(weight: Weight) -> Run | None:
@@ -143,7 +165,9 @@ def _sample(weight: Weight) -> Run | None:
     size = prod(weight.shape)
     count = min(SAMPLES, size)
     places = [i * (size - 1) // max(count - 1, 1) for i in range(count)]
-    mine = [i for i, place in enumerate(places) if weight.start <= place < weight.start + weight.numel]
+    mine = [
+        i for i, place in enumerate(places) if weight.start <= place < weight.start + weight.numel
+    ]
     if not mine:
         return None
     chosen = weight.tensor[[places[i] - weight.start for i in mine]]
@@ -156,26 +180,41 @@ def _rng_run(rank: int) -> Run:
 
 
 def rng_target(manifest: Manifest, index: Index, rank: int) -> Run:
-    """Room for the saved random number generators of a rank; rank 0's for one that the checkpoint does not know."""
+    """Room for the saved random number generators of a rank.
+
+    Rank 0's for one that the checkpoint does not know.
+    """
     key = f"{RNG}.{rank if rank < manifest.ranks else 0}"
     size = sizes(index.metadata)[key][0]
     return Run(key=key, start=0, size=size, tensor=torch.empty(size, dtype=torch.uint8))
 
 
 def sample_runs(live: Live, manifest: Manifest) -> list[tuple[Run, Run]]:
-    """(what the live model has, room for what the checkpoint has) of every frozen tensor that was not saved."""
+    """(what the live model has, room for what the checkpoint has) of every frozen tensor that was
+    not saved.
+    """
     pairs = []
     for weight in live.weights:
         saved = manifest.name_of(weight.name, weight.aliases)
-        if saved is not None and not manifest.parameters[saved].saved and (mine := _sample(weight)) is not None:
+        if (
+            saved is not None
+            and not manifest.parameters[saved].saved
+            and (mine := _sample(weight)) is not None
+        ):
             key = f"{SAMPLE}.{saved}"
-            room = Run(key=key, start=mine.start, size=mine.size, tensor=torch.empty_like(mine.tensor, device="cpu"))
+            room = Run(
+                key=key,
+                start=mine.start,
+                size=mine.size,
+                tensor=torch.empty_like(mine.tensor, device="cpu"),
+            )
             pairs.append((mine, room))
     return pairs
 
 
 def same_values(mine: Tensor, saved: Tensor, saved_dtype: torch.dtype) -> bool:
-    """Whether samples are of the same tensor, be it kept in another precision: they are compared in the coarser one.
+    """Whether samples are of the same tensor, be it kept in another precision: they are compared in
+    the coarser one.
 
     Args:
         mine: live values.
@@ -189,7 +228,9 @@ def same_values(mine: Tensor, saved: Tensor, saved_dtype: torch.dtype) -> bool:
 
 
 def weight_targets(live: Live, manifest: Manifest) -> list[Run]:
-    """Where saved weights go: into fp32 masters where there are, else into the weights themselves."""
+    """Where saved weights go: into fp32 masters where there are, else into the weights
+    themselves.
+    """
     stepped = {piece.name for piece in live.found.pieces}
     saved = {w.name: manifest.name_of(w.name, w.aliases) for w in live.weights}
     here = {n: s for n, s in saved.items() if s is not None and manifest.parameters[s].saved}

@@ -1,4 +1,7 @@
-"""Load: check all, then read into the live model and optimizer, whatever shards them; then prove the rates."""
+"""Load: check all, then read into the live model and optimizer, whatever shards them.
+
+Then prove the rates.
+"""
 
 from __future__ import annotations
 
@@ -12,29 +15,40 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import nn
 from torch.distributed.checkpoint.state_dict_loader import load
 
-from dist_layerlr.adapters import detect
-from dist_layerlr.adapters.base import world_size
-from dist_layerlr.agreement import alike, everyone, rank_zero
+from dist_layerlr import ranks
 from dist_layerlr.checkpoint import folders
-from dist_layerlr.checkpoint.engine import restore_engine
-from dist_layerlr.checkpoint.manifest import Manifest, model_problem, plan_problem, read_manifest, read_sealed
-from dist_layerlr.checkpoint.optim import OwnerState, plan_state, prepare_state, without_state
+from dist_layerlr.checkpoint.dcp import LoadPlanner, Run, accept_one_process
+from dist_layerlr.checkpoint.deepspeed import restore_engine
+from dist_layerlr.checkpoint.live import (
+    Live,
+    look,
+    rng_target,
+    same_values,
+    sample_runs,
+    weight_targets,
+)
+from dist_layerlr.checkpoint.manifest import (
+    Manifest,
+    model_problem,
+    plan_problem,
+    read_manifest,
+    read_sealed,
+)
+from dist_layerlr.checkpoint.optim_state import OwnerState, plan_state, prepare_state, without_state
 from dist_layerlr.checkpoint.rng import fork_rng, write_rng
-from dist_layerlr.checkpoint.runs import LoadPlanner, Run, accept_one_process
 from dist_layerlr.checkpoint.save import settle, worded
-from dist_layerlr.checkpoint.shards import INDEX, Index, ShardReader, broken, read_index
-from dist_layerlr.checkpoint.state import Live, look, rng_target, same_values, sample_runs, weight_targets
-from dist_layerlr.diff import PLAN_FILE, plan_diff
+from dist_layerlr.checkpoint.storage import INDEX, Index, ShardReader, broken, read_index
 from dist_layerlr.errors import CheckpointError
-from dist_layerlr.guard import torch_scheduler
-from dist_layerlr.plan import Plan
-from dist_layerlr.proof import Proof, verify
-from dist_layerlr.resume import reapply
-from dist_layerlr.scheduling import PlanSchedule
+from dist_layerlr.optim.schedule import PlanSchedule
+from dist_layerlr.optim.validate import torch_scheduler
+from dist_layerlr.plan.diff import PLAN_FILE, plan_diff
+from dist_layerlr.plan.entries import Plan
+from dist_layerlr.proof.reapply import reapply
+from dist_layerlr.proof.verify import Proof, verify
+from dist_layerlr.ranks import alike, everyone, rank_zero
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,14 +70,19 @@ class Restored:
 
 
 def load_checkpoint(
-    folder: str | Path, plan: Plan, model: nn.Module, optimizer: Any = None, *,
-    extra: Mapping[str, Any] | None = None, factor: float | None = None,
-) -> Restored:  # fmt: skip
+    folder: str | Path,
+    plan: Plan,
+    model: nn.Module,
+    optimizer: Any = None,
+    *,
+    extra: Mapping[str, Any] | None = None,
+    factor: float | None = None,
+) -> Restored:
     """Load a checkpoint of any sharder on any number of ranks into this one. Collective.
 
-    Everything is checked before anything is changed: names and shapes, every byte's checksum, the frozen base. Then
-    weights, masters, optimizer state, step counters, random number generators and ``extra`` are put back, the plan's rates
-    are written over, and all is verified.
+    Everything is checked before anything is changed: names and shapes, every byte's checksum, the
+    frozen base. Then weights, masters, optimizer state, step counters, random number generators and
+    ``extra`` are put back, the plan's rates are written over, and all is verified.
 
     Args:
         folder: a checkpoint, or a folder of checkpoints: then the newest complete one.
@@ -71,7 +90,8 @@ def load_checkpoint(
         model: as it is trained.
         optimizer: the one that is stepped; a DeepSpeed engine brings its own.
         extra: objects with ``load_state_dict`` by key, as given to ``save_checkpoint``.
-        factor: schedule multiplier to put in force; None: that of a PlanSchedule in ``extra``, else the saved one.
+        factor: schedule multiplier to put in force; None: that of a PlanSchedule in ``extra``, else
+            the saved one.
 
     Raises:
         CheckpointError: on all ranks alike; the running job is untouched.
@@ -80,18 +100,25 @@ def load_checkpoint(
     settle()
     path = find_checkpoint(folder)
     extra = extra or {}
-    rank = dist.get_rank() if world_size() > 1 else 0
+    rank = ranks.rank()
     checked = alike(lambda: _check(path, plan, model, optimizer, extra, rank))
     manifest, index, live, states = checked.manifest, checked.index, checked.live, checked.states
     forgotten = [key for key in manifest.objects if key not in extra]
     if forgotten and rank == 0:
-        warnings.warn(f"The saved state of extra[{forgotten[0]!r}] was not asked for: it starts anew.", stacklevel=2)
+        warnings.warn(
+            f"The saved state of extra[{forgotten[0]!r}] was not asked for: it starts anew.",
+            stacklevel=2,
+        )
     _check_samples(path, manifest, index, live)
     given = {key: target for key, target in extra.items() if hasattr(target, "load_state_dict")}
     _restore_extra(given, manifest.extra)
     random = rng_target(manifest, index, rank)
-    _fill_all(path, index, [random, *weight_targets(live, manifest), *prepare_state(states, live, manifest)])
-    live.adapter.refresh(model, optimizer)
+    _fill_all(
+        path,
+        index,
+        [random, *weight_targets(live, manifest), *prepare_state(states, live, manifest)],
+    )
+    live.sharder.refresh(optimizer)
     multiplier = _multiplier(given.values(), manifest) if factor is None else factor
     reapply(checked.plan, model, optimizer, factor=multiplier)
     for scheduler in filter(None, map(torch_scheduler, given.values())):
@@ -100,13 +127,20 @@ def load_checkpoint(
     _restore_rng(random.tensor, manifest.ranks, rank)
     proof = verify(checked.plan, model, optimizer, factor=multiplier)
     return Restored(
-        path=path, step=manifest.step, extra=manifest.extra, plan=checked.plan, changes=checked.changes,
-        fresh=list(dict.fromkeys(chain(*everyone(without_state(states))))), proof=proof,
-    )  # fmt: skip
+        path=path,
+        step=manifest.step,
+        extra=manifest.extra,
+        plan=checked.plan,
+        changes=checked.changes,
+        fresh=list(dict.fromkeys(chain(*everyone(without_state(states))))),
+        proof=proof,
+    )
 
 
 def find_checkpoint(folder: str | Path) -> Path:
-    """The checkpoint that ``folder`` is, or the newest complete one in it; rank 0's choice. Collective.
+    """The checkpoint that ``folder`` is, or the newest complete one in it; rank 0's choice.
+
+    Collective.
 
     Raises:
         CheckpointError: there is none, or a rank does not see it.
@@ -116,10 +150,12 @@ def find_checkpoint(folder: str | Path) -> Path:
 
 
 def resume_plan(folder: str | Path, plan: Plan) -> tuple[Plan, list[str]]:
-    """The plan to train with after a resume, and how ``plan`` differs from the checkpoint's. Collective.
+    """The plan to train with after a resume, and how ``plan`` differs from the checkpoint's.
 
-    Call it before ``attach``. Under ``resume_lr: plan`` it is the plan itself; under ``checkpoint``, names that the
-    checkpoint knows keep its rates and weight decay.
+    Collective.
+
+    Call it before ``attach``. Under ``resume_lr: plan`` it is the plan itself; under
+    ``checkpoint``, names that the checkpoint knows keep its rates and weight decay.
 
     Raises:
         CheckpointError: no checkpoint there, a damaged one, or one of another model.
@@ -128,7 +164,9 @@ def resume_plan(folder: str | Path, plan: Plan) -> tuple[Plan, list[str]]:
 
     def adapt() -> tuple[Plan, list[str]]:
         manifest = read_manifest(path)
-        problem = plan_problem(manifest, {name: entry.shape for name, entry in plan.entries.items()})
+        problem = plan_problem(
+            manifest, {name: entry.shape for name, entry in plan.entries.items()}
+        )
         _refuse_other_model(path, problem)
         return _adapted(path, manifest, plan)
 
@@ -141,7 +179,11 @@ def _adapted(path: Path, manifest: Manifest, plan: Plan) -> tuple[Plan, list[str
     if plan.config.per_layer_lr.resume_lr == "plan" or not changes:
         return plan, changes
     entries = {
-        name: replace(entry, lr=rows[name]["lr"], weight_decay=rows[name]["weight_decay"]) if name in rows else entry
+        name: (
+            replace(entry, lr=rows[name]["lr"], weight_decay=rows[name]["weight_decay"])
+            if name in rows
+            else entry
+        )
         for name, entry in plan.entries.items()
     }
     return replace(plan, entries=entries), changes
@@ -162,22 +204,26 @@ class _Checked:
 
 def _check(
     path: Path, plan: Plan, model: nn.Module, optimizer: Any, extra: Mapping[str, Any], rank: int
-) -> _Checked:  # fmt: skip
+) -> _Checked:
     """All that can be said without other ranks and without changing anything."""
     manifest = read_manifest(path)
     absent = [key for key in extra if key not in manifest.extra]
     if absent:
         raise CheckpointError(
-            f"extra[{absent[0]!r}] is not in checkpoint {str(path)!r}, which has {sorted(manifest.extra)}. "
-            "Leave it out to let it start anew."
+            f"extra[{absent[0]!r}] is not in checkpoint {str(path)!r}, which has"
+            f" {sorted(manifest.extra)}. Leave it out to let it start anew."
         )
     index = read_index(read_sealed(path, INDEX, manifest))
     effective, changes = _adapted(path, manifest, plan)
-    live = look(detect(model), model, optimizer)
-    _refuse_other_model(path, model_problem(manifest, {w.name: (tuple(w.shape), w.aliases) for w in live.weights}))
+    live = look(model, optimizer)
+    _refuse_other_model(
+        path, model_problem(manifest, {w.name: (tuple(w.shape), w.aliases) for w in live.weights})
+    )
     states = plan_state(live, manifest, index)
     _check_bytes(path, index, rank)
-    return _Checked(manifest=manifest, index=index, plan=effective, changes=changes, live=live, states=states)
+    return _Checked(
+        manifest=manifest, index=index, plan=effective, changes=changes, live=live, states=states
+    )
 
 
 def _refuse_other_model(path: Path, problem: str | None) -> None:
@@ -186,7 +232,7 @@ def _refuse_other_model(path: Path, problem: str | None) -> None:
 
 
 def _check_bytes(path: Path, index: Index, rank: int) -> None:
-    problems = broken(path, index, rank, world_size())
+    problems = broken(path, index, rank, ranks.world_size())
     if problems:
         more = f" ({len(problems) - 1} more on this rank)" if len(problems) > 1 else ""
         raise CheckpointError(problems[0] + more)
@@ -202,10 +248,12 @@ def _check_samples(path: Path, manifest: Manifest, index: Index, live: Live) -> 
     def compare() -> None:
         for mine, saved in pairs:
             name = saved.key.partition(".")[2]
-            if not same_values(mine.tensor.cpu(), saved.tensor, getattr(torch, manifest.parameters[name].dtype)):
+            if not same_values(
+                mine.tensor.cpu(), saved.tensor, getattr(torch, manifest.parameters[name].dtype)
+            ):
                 raise CheckpointError(
-                    f"Checkpoint {str(path)!r} was trained on another base model: frozen {name} has other values. "
-                    "Load the base that it was trained on (model_path)."
+                    f"Checkpoint {str(path)!r} was trained on another base model: frozen {name} has"
+                    " other values. Load the base that it was trained on (model_path)."
                 )
 
     alike(compare)
@@ -216,7 +264,8 @@ def _fill_all(path: Path, index: Index, runs: list[Run]) -> None:
         _fill(path, index, runs)
     except CheckpointError as error:  # of the disk: the bytes were good a moment ago
         raise CheckpointError(
-            f"{error} A part is loaded already: end this job, its weights are neither the old nor the saved ones."
+            f"{error} A part is loaded already: end this job, its weights are neither the old nor"
+            " the saved ones."
         ) from error
 
 
@@ -229,8 +278,15 @@ def _fill(path: Path, index: Index, runs: list[Run]) -> None:
 
 
 def _restore_extra(given: Mapping[str, Any], saved: Mapping[str, Any]) -> None:
-    """Before anything else is changed: the caller's objects may refuse. On any rank, then all get their own state back."""
-    before = {key: deepcopy(target.state_dict()) for key, target in given.items() if hasattr(target, "state_dict")}
+    """Before anything else is changed: the caller's objects may refuse.
+
+    On any rank, then all get their own state back.
+    """
+    before = {
+        key: deepcopy(target.state_dict())
+        for key, target in given.items()
+        if hasattr(target, "state_dict")
+    }
 
     def restore() -> None:
         for key, target in given.items():
@@ -238,8 +294,8 @@ def _restore_extra(given: Mapping[str, Any], saved: Mapping[str, Any]) -> None:
                 target.load_state_dict(saved[key])
             except Exception as error:
                 raise CheckpointError(
-                    f"extra[{key!r}] does not take its saved state: {type(error).__name__}: {error} "
-                    "Leave it out to let it start anew."
+                    f"extra[{key!r}] does not take its saved state: {type(error).__name__}: {error}"
+                    " Leave it out to let it start anew."
                 ) from error
 
     try:
@@ -252,18 +308,25 @@ def _restore_extra(given: Mapping[str, Any], saved: Mapping[str, Any]) -> None:
 
 
 def _multiplier(given: Iterable[Any], manifest: Manifest) -> float:
-    """The caller's own schedule may be another one by now; without one, the saved multiplier stays in force."""
+    """The caller's own schedule may be another one by now.
+
+    Without one, the saved multiplier stays in force.
+    """
     return next((s.factor for s in given if isinstance(s, PlanSchedule)), manifest.factor)
 
 
 def _rebase(scheduler: Any) -> None:
-    """A torch scheduler, and those inside it, bring the old plan's rates back, in the old plan's order of groups."""
+    """A torch scheduler, and those inside it, bring the old plan's rates back, in the old plan's
+    order of groups.
+    """
     for inner in getattr(scheduler, "_schedulers", ()):
         _rebase(inner)
     groups = scheduler.optimizer.param_groups
     if hasattr(scheduler, "base_lrs"):
         scheduler.base_lrs = [group["initial_lr"] for group in groups]
-    scheduler._last_lr = [group["lr"] for group in groups]  # what get_last_lr() reports until the next step
+    scheduler._last_lr = [
+        group["lr"] for group in groups
+    ]  # what get_last_lr() reports until the next step
 
 
 def _restore_rng(saved: torch.Tensor, ranks: int, rank: int) -> None:

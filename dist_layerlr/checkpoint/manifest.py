@@ -1,4 +1,7 @@
-"""``checkpoint.json``: what a checkpoint is of, readable by people and sealed by a checksum. Pure."""
+"""``checkpoint.json``: what a checkpoint is of, readable by people and sealed by a checksum.
+
+Pure.
+"""
 
 from __future__ import annotations
 
@@ -66,7 +69,10 @@ class Manifest:
         write_durably(folder / MANIFEST, text + "\n")
 
     def name_of(self, name: str, aliases: tuple[str, ...] = ()) -> str | None:
-        """The saved name of a live parameter, which may be tied under another; None: not in this checkpoint."""
+        """The saved name of a live parameter, which may be tied under another.
+
+        None: not in this checkpoint.
+        """
         return next((self._known[n] for n in (name, *aliases) if n in self._known), None)
 
     @cached_property
@@ -92,13 +98,17 @@ def read_manifest(folder: Path) -> Manifest:
         raise damaged(path, "its checksum is wrong")
     found = content.pop("format")
     if found != FORMAT:
-        raise CheckpointError(f"Checkpoint {str(folder)!r} has format {found}; this version reads format {FORMAT}.")
+        raise CheckpointError(
+            f"Checkpoint {str(folder)!r} has format {found}; this version reads format {FORMAT}."
+        )
     parameters = {
         name: Stored(**{**row, "shape": tuple(row["shape"]), "aliases": tuple(row["aliases"])})
         for name, row in content.pop("parameters").items()
     }
     objects = tuple(content.pop("objects", ()))
-    return Manifest(parameters=parameters, extra=unpacked(content.pop("extra")), objects=objects, **content)
+    return Manifest(
+        parameters=parameters, extra=unpacked(content.pop("extra")), objects=objects, **content
+    )
 
 
 def read_sealed(folder: Path, name: str, manifest: Manifest) -> Any:
@@ -147,7 +157,9 @@ def damaged(path: Path, reason: str) -> CheckpointError:
     )
 
 
-def model_problem(manifest: Manifest, live: Mapping[str, tuple[tuple[int, ...], tuple[str, ...]]]) -> str | None:
+def model_problem(
+    manifest: Manifest, live: Mapping[str, tuple[tuple[int, ...], tuple[str, ...]]]
+) -> str | None:
     """What makes the live model another one than the saved: names or shapes; None: the same.
 
     Args:
@@ -163,7 +175,9 @@ def model_problem(manifest: Manifest, live: Mapping[str, tuple[tuple[int, ...], 
         parts += [f"it has {_some(extra)}, which the model does not have"] if extra else []
         return "; ".join(parts)
     untied = _untied(matched)
-    return untied or _shape_problem(manifest, {name: shape for name, (shape, _) in live.items()}, matched)
+    return untied or _shape_problem(
+        manifest, {name: shape for name, (shape, _) in live.items()}, matched
+    )
 
 
 def plan_problem(manifest: Manifest, shapes: Mapping[str, tuple[int, ...]]) -> str | None:
@@ -182,7 +196,10 @@ def _untied(matched: Mapping[str, str | None]) -> str | None:
     first: dict[str | None, str] = {}
     for name, saved in matched.items():
         if first.setdefault(saved, name) != name:
-            return f"{first[saved]} and {name} are one tied tensor in it, and two in the model (model.tie_weights()?)"
+            return (
+                f"{first[saved]} and {name} are one tied tensor in it, and two in the model"
+                " (model.tie_weights()?)"
+            )
     return None
 
 

@@ -1,4 +1,7 @@
-"""Optimizer state in a load: created where it is missing, without a step; in place where it exists."""
+"""Optimizer state in a load: created where it is missing, without a step.
+
+In place where it exists.
+"""
 
 from __future__ import annotations
 
@@ -10,18 +13,20 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dist_layerlr.adapters import Piece
+from dist_layerlr.checkpoint.dcp import Run, Scalars, sizes
+from dist_layerlr.checkpoint.live import OPTIM, WEIGHT, Live, piece_run
 from dist_layerlr.checkpoint.manifest import Manifest
-from dist_layerlr.checkpoint.runs import Run, Scalars, sizes
-from dist_layerlr.checkpoint.shards import Index
-from dist_layerlr.checkpoint.state import OPTIM, WEIGHT, Live, piece_run
+from dist_layerlr.checkpoint.storage import Index
 from dist_layerlr.errors import CheckpointError
-from dist_layerlr.segmented import Segmented, local
+from dist_layerlr.optim.segmented import Segmented
+from dist_layerlr.sharders import Piece
+from dist_layerlr.sharders.base import local
 
 _SAME = {"Adam": "AdamW", "DeepSpeedCPUAdam": "AdamW", "FusedAdam": "AdamW"}
 """Optimizers whose state means the same."""
 _FLAGS = {"amsgrad": "max_exp_avg_sq", "centered": "grad_avg"}
-"""Settings of a group that need a state tensor of their own, which torch makes in a parameter's first step only."""
+"""Settings of a group that need a state tensor of their own, which torch makes in a parameter's
+first step only."""
 Number = tuple[float, str | None]
 Dtypes = Mapping[str, torch.dtype | None]
 """{state key: dtype; None: as the parameter's}."""
@@ -49,8 +54,8 @@ def plan_state(live: Live, manifest: Manifest, index: Index) -> list[OwnerState]
     """Match saved optimizer state with live tensors. Nothing is changed.
 
     Raises:
-        CheckpointError: another optimizer, or one that keeps more state; or parameters that share a live tensor, hence a
-            step counter, disagree on it.
+        CheckpointError: another optimizer, or one that keeps more state; or parameters that share a
+            live tensor, hence a step counter, disagree on it.
     """
     _check_class(manifest.optimizer, live.optimizer_class)
     elementwise = _saved_state(index)
@@ -78,7 +83,10 @@ def plan_state(live: Live, manifest: Manifest, index: Index) -> list[OwnerState]
 
 
 def prepare_state(planned: Iterable[OwnerState], live: Live, manifest: Manifest) -> list[Run]:
-    """Give every stepped tensor the state tensors and counters of the checkpoint. Returns the runs to be read."""
+    """Give every stepped tensor the state tensors and counters of the checkpoint.
+
+    Returns the runs to be read.
+    """
     runs: list[Run] = []
     same_class = manifest.optimizer == live.optimizer_class
     for state in planned:
@@ -90,7 +98,9 @@ def prepare_state(planned: Iterable[OwnerState], live: Live, manifest: Manifest)
             held[key] = _room(held.get(key), owner, dtype)
             if not all(key in source for source in state.sources):
                 local(held[key]).zero_()
-            for piece, source, saved in zip(state.pieces, state.sources, state.saved_names, strict=True):
+            for piece, source, saved in zip(
+                state.pieces, state.sources, state.saved_names, strict=True
+            ):
                 if key in source and piece.numel:
                     size = prod(live.by_name[piece.name].shape)
                     runs.append(piece_run(f"{OPTIM}.{saved}.{key}", piece, held[key], size))
@@ -101,19 +111,32 @@ def prepare_state(planned: Iterable[OwnerState], live: Live, manifest: Manifest)
 
 def without_state(planned: Iterable[OwnerState]) -> list[str]:
     """Names that the checkpoint has no optimizer state for, though it has some for others."""
-    known = [(p.name, bool(s)) for state in planned for p, s in zip(state.pieces, state.sources, strict=True)]
-    return list(dict.fromkeys(n for n, has in known if not has)) if any(has for _, has in known) else []
+    known = [
+        (p.name, bool(s))
+        for state in planned
+        for p, s in zip(state.pieces, state.sources, strict=True)
+    ]
+    return (
+        list(dict.fromkeys(n for n, has in known if not has))
+        if any(has for _, has in known)
+        else []
+    )
 
 
 def _saved_state(index: Index) -> dict[str, dict[str, torch.dtype | None]]:
-    """{name: its state}. State in the dtype of its weight follows the live parameter's dtype, which torch steps it with."""
+    """{name: its state}.
+
+    State in the dtype of its weight follows the live parameter's dtype, which torch steps it with.
+    """
     stored = sizes(index.metadata)
     found: dict[str, dict[str, torch.dtype | None]] = {}
     for key, (_, dtype) in stored.items():
         kind, _, rest = key.partition(".")
         if kind == OPTIM:
             name, _, leaf = rest.rpartition(".")
-            found.setdefault(name, {})[leaf] = None if dtype == stored[f"{WEIGHT}.{name}"][1] else dtype
+            found.setdefault(name, {})[leaf] = (
+                None if dtype == stored[f"{WEIGHT}.{name}"][1] else dtype
+            )
     return found
 
 
@@ -121,14 +144,16 @@ def _check_flags(piece: Piece, source: Dtypes) -> None:
     for flag, key in _FLAGS.items():
         if source and piece.group.get(flag) and key not in source:
             raise CheckpointError(
-                f"The live optimizer has {flag}=True, but the checkpoint has no {key} of {piece.name}: it was trained "
-                f"without. Set {flag}=False."
+                f"The live optimizer has {flag}=True, but the checkpoint has no {key} of"
+                f" {piece.name}: it was trained without. Set {flag}=False."
             )
 
 
 def _check_class(saved: str, live: str) -> None:
     if _SAME.get(saved, saved) != _SAME.get(live, live):
-        raise CheckpointError(f"The checkpoint was trained with {saved}, the live optimizer is {live}. Use {saved}.")
+        raise CheckpointError(
+            f"The checkpoint was trained with {saved}, the live optimizer is {live}. Use {saved}."
+        )
 
 
 def _saved_name(piece: Piece, live: Live, manifest: Manifest) -> str | None:
@@ -136,12 +161,15 @@ def _saved_name(piece: Piece, live: Live, manifest: Manifest) -> str | None:
 
 
 def _check_unfrozen(frozen: list[str], counters: Mapping[str, Mapping[str, Number]]) -> None:
-    """A name that starts at step 0 beside others would be corrected for their step: about 3 times its rate at first."""
+    """A name that starts at step 0 beside others would be corrected for their step: about 3 times
+    its rate at first.
+    """
     if frozen and counters:
         beside = next(iter(counters))
         raise CheckpointError(
-            f"{frozen[0]} was frozen and has no step counter, but this sharder steps it in one tensor with {beside}, "
-            "which has one. Resume under DDP or FSDP2, or start anew from the exported weights."
+            f"{frozen[0]} was frozen and has no step counter, but this sharder steps it in one"
+            f" tensor with {beside}, which has one. Resume under DDP or FSDP2, or start anew from"
+            " the exported weights."
         )
 
 
@@ -153,8 +181,9 @@ def _agreed(numbers: Mapping[str, Mapping[str, Number]]) -> Mapping[str, Number]
     for name, values in numbers.items():
         if {k: v[0] for k, v in values.items()} != {k: v[0] for k, v in numbers[first].items()}:
             raise CheckpointError(
-                f"{first} and {name} were saved with {dict(numbers[first])} and {dict(values)}, but this sharder steps "
-                "them in one tensor with one counter. Resume under the sharder that saved them."
+                f"{first} and {name} were saved with {dict(numbers[first])} and {dict(values)}, but"
+                " this sharder steps them in one tensor with one counter. Resume under the sharder"
+                " that saved them."
             )
     return numbers[first]
 
@@ -167,7 +196,9 @@ def _room(held: Any, owner: Tensor, dtype: torch.dtype | None) -> Tensor:
 
 
 def _number(number: Number, piece: Piece, optimizer: Any, same_class: bool) -> Any:
-    """A counter as the live optimizer keeps it: torch's in a tensor, DeepSpeed's in a plain number."""
+    """A counter as the live optimizer keeps it: torch's in a tensor, DeepSpeed's in a plain
+    number.
+    """
     value, dtype = number
     if not same_class:
         inner = optimizer.inner if isinstance(optimizer, Segmented) else optimizer
@@ -176,7 +207,9 @@ def _number(number: Number, piece: Piece, optimizer: Any, same_class: bool) -> A
     if dtype is None:
         return value
     on_device = piece.group.get("capturable") or piece.group.get("fused")
-    return torch.tensor(value, dtype=getattr(torch, dtype), device=piece.owner.device if on_device else "cpu")
+    return torch.tensor(
+        value, dtype=getattr(torch, dtype), device=piece.owner.device if on_device else "cpu"
+    )
 
 
 def _by_owner(pieces: Iterable[Piece]) -> list[list[Piece]]:

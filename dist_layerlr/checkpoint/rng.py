@@ -1,4 +1,6 @@
-"""Random number generators of a rank: torch on the CPU and on its card, Python, numpy where it is in use."""
+"""Random number generators of a rank: torch on the CPU and on its card, Python, numpy where it is
+in use.
+"""
 
 from __future__ import annotations
 
@@ -37,7 +39,9 @@ def write_rng(saved: Tensor) -> None:
 
 
 def fork_rng(saved: Tensor, rank: int) -> None:
-    """Seed a rank that the checkpoint does not know, from rank 0's saved state and its own number."""
+    """Seed a rank that the checkpoint does not know, from rank 0's saved state and its own
+    number.
+    """
     seed = zlib.crc32(bytes(saved.tolist()) + rank.to_bytes(4, "big"))
     torch.manual_seed(seed)  # all cards, too
     random.seed(seed)

@@ -16,21 +16,19 @@ from torch import nn
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict_saver import async_save, save
 
-from dist_layerlr import checks
-from dist_layerlr.adapters import detect
-from dist_layerlr.adapters.base import world_size
-from dist_layerlr.agreement import alike, rank_zero
+from dist_layerlr import fields, ranks
 from dist_layerlr.checkpoint import folders
-from dist_layerlr.checkpoint.engine import engine_state
+from dist_layerlr.checkpoint.dcp import Run, SavePlanner, Scalars, accept_one_process
+from dist_layerlr.checkpoint.deepspeed import engine_state
+from dist_layerlr.checkpoint.live import describe, look, saved_runs
 from dist_layerlr.checkpoint.manifest import Manifest, packed, unpacked
-from dist_layerlr.checkpoint.runs import Run, SavePlanner, Scalars, accept_one_process
-from dist_layerlr.checkpoint.shards import INDEX, Index, ShardWriter
-from dist_layerlr.checkpoint.state import describe, look, saved_runs
-from dist_layerlr.diff import PLAN_FILE
+from dist_layerlr.checkpoint.storage import INDEX, Index, ShardWriter
 from dist_layerlr.errors import CheckpointError, ConfigError, LayerLRError
-from dist_layerlr.guard import check_scheduler, torch_scheduler
-from dist_layerlr.plan import Plan
-from dist_layerlr.proof import verify
+from dist_layerlr.optim.validate import check_scheduler, torch_scheduler
+from dist_layerlr.plan.diff import PLAN_FILE
+from dist_layerlr.plan.entries import Plan
+from dist_layerlr.proof.verify import verify
+from dist_layerlr.ranks import alike, rank_zero
 
 
 class Saving:
@@ -91,11 +89,20 @@ def settle() -> None:
 
 
 def save_checkpoint(
-    root: str | Path, plan: Plan, model: nn.Module, optimizer: Any = None, *, step: int,
-    extra: Mapping[str, Any] | None = None, keep: int | None = None, frozen: bool | None = None,
+    root: str | Path,
+    plan: Plan,
+    model: nn.Module,
+    optimizer: Any = None,
+    *,
+    step: int,
+    extra: Mapping[str, Any] | None = None,
+    keep: int | None = None,
+    frozen: bool | None = None,
     background: bool = False,
-) -> Saving:  # fmt: skip
-    """Write a checkpoint that any sharder on any number of ranks loads. Collective; call it between steps.
+) -> Saving:
+    """Write a checkpoint that any sharder on any number of ranks loads.
+
+    Collective; call it between steps.
 
     Args:
         root: folder of checkpoints, shared by all ranks; this one becomes ``root/step_00000010``.
@@ -103,30 +110,34 @@ def save_checkpoint(
         model: as it is trained: plain, DDP, FSDP1, FSDP2, or a DeepSpeed engine.
         optimizer: the one that is stepped; a DeepSpeed engine brings its own.
         step: optimizer steps done.
-        extra: more to be kept, by key: schedule, GradScaler, data position ... Objects with ``state_dict`` are asked for
-            it; the rest must be JSON-ready. Rank 0's count.
+        extra: more to be kept, by key: schedule, GradScaler, data position ... Objects with
+            ``state_dict`` are asked for it; the rest must be JSON-ready. Rank 0's count.
         keep: delete the oldest so that this many remain; None: keep all.
-        frozen: save frozen parameters too. None: unless adapters train, whose base is where it came from.
-        background: copy to the host and return; the files follow. One at a time: the next save waits for it.
+        frozen: save frozen parameters too. None: unless adapters train, whose base is where it came
+            from.
+        background: copy to the host and return; the files follow. One at a time: the next save
+            waits for it.
 
     Returns:
         A handle with the path; ``wait()`` on it after a background save.
 
     Raises:
         CheckpointError: on all ranks alike, naming file and tensor; older checkpoints stay.
-        ConfigError: step or keep out of range, something in ``extra`` that JSON cannot hold, or a scheduler that
-            ``check_scheduler`` refuses.
+        ConfigError: step or keep out of range, something in ``extra`` that JSON cannot hold, or a
+            scheduler that ``check_scheduler`` refuses.
         PlanMismatch: the optimizer does not train what the plan says; nothing is written.
     """
     settle()
-    rank = dist.get_rank() if world_size() > 1 else 0
+    rank = ranks.rank()
 
     def collect() -> tuple[Manifest, list[Run], Scalars]:
         _check_numbers(step, keep)
         return _collect(plan, model, optimizer, step, extra or {}, frozen, rank)
 
     manifest, runs, numbers = alike(collect)
-    verify(plan, model, optimizer, factor=manifest.factor)  # else a load would trust a plan that was not trained
+    verify(
+        plan, model, optimizer, factor=manifest.factor
+    )  # else a load would trust a plan that was not trained
     hidden = rank_zero(lambda: folders.begin(Path(root), step) if rank == 0 else Path())
 
     def finish(index: Index) -> None:
@@ -136,27 +147,42 @@ def save_checkpoint(
 
 
 def _collect(
-    plan: Plan, model: nn.Module, optimizer: Any, step: int, extra: Mapping[str, Any], frozen: bool | None, rank: int
+    plan: Plan,
+    model: nn.Module,
+    optimizer: Any,
+    step: int,
+    extra: Mapping[str, Any],
+    frozen: bool | None,
+    rank: int,
 ) -> tuple[Manifest, list[Run], Scalars]:
-    live = look(detect(model), model, optimizer)
+    live = look(model, optimizer)
     table = describe(live, frozen=frozen)
     runs, numbers = saved_runs(live, table, rank)
     manifest = Manifest(
-        step=step, factor=live.factor, digest=plan.digest, sharder=live.adapter.label, ranks=world_size(),
-        optimizer=live.optimizer_class, parameters=table, extra=_plain(extra),
-        objects=tuple(key for key in extra if hasattr(extra[key], "state_dict")), sharder_state=engine_state(model),
-    )  # fmt: skip
+        step=step,
+        factor=live.factor,
+        digest=plan.digest,
+        sharder=live.sharder.layout.label,
+        ranks=ranks.world_size(),
+        optimizer=live.optimizer_class,
+        parameters=table,
+        extra=_plain(extra),
+        objects=tuple(key for key in extra if hasattr(extra[key], "state_dict")),
+        sharder_state=engine_state(model),
+    )
     return manifest, runs, numbers
 
 
 def _check_numbers(step: int, keep: int | None) -> None:
-    checks.integer(0)("step", step)
+    fields.integer(0)("step", step)
     if keep is not None:
-        checks.integer(1)("keep", keep)
+        fields.integer(1)("keep", keep)
 
 
 def _plain(extra: Mapping[str, Any]) -> dict[str, Any]:
-    """A copy, as a load will return it: the caller may change his own before a background save writes it."""
+    """A copy, as a load will return it: the caller may change his own before a background save
+    writes it.
+    """
     plain = {}
     for key, value in extra.items():
         if torch_scheduler(value) is not None:
@@ -165,7 +191,9 @@ def _plain(extra: Mapping[str, Any]) -> dict[str, Any]:
         try:
             plain[key] = unpacked(json.loads(json.dumps(packed(state))))
         except (TypeError, ValueError) as error:
-            raise ConfigError(f"Invalid extra[{key!r}]: {error}. Give what JSON can hold.") from None
+            raise ConfigError(
+                f"Invalid extra[{key!r}]: {error}. Give what JSON can hold."
+            ) from None
     return plain
 
 
@@ -173,7 +201,9 @@ def _complete(hidden: Path, manifest: Manifest, plan: Plan, index: Index, keep: 
     """On one rank, when the data of all ranks is on disk."""
     absent = [file for file in index.headers if not (hidden / file).is_file()]
     if absent:
-        raise CheckpointError(f"{absent[0]} is not in {str(hidden)!r}: ranks do not share the folder. Save to one.")
+        raise CheckpointError(
+            f"{absent[0]} is not in {str(hidden)!r}: ranks do not share the folder. Save to one."
+        )
     crcs = {}
     for name, text in ((PLAN_FILE, plan.to_json() + "\n"), (INDEX, index.to_json() + "\n")):
         folders.write_durably(hidden / name, text)
@@ -182,7 +212,9 @@ def _complete(hidden: Path, manifest: Manifest, plan: Plan, index: Index, keep: 
     folders.commit(hidden, keep=keep)
 
 
-def _write(hidden: Path, runs: list[Run], numbers: Scalars, writer: ShardWriter, background: bool) -> Saving:
+def _write(
+    hidden: Path, runs: list[Run], numbers: Scalars, writer: ShardWriter, background: bool
+) -> Saving:
     accept_one_process()
     state = {run.place: run.tensor for run in runs}
     planner = SavePlanner(runs, numbers)
@@ -190,14 +222,17 @@ def _write(hidden: Path, runs: list[Run], numbers: Scalars, writer: ShardWriter,
         with worded(hidden):
             save(state, storage_writer=writer, planner=planner)
         return Saving(hidden)
-    future: Any = async_save(state, storage_writer=writer, planner=planner, process_group=_background.group())
+    future: Any = async_save(
+        state, storage_writer=writer, planner=planner, process_group=_background.group()
+    )
     _background.saving = Saving(hidden, getattr(future, "upload_completion", future))
     return _background.saving
 
 
 @contextmanager
 def worded(hidden: Path | None = None) -> Iterator[None]:
-    """Word what DCP raises on all ranks as the first failing rank's error, and remove the unfinished folder.
+    """Word what DCP raises on all ranks as the first failing rank's error, and remove the
+    unfinished folder.
 
     Raises:
         CheckpointError: in place of a CheckpointException.

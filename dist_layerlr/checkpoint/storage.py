@@ -1,7 +1,9 @@
-"""Where DCP's runs lie on disk: one safetensors file per rank, one JSON index, a CRC-32 of every run.
+"""Where DCP's runs lie on disk: one safetensors file per rank, one JSON index, a CRC-32 of every
+run.
 
-DCP's own files hold zip records whose CRC torch computes at 0.5 GB/s when it writes and never checks when it reads, and a
-pickled index. zlib's CRC-32 runs at 4 GB/s, and raw bytes are read straight into place.
+DCP's own files hold zip records whose CRC torch computes at 0.5 GB/s when it writes and never
+checks when it reads, and a pickled index. zlib's CRC-32 runs at 4 GB/s, and raw bytes are read
+straight into place.
 """
 
 from __future__ import annotations
@@ -27,9 +29,9 @@ from torch.distributed.checkpoint.planner import LoadPlan, LoadPlanner, SavePlan
 from torch.distributed.checkpoint.storage import StorageReader, StorageWriter, WriteResult
 from torch.futures import Future
 
-from dist_layerlr import tensorfile
 from dist_layerlr.checkpoint.manifest import damaged
 from dist_layerlr.errors import CheckpointError
+from dist_layerlr.weights import tensorfile
 
 INDEX = "index.json"
 _BUFFER = 1 << 22
@@ -67,7 +69,9 @@ class Index:
             chunks = []
             for chunk in row.chunks:
                 place = self.metadata.storage_data[MetadataIndex(key, chunk.offsets)]
-                chunks.append([chunk.offsets[0], chunk.sizes[0], place.file, place.offset, place.crc32])
+                chunks.append(
+                    [chunk.offsets[0], chunk.sizes[0], place.file, place.offset, place.crc32]
+                )
             dtype = str(row.properties.dtype).removeprefix("torch.")
             runs[key] = {"size": row.size[0], "dtype": dtype, "chunks": chunks}
         headers = {file: [place.nbytes, place.crc32] for file, place in self.headers.items()}
@@ -82,11 +86,19 @@ def read_index(content: Any) -> Index:
         dtype = getattr(torch, row["dtype"])
         chunks = []
         for start, numel, file, offset, crc32 in row["chunks"]:
-            chunks.append(ChunkStorageMetadata(offsets=torch.Size([start]), sizes=torch.Size([numel])))
-            stored[MetadataIndex(key, torch.Size([start]))] = Place(file, offset, numel * dtype.itemsize, crc32)
-        described[key] = TensorStorageMetadata(TensorProperties(dtype=dtype), torch.Size([row["size"]]), chunks)
+            chunks.append(
+                ChunkStorageMetadata(offsets=torch.Size([start]), sizes=torch.Size([numel]))
+            )
+            stored[MetadataIndex(key, torch.Size([start]))] = Place(
+                file, offset, numel * dtype.itemsize, crc32
+            )
+        described[key] = TensorStorageMetadata(
+            TensorProperties(dtype=dtype), torch.Size([row["size"]]), chunks
+        )
     metadata = Metadata(described, planner_data=content["numbers"], storage_data=stored)
-    headers = {file: Place(file, 0, nbytes, crc32) for file, (nbytes, crc32) in content["headers"].items()}
+    headers = {
+        file: Place(file, 0, nbytes, crc32) for file, (nbytes, crc32) in content["headers"].items()
+    }
     return Index(metadata=metadata, headers=headers)
 
 
@@ -129,25 +141,35 @@ class ShardWriter(StorageWriter):
         at = "the header"
         try:
             with path.open("wb", buffering=0) as file:
-                results.append(_append(file, MetadataIndex(path.name), memoryview(tensorfile.header(order, {}))))
+                results.append(
+                    _append(
+                        file, MetadataIndex(path.name), memoryview(tensorfile.header(order, {}))
+                    )
+                )
                 for entry in order:
                     at, item = items[entry.name].index.fqn, items[entry.name]
                     data = planner.resolve_data(item)
                     assert isinstance(data, Tensor)
-                    results.append(_append(file, item.index, as_bytes(data.detach().cpu().contiguous())))
+                    results.append(
+                        _append(file, item.index, as_bytes(data.detach().cpu().contiguous()))
+                    )
                 os.fsync(file.fileno())
         except OSError as error:
             raise CheckpointError(
-                f"Cannot write checkpoint file {str(path)!r}, at {at}: {error.strerror}. Make room, or save elsewhere; "
-                "the checkpoints that are complete stay."
+                f"Cannot write checkpoint file {str(path)!r}, at {at}: {error.strerror}. Make room,"
+                " or save elsewhere; the checkpoints that are complete stay."
             ) from None
         return results
 
     def finish(self, metadata: Metadata, results: list[list[WriteResult]]) -> None:
         """Called on the coordinator when all ranks have written."""
-        places: dict[MetadataIndex, Place] = {r.index: r.storage_data for rank in results for r in rank}
+        places: dict[MetadataIndex, Place] = {
+            r.index: r.storage_data for rank in results for r in rank
+        }
         headers = {index.fqn: place for index, place in places.items() if index.offset is None}
-        metadata.storage_data = {index: place for index, place in places.items() if index.offset is not None}
+        metadata.storage_data = {
+            index: place for index, place in places.items() if index.offset is not None
+        }
         self._finish(Index(metadata=metadata, headers=headers))
 
     @classmethod
@@ -170,7 +192,9 @@ class ShardReader(StorageReader):
         """From the index, which is read already."""
         return self._index.metadata
 
-    def set_up_storage_reader(self, metadata: Metadata, is_coordinator: bool, *args: Any, **kwargs: Any) -> None:
+    def set_up_storage_reader(
+        self, metadata: Metadata, is_coordinator: bool, *args: Any, **kwargs: Any
+    ) -> None:
         """Nothing to set up."""
 
     def prepare_local_plan(self, plan: LoadPlan) -> LoadPlan:
@@ -194,7 +218,9 @@ class ShardReader(StorageReader):
                 row = described[item.storage_index.fqn]
                 assert isinstance(row, TensorStorageMetadata)
                 path = self._folder / place.file
-                file = files.get(place.file) or files.setdefault(place.file, path.open("rb", buffering=0))
+                file = files.get(place.file) or files.setdefault(
+                    place.file, path.open("rb", buffering=0)
+                )
                 file.seek(place.offset + item.storage_offsets[0] * row.properties.dtype.itemsize)
                 _read_into(file, planner.resolve_tensor(item).detach(), row.properties.dtype, path)
         finally:
@@ -211,7 +237,9 @@ class ShardReader(StorageReader):
 
 
 def broken(folder: Path, index: Index, rank: int, ranks: int) -> list[str]:
-    """Read this rank's share of all bytes and say which files are missing, short or changed, and of which tensor."""
+    """Read this rank's share of all bytes and say which files are missing, short or changed, and of
+    which tensor.
+    """
     places = sorted(index.places(), key=lambda p: (p[1].file, p[1].offset))
     total = sum(place.nbytes for _, place in places)
     shares: dict[str, list[tuple[str, Place]]] = {}
@@ -220,7 +248,9 @@ def broken(folder: Path, index: Index, rank: int, ranks: int) -> list[str]:
         if before * ranks // max(total, 1) == rank:
             shares.setdefault(place.file, []).append((key, place))
         before += place.nbytes
-    return [problem for file, share in shares.items() for problem in _broken_in(folder / file, share)]
+    return [
+        problem for file, share in shares.items() for problem in _broken_in(folder / file, share)
+    ]
 
 
 def _broken_in(path: Path, places: Sequence[tuple[str, Place]]) -> list[str]:

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from dist_layerlr.errors import ConfigError
-from dist_layerlr.names import parse
+from dist_layerlr.plan.names import parse
 
 PEFT_ROOT = "base_model.model"
 KOHYA_ROOT = "lora_unet"
@@ -43,19 +43,24 @@ def peft_name(name: str) -> str:
 
 
 def kohya_name(name: str) -> str:
-    """Name in a kohya file: ``blocks.0.to_q.lora_A.default.weight`` -> ``lora_unet_blocks_0_to_q.lora_down.weight``.
+    """Name in a kohya file: ``blocks.0.to_q.lora_A.default.weight`` ->
+    ``lora_unet_blocks_0_to_q.lora_down.weight``.
 
     Raises:
         ConfigError: a tensor for which that convention has no name.
     """
     path = parse(name)
     if path.leaf not in _KOHYA_LEAVES or not name.endswith(".weight"):
-        raise ConfigError(f"Cannot export {name} under a kohya name: only plain LoRA has them. Use the peft format.")
+        raise ConfigError(
+            f"Cannot export {name} under a kohya name: only plain LoRA has them. Use the peft"
+            " format."
+        )
     return f"{_flat(path.owner)}.{_KOHYA_LEAVES[path.leaf]}.weight"
 
 
 def kohya_alpha(name: str, rank: int, config: Mapping[str, Any]) -> tuple[str, float]:
-    """(name, value) of the ``alpha`` beside a ``lora_A``, with which kohya's ``alpha / rank`` is PEFT's scaling.
+    """(name, value) of the ``alpha`` beside a ``lora_A``, with which kohya's ``alpha / rank`` is
+    PEFT's scaling.
 
     Args:
         name: canonical name of the ``lora_A``.
@@ -66,8 +71,12 @@ def kohya_alpha(name: str, rank: int, config: Mapping[str, Any]) -> tuple[str, f
     path = ".".join(owner)
     patterns: Mapping[str, float] = config.get("alpha_pattern") or {}
     # As PEFT's get_pattern_key.
-    found = next((patterns[p] for p in patterns if re.match(rf"(.*\.)?({p})$", path)), config["lora_alpha"])
-    return f"{_flat(owner)}.alpha", float(found) * (math.sqrt(rank) if config.get("use_rslora") else 1.0)
+    found = next(
+        (patterns[p] for p in patterns if re.match(rf"(.*\.)?({p})$", path)), config["lora_alpha"]
+    )
+    return f"{_flat(owner)}.alpha", float(found) * (
+        math.sqrt(rank) if config.get("use_rslora") else 1.0
+    )
 
 
 def _flat(owner: tuple[str, ...]) -> str:

@@ -1,6 +1,8 @@
-"""Trained weights as files that other programs load: safetensors under original names, a PEFT adapter, a kohya LoRA.
+"""Trained weights as files that other programs load: safetensors under original names, a PEFT
+adapter, a kohya LoRA.
 
-From a live model, however sharded, or from a checkpoint on disk. One whole tensor is in memory at a time.
+From a live model, however sharded, or from a checkpoint on disk. One whole tensor is in memory at a
+time.
 """
 
 from __future__ import annotations
@@ -14,20 +16,25 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from dist_layerlr import lora
-from dist_layerlr.agreement import alike
 from dist_layerlr.checkpoint import folders
-from dist_layerlr.checkpoint.weights import SavedWeights
 from dist_layerlr.errors import ConfigError
-from dist_layerlr.gather import LiveWeights
-from dist_layerlr.loading import checkpoint_name
-from dist_layerlr.model import unwrap
-from dist_layerlr.plan import Shape
-from dist_layerlr.publish import FILE_BYTES, publish, split
-from dist_layerlr.tensorfile import Entry
+from dist_layerlr.export import adapter_names
+from dist_layerlr.export.folder import FILE_BYTES, publish, split
+from dist_layerlr.export.saved import SavedWeights
+from dist_layerlr.plan.entries import Shape
+from dist_layerlr.ranks import alike
+from dist_layerlr.sharders.model import unwrap
+from dist_layerlr.weights.gather import LiveWeights
+from dist_layerlr.weights.load import checkpoint_name
+from dist_layerlr.weights.tensorfile import Entry
 
 DIFFUSERS, TRANSFORMERS, PEFT, KOHYA = "diffusers", "transformers", "peft", "kohya"
-STEMS = {DIFFUSERS: "diffusion_pytorch_model", TRANSFORMERS: "model", PEFT: "adapter_model", KOHYA: "lora"}
+STEMS = {
+    DIFFUSERS: "diffusion_pytorch_model",
+    TRANSFORMERS: "model",
+    PEFT: "adapter_model",
+    KOHYA: "lora",
+}
 FORMATS = tuple(STEMS)
 ADAPTER_CONFIG = "adapter_config.json"
 SAVED_CONFIG = "adapter_config"
@@ -77,44 +84,62 @@ class Export:
 
 
 def export_weights(
-    model: nn.Module, folder: str | Path, *, format: str, dtype: torch.dtype | None = None, adapter: str = "default",
-    metadata: Mapping[str, str] | None = None, base: str | Path | None = None, file_bytes: int = FILE_BYTES,
-) -> list[Path]:  # fmt: skip
+    model: nn.Module,
+    folder: str | Path,
+    *,
+    format: str,
+    dtype: torch.dtype | None = None,
+    adapter: str = "default",
+    metadata: Mapping[str, str] | None = None,
+    base: str | Path | None = None,
+    file_bytes: int = FILE_BYTES,
+) -> list[Path]:
     """Write the trained weights of a live model, however sharded. Collective; rank 0 writes.
 
     Args:
         model: as it is trained, a DeepSpeed engine included.
         folder: what is there of an earlier export in this format is replaced when all is written.
-        format: ``diffusers`` or ``transformers`` (all weights and persistent buffers, frozen ones included, ties once),
-            ``peft`` or ``kohya`` (a LoRA adapter).
+        format: ``diffusers`` or ``transformers`` (all weights and persistent buffers, frozen ones
+            included, ties once), ``peft`` or ``kohya`` (a LoRA adapter).
         dtype: of floating-point tensors; None: as they are trained, which is fp32 under ZeRO.
         adapter: PEFT's name of the adapter.
         metadata: for the file's header, such as ``{"plan_digest": ..., "step": ...}``.
-        base: folder of the model that was trained; its ``config.json`` is copied, and named in the adapter's config.
+        base: folder of the model that was trained; its ``config.json`` is copied, and named in the
+            adapter's config.
         file_bytes: the size above which weights are split into several files.
 
     Returns:
         The weight files.
 
     Raises:
-        ConfigError: on all ranks alike; nothing fits the format, or it has no name for something trained.
+        ConfigError: on all ranks alike; nothing fits the format, or it has no name for something
+            trained.
     """
     source = LiveWeights(model)
     config = adapter_config(model, adapter)
-    chosen = alike(lambda: choose(source.table, format, dtype, adapter, config, metadata or {}, base))
+    chosen = alike(
+        lambda: choose(source.table, format, dtype, adapter, config, metadata or {}, base)
+    )
     return alike(lambda: _write_all(chosen, source, Path(folder), file_bytes))
 
 
 def export_checkpoint(
-    checkpoint: str | Path, folder: str | Path, *, format: str, dtype: torch.dtype | None = None,
-    adapter: str = "default", config: Mapping[str, Any] | None = None, base: str | Path | None = None,
+    checkpoint: str | Path,
+    folder: str | Path,
+    *,
+    format: str,
+    dtype: torch.dtype | None = None,
+    adapter: str = "default",
+    config: Mapping[str, Any] | None = None,
+    base: str | Path | None = None,
     file_bytes: int = FILE_BYTES,
-) -> list[Path]:  # fmt: skip
+) -> list[Path]:
     """Write the weights of a checkpoint of ``save_checkpoint``, in one process and without a model.
 
     Args:
         checkpoint: a checkpoint, or a folder of checkpoints: then the newest complete one.
-        config: content of ``adapter_config.json``; None: what was saved as ``extra={"adapter_config": ...}``.
+        config: content of ``adapter_config.json``; None: what was saved as
+            ``extra={"adapter_config": ...}``.
         folder: as for ``export_weights``, like all others.
         format: see there.
         dtype: see there.
@@ -123,7 +148,8 @@ def export_checkpoint(
         file_bytes: see there.
 
     Raises:
-        CheckpointError: none there, damaged, or one that leaves out the frozen base that the format needs.
+        CheckpointError: none there, damaged, or one that leaves out the frozen base that the format
+            needs.
         ConfigError: as ``export_weights``.
     """
     source = SavedWeights(folders.latest(checkpoint))
@@ -139,13 +165,20 @@ def adapter_config(model: nn.Module, adapter: str) -> dict[str, Any] | None:
     configs: Mapping[str, Any] = getattr(unwrap(model), "peft_config", {})
     if adapter not in configs:
         return None
-    return {key: sorted(v) if isinstance(v, set) else v for key, v in configs[adapter].to_dict().items()}
+    return {
+        key: sorted(v) if isinstance(v, set) else v for key, v in configs[adapter].to_dict().items()
+    }
 
 
 def choose(
-    table: Mapping[str, Held], format: str, dtype: torch.dtype | None, adapter: str, config: Mapping[str, Any] | None,
-    metadata: Mapping[str, str], base: str | Path | None,
-) -> Export:  # fmt: skip
+    table: Mapping[str, Held],
+    format: str,
+    dtype: torch.dtype | None,
+    adapter: str,
+    config: Mapping[str, Any] | None,
+    metadata: Mapping[str, str],
+    base: str | Path | None,
+) -> Export:
     """Decide what becomes of which tensor.
 
     Raises:
@@ -154,69 +187,114 @@ def choose(
     if format not in FORMATS:
         raise ConfigError(f"Invalid format={format!r}: must be one of {', '.join(FORMATS)}.")
     if dtype is not None and not dtype.is_floating_point:
-        raise ConfigError(f"Invalid dtype={dtype}: must be a floating-point dtype, such as torch.bfloat16.")
-    adapters = sorted({found for name in table if (found := lora.adapter_of(name)) is not None})
+        raise ConfigError(
+            f"Invalid dtype={dtype}: must be a floating-point dtype, such as torch.bfloat16."
+        )
+    adapters = sorted(
+        {found for name in table if (found := adapter_names.adapter_of(name)) is not None}
+    )
     common = {"format": "pt", **metadata}
     if format in (DIFFUSERS, TRANSFORMERS):
         if adapters:
-            raise ConfigError(f"Cannot export adapter {adapters[0]!r} as {format} weights: use format peft or kohya.")
+            raise ConfigError(
+                f"Cannot export adapter {adapters[0]!r} as {format} weights: use format peft or"
+                " kohya."
+            )
         names = {checkpoint_name(name): name for name in table}
         return Export(
-            entries=_entries(names, table, dtype), names=names, metadata=common, stem=STEMS[format],
+            entries=_entries(names, table, dtype),
+            names=names,
+            metadata=common,
+            stem=STEMS[format],
             texts=_config_of(base),
-        )  # fmt: skip
+        )
     if adapter not in adapters:
-        raise ConfigError(f"No adapter {adapter!r} to export as {format}: the model has {adapters or 'none'}.")
+        raise ConfigError(
+            f"No adapter {adapter!r} to export as {format}: the model has {adapters or 'none'}."
+        )
     if config is None:
-        raise ConfigError(f"Cannot export adapter {adapter!r}: its LoraConfig is not known. Give adapter_config.json.")
+        raise ConfigError(
+            f"Cannot export adapter {adapter!r}: its LoraConfig is not known. Give"
+            " adapter_config.json."
+        )
     if "peft_type" not in config:
-        raise ConfigError(f"Invalid adapter config with keys {sorted(config)[:5]}: no peft_type. Give PEFT's own file.")
-    outside = [name for name, held in table.items() if held.trainable and lora.adapter_of(name) != adapter]
+        raise ConfigError(
+            f"Invalid adapter config with keys {sorted(config)[:5]}: no peft_type. Give PEFT's own"
+            " file."
+        )
+    outside = [
+        name
+        for name, held in table.items()
+        if held.trainable and adapter_names.adapter_of(name) != adapter
+    ]
     if outside:
         raise ConfigError(
-            f"Cannot export {outside[0]} with adapter {adapter!r}: it is trained, but no part of it. "
-            "Add its module to modules_to_save, or freeze it."
+            f"Cannot export {outside[0]} with adapter {adapter!r}: it is trained, but no part of"
+            " it. Add its module to modules_to_save, or freeze it."
         )
-    mine = [name for name in table if lora.adapter_of(name) == adapter]
+    mine = [name for name in table if adapter_names.adapter_of(name) == adapter]
     if base is not None:
         config = {**config, "base_model_name_or_path": str(base)}
     return (_peft if format == PEFT else _kohya)(mine, table, dtype, config, common)
 
 
 def _peft(
-    mine: Sequence[str], table: Mapping[str, Held], dtype: torch.dtype | None, config: Mapping[str, Any],
+    mine: Sequence[str],
+    table: Mapping[str, Held],
+    dtype: torch.dtype | None,
+    config: Mapping[str, Any],
     metadata: Mapping[str, str],
-) -> Export:  # fmt: skip
-    names = {lora.peft_name(name): name for name in mine}
+) -> Export:
+    names = {adapter_names.peft_name(name): name for name in mine}
     # diffusers takes rank and alpha from the header, under the prefix that it is told to strip.
-    packed = {f"{lora.PEFT_ROOT}.{key}": value for key, value in config.items()}
+    packed = {f"{adapter_names.PEFT_ROOT}.{key}": value for key, value in config.items()}
     return Export(
-        entries=_entries(names, table, dtype), names=names, stem=STEMS[PEFT],
+        entries=_entries(names, table, dtype),
+        names=names,
+        stem=STEMS[PEFT],
         metadata={**metadata, "lora_adapter_metadata": json.dumps(packed)},
         texts={ADAPTER_CONFIG: json.dumps(config, indent=2) + "\n"},
-    )  # fmt: skip
+    )
 
 
 def _kohya(
-    mine: Sequence[str], table: Mapping[str, Held], dtype: torch.dtype | None, config: Mapping[str, Any],
+    mine: Sequence[str],
+    table: Mapping[str, Held],
+    dtype: torch.dtype | None,
+    config: Mapping[str, Any],
     metadata: Mapping[str, str],
-) -> Export:  # fmt: skip
-    names = {lora.kohya_name(name): name for name in mine}
+) -> Export:
+    names = {adapter_names.kohya_name(name): name for name in mine}
     weights = _entries(names, table, dtype)
     downs = [entry for entry in weights if entry.name.endswith(".lora_down.weight")]
-    alphas = dict(lora.kohya_alpha(names[entry.name], entry.shape[0], config) for entry in downs)
+    alphas = dict(
+        adapter_names.kohya_alpha(names[entry.name], entry.shape[0], config) for entry in downs
+    )
     scalars = tuple(Entry(name=name, shape=(), dtype=dtype or torch.float32) for name in alphas)
-    return Export(entries=weights + scalars, names=names, constants=alphas, stem=STEMS[KOHYA], metadata=metadata)
+    return Export(
+        entries=weights + scalars,
+        names=names,
+        constants=alphas,
+        stem=STEMS[KOHYA],
+        metadata=metadata,
+    )
 
 
-def _entries(names: Mapping[str, str], table: Mapping[str, Held], dtype: torch.dtype | None) -> tuple[Entry, ...]:
+def _entries(
+    names: Mapping[str, str], table: Mapping[str, Held], dtype: torch.dtype | None
+) -> tuple[Entry, ...]:
     return tuple(
         Entry(
-            name=written, shape=tuple(table[name].shape),
-            dtype=dtype if dtype is not None and table[name].dtype.is_floating_point else table[name].dtype,
+            name=written,
+            shape=tuple(table[name].shape),
+            dtype=(
+                dtype
+                if dtype is not None and table[name].dtype.is_floating_point
+                else table[name].dtype
+            ),
         )
         for written, name in names.items()
-    )  # fmt: skip
+    )
 
 
 def _config_of(base: str | Path | None) -> dict[str, str]:
@@ -234,7 +312,9 @@ def _config_of(base: str | Path | None) -> dict[str, str]:
 def _write_all(chosen: Export, source: Source, folder: Path, file_bytes: int) -> list[Path]:
     """Write on the rank that does; the others take part in the gathering."""
     files = split(chosen.entries, chosen.stem, file_bytes)
-    order = iter([entry for entries in files.values() for entry in entries if entry.name in chosen.names])
+    order = iter(
+        [entry for entries in files.values() for entry in entries if entry.name in chosen.names]
+    )
 
     def fetch(entry: Entry) -> Tensor:
         if entry.name in chosen.constants:

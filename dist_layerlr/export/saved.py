@@ -11,12 +11,12 @@ import torch
 from torch import Tensor
 from torch.distributed.checkpoint.state_dict_loader import load
 
+from dist_layerlr.checkpoint.dcp import LoadPlanner, Run, accept_one_process, sizes
+from dist_layerlr.checkpoint.live import WEIGHT
 from dist_layerlr.checkpoint.manifest import read_manifest, read_sealed
-from dist_layerlr.checkpoint.runs import LoadPlanner, Run, accept_one_process, sizes
-from dist_layerlr.checkpoint.shards import INDEX, Index, ShardReader, broken, read_index
-from dist_layerlr.checkpoint.state import WEIGHT
+from dist_layerlr.checkpoint.storage import INDEX, Index, ShardReader, broken, read_index
 from dist_layerlr.errors import CheckpointError
-from dist_layerlr.plan import Shape
+from dist_layerlr.plan.entries import Shape
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -37,16 +37,21 @@ class SavedWeights:
         self._path = path
         self.manifest = read_manifest(path)
         index = read_index(read_sealed(path, INDEX, self.manifest))
-        stored = {at: place for at, place in index.metadata.storage_data.items() if at.fqn.startswith(f"{WEIGHT}.")}
+        stored = {
+            at: place
+            for at, place in index.metadata.storage_data.items()
+            if at.fqn.startswith(f"{WEIGHT}.")
+        }
         self._index = Index(metadata=replace(index.metadata, storage_data=stored))
         found = sizes(index.metadata)
         self.table: dict[str, Saved] = {
             name: Saved(
-                shape=row.shape, trainable=row.trainable,
+                shape=row.shape,
+                trainable=row.trainable,
                 dtype=found[f"{WEIGHT}.{name}"][1] if row.saved else getattr(torch, row.dtype),
             )
             for name, row in self.manifest.parameters.items()
-        }  # fmt: skip
+        }
 
     def check(self, names: Iterable[str]) -> None:
         """Read the bytes of all weights once.
@@ -71,5 +76,10 @@ class SavedWeights:
         flat = torch.empty(size, dtype=held.dtype)
         run = Run(key=f"{WEIGHT}.{name}", start=0, size=size, tensor=flat)
         accept_one_process()
-        load({}, storage_reader=ShardReader(self._path, self._index), planner=LoadPlanner([run]), no_dist=True)
+        load(
+            {},
+            storage_reader=ShardReader(self._path, self._index),
+            planner=LoadPlanner([run]),
+            no_dist=True,
+        )
         return flat.view(held.shape)

@@ -1,4 +1,5 @@
-"""Stream a model larger than the device from host memory: ``stream(model, StreamPolicy(...)) -> Handle``.
+"""Stream a model larger than the device from host memory: ``stream(model, StreamPolicy(...)) ->
+Handle``.
 
 Importing this package does not import torch: a prediction needs names and shapes only.
 """
@@ -6,26 +7,39 @@ Importing this package does not import torch: a prediction needs names and shape
 from __future__ import annotations
 
 import importlib
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-_HOME = {
-    "Handle": "handle",
-    "stream": "handle",
+if TYPE_CHECKING:
+    from dist_layerlr.offload.codec import round_trip as round_trip
+    from dist_layerlr.offload.policy import StreamPolicy as StreamPolicy
+    from dist_layerlr.offload.predict import Machine as Machine
+    from dist_layerlr.offload.predict import Prediction as Prediction
+    from dist_layerlr.offload.predict import Workload as Workload
+    from dist_layerlr.offload.stats import Stats as Stats
+    from dist_layerlr.offload.stats import Traffic as Traffic
+    from dist_layerlr.offload.stats import UnitInfo as UnitInfo
+    from dist_layerlr.offload.streaming import Handle as Handle
+    from dist_layerlr.offload.streaming import stream as stream
+
+_MODULE_OF = {
     "round_trip": "codec",
-    "Stats": "figures",
-    "Traffic": "figures",
-    "UnitInfo": "figures",
     "StreamPolicy": "policy",
     "Machine": "predict",
     "Prediction": "predict",
     "Workload": "predict",
+    "Stats": "stats",
+    "Traffic": "stats",
+    "UnitInfo": "stats",
+    "Handle": "streaming",
+    "stream": "streaming",
 }
 
-__all__ = sorted(_HOME)
+__all__ = sorted(_MODULE_OF)
 
+if not TYPE_CHECKING:
 
-def __getattr__(name: str) -> Any:
-    """Resolve public names on first use, so that the torch parts load only when they are asked for."""
-    if name not in _HOME:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(importlib.import_module(f"{__name__}.{_HOME[name]}"), name)
+    def __getattr__(name: str) -> Any:
+        """Resolve public names on first use, so that torch loads only when it is asked for."""
+        if name not in _MODULE_OF:
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        return getattr(importlib.import_module(f"{__name__}.{_MODULE_OF[name]}"), name)

@@ -1,8 +1,9 @@
 """Frozen weights in 8 bits on the host, expanded on the device.
 
-The contract: ``decode(encode(w))`` is computed in float32 by exactly rounded operations (one division, one rounding to
-the 8-bit format; one multiplication, one rounding to the weight's dtype), so host and device agree bit for bit, and
-training with ``host_dtype`` equals training a resident model whose frozen weights went through ``round_trip`` once.
+The contract: ``decode(encode(w))`` is computed in float32 by exactly rounded operations (one
+division, one rounding to the 8-bit format; one multiplication, one rounding to the weight's dtype),
+so host and device agree bit for bit, and training with ``host_dtype`` equals training a resident
+model whose frozen weights went through ``round_trip`` once.
 """
 
 from __future__ import annotations

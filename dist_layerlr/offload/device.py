@@ -1,20 +1,24 @@
-"""The device: memory, copies, and what waits for what. One implementation for CUDA, one where copies are immediate.
+"""The device: memory, copies, and what waits for what.
+
+One implementation for CUDA, one where copies are immediate.
 
 [Note: stream order]
-Three queues: the compute stream (whatever stream the model runs on), the copy stream (host to device, in order), the
-gradient stream (device to host). The host never waits for the device except where a staging buffer is used again.
+Three queues: the compute stream (whatever stream the model runs on), the copy stream (host to
+device, in order), the gradient stream (device to host). The host never waits for the device except
+where a staging buffer is used again.
 
-1. *ready*: recorded on the copy stream behind a unit's copy (and expansion). The compute stream waits for it before the
-   unit's first kernel.
-2. *free*: recorded on the compute stream when the NEXT unit is needed, that is behind the last kernel that used the slot,
-   in forward and in backward. (Recorded after the forward alone it comes too early: backward still reads the slot.)
-   The copy stream waits for it before it overwrites the slot. A slot that somebody still refers to at that moment gets no
-   such event; it is recorded when the slot is taken.
+1. *ready*: recorded on the copy stream behind a unit's copy (and expansion). The compute stream
+   waits for it before the unit's first kernel.
+2. *free*: recorded on the compute stream when the NEXT unit is needed, that is behind the last
+   kernel that used the slot, in forward and in backward. (Recorded after the forward alone it comes
+   too early: backward still reads the slot.) The copy stream waits for it before it overwrites the
+   slot. A slot that somebody still refers to at that moment gets no such event; it is recorded when
+   the slot is taken.
 3. Copies into one slot need no event between them: the copy stream keeps their order.
-4. Gradients: the gradient stream waits for the compute stream before each copy; the gradient is kept alive until the host
-   has seen its event, so that the allocator cannot hand out its memory.
-5. The ring is allocated once, on the compute stream, and never freed while streaming: nothing to record with the
-   allocator, and a bound on how far the host can run ahead.
+4. Gradients: the gradient stream waits for the compute stream before each copy; the gradient is
+   kept alive until the host has seen its event, so that the allocator cannot hand out its memory.
+5. The ring is allocated once, on the compute stream, and never freed while streaming: nothing to
+   record with the allocator, and a bound on how far the host can run ahead.
 """
 
 from __future__ import annotations
@@ -42,8 +46,13 @@ class Backend(Protocol):
         """Device memory, bytes, that compute may use at once."""
         ...
 
-    def upload(self, target: Tensor, source: Tensor, after: Event, then: Callable[[], None] | None) -> Event:
-        """Copy host bytes to the device behind ``after``, then run ``then`` in the same queue. Returns *ready*."""
+    def upload(
+        self, target: Tensor, source: Tensor, after: Event, then: Callable[[], None] | None
+    ) -> Event:
+        """Copy host bytes to the device behind ``after``, then run ``then`` in the same queue.
+
+        Returns *ready*.
+        """
         ...
 
     def wait(self, ready: Event) -> bool:
@@ -89,7 +98,9 @@ class Immediate:
         """Device memory."""
         return torch.empty(nbytes, dtype=torch.uint8, device=self.device)
 
-    def upload(self, target: Tensor, source: Tensor, after: Event, then: Callable[[], None] | None) -> Event:
+    def upload(
+        self, target: Tensor, source: Tensor, after: Event, then: Callable[[], None] | None
+    ) -> Event:
         """Copy now."""
         target.copy_(source)
         if then is not None:
@@ -138,7 +149,9 @@ class Cuda:
         """Device memory of the compute stream: point 5 of [Note: stream order]."""
         return torch.empty(nbytes, dtype=torch.uint8, device=self.device)
 
-    def upload(self, target: Tensor, source: Tensor, after: Event, then: Callable[[], None] | None) -> Event:
+    def upload(
+        self, target: Tensor, source: Tensor, after: Event, then: Callable[[], None] | None
+    ) -> Event:
         """Points 1 to 3 of [Note: stream order]."""
         with torch.cuda.stream(self._copies):
             self._copies.wait_event(after)
@@ -179,11 +192,15 @@ class Cuda:
         status = runtime.cudaHostRegister(tensor.data_ptr(), tensor.nbytes, 0)
         if int(status) != 0:
             raise OffloadError(
-                f"Cannot page-lock {tensor.nbytes / 2**20:.0f} MiB of host memory ({status}). "
-                "Set pinned_pool_mb lower (masters then stay pageable), or raise the limit (ulimit -l)."
+                f"Cannot page-lock {tensor.nbytes / 2**20:.0f} MiB of host memory ({status}). Set"
+                " pinned_pool_mb lower (masters then stay pageable), or raise the limit (ulimit"
+                " -l)."
             )
-        # Also where the model is dropped without remove(): a page must not stay locked when its memory is reused.
-        self._pins[tensor.data_ptr()] = weakref.finalize(tensor, runtime.cudaHostUnregister, tensor.data_ptr())
+        # Also where the model is dropped without remove(): a page must not stay locked when its
+        # memory is reused.
+        self._pins[tensor.data_ptr()] = weakref.finalize(
+            tensor, runtime.cudaHostUnregister, tensor.data_ptr()
+        )
 
     def unpin(self, tensor: Tensor) -> None:
         """Give the range back."""
@@ -201,7 +218,9 @@ class Cuda:
 
 
 def host_buffer(nbytes: int) -> Tensor:
-    """Host bytes on pages that nothing else lies on, so that they can be locked and unlocked alone."""
+    """Host bytes on pages that nothing else lies on, so that they can be locked and unlocked
+    alone.
+    """
     memory = torch.empty(nbytes + 2 * PAGE, dtype=torch.uint8)
     start = -memory.data_ptr() % PAGE
     return memory[start : start + nbytes]

@@ -1,10 +1,11 @@
 """When a unit is fetched, when its parameters point at it, and when it leaves.
 
-A unit is *needed* by its forward (recomputation is one too), by the forward of a module inside it that owns streamed
-weights (a block may checkpoint a part of itself), and by backward when autograd asks for a weight that was saved. It
-stays until another unit is needed: hooks behind its forward or backward fire too early to let it go (recomputation stops
-before the forward's end, and backward hooks before the last use). Parameters point at the device only while their unit is
-the current one inside a forward or backward pass; between passes all of them are plain host tensors.
+A unit is *needed* by its forward (recomputation is one too), by the forward of a module inside it
+that owns streamed weights (a block may checkpoint a part of itself), and by backward when autograd
+asks for a weight that was saved. It stays until another unit is needed: hooks behind its forward or
+backward fire too early to let it go (recomputation stops before the forward's end, and backward
+hooks before the last use). Parameters point at the device only while their unit is the current one
+inside a forward or backward pass; between passes all of them are plain host tensors.
 """
 
 from __future__ import annotations
@@ -20,9 +21,8 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from dist_layerlr.errors import OffloadError
-from dist_layerlr.offload.backend import Backend
-from dist_layerlr.offload.grads import GradSink
-from dist_layerlr.offload.guards import check_autocast
+from dist_layerlr.offload.device import Backend
+from dist_layerlr.offload.gradients import GradSink
 from dist_layerlr.offload.internals import (
     at_end_of_backward,
     graph_task,
@@ -31,9 +31,10 @@ from dist_layerlr.offload.internals import (
     storage_key,
     storage_uses,
 )
+from dist_layerlr.offload.masters import Piece, Unit
 from dist_layerlr.offload.ring import Ring, RingFull, State
-from dist_layerlr.offload.store import Piece, Unit
 from dist_layerlr.offload.transfer import Fetcher, Slot
+from dist_layerlr.offload.validate import check_autocast
 
 
 class _Saved(NamedTuple):
@@ -68,7 +69,14 @@ class _EndOfBackward:
 class Engine:
     """The triggers of one streamed model."""
 
-    def __init__(self, units: Sequence[Unit], ring: Ring, slots: Sequence[Slot], fetcher: Fetcher, backend: Backend):
+    def __init__(
+        self,
+        units: Sequence[Unit],
+        ring: Ring,
+        slots: Sequence[Slot],
+        fetcher: Fetcher,
+        backend: Backend,
+    ):
         self.units, self.ring, self.fetcher = units, ring, fetcher
         self.stalls = 0
         self._slots, self._backend = slots, backend
@@ -93,7 +101,9 @@ class Engine:
         self._ending: weakref.ref[_EndOfBackward] | None = None
         self._lock = threading.RLock()
         self.sink = GradSink(
-            backend, (p.weight.param for u in units for p in u.pieces if p.trainable), self._enter_backward
+            backend,
+            (p.weight.param for u in units for p in u.pieces if p.trainable),
+            self._enter_backward,
         )
 
     def hook(
@@ -103,12 +113,18 @@ class Engine:
         yield model.register_forward_pre_hook(partial(self._begin, before), prepend=True)
         yield model.register_forward_hook(partial(self._end, after), always_call=True)
         for index, unit in enumerate(self.units):
-            yield unit.module.register_forward_pre_hook(partial(self._enter_unit, index), prepend=True)
-            yield unit.module.register_forward_hook(partial(self._leave_unit, index), always_call=True)
+            yield unit.module.register_forward_pre_hook(
+                partial(self._enter_unit, index), prepend=True
+            )
+            yield unit.module.register_forward_hook(
+                partial(self._leave_unit, index), always_call=True
+            )
             owners = {id(p.weight.owner): p.weight.owner for p in unit.pieces}
             for owner in owners.values():
                 if owner is not unit.module:
-                    yield owner.register_forward_pre_hook(partial(self._enter_part, index), prepend=True)
+                    yield owner.register_forward_pre_hook(
+                        partial(self._enter_part, index), prepend=True
+                    )
                     yield owner.register_forward_hook(self._leave_part, always_call=True)
 
     def need(self, index: int) -> None:
@@ -125,8 +141,9 @@ class Engine:
                 return
             if in_grad_transform():
                 raise OffloadError(
-                    f"Unit {self.units[index].name} cannot be fetched inside torch.func.grad, vjp or jvp, which allow no "
-                    "copies into memory of others. Use torch.autograd.grad, or torch.autograd.forward_ad."
+                    f"Unit {self.units[index].name} cannot be fetched inside torch.func.grad, vjp"
+                    " or jvp, which allow no copies into memory of others. Use"
+                    " torch.autograd.grad, or torch.autograd.forward_ad."
                 )
             self.rest()
             self._check(index, self.units[index].pieces)
@@ -134,12 +151,16 @@ class Engine:
             # Recomputation of a region of several units goes forward inside backward.
             upward = self.ring.follows(self._last, index)
             try:
-                loads = self.ring.need(index, backward=backward and not upward, busy=self._referred())
+                loads = self.ring.need(
+                    index, backward=backward and not upward, busy=self._referred()
+                )
             except RingFull:
                 self._raise_full(index)
             for load in loads:
                 self._stamps[load.unit] = self.units[load.unit].stamp()
-                self._ready[load.unit] = self.fetcher.fetch(self.units[load.unit], self._slots[load.slot])
+                self._ready[load.unit] = self.fetcher.fetch(
+                    self.units[load.unit], self._slots[load.slot]
+                )
             if self.ring.state(index) is State.LOADING:
                 late = self.fetcher.wait(self._ready.pop(index))
                 self.stalls += late or any(load.unit == index for load in loads)
@@ -164,22 +185,28 @@ class Engine:
         for piece in self.units[index].pieces:
             piece.weight.param.data = piece.host
         slot = self._slots[self.ring.slot(index)]
-        # Point 2 of [Note: stream order]: whoever still refers to the slot may use it after this point.
+        # Point 2 of [Note: stream order]: whoever still refers to the slot may use it after this
+        # point.
         slot.free = None if index in self._referred() else self._backend.mark()
         if self.units[index].versions() != self._arrived:
             raise OffloadError(
-                f"Weights of {self.units[index].name} were written to during a forward or backward pass, which would be "
-                "lost. Write between passes; weights that train stay on the device with stream_trainable=False."
+                f"Weights of {self.units[index].name} were written to during a forward or backward"
+                " pass, which would be lost. Write between passes; weights that train stay on the"
+                " device with stream_trainable=False."
             )
 
     def forget_trainable(self) -> None:
-        """Give up copies whose masters the optimizer is about to change, maybe through ``.data``."""
+        """Give up copies whose masters the optimizer is about to change, maybe through
+        ``.data``.
+        """
         for unit in self.ring.holders():
             if self.units[unit].trained:
                 self.ring.drop(unit)
 
     def settle(self) -> None:
-        """End of a backward pass, successful or not: gradients to their parameters, everything on the host. Idempotent."""
+        """End of a backward pass, successful or not: gradients to their parameters, everything on
+        the host. Idempotent.
+        """
         with self._lock:
             self._ending = None
             try:
@@ -200,7 +227,8 @@ class Engine:
     def __reduce_ex__(self, protocol: Any) -> NoReturn:
         """Refuse copies: two models would share slots."""
         raise OffloadError(
-            "A streamed model cannot be copied or pickled. Save its state_dict(), or call handle.remove() first."
+            "A streamed model cannot be copied or pickled. Save its state_dict(), or call"
+            " handle.remove() first."
         )
 
     # Triggers
@@ -210,13 +238,15 @@ class Engine:
             thread = threading.get_ident()
             if self._inside and thread != self._thread:
                 raise OffloadError(
-                    "Two threads run the streamed model at once, which has one set of weights on the device. "
-                    "Give each call its turn (a lock)."
+                    "Two threads run the streamed model at once, which has one set of weights on"
+                    " the device. Give each call its turn (a lock)."
                 )
             self._thread = thread
             while self._saving:  # left by a KeyboardInterrupt
                 self._stop_saving()
-            for index, unit in enumerate(self.units):  # a cast of everything shows before other code trips over it
+            for index, unit in enumerate(
+                self.units
+            ):  # a cast of everything shows before other code trips over it
                 self._check(index, unit.pieces[:1])
             before()
             self._inside = True
@@ -256,12 +286,20 @@ class Engine:
 
     def _leave_part(self, module: nn.Module, args: Any, output: Any) -> None:
         """A part that is called alone leaves its weights on the host, too."""
-        if not torch.compiler.is_compiling() and graph_task() == -1 and not self._inside and not self._saving:
+        if (
+            not torch.compiler.is_compiling()
+            and graph_task() == -1
+            and not self._inside
+            and not self._saving
+        ):
             with self._lock:
                 self.rest()
 
     def _enter_backward(self) -> None:
-        """Be told when this pass ends. The first trigger under reentrant checkpointing lies in the outermost pass."""
+        """Be told when this pass ends.
+
+        The first trigger under reentrant checkpointing lies in the outermost pass.
+        """
         with self._lock:
             if self._ending is not None:
                 return
@@ -273,13 +311,17 @@ class Engine:
     # Saved tensors
 
     def _save_handles(self) -> torch.autograd.graph.saved_tensors_hooks:
-        """Save handles in place of slot memory during a unit's forward, and hand the rest to the hooks in force.
+        """Save handles in place of slot memory during a unit's forward, and hand the rest to the
+        hooks in force.
 
-        Those may be a checkpoint's: it must see the same tensors in forward and recomputation (it does: what lies in a
-        slot is kept from it both times) and must get to drop them, or it would keep everything.
+        Those may be a checkpoint's: it must see the same tensors in forward and recomputation (it
+        does: what lies in a slot is kept from it both times) and must get to drop them, or it would
+        keep everything.
         """
         pack, unpack = outer_saved_hooks() or (None, None)
-        hooks = torch.autograd.graph.saved_tensors_hooks(partial(self._pack, pack), partial(self._unpack, unpack))
+        hooks = torch.autograd.graph.saved_tensors_hooks(
+            partial(self._pack, pack), partial(self._unpack, unpack)
+        )
         hooks.__enter__()
         return hooks
 
@@ -295,7 +337,15 @@ class Engine:
         unit = self.ring.unit_in(slot)
         versions = self.units[unit].versions()
         bits = tensor.is_conj(), tensor.is_neg()
-        return _Saved(unit, tensor.dtype, tensor.shape, tensor.stride(), int(tensor.storage_offset()), *bits, versions)
+        return _Saved(
+            unit,
+            tensor.dtype,
+            tensor.shape,
+            tensor.stride(),
+            int(tensor.storage_offset()),
+            *bits,
+            versions,
+        )
 
     def _unpack(self, outer: Callable[[Any], Tensor] | None, saved: Any) -> Tensor:
         if isinstance(saved, _Foreign):
@@ -306,7 +356,8 @@ class Engine:
             return result
         if not self._slots:
             raise OffloadError(
-                "backward() needs streamed weights, but their handle was removed. Run it before remove()."
+                "backward() needs streamed weights, but their handle was removed. Run it before"
+                " remove()."
             )
         self.need(saved.unit)
         unit = self.units[saved.unit]
@@ -316,7 +367,9 @@ class Engine:
                 "Step the optimizer after the last backward of a forward."
             )
         slot = self._slots[self.ring.slot(saved.unit)]
-        memory = slot.typed[saved.dtype] if saved.dtype in slot.typed else slot.memory.view(saved.dtype)
+        memory = (
+            slot.typed[saved.dtype] if saved.dtype in slot.typed else slot.memory.view(saved.dtype)
+        )
         view = memory.as_strided(saved.shape, saved.stride, saved.offset)
         view = view.conj() if saved.conjugate else view
         return view.neg() if saved.negative else view
@@ -324,17 +377,23 @@ class Engine:
     # State
 
     def _referred(self) -> set[int]:
-        """Units whose slot is in use by somebody else: a view that was kept, an exception that still holds its frames."""
+        """Units whose slot is in use by somebody else: a view that was kept, an exception that
+        still holds its frames.
+        """
         return {
             unit
             for unit in self.ring.holders()
             if self.ring.state(unit) is State.READY  # else it is the copy that refers to it
-            and storage_uses(self._slots[self.ring.slot(unit)].memory) > self._own_uses[self.ring.slot(unit)]
+            and storage_uses(self._slots[self.ring.slot(unit)].memory)
+            > self._own_uses[self.ring.slot(unit)]
         }
 
     def _discard_stale(self, index: int) -> None:
         """A copy whose master was written to since is of no use."""
-        if self.ring.state(index) is not State.HOST and self._stamps[index] != self.units[index].stamp():
+        if (
+            self.ring.state(index) is not State.HOST
+            and self._stamps[index] != self.units[index].stamp()
+        ):
             self.ring.drop(index)
 
     def _check(self, index: int, pieces: Sequence[Piece]) -> None:
@@ -351,14 +410,17 @@ class Engine:
     def _raise_full(self, index: int) -> NoReturn:
         held = ", ".join(self.units[u].name for u in sorted(self._referred()))
         raise OffloadError(
-            f"No slot for {self.units[index].name}: views of the weights of {held} are still held, by code that kept them "
-            "(clone what is to be kept), by saved-tensor hooks inside a block, or by a graph of create_graph=True "
-            "(raise prefetch_window, or run that pass before stream())."
+            f"No slot for {self.units[index].name}: views of the weights of {held} are still held,"
+            " by code that kept them (clone what is to be kept), by saved-tensor hooks inside a"
+            " block, or by a graph of create_graph=True (raise prefetch_window, or run that pass"
+            " before stream())."
         )
 
     def _learn_order(self) -> None:
         if self._traced:
-            self.ring.reorder([*self._traced, *(i for i in range(len(self.units)) if i not in set(self._traced))])
+            self.ring.reorder(
+                [*self._traced, *(i for i in range(len(self.units)) if i not in set(self._traced))]
+            )
             self._traced = None
 
 

@@ -1,4 +1,6 @@
-"""Gradients of streamed weights: to the host as they arrive, summed there in the order torch would have used."""
+"""Gradients of streamed weights: to the host as they arrive, summed there in the order torch would
+have used.
+"""
 
 from __future__ import annotations
 
@@ -11,11 +13,12 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from dist_layerlr.errors import OffloadError
-from dist_layerlr.offload.backend import Backend, Event, host_buffer
+from dist_layerlr.offload.device import Backend, Event, host_buffer
 from dist_layerlr.offload.internals import accumulate_hooks, graph_task
 
 STAGING = 2
-"""Staging buffers, each as large as the largest gradient; a bound on gradients that wait on the device."""
+"""Staging buffers, each as large as the largest gradient; a bound on gradients that wait on the
+device."""
 
 
 class _Sum:
@@ -28,7 +31,10 @@ class _Sum:
         self._task = -1
 
     def add(self, gradient: Tensor, task: int) -> None:
-        """Gradients of one graph task are added up before they meet what was there; a nested task's come apart."""
+        """Gradients of one graph task are added up before they meet what was there.
+
+        A nested task's come apart.
+        """
         if self._arrived is not None and task == self._task:
             self._arrived.add_(gradient)
             return
@@ -66,8 +72,8 @@ class GradSink:
         for buffer in self._staging:
             backend.pin(buffer)
             self._idle.put(buffer)
-        # A tensor hook runs before the gradient is accumulated and, as the other one, survives a change of device; hooks
-        # on the AccumulateGrad node do not.
+        # A tensor hook runs before the gradient is accumulated and, as the other one, survives a
+        # change of device; hooks on the AccumulateGrad node do not.
         self._hooks: list[RemovableHandle] = []
         for param in params:
             hooked: Any = param
@@ -95,7 +101,10 @@ class GradSink:
         self._staging = []
 
     def _set_aside(self, param: nn.Parameter) -> None:
-        """A gradient from before lies on the host; one that arrives on the device cannot be added to it there."""
+        """A gradient from before lies on the host.
+
+        One that arrives on the device cannot be added to it there.
+        """
         self._begin()
         if param not in self._sums:
             self._sums[param] = _Sum()
@@ -105,29 +114,44 @@ class GradSink:
         gradient, param.grad = param.grad, None
         if accumulate_hooks(param) > 1:
             raise OffloadError(
-                f"A streamed parameter of shape {tuple(param.shape)} has a post-accumulate-grad hook, as optimizers that "
-                "step during backward do: its gradient is on its way to the host. Step after backward, or set "
-                "stream_trainable=False."
+                f"A streamed parameter of shape {tuple(param.shape)} has a post-accumulate-grad"
+                " hook, as optimizers that step during backward do: its gradient is on its way to"
+                " the host. Step after backward, or set stream_trainable=False."
             )
         if gradient is None:  # frozen since the forward
             return
         if gradient.requires_grad or gradient.is_sparse:
-            what = "sparse" if gradient.is_sparse else "to be differentiated again (create_graph=True)"
-            raise OffloadError(f"A gradient of shape {tuple(param.shape)} is {what}. Set stream_trainable=False.")
+            what = (
+                "sparse" if gradient.is_sparse else "to be differentiated again (create_graph=True)"
+            )
+            raise OffloadError(
+                f"A gradient of shape {tuple(param.shape)} is {what}. Set stream_trainable=False."
+            )
         buffer = self._idle.get()
         try:
-            view = buffer[: gradient.nbytes].view(gradient.dtype).as_strided(gradient.shape, gradient.stride())
+            view = (
+                buffer[: gradient.nbytes]
+                .view(gradient.dtype)
+                .as_strided(gradient.shape, gradient.stride())
+            )
             done = self._backend.download(view, gradient)  # point 4 of [Note: stream order]
             self.nbytes += gradient.nbytes
             assert self._worker is not None
-            work = self._worker.submit(self._add, self._sums[param], buffer, view, gradient, done, graph_task())
+            work = self._worker.submit(
+                self._add, self._sums[param], buffer, view, gradient, done, graph_task()
+            )
         except BaseException:
             self._idle.put(buffer)
             raise
         self._pending.append(work)
 
-    def _add(self, total: _Sum, buffer: Tensor, view: Tensor, gradient: Tensor, done: Event, task: int) -> None:
-        """On the worker's thread. ``gradient`` is an argument so that its memory lives until the copy is done."""
+    def _add(
+        self, total: _Sum, buffer: Tensor, view: Tensor, gradient: Tensor, done: Event, task: int
+    ) -> None:
+        """On the worker's thread.
+
+        ``gradient`` is an argument so that its memory lives until the copy is done.
+        """
         try:
             self._backend.finish(done)
             total.add(view, task)

@@ -1,4 +1,7 @@
-"""What torch has no public call for. Read in torch 2.6 to 2.13; tests/offload/test_internals.py fails when one moves."""
+"""What torch has no public call for.
+
+Read in torch 2.6 to 2.13; tests/offload/test_internals.py fails when one moves.
+"""
 
 from __future__ import annotations
 
@@ -10,13 +13,19 @@ from torch import Tensor
 
 
 def graph_task() -> int:
-    """Number of the backward pass that this thread is in (recomputation included); -1 outside. Nested ones differ."""
+    """Number of the backward pass that this thread is in (recomputation included); -1 outside.
+
+    Nested ones differ.
+    """
     number: int = torch._C._current_graph_task_id()
     return number
 
 
 def at_end_of_backward(call: Callable[[], None]) -> None:
-    """Run ``call`` when the current backward pass ends; if it fails, ``call`` is released without a run."""
+    """Run ``call`` when the current backward pass ends.
+
+    If it fails, ``call`` is released without a run.
+    """
     torch.autograd.Variable._execution_engine.queue_callback(call)
 
 

@@ -1,4 +1,6 @@
-"""Frozen weights that stay in their safetensors files: mapped, read page by page as they are streamed."""
+"""Frozen weights that stay in their safetensors files: mapped, read page by page as they are
+streamed.
+"""
 
 from __future__ import annotations
 
@@ -9,14 +11,16 @@ import torch
 from torch import Tensor
 
 from dist_layerlr.errors import OffloadError
-from dist_layerlr.names import canonical_name, parse
 from dist_layerlr.offload.units import Cut
-from dist_layerlr.sources import checkpoint_files
+from dist_layerlr.plan.names import canonical_name, parse
+from dist_layerlr.plan.read import checkpoint_files
 
 _COMPARED = 256
 
 
-def map_frozen(cuts: Iterable[Cut], files: str | Path | Iterable[str | Path] | None) -> dict[str, Tensor]:
+def map_frozen(
+    cuts: Iterable[Cut], files: str | Path | Iterable[str | Path] | None
+) -> dict[str, Tensor]:
     """Map the frozen weights of the units. Nothing is read but headers and a sample.
 
     Args:
@@ -29,10 +33,16 @@ def map_frozen(cuts: Iterable[Cut], files: str | Path | Iterable[str | Path] | N
     """
     if files is None:
         raise OffloadError(
-            "Missing files: host='file' needs the checkpoint folder, stream(model, policy, files=FOLDER)."
+            "Missing files: host='file' needs the checkpoint folder, stream(model, policy,"
+            " files=FOLDER)."
         )
     where = _index(files)
-    return {w.name: _mapped(w.name, w.param, where) for cut in cuts for w in cut.weights if not w.param.requires_grad}
+    return {
+        w.name: _mapped(w.name, w.param, where)
+        for cut in cuts
+        for w in cut.weights
+        if not w.param.requires_grad
+    }
 
 
 def _index(files: str | Path | Iterable[str | Path]) -> dict[str, Path]:
@@ -60,7 +70,9 @@ def _mapped(name: str, param: Tensor, where: dict[str, Path]) -> Tensor:
     base = ".".join((*path.owner, path.leaf))
     file = where.get(base)
     if file is None:
-        raise OffloadError(f"Parameter {name} is not in the given files as {base!r}. Stream it with host='memory'.")
+        raise OffloadError(
+            f"Parameter {name} is not in the given files as {base!r}. Stream it with host='memory'."
+        )
     with safe_open(str(file), framework="pt") as opened:
         tensor: Tensor = opened.get_tensor(base)
     mine, its = (tuple(param.shape), str(param.dtype)), (tuple(tensor.shape), str(tensor.dtype))
@@ -74,6 +86,7 @@ def _mapped(name: str, param: Tensor, where: dict[str, Path]) -> Tensor:
     ours, theirs = param.detach().reshape(-1)[::step].cpu(), tensor.view(-1)[::step]
     if not torch.equal(ours.nan_to_num(), theirs.nan_to_num()):
         raise OffloadError(
-            f"Parameter {name} differs from its file {file.name}: it was changed after loading. Use host='memory'."
+            f"Parameter {name} differs from its file {file.name}: it was changed after loading. Use"
+            " host='memory'."
         )
     return tensor

@@ -1,6 +1,8 @@
-"""Host masters: one exact-size arena per unit, laid out as its payload, or tensors mapped from safetensors files.
+"""Host masters: one exact-size arena per unit, laid out as its payload, or tensors mapped from
+safetensors files.
 
-The *payload* is what is copied for a unit, byte for byte. Without ``host_dtype`` it is also the content of the slot.
+The *payload* is what is copied for a unit, byte for byte. Without ``host_dtype`` it is also the
+content of the slot.
 """
 
 from __future__ import annotations
@@ -11,8 +13,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from dist_layerlr.offload.backend import host_buffer
 from dist_layerlr.offload.codec import decode, encode, encoded_rows
+from dist_layerlr.offload.device import host_buffer
 from dist_layerlr.offload.units import Cut, Weight
 
 ALIGNMENT = 256
@@ -38,7 +40,8 @@ class Piece:
     start: int
     """First byte in the payload."""
     host: Tensor
-    """What the parameter points at while it is not on the device; no values if the master is encoded."""
+    """What the parameter points at while it is not on the device; no values if the master is
+    encoded."""
     master: Tensor
     """Bytes of the payload."""
     address: int
@@ -71,7 +74,9 @@ class Piece:
             return
         codes, scale = part[: self.shape.numel()], part[aligned(self.shape.numel()) :]
         rows = encoded_rows(self.shape)
-        decode(codes.view(self.codes).view(rows, -1), scale.view(torch.float32).view(rows, 1), target)
+        decode(
+            codes.view(self.codes).view(rows, -1), scale.view(torch.float32).view(rows, 1), target
+        )
 
     def value(self) -> Tensor:
         """The parameter's value, in host memory of its own, or mapped from its file."""
@@ -114,7 +119,9 @@ class Unit:
         return tuple(p.weight.param._version for p in self.pieces)
 
     def stamp(self) -> tuple[int, ...]:
-        """Changes with every write through a parameter, and with one through ``.data`` that touches a sampled word."""
+        """Changes with every write through a parameter, and with one through ``.data`` that touches
+        a sampled word.
+        """
         return (*self.versions(), sum(int(words.sum()) for words in self._samples))
 
 
@@ -148,7 +155,9 @@ def build(cut: Cut, files: Files | None, host_dtype: str | None) -> Unit:
     offsets = _offsets([w.param.numel() * w.param.element_size() for w in cut.weights])
     arena = host_buffer(starts[-1] + sizes[-1]) if files is None else None
     pieces = []
-    for weight, form, size, start, offset in zip(cut.weights, formats, sizes, starts, offsets, strict=True):
+    for weight, form, size, start, offset in zip(
+        cut.weights, formats, sizes, starts, offsets, strict=True
+    ):
         data = weight.param.detach()
         codes: torch.dtype | None = None
         mapped = files is not None and not weight.param.requires_grad
@@ -156,9 +165,17 @@ def build(cut: Cut, files: Files | None, host_dtype: str | None) -> Unit:
             host = files[weight.name]
             master = host.view(-1).view(torch.uint8)
         else:
-            master = torch.empty(size, dtype=torch.uint8) if arena is None else _carve(arena, start, size)
+            master = (
+                torch.empty(size, dtype=torch.uint8)
+                if arena is None
+                else _carve(arena, start, size)
+            )
             host, codes = _write(master, data, form)
-        stride = data.stride() if codes is None and _is_dense(data) and files is None else _contiguous_stride(data)
+        stride = (
+            data.stride()
+            if codes is None and _is_dense(data) and files is None
+            else _contiguous_stride(data)
+        )
         pieces.append(
             Piece(
                 weight=weight,
@@ -179,7 +196,10 @@ def build(cut: Cut, files: Files | None, host_dtype: str | None) -> Unit:
 
 
 def _write(master: Tensor, data: Tensor, form: str | None) -> tuple[Tensor, torch.dtype | None]:
-    """Put a value into its master. Returns what the parameter points at, and the dtype of the codes."""
+    """Put a value into its master.
+
+    Returns what the parameter points at, and the dtype of the codes.
+    """
     if form is None:
         stride = data.stride() if _is_dense(data) else _contiguous_stride(data)
         host = master.view(data.dtype).as_strided(data.shape, stride)
@@ -209,7 +229,9 @@ def _offsets(sizes: list[int]) -> list[int]:
 
 
 def _carve(arena: Tensor, start: int, nbytes: int) -> Tensor:
-    """A run of the arena as a tensor with a storage of its own, so that saving it does not save its neighbours."""
+    """A run of the arena as a tensor with a storage of its own, so that saving it does not save its
+    neighbours.
+    """
     return torch.from_numpy(arena.numpy()[start : start + nbytes])
 
 

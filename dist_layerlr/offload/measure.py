@@ -1,4 +1,6 @@
-"""Speeds of this device and its link, and what they mean for a live model: a second of copies and matrix products."""
+"""Speeds of this device and its link, and what they mean for a live model: a second of copies and
+matrix products.
+"""
 
 from __future__ import annotations
 
@@ -11,8 +13,16 @@ from typing import Any
 import torch
 from torch import nn
 
-from dist_layerlr.offload.figures import UnitInfo
-from dist_layerlr.offload.predict import GB, Layout, Machine, Prediction, Workload, common_width, predict
+from dist_layerlr.offload.predict import (
+    GB,
+    Layout,
+    Machine,
+    Prediction,
+    Workload,
+    common_width,
+    predict,
+)
+from dist_layerlr.offload.stats import UnitInfo
 
 ROUNDS = 5
 LONGEST = 8192
@@ -20,9 +30,16 @@ LONGEST = 8192
 
 
 def predict_live(
-    model: nn.Module, units: Sequence[UnitInfo], streamed: Collection[str], device: torch.device, work: Workload,
-    *, window: int, dtype: torch.dtype | None, machine: Machine | None,
-) -> Prediction:  # fmt: skip
+    model: nn.Module,
+    units: Sequence[UnitInfo],
+    streamed: Collection[str],
+    device: torch.device,
+    work: Workload,
+    *,
+    window: int,
+    dtype: torch.dtype | None,
+    machine: Machine | None,
+) -> Prediction:
     """Predict a step of a streamed model.
 
     Args:
@@ -40,13 +57,17 @@ def predict_live(
     resident = sum(u.device_bytes for u in units if u.resident)
     layout = Layout(
         units=tuple(units),
-        fixed_bytes=sum(p.nbytes for p in parameters.values()) - sum(p.nbytes for p in moving) - resident,
+        fixed_bytes=sum(p.nbytes for p in parameters.values())
+        - sum(p.nbytes for p in moving)
+        - resident,
         width=common_width(tuple(p.shape) for p in moving),
         stepped=sum(p.numel() for p in moving if p.requires_grad),
     )
     dtype = dtype or max(moving, key=lambda p: p.numel()).dtype
     if machine is None:
-        machine = measure_machine(device, tokens=min(work.tokens, LONGEST), width=layout.width or 1024, dtype=dtype)
+        machine = measure_machine(
+            device, tokens=min(work.tokens, LONGEST), width=layout.width or 1024, dtype=dtype
+        )
     return predict(layout, replace(work, activation_bytes=dtype.itemsize), machine, window=window)
 
 
@@ -63,11 +84,14 @@ def measure_machine(
         megabytes: of one copy.
     """
     return Machine(
-        gb_s=link_gb_s(device, megabytes=megabytes), tflops=gemm_tflops(device, tokens=tokens, width=width, dtype=dtype)
+        gb_s=link_gb_s(device, megabytes=megabytes),
+        tflops=gemm_tflops(device, tokens=tokens, width=width, dtype=dtype),
     )
 
 
-def link_gb_s(device: torch.device, *, megabytes: int = 256, pinned: bool = True, back: bool = False) -> float:
+def link_gb_s(
+    device: torch.device, *, megabytes: int = 256, pinned: bool = True, back: bool = False
+) -> float:
     """Bandwidth of copies to the device, or ``back`` from it, in 1e9 bytes per second."""
     cuda = device.type == "cuda"
     host = torch.empty(megabytes << 20, dtype=torch.uint8, pin_memory=cuda and pinned)
@@ -95,7 +119,9 @@ def both_ways_gb_s(device: torch.device, *, megabytes: int = 256) -> float:
 
 def gemm_tflops(device: torch.device, *, tokens: int, width: int, dtype: torch.dtype) -> float:
     """Achieved operations per second of (tokens, width) @ (width, 4 * width), in 1e12."""
-    generator = torch.Generator(device).manual_seed(0)  # the user's random numbers must not depend on a prediction
+    generator = torch.Generator(device).manual_seed(
+        0
+    )  # the user's random numbers must not depend on a prediction
     x = torch.randn(tokens, width, device=device, dtype=dtype, generator=generator)
     weight = torch.randn(width, 4 * width, device=device, dtype=dtype, generator=generator)
     return 8.0 * tokens * width * width / 1e12 / _seconds(device, lambda: torch.mm(x, weight))

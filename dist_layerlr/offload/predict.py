@@ -1,19 +1,24 @@
-"""What streaming will cost, from names and shapes, a link and a speed: hidden or exposed, step floor, memory. Pure.
+"""What streaming will cost, from names and shapes, a link and a speed: hidden or exposed, step
+floor, memory. Pure.
 
-Per unit of P parameters, T tokens in a microbatch that attend to S of them, width d, achieved FLOP/s F, link B byte/s:
+Per unit of P parameters, T tokens in a microbatch that attend to S of them, width d, achieved
+FLOP/s F, link B byte/s:
 
-- forward compute ``t_c = (2 P T + 4 T S d) / F``: two operations per parameter and token, two matrix products of
-  attention, 2 S d each per token (Kaplan et al., arXiv 2001.08361, appendix B; PaLM, arXiv 2204.02311, appendix B);
-- transfer ``t_x = bytes / B``. The forward pass is hidden iff ``t_c >= t_x``; without attention P cancels:
-  ``T >= T* = w F / (2 B)`` with w bytes per parameter on the link;
-- backward: input gradients cost ``t_c``, weight gradients ``t_c`` more, recomputation under checkpointing ``t_c`` more;
-- at each turn of direction the units in the ring are used again: of n streamed units, S_l = min(window + 2, n) are not
-  fetched. LoRA keeps the ring over the step, so it fetches ``2 (n - S_l)`` units per microbatch; a full finetune starts
-  from the host and fetches ``2 n - S_l``, and sends one gradient per parameter back;
+- forward compute ``t_c = (2 P T + 4 T S d) / F``: two operations per parameter and token, two
+  matrix products of attention, 2 S d each per token (Kaplan et al., arXiv 2001.08361, appendix B;
+  PaLM, arXiv 2204.02311, appendix B);
+- transfer ``t_x = bytes / B``. The forward pass is hidden iff ``t_c >= t_x``; without attention P
+  cancels: ``T >= T* = w F / (2 B)`` with w bytes per parameter on the link;
+- backward: input gradients cost ``t_c``, weight gradients ``t_c`` more, recomputation under
+  checkpointing ``t_c`` more;
+- at each turn of direction the units in the ring are used again: of n streamed units, S_l =
+  min(window + 2, n) are not fetched. LoRA keeps the ring over the step, so it fetches ``2 (n -
+  S_l)`` units per microbatch; a full finetune starts from the host and fetches ``2 n - S_l``, and
+  sends one gradient per parameter back;
 - a CPU optimizer moves 28 bytes per parameter: Adam in float32 reads p, g, m, v and writes p, m, v.
 
-The attention of a backward pass is counted as its linear layers are, 1 to 2 times the forward; flash attention takes
-2.5. Activation memory is counted for the inputs of checkpointed blocks only.
+The attention of a backward pass is counted as its linear layers are, 1 to 2 times the forward;
+flash attention takes 2.5. Activation memory is counted for the inputs of checkpointed blocks only.
 """
 
 from __future__ import annotations
@@ -25,18 +30,19 @@ from dataclasses import asdict, dataclass, replace
 from math import prod
 from typing import Any
 
-from dist_layerlr import checks
-from dist_layerlr.names import canonical_name, parse
-from dist_layerlr.offload.figures import UnitInfo
+from dist_layerlr import fields
 from dist_layerlr.offload.policy import StreamPolicy
-from dist_layerlr.plan import ParamInfo
-from dist_layerlr.stacks import StackMap
+from dist_layerlr.offload.stats import UnitInfo
+from dist_layerlr.plan.entries import ParamInfo
+from dist_layerlr.plan.names import canonical_name, parse
+from dist_layerlr.plan.stacks import StackMap
 
 GB = 1e9
 ADAM_BYTES = 28
 """DRAM traffic of one float32 Adam step, per parameter."""
 DUPLEX = 1.5
-"""Both directions of PCIe at once carry 1.5 times one direction, not 2 (measured in OneTrainer's pull request 1644)."""
+"""Both directions of PCIe at once carry 1.5 times one direction, not 2 (measured in OneTrainer's
+pull request 1644)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,7 +86,8 @@ class Machine:
     copy_us: float = 0.0
     """Fixed time of one copy, microseconds."""
     host_gb_s: float | None = None
-    """Memory bandwidth of the host, for the CPU optimizer of a full finetune; None: that step is left out."""
+    """Memory bandwidth of the host, for the CPU optimizer of a full finetune; None: that step is
+    left out."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -98,7 +105,10 @@ class Phase:
 
 @dataclass(frozen=True, kw_only=True)
 class Prediction:
-    """Time and memory of one optimizer step. No overhead is in it: a floor, reached to a few percent."""
+    """Time and memory of one optimizer step.
+
+    No overhead is in it: a floor, reached to a few percent.
+    """
 
     units: int
     resident: int
@@ -118,7 +128,8 @@ class Prediction:
     model_bytes: float
     """All weights, as the device stores them."""
     block_input_bytes: float
-    """Inputs of checkpointed blocks; 0 without checkpointing, where activations are not predicted."""
+    """Inputs of checkpointed blocks; 0 without checkpointing, where activations are not
+    predicted."""
     suggested_resident: int
     """Fewest resident units that hide both phases."""
     hidden_from_tokens: float
@@ -156,32 +167,51 @@ class Prediction:
 
     def line(self) -> str:
         """One line for a log."""
-        state = "hidden" if self.hidden else f"exposed ({self.suggested_resident} resident units would hide it)"
+        state = (
+            "hidden"
+            if self.hidden
+            else f"exposed ({self.suggested_resident} resident units would hide it)"
+        )
         return (
-            f"streaming {self.units - self.resident} of {self.units} units through {self.slots} slots: {state}; "
-            f"step >= {_time(self.step_s)} (compute {_time(self.compute_s)}, link {_time(self.transfer_s)}), weights on "
-            f"the device {self.device_weight_bytes / GB:.2f} of {self.model_bytes / GB:.2f} GB"
+            f"streaming {self.units - self.resident} of {self.units} units through {self.slots}"
+            f" slots: {state}; step >= {_time(self.step_s)} (compute {_time(self.compute_s)}, link"
+            f" {_time(self.transfer_s)}), weights on the device {self.device_weight_bytes / GB:.2f}"
+            f" of {self.model_bytes / GB:.2f} GB"
         )
 
     def table(self) -> str:
         """Several lines for a person."""
         rows = [f"{'':<10}{'compute':>10}{'link':>10}{'floor':>10}"]
         for name, phase in (("forward", self.forward), ("backward", self.backward)):
-            times = "".join(f"{_time(t):>10}" for t in (phase.compute_s, phase.transfer_s, phase.floor_s))
+            times = "".join(
+                f"{_time(t):>10}" for t in (phase.compute_s, phase.transfer_s, phase.floor_s)
+            )
             rows.append(f"{name:<10}{times}   {'hidden' if phase.hidden else 'exposed'}")
         if self.optimizer_s:
             rows.append(f"{'optimizer':<10}{'':>20}{_time(self.optimizer_s):>10}   on the CPU")
         rows += [
-            f"{'step':<10}{_time(self.compute_s):>10}{_time(self.transfer_s):>10}{_time(self.step_s):>10}"
-            f"   without overlap {_time(self.serial_s)}",
-            f"copies     {self.fetches} to the device, {self.h2d_bytes / GB:.1f} GB; {self.d2h_bytes / GB:.1f} GB back",
-            f"weights    {self.device_weight_bytes / GB:.2f} of {self.model_bytes / GB:.2f} GB on the device: "
-            f"{self.slots} slots, {self.resident} of {self.units} units resident, all that lies outside blocks",
-            f"inputs     {self.block_input_bytes / GB:.2f} GB for checkpointed blocks"
-            if self.block_input_bytes
-            else "",
-            f"hidden     from {self.hidden_from_tokens:,.0f} tokens per microbatch (attention left out), or with "
-            f"{self.suggested_resident} resident units",
+            (
+                f"{'step':<10}{_time(self.compute_s):>10}{_time(self.transfer_s):>10}{_time(self.step_s):>10}"
+                f"   without overlap {_time(self.serial_s)}"
+            ),
+            (
+                f"copies     {self.fetches} to the device, {self.h2d_bytes / GB:.1f} GB;"
+                f" {self.d2h_bytes / GB:.1f} GB back"
+            ),
+            (
+                f"weights    {self.device_weight_bytes / GB:.2f} of {self.model_bytes / GB:.2f} GB"
+                f" on the device: {self.slots} slots, {self.resident} of {self.units} units"
+                " resident, all that lies outside blocks"
+            ),
+            (
+                f"inputs     {self.block_input_bytes / GB:.2f} GB for checkpointed blocks"
+                if self.block_input_bytes
+                else ""
+            ),
+            (
+                f"hidden     from {self.hidden_from_tokens:,.0f} tokens per microbatch (attention"
+                f" left out), or with {self.suggested_resident} resident units"
+            ),
         ]
         return "\n".join(row for row in rows if row)
 
@@ -198,10 +228,14 @@ def predict(layout: Layout, work: Workload, machine: Machine, *, window: int) ->
     Raises:
         ConfigError: a count or speed out of range.
     """
-    for path, count in (("tokens", work.tokens), ("micro_steps", work.micro_steps), ("window", window)):
-        checks.integer(1)(path, count)
+    for path, count in (
+        ("tokens", work.tokens),
+        ("micro_steps", work.micro_steps),
+        ("window", window),
+    ):
+        fields.integer(1)(path, count)
     for path, speed in (("gb_s", machine.gb_s), ("tflops", machine.tflops)):
-        checks.number(0.0, open_low=True)(path, speed)
+        fields.number(0.0, open_low=True)(path, speed)
     units = layout.units
     streamed = [u for u in units if not u.resident]
     slots = min(window + 2, len(streamed))
@@ -211,7 +245,9 @@ def predict(layout: Layout, work: Workload, machine: Machine, *, window: int) ->
     reused = sum(u.host_bytes for u in (*at_start, *at_turn))
     held = slots * max((u.device_bytes for u in streamed), default=0.0)
     held += sum(u.device_bytes for u in units if u.resident) + layout.fixed_bytes
-    wanted = bisect_left(range(len(units)), True, key=lambda k: _hidden_with(k, layout, work, machine, window))
+    wanted = bisect_left(
+        range(len(units)), True, key=lambda k: _hidden_with(k, layout, work, machine, window)
+    )
     flop_bytes = machine.tflops * 1e12 / (2 * machine.gb_s * GB)
     return Prediction(
         units=len(units),
@@ -222,19 +258,30 @@ def predict(layout: Layout, work: Workload, machine: Machine, *, window: int) ->
         fetches=(2 * len(streamed) - len(at_start) - len(at_turn)) * work.micro_steps,
         h2d_bytes=(2 * link - reused) * work.micro_steps,
         d2h_bytes=sum(u.grad_bytes for u in streamed) * work.micro_steps,
-        optimizer_s=ADAM_BYTES * layout.stepped / (machine.host_gb_s * GB) if machine.host_gb_s else 0.0,
+        optimizer_s=(
+            ADAM_BYTES * layout.stepped / (machine.host_gb_s * GB) if machine.host_gb_s else 0.0
+        ),
         device_weight_bytes=held,
         model_bytes=sum(u.device_bytes for u in units) + layout.fixed_bytes,
-        block_input_bytes=work.checkpointing * len(units) * work.tokens * layout.width * work.activation_bytes,
+        block_input_bytes=work.checkpointing
+        * len(units)
+        * work.tokens
+        * layout.width
+        * work.activation_bytes,
         suggested_resident=wanted,
         hidden_from_tokens=flop_bytes * link / max(1, sum(u.numel for u in units)),
     )
 
 
 def layout_from_names(
-    parameters: Iterable[ParamInfo], *, full: bool = False, resident: int = 0, device_bytes: float = 2.0,
-    host_bytes: float | None = None, min_numel: int | None = None,
-) -> Layout:  # fmt: skip
+    parameters: Iterable[ParamInfo],
+    *,
+    full: bool = False,
+    resident: int = 0,
+    device_bytes: float = 2.0,
+    host_bytes: float | None = None,
+    min_numel: int | None = None,
+) -> Layout:
     """Cut a model into blocks, found in its names as the plan finds them.
 
     Args:
@@ -260,9 +307,13 @@ def layout_from_names(
             streamed[place.stack, place.block] += parameter.numel * (parameter.numel >= smallest)
     if not sizes:
         names = f"{len(parameters)} names"
-        raise checks.invalid("MODEL", names, "a model with blocks, such as blocks.0.attn.to_q.weight")
+        raise fields.invalid(
+            "MODEL", names, "a model with blocks, such as blocks.0.attn.to_q.weight"
+        )
     if not 0 <= resident <= len(sizes):
-        raise checks.invalid("resident", resident, f"an integer in [0, {len(sizes)}], the number of blocks")
+        raise fields.invalid(
+            "resident", resident, f"an integer in [0, {len(sizes)}], the number of blocks"
+        )
     chosen = spread(resident, len(sizes))
     link = device_bytes if host_bytes is None else host_bytes
     total = sum(p.numel for p in parameters)
@@ -287,7 +338,10 @@ def layout_from_names(
 
 
 def common_width(shapes: Iterable[tuple[int, ...]]) -> int:
-    """The hidden width of a model: the commonest dimension of its matrices, by elements; 0 without any."""
+    """The hidden width of a model: the commonest dimension of its matrices, by elements.
+
+    0 without any.
+    """
     dimensions: Counter[int] = Counter()
     for shape in shapes:
         if len(shape) == 2:
@@ -300,17 +354,23 @@ def spread(count: int, total: int) -> tuple[int, ...]:
     return tuple((2 * i + 1) * total // (2 * count) for i in range(count))
 
 
-def _hidden_with(resident: int, layout: Layout, work: Workload, machine: Machine, window: int) -> bool:
+def _hidden_with(
+    resident: int, layout: Layout, work: Workload, machine: Machine, window: int
+) -> bool:
     """Whether the link would be hidden with that many resident units."""
     chosen = spread(resident, len(layout.units))
     units = tuple(replace(u, resident=i in chosen) for i, u in enumerate(layout.units))
-    return all(phase.hidden for phase in _phases(replace(layout, units=units), work, machine, window))
+    return all(
+        phase.hidden for phase in _phases(replace(layout, units=units), work, machine, window)
+    )
 
 
 def _phases(layout: Layout, work: Workload, machine: Machine, window: int) -> tuple[Phase, Phase]:
     """Forward and backward of one optimizer step."""
     attention = 4 * work.tokens * (work.sequence or work.tokens) * layout.width
-    compute = [(2 * u.numel * work.tokens + attention) / (machine.tflops * 1e12) for u in layout.units]
+    compute = [
+        (2 * u.numel * work.tokens + attention) / (machine.tflops * 1e12) for u in layout.units
+    ]
     streamed = [u for u in layout.units if not u.resident]
     at_start, at_turn = _in_ring(streamed, min(window + 2, len(streamed)), layout.stepped)
 
@@ -321,30 +381,45 @@ def _phases(layout: Layout, work: Workload, machine: Machine, window: int) -> tu
     passes = 1 + full + work.checkpointing
     places = [i for i, u in enumerate(layout.units) if not u.resident] or [0]
     edges = sum(compute[: places[0] + 1]) + sum(compute[places[-1] :])
-    up, back = copy_s(streamed) - copy_s(at_turn), sum(u.grad_bytes for u in streamed) / (machine.gb_s * GB)
+    up, back = (
+        copy_s(streamed) - copy_s(at_turn),
+        sum(u.grad_bytes for u in streamed) / (machine.gb_s * GB),
+    )
     forward_link = copy_s(streamed) - copy_s(at_start)
     backward_link = max(up, back, (up + back) / DUPLEX)
     fill = copy_s(streamed[:1]) if full else 0.0
     return (
         _phase(sum(compute), forward_link, edges, fill=fill, count=work.micro_steps),
-        _phase(passes * sum(compute), backward_link, passes * edges, fill=0.0, count=work.micro_steps),
+        _phase(
+            passes * sum(compute), backward_link, passes * edges, fill=0.0, count=work.micro_steps
+        ),
     )
 
 
-def _in_ring(streamed: Sequence[UnitInfo], slots: int, stepped: int) -> tuple[Sequence[UnitInfo], Sequence[UnitInfo]]:
-    """Units that need no fetch: at the start of forward (none where trained weights went back), and of backward."""
+def _in_ring(
+    streamed: Sequence[UnitInfo], slots: int, stepped: int
+) -> tuple[Sequence[UnitInfo], Sequence[UnitInfo]]:
+    """Units that need no fetch: at the start of forward (none where trained weights went back), and
+    of backward.
+    """
     return () if stepped else streamed[:slots], streamed[len(streamed) - slots :]
 
 
 def _phase(compute: float, link: float, edges: float, *, fill: float, count: int) -> Phase:
-    """Overlap one pass. The ring is full at a turn: the link waits for the first streamed unit to end, the last one for it.
+    """Overlap one pass.
 
-    ``edges`` is the compute up to the end of the first and from the start of the last. With ``fill`` the ring starts empty,
-    and compute waits for the first copy instead.
+    The ring is full at a turn: the link waits for the first streamed unit to end, the last one for
+    it.
+
+    ``edges`` is the compute up to the end of the first and from the start of the last. With
+    ``fill`` the ring starts empty, and compute waits for the first copy instead.
     """
     floor = max(compute + fill, link + (edges / 2 if fill else edges)) if link else compute
     return Phase(
-        compute_s=compute * count, transfer_s=link * count, floor_s=floor * count, hidden=floor <= compute + fill
+        compute_s=compute * count,
+        transfer_s=link * count,
+        floor_s=floor * count,
+        hidden=floor <= compute + fill,
     )
 
 

@@ -17,7 +17,9 @@ class Residents:
         self._homes: dict[int, tuple[str, Tensor, torch.device]] = {}
 
     def adopt(self, model: nn.Module, streamed: set[int]) -> None:
-        """Move all parameters and buffers but ``streamed`` ones (by id). Those that were moved before stay.
+        """Move all parameters and buffers but ``streamed`` ones (by id).
+
+        Those that were moved before stay.
 
         Args:
             model: the whole model.
@@ -25,7 +27,11 @@ class Residents:
         """
         named: list[tuple[str, Tensor]] = [*model.named_parameters(), *model.named_buffers()]
         for name, tensor in named:
-            if id(tensor) not in streamed and id(tensor) not in self._homes and tensor.device != self._device:
+            if (
+                id(tensor) not in streamed
+                and id(tensor) not in self._homes
+                and tensor.device != self._device
+            ):
                 self._homes[id(tensor)] = (name, tensor, tensor.device)
                 move(tensor, self._device, self._optimizer)
 
@@ -49,7 +55,9 @@ class Residents:
         self._homes.clear()
 
 
-def move(tensor: Tensor, device: torch.device, optimizer: Optimizer | None, value: Tensor | None = None) -> None:
+def move(
+    tensor: Tensor, device: torch.device, optimizer: Optimizer | None, value: Tensor | None = None
+) -> None:
     """Move a tensor in place, with its gradient and optimizer state.
 
     Args:
@@ -64,8 +72,11 @@ def move(tensor: Tensor, device: torch.device, optimizer: Optimizer | None, valu
         tensor.grad = gradient.to(device)
     state = optimizer.state.get(tensor, {}) if optimizer is not None else {}
     for key, held in state.items():
-        # A step counter of no dimensions stays on the CPU, as torch keeps it, unless the step runs on the device.
-        if isinstance(held, Tensor) and (held.ndim or device.type == "cpu" or _counts_on_device(optimizer, tensor)):
+        # A step counter of no dimensions stays on the CPU, as torch keeps it, unless the step runs
+        # on the device.
+        if isinstance(held, Tensor) and (
+            held.ndim or device.type == "cpu" or _counts_on_device(optimizer, tensor)
+        ):
             state[key] = held.to(device)
 
 

@@ -1,7 +1,8 @@
 """Which unit is in which slot, and which goes next. A state machine without torch.
 
-Units are visited forward, then backward (the echo): 0 .. N-1, N-1 .. 0. The one whose next use on that path lies
-farthest ahead gives up its slot. The path only decides what is fast; any unit may be needed at any time.
+Units are visited forward, then backward (the echo): 0 .. N-1, N-1 .. 0. The one whose next use on
+that path lies farthest ahead gives up its slot. The path only decides what is fast; any unit may be
+needed at any time.
 """
 
 from __future__ import annotations
@@ -12,7 +13,10 @@ from enum import Enum
 
 
 class State(Enum):
-    """Where a unit is. HOST -> LOADING -> READY -> HOST, and LOADING -> HOST for one that is not wanted any more."""
+    """Where a unit is.
+
+    HOST -> LOADING -> READY -> HOST, and LOADING -> HOST for one that is not wanted any more.
+    """
 
     HOST = "host"
     LOADING = "loading"
@@ -123,7 +127,9 @@ class Ring:
         self.peak = max(self.peak, len(self._slot))
         return Load(unit, slot)
 
-    def _make_room(self, current: int, keep: Container[int], backward: bool, busy: Container[int]) -> int | None:
+    def _make_room(
+        self, current: int, keep: Container[int], backward: bool, busy: Container[int]
+    ) -> int | None:
         if not self._empty:
             victims = [u for u in self._slot if u not in keep and u not in busy]
             if not victims:

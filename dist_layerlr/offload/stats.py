@@ -20,8 +20,8 @@ class UnitInfo:
     device_bytes: int
     """Bytes of a slot that it fills, or of the device memory that it keeps if resident."""
     grad_bytes: int
-    """Bytes of the gradients that one backward sends back; 0 when what is streamed is frozen. Of a resident unit, if it
-    were streamed."""
+    """Bytes of the gradients that one backward sends back; 0 when what is streamed is frozen. Of a
+    resident unit, if it were streamed."""
     resident: bool
     """Whether it stays on the device (``resident_blocks``)."""
 

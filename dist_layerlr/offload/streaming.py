@@ -15,24 +15,25 @@ from torch.nn.modules.module import register_module_parameter_registration_hook
 from torch.optim import Optimizer
 
 from dist_layerlr.errors import OffloadError
-from dist_layerlr.offload.backend import Backend, choose
+from dist_layerlr.offload.device import Backend, choose
 from dist_layerlr.offload.engine import Engine
-from dist_layerlr.offload.figures import Stats, Traffic, UnitInfo
-from dist_layerlr.offload.files import map_frozen
-from dist_layerlr.offload.grads import STAGING
-from dist_layerlr.offload.guards import GroupWatch, check_cuts, check_model
+from dist_layerlr.offload.gradients import STAGING
+from dist_layerlr.offload.mapped import map_frozen
+from dist_layerlr.offload.masters import Piece, Unit, aligned, build, payload_bytes, slot_bytes
 from dist_layerlr.offload.measure import predict_live
 from dist_layerlr.offload.policy import AUTO, FILE, StreamPolicy
 from dist_layerlr.offload.predict import Machine, Prediction, Workload, spread
 from dist_layerlr.offload.residents import Residents, move
 from dist_layerlr.offload.ring import Ring
-from dist_layerlr.offload.store import Piece, Unit, aligned, build, payload_bytes, slot_bytes
+from dist_layerlr.offload.stats import Stats, Traffic, UnitInfo
 from dist_layerlr.offload.transfer import MEBIBYTE, Fetcher, Slot
 from dist_layerlr.offload.units import Cut, cut
+from dist_layerlr.offload.validate import GroupWatch, check_cuts, check_model
 
 _DDP_IGNORED = "_ddp_params_and_buffers_to_ignore"
 _AUTO_SHARE = 0.5
-"""Part of the free device memory that ``resident_blocks='auto'`` fills; activations need the rest."""
+"""Part of the free device memory that ``resident_blocks='auto'`` fills; activations need the
+rest."""
 _STREAMED: weakref.WeakSet[nn.Module] = weakref.WeakSet()
 """Modules of units that are streamed."""
 
@@ -41,7 +42,12 @@ class Handle:
     """A streamed model. Use it as a context manager, or call ``remove``."""
 
     def __init__(
-        self, model: nn.Module, policy: StreamPolicy, backend: Backend, optimizer: Optimizer | None, cuts: list[Cut]
+        self,
+        model: nn.Module,
+        policy: StreamPolicy,
+        backend: Backend,
+        optimizer: Optimizer | None,
+        cuts: list[Cut],
     ):
         self.policy, self.device = policy, backend.device
         self._model, self._backend, self._optimizer = model, backend, optimizer
@@ -59,8 +65,12 @@ class Handle:
 
     @property
     def units(self) -> tuple[UnitInfo, ...]:
-        """All units, in forward order: as the names tell it, and as it was seen once a forward has run."""
-        infos = [_info(c, self.policy, resident=i in self._resident) for i, c in enumerate(self._cuts)]
+        """All units, in forward order: as the names tell it, and as it was seen once a forward has
+        run.
+        """
+        infos = [
+            _info(c, self.policy, resident=i in self._resident) for i, c in enumerate(self._cuts)
+        ]
         streamed = [u for u in infos if not u.resident]
         order = self._engine.ring.order if self._engine is not None else range(len(streamed))
         ordered = iter([streamed[i] for i in order])
@@ -80,13 +90,22 @@ class Handle:
             stalls=engine.stalls,
         )
         recent, self._reported = total.since(self._reported), total
-        return Stats(total=total, recent=recent, resident_peak=engine.ring.peak, slots=engine.ring.slots)
+        return Stats(
+            total=total, recent=recent, resident_peak=engine.ring.peak, slots=engine.ring.slots
+        )
 
     def predict(
-        self, tokens: int, *, checkpointing: bool = True, micro_steps: int = 1, sequence: int | None = None,
-        dtype: torch.dtype | None = None, machine: Machine | None = None,
-    ) -> Prediction:  # fmt: skip
-        """Predict time and memory of one optimizer step: hidden or exposed, and the floor of its time.
+        self,
+        tokens: int,
+        *,
+        checkpointing: bool = True,
+        micro_steps: int = 1,
+        sequence: int | None = None,
+        dtype: torch.dtype | None = None,
+        machine: Machine | None = None,
+    ) -> Prediction:
+        """Predict time and memory of one optimizer step: hidden or exposed, and the floor of its
+        time.
 
         Args:
             tokens: of one microbatch.
@@ -96,11 +115,19 @@ class Handle:
             dtype: computed in, such as autocast's; None: that of the streamed weights.
             machine: speeds; None: they are measured now, which takes about a second.
         """
-        work = Workload(tokens=tokens, sequence=sequence, checkpointing=checkpointing, micro_steps=micro_steps)
+        work = Workload(
+            tokens=tokens, sequence=sequence, checkpointing=checkpointing, micro_steps=micro_steps
+        )
         return predict_live(
-            self._model, self.units, self.streamed_names(), self.device, work,
-            window=self.policy.prefetch_window, dtype=dtype, machine=machine,
-        )  # fmt: skip
+            self._model,
+            self.units,
+            self.streamed_names(),
+            self.device,
+            work,
+            window=self.policy.prefetch_window,
+            dtype=dtype,
+            machine=machine,
+        )
 
     def streamed_names(self) -> tuple[str, ...]:
         """Names, as in ``model.named_parameters()``, of streamed parameters."""
@@ -109,7 +136,8 @@ class Handle:
     def exclude_from_ddp(self) -> None:
         """Make a later ``DistributedDataParallel(model)`` leave the streamed parameters alone.
 
-        They are frozen and equal on all ranks, since each loaded them. Without this DDP would broadcast them at its start.
+        They are frozen and equal on all ranks, since each loaded them. Without this DDP would
+        broadcast them at its start.
         """
         before: list[str] | None = self._model.__dict__.get(_DDP_IGNORED)
         self._undo.append(partial(_restore, self._model, before))
@@ -125,7 +153,9 @@ class Handle:
             self._watch.check()
 
     def remove(self) -> None:
-        """Give the model back as it was: plain tensors on their first devices, no hooks. Idempotent.
+        """Give the model back as it was: plain tensors on their first devices, no hooks.
+
+        Idempotent.
 
         Frozen weights that ``host_dtype`` stored in 8 bits come back rounded.
         """
@@ -153,7 +183,10 @@ class Handle:
         return self
 
     def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
     ) -> None:
         self.remove()
 
@@ -183,7 +216,9 @@ class Handle:
         self._engine = self._make_engine(units)
         hooks = list(self._engine.hook(self._model, self._before_forward, self._after_forward))
         # That list of hooks is global: it must not keep the model alive.
-        hooks.append(register_module_parameter_registration_hook(partial(_note_growth, weakref.ref(self))))
+        hooks.append(
+            register_module_parameter_registration_hook(partial(_note_growth, weakref.ref(self)))
+        )
         for piece in (p for u in units for p in u.pieces if p.codes is not None):
             owner: Any = piece.weight.owner
             hooks.append(owner.register_state_dict_post_hook(partial(_save_value, piece)))
@@ -197,10 +232,16 @@ class Handle:
         slots = []
         for _ in range(count):
             memory = self._backend.allocate(size)
-            slots.append(Slot(memory, {dtype: memory.view(dtype) for dtype in dtypes}, self._backend.mark()))
+            slots.append(
+                Slot(memory, {dtype: memory.view(dtype) for dtype in dtypes}, self._backend.mark())
+            )
         ring = Ring(units=len(units), slots=count, window=self.policy.prefetch_window)
         return Engine(
-            units, ring, slots, Fetcher(self._backend, units, _master_pool(self.policy, self._cuts)), self._backend
+            units,
+            ring,
+            slots,
+            Fetcher(self._backend, units, _master_pool(self.policy, self._cuts)),
+            self._backend,
         )
 
     def _before_forward(self) -> None:
@@ -230,14 +271,17 @@ def stream(
 ) -> Handle:
     """Stream ``model``'s units from host memory through a fixed ring of device slots.
 
-    Parameters keep their identity, so groups, learning rates and optimizer state stay what they are. Training is bitwise
-    equal to the resident model's. Between passes every streamed parameter, and its gradient, is a plain host tensor: an
-    optimizer steps it on the CPU. Everything else of the model moves to the device.
+    Parameters keep their identity, so groups, learning rates and optimizer state stay what they
+    are. Training is bitwise equal to the resident model's. Between passes every streamed parameter,
+    and its gradient, is a plain host tensor: an optimizer steps it on the CPU. Everything else of
+    the model moves to the device.
 
     Args:
-        model: unsharded, before DDP wraps it; adapters injected, ``requires_grad`` set, weights loaded.
+        model: unsharded, before DDP wraps it; adapters injected, ``requires_grad`` set, weights
+            loaded.
         policy: what to stream.
-        optimizer: when given, its groups are checked at every forward, and its state follows parameters that move.
+        optimizer: when given, its groups are checked at every forward, and its state follows
+            parameters that move.
         device: where compute happens; default: cuda if there is one, else cpu.
         files: checkpoint folder or safetensors files, for ``host="file"``.
 
@@ -301,7 +345,11 @@ def _grad_staging(cuts: list[Cut]) -> int:
 
 def _master_pool(policy: StreamPolicy, cuts: list[Cut]) -> int | None:
     """Bytes that may be pinned for masters or their staging; None: no limit."""
-    return None if policy.pinned_pool_mb is None else policy.pinned_pool_mb * MEBIBYTE - _grad_staging(cuts)
+    return (
+        None
+        if policy.pinned_pool_mb is None
+        else policy.pinned_pool_mb * MEBIBYTE - _grad_staging(cuts)
+    )
 
 
 def _check_pool(policy: StreamPolicy, cuts: list[Cut]) -> None:
@@ -311,12 +359,14 @@ def _check_pool(policy: StreamPolicy, cuts: list[Cut]) -> None:
     if pool is not None and pool < needed:
         least = -(-(needed + _grad_staging(cuts)) // MEBIBYTE)
         raise OffloadError(
-            f"Invalid pinned_pool_mb={policy.pinned_pool_mb}: smaller than what one unit ({largest.name}) passes through. "
-            f"Must be >= {least}."
+            f"Invalid pinned_pool_mb={policy.pinned_pool_mb}: smaller than what one unit"
+            f" ({largest.name}) passes through. Must be >= {least}."
         )
 
 
-def _note_growth(handle: weakref.ref[Handle], module: nn.Module, name: str, param: nn.Parameter) -> None:
+def _note_growth(
+    handle: weakref.ref[Handle], module: nn.Module, name: str, param: nn.Parameter
+) -> None:
     live = handle()
     if live is not None:
         live._grown = True
@@ -329,16 +379,20 @@ def _restore(model: nn.Module, ignored: list[str] | None) -> None:
         setattr(model, _DDP_IGNORED, ignored)
 
 
-def _save_value(piece: Piece, module: nn.Module, state_dict: dict[str, Any], prefix: str, metadata: Any) -> None:
+def _save_value(
+    piece: Piece, module: nn.Module, state_dict: dict[str, Any], prefix: str, metadata: Any
+) -> None:
     """An encoded parameter has no values on the host; its state is what the device sees."""
     key = prefix + piece.weight.leaf
     if key in state_dict:
         state_dict[key] = piece.value()
 
 
-def _refuse_load(piece: Piece, module: nn.Module, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
+def _refuse_load(
+    piece: Piece, module: nn.Module, state_dict: dict[str, Any], prefix: str, *rest: Any
+) -> None:
     if prefix + piece.weight.leaf in state_dict:
         raise OffloadError(
-            f"Parameter {piece.name} is stored in 8 bits (host_dtype): it cannot be loaded while it is streamed. "
-            "Call handle.remove() first."
+            f"Parameter {piece.name} is stored in 8 bits (host_dtype): it cannot be loaded while it"
+            " is streamed. Call handle.remove() first."
         )

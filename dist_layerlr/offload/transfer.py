@@ -1,4 +1,6 @@
-"""Fetches: straight from pinned masters, or through pinned staging buffers that a worker thread fills."""
+"""Fetches: straight from pinned masters, or through pinned staging buffers that a worker thread
+fills.
+"""
 
 from __future__ import annotations
 
@@ -10,8 +12,8 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from dist_layerlr.offload.backend import Backend, Event, host_buffer
-from dist_layerlr.offload.store import Unit, aligned
+from dist_layerlr.offload.device import Backend, Event, host_buffer
+from dist_layerlr.offload.masters import Unit, aligned
 
 MEBIBYTE = 2**20
 MOST_STAGING = 3
@@ -40,7 +42,9 @@ class Fetcher:
     """Copies units into slots."""
 
     def __init__(self, backend: Backend, units: list[Unit], pool_bytes: int | None):
-        """Pin the masters, or allocate staging where they do not fit ``pool_bytes`` or stand alone."""
+        """Pin the masters, or allocate staging where they do not fit ``pool_bytes`` or stand
+        alone.
+        """
         self._backend = backend
         self.fetches = self.nbytes = 0
         self._pinned: list[Tensor] = []
@@ -76,7 +80,9 @@ class Fetcher:
 
     def fetch(self, unit: Unit, slot: Slot) -> Event:
         """Start the copy. The result is for ``wait``."""
-        after = self._backend.mark() if slot.free is None else slot.free  # point 2 of [Note: stream order]
+        after = (
+            self._backend.mark() if slot.free is None else slot.free
+        )  # point 2 of [Note: stream order]
         self.fetches += 1
         self.nbytes += unit.host_bytes
         if self._worker is not None:
@@ -85,7 +91,10 @@ class Fetcher:
         return self._upload(unit, slot, unit.arena, after)
 
     def wait(self, ready: Event) -> bool:
-        """Make compute wait for a fetch: point 1 of [Note: stream order]. Returns whether it had to."""
+        """Make compute wait for a fetch: point 1 of [Note: stream order].
+
+        Returns whether it had to.
+        """
         return self._backend.wait(ready.result() if isinstance(ready, Future) else ready)
 
     def close(self) -> None:

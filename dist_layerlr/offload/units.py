@@ -9,11 +9,13 @@ import torch
 from torch import nn
 
 from dist_layerlr.errors import OffloadError
-from dist_layerlr.names import canonical_name, parse
 from dist_layerlr.offload.policy import AUTO, BLOCK, StreamPolicy
-from dist_layerlr.stacks import Location, StackMap
+from dist_layerlr.plan.names import canonical_name, parse
+from dist_layerlr.plan.stacks import Location, StackMap
 
-_ZERO = "shard with ZeRO's own 'offload_param' instead (zero_optimization.offload_param in ds_config)"
+_ZERO = (
+    "shard with ZeRO's own 'offload_param' instead (zero_optimization.offload_param in ds_config)"
+)
 _FSDP = "use fully_shard(..., offload_policy=CPUOffloadPolicy()) with its prefetch settings instead"
 _CHECKPOINT_WRAPPER = "_checkpoint_wrapped_module"
 
@@ -54,7 +56,10 @@ def cut(model: nn.Module, policy: StreamPolicy) -> list[Cut]:
             + (
                 "it has no stack of blocks (see dist-layerlr plan). Use mode='layer'."
                 if policy.mode == BLOCK
-                else f"no module owns a parameter of min_numel={policy.min_numel} elements or more. Lower min_numel."
+                else (
+                    f"no module owns a parameter of min_numel={policy.min_numel} elements or more."
+                    " Lower min_numel."
+                )
             )
         )
     names = {id(p): name for name, p in model.named_parameters()}
@@ -62,8 +67,9 @@ def cut(model: nn.Module, policy: StreamPolicy) -> list[Cut]:
     cuts = [c for c in cuts if c.weights]
     if not cuts:
         raise OffloadError(
-            f"Nothing to stream in the {len(found)} {policy.mode}s of {type(model).__name__}: no parameter that may be "
-            f"streamed has min_numel={policy.min_numel} elements or more. Lower min_numel."
+            f"Nothing to stream in the {len(found)} {policy.mode}s of {type(model).__name__}: no"
+            f" parameter that may be streamed has min_numel={policy.min_numel} elements or more."
+            " Lower min_numel."
         )
     _refuse_tied(model, cuts)
     for weight in (w for c in cuts for w in c.weights):
@@ -87,7 +93,12 @@ def _blocks(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
         if owner in places and not hasattr(module, _CHECKPOINT_WRAPPER):
             modules.setdefault(owner, (name, module))
     order = sorted(
-        places, key=lambda owner: (places[owner].auxiliary, _parent(owner, places), places[owner].trunk_block)
+        places,
+        key=lambda owner: (
+            places[owner].auxiliary,
+            _parent(owner, places),
+            places[owner].trunk_block,
+        ),
     )
     yield from (modules[owner] for owner in order if owner in modules)
 
@@ -104,7 +115,10 @@ def _layers(model: nn.Module, policy: StreamPolicy) -> Iterator[tuple[str, nn.Mo
     for name, module in model.named_modules():
         if any(name.startswith(f"{t}.") for t in taken):
             continue
-        if any(_streams(f"{name}.{leaf}", p, policy) for leaf, p in module.named_parameters(recurse=False)):
+        if any(
+            _streams(f"{name}.{leaf}", p, policy)
+            for leaf, p in module.named_parameters(recurse=False)
+        ):
             taken.add(name)
             yield name, module
 
@@ -119,13 +133,17 @@ def _streams(name: str, param: nn.Parameter, policy: StreamPolicy) -> bool:
     return bool(policy.stream_trainable)
 
 
-def _cut(model: nn.Module, path: str, module: nn.Module, policy: StreamPolicy, names: dict[int, str]) -> Cut:
+def _cut(
+    model: nn.Module, path: str, module: nn.Module, policy: StreamPolicy, names: dict[int, str]
+) -> Cut:
     weights: dict[int, Weight] = {}
     for prefix, owner in module.named_modules():
         for leaf, param in owner.named_parameters(recurse=False):
             name = ".".join(part for part in (path, prefix, leaf) if part)
             if _streams(name, param, policy):
-                weights.setdefault(id(param), Weight(name=names[id(param)], owner=owner, leaf=leaf, param=param))
+                weights.setdefault(
+                    id(param), Weight(name=names[id(param)], owner=owner, leaf=leaf, param=param)
+                )
     numel = sum(p.numel() for p in module.parameters())
     return Cut(name=path, module=module, weights=tuple(weights.values()), numel=numel)
 
@@ -141,8 +159,9 @@ def _refuse_tied(model: nn.Module, cuts: list[Cut]) -> None:
                 owner = model.get_submodule(other.rpartition(".")[0])
                 if id(owner) not in below:
                     raise OffloadError(
-                        f"Parameter {weight.name} is tied to {other} outside {unit.name}: it cannot leave the device "
-                        f"with one of them. Untie them, or set min_numel above {weight.param.numel()}."
+                        f"Parameter {weight.name} is tied to {other} outside {unit.name}: it cannot"
+                        " leave the device with one of them. Untie them, or set min_numel above"
+                        f" {weight.param.numel()}."
                     )
 
 
@@ -152,11 +171,17 @@ def _refuse_kind(weight: Weight) -> None:
     if hasattr(param, "ds_id"):
         raise OffloadError(f"Parameter {weight.name} is partitioned by DeepSpeed ZeRO-3: {_ZERO}.")
     if kind == "DTensor":
-        raise OffloadError(f"Parameter {weight.name} is a DTensor (sharded by FSDP2 or tensor parallelism): {_FSDP}.")
+        raise OffloadError(
+            f"Parameter {weight.name} is a DTensor (sharded by FSDP2 or tensor parallelism):"
+            f" {_FSDP}."
+        )
     if type(param.data) is not torch.Tensor:
         raise OffloadError(
-            f"Parameter {weight.name} is a {kind}, not a plain tensor: it cannot be streamed. Stream the unquantised "
-            "model; host_dtype='int8' or 'float8_e4m3fn' stores it in 8 bits."
+            f"Parameter {weight.name} is a {kind}, not a plain tensor: it cannot be streamed."
+            " Stream the unquantised model; host_dtype='int8' or 'float8_e4m3fn' stores it in 8"
+            " bits."
         )
     if param.is_meta:
-        raise OffloadError(f"Parameter {weight.name} is on the meta device. Load its weights before stream().")
+        raise OffloadError(
+            f"Parameter {weight.name} is on the meta device. Load its weights before stream()."
+        )

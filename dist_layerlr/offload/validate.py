@@ -15,7 +15,9 @@ from dist_layerlr.offload.units import Cut
 
 _FSDP = "use fully_shard(..., offload_policy=CPUOffloadPolicy())"
 _WRAPPERS = {
-    "DistributedDataParallel": "stream the model first, call handle.exclude_from_ddp(), then wrap it",
+    "DistributedDataParallel": (
+        "stream the model first, call handle.exclude_from_ddp(), then wrap it"
+    ),
     "DataParallel": "use DistributedDataParallel, one process per device",
     "FullyShardedDataParallel": f"FSDP owns its storage: {_FSDP}",
     "FSDPModule": f"FSDP owns its storage: {_FSDP}",
@@ -24,7 +26,9 @@ _WRAPPERS = {
 
 
 class GroupWatch:
-    """An optimizer's groups: the same parameters in the same groups, and rates that only the user changes."""
+    """An optimizer's groups: the same parameters in the same groups, and rates that only the user
+    changes.
+    """
 
     def __init__(self, optimizer: Optimizer):
         self._optimizer = optimizer
@@ -48,7 +52,10 @@ class GroupWatch:
         """
         self.check()
         if self._read_rates() != self._rates:
-            raise OffloadError("A learning rate changed while the streamed model ran. Step schedulers between passes.")
+            raise OffloadError(
+                "A learning rate changed while the streamed model ran. Step schedulers between"
+                " passes."
+            )
 
     def check(self) -> None:
         """Compare with the start.
@@ -59,11 +66,13 @@ class GroupWatch:
         members = self._read()
         if members != self._members:
             index = next(
-                (i for i, (a, b) in enumerate(zip(members, self._members, strict=False)) if a != b), len(members)
+                (i for i, (a, b) in enumerate(zip(members, self._members, strict=False)) if a != b),
+                len(members),
             )
             raise OffloadError(
-                f"Parameter group {index} of the optimizer changed since stream(): its tensors are not the same objects. "
-                "Call handle.remove(), change the optimizer, and stream again."
+                f"Parameter group {index} of the optimizer changed since stream(): its tensors are"
+                " not the same objects. Call handle.remove(), change the optimizer, and stream"
+                " again."
             )
 
     def _read_rates(self) -> list[object]:
@@ -87,7 +96,8 @@ def check_model(model: nn.Module) -> None:
 
 
 def check_cuts(model: nn.Module, cuts: Iterable[Cut], streamed: Iterable[nn.Module]) -> None:
-    """Refuse units that are streamed already, that a live graph holds, or that are compiled with their hooks.
+    """Refuse units that are streamed already, that a live graph holds, or that are compiled with
+    their hooks.
 
     Args:
         model: the whole model.
@@ -99,7 +109,9 @@ def check_cuts(model: nn.Module, cuts: Iterable[Cut], streamed: Iterable[nn.Modu
     """
     taken = {id(m) for m in streamed}
     if any(id(m) in taken for m in model.modules()):
-        raise OffloadError(f"{type(model).__name__} is streamed already. Call remove() on its handle first.")
+        raise OffloadError(
+            f"{type(model).__name__} is streamed already. Call remove() on its handle first."
+        )
     for cut in cuts:
         _refuse_compiled(model, cut)
         _refuse_steps_in_backward(cut)
@@ -113,8 +125,8 @@ def check_cuts(model: nn.Module, cuts: Iterable[Cut], streamed: Iterable[nn.Modu
     trainable = [w.name for cut in cuts for w in cut.weights if w.param.requires_grad]
     if ranks > 1 and trainable:
         raise OffloadError(
-            f"Parameter {trainable[0]} is trainable and streamed on {ranks} ranks: DDP cannot reduce its gradient. "
-            f"Set stream_trainable=False, or {_FSDP}."
+            f"Parameter {trainable[0]} is trainable and streamed on {ranks} ranks: DDP cannot"
+            f" reduce its gradient. Set stream_trainable=False, or {_FSDP}."
         )
 
 
@@ -122,13 +134,16 @@ def _refuse_steps_in_backward(cut: Cut) -> None:
     for weight in cut.weights:
         if weight.param.requires_grad and accumulate_hooks(weight.param):
             raise OffloadError(
-                f"Parameter {weight.name} has a post-accumulate-grad hook, as optimizers that step during backward do: "
-                "its gradient would be on its way to the host. Step after backward, or set stream_trainable=False."
+                f"Parameter {weight.name} has a post-accumulate-grad hook, as optimizers that step"
+                " during backward do: its gradient would be on its way to the host. Step after"
+                " backward, or set stream_trainable=False."
             )
 
 
 def _refuse_compiled(model: nn.Module, cut: Cut) -> None:
-    """Hooks must run outside the compiled code: compiling ``forward`` does that, compiling the call does not."""
+    """Hooks must run outside the compiled code: compiling ``forward`` does that, compiling the call
+    does not.
+    """
     segments = cut.name.split(".") if cut.name else []
     paths = [".".join(segments[:i]) for i in range(len(segments) + 1)]
     above = [(path, model.get_submodule(path)) for path in paths]
@@ -136,13 +151,15 @@ def _refuse_compiled(model: nn.Module, cut: Cut) -> None:
         wraps = module is not cut.module and hasattr(module, "_orig_mod")
         if wraps or getattr(module, "_compiled_call_impl", None) is not None:
             raise OffloadError(
-                f"Module {path or type(module).__name__!r} is compiled together with its hooks, where unit {cut.name!r} "
-                "cannot be fetched. Compile the forward of each block: block.forward = torch.compile(block.forward)."
+                f"Module {path or type(module).__name__!r} is compiled together with its hooks,"
+                f" where unit {cut.name!r} cannot be fetched. Compile the forward of each block:"
+                " block.forward = torch.compile(block.forward)."
             )
 
 
 def check_autocast(device_type: str, name: str, dtypes: Iterable[torch.dtype]) -> None:
-    """Autocast's cache would keep the cast of every streamed trainable weight on the device until the region ends.
+    """Autocast's cache would keep the cast of every streamed trainable weight on the device until
+    the region ends.
 
     Raises:
         OffloadError: in such a region.
@@ -151,6 +168,7 @@ def check_autocast(device_type: str, name: str, dtypes: Iterable[torch.dtype]) -
         return
     if torch.float32 in dtypes:
         raise OffloadError(
-            f"Unit {name} has streamed float32 weights that train under autocast with its cache on: every cast weight "
-            "would stay on the device. Use torch.autocast(..., cache_enabled=False), or a bfloat16 model."
+            f"Unit {name} has streamed float32 weights that train under autocast with its cache on:"
+            " every cast weight would stay on the device. Use torch.autocast(...,"
+            " cache_enabled=False), or a bfloat16 model."
         )

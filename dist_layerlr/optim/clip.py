@@ -8,14 +8,15 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from dist_layerlr.adapters import detect
 from dist_layerlr.errors import ConfigError
+from dist_layerlr.sharders import sharder_of
 
 
 def clip_grad_norm(model: nn.Module, max_norm: float) -> float:
     """Scale all gradients so that their global norm is at most ``max_norm``. Collective.
 
-    ``torch.nn.utils.clip_grad_norm_`` on an FSDP1 model uses each rank's own norm, silently; this does not.
+    ``torch.nn.utils.clip_grad_norm_`` on an FSDP1 model uses each rank's own norm, silently; this
+    does not.
 
     Args:
         model: plain, DDP, FSDP1 or FSDP2.
@@ -27,21 +28,26 @@ def clip_grad_norm(model: nn.Module, max_norm: float) -> float:
     Raises:
         ConfigError: the model is a DeepSpeed engine, which clips inside its step.
     """
-    label = detect(model).label
-    if label.startswith("zero"):
+    layout = sharder_of(model).layout
+    if layout.engine_steps:
         raise ConfigError(
-            "Invalid clip_grad_norm on a DeepSpeed engine: set 'gradient_clipping' in its config instead."
+            "Invalid clip_grad_norm on a DeepSpeed engine: set 'gradient_clipping' in its config"
+            " instead."
         )
-    if label.startswith("fsdp1"):
+    if layout.name in ("fsdp1", "fsdp1_flat"):
         return float(model.clip_grad_norm_(max_norm))  # type: ignore[operator]
     return _clip([p for p in model.parameters() if p.grad is not None], max_norm)
 
 
 def _clip(params: list[nn.Parameter], max_norm: float) -> float:
-    """One norm over tensors and DTensors of several meshes, which no single torch call takes together."""
+    """One norm over tensors and DTensors of several meshes, which no single torch call takes
+    together.
+    """
     meshes: dict[Any, list[nn.Parameter]] = {}
     for param in params:
-        meshes.setdefault(param.device_mesh if isinstance(param, DTensor) else None, []).append(param)
+        meshes.setdefault(param.device_mesh if isinstance(param, DTensor) else None, []).append(
+            param
+        )
     norms = []
     for members in meshes.values():
         norm = torch.nn.utils.get_total_norm([_gradient(p) for p in members])

@@ -1,9 +1,12 @@
-"""Adam at many rates for the price of one: torch's fused kernel, without the optimizer's bookkeeping around it.
+"""Adam at many rates for the price of one: torch's fused kernel, without the optimizer's
+bookkeeping around it.
 
-The kernel takes one rate a call, so each group makes one call. ``torch.optim.AdamW(fused=True)`` spends about 20 us of
-Python on a group and 2 us on a tensor besides; at 1,000 rates that is more than the arithmetic.
+The kernel takes one rate a call, so each group makes one call. ``torch.optim.AdamW(fused=True)``
+spends about 20 us of Python on a group and 2 us on a tensor besides; at 1,000 rates that is more
+than the arithmetic.
 
-Private, read in torch 2.13: ``torch._fused_adamw_`` and ``torch._fused_adam_``, which those optimizers call themselves.
+Private, read in torch 2.13: ``torch._fused_adamw_`` and ``torch._fused_adam_``, which those
+optimizers call themselves.
 """
 
 from __future__ import annotations
@@ -25,12 +28,16 @@ Call = tuple[dict[str, Any], list[Tensor], list[Tensor], list[Tensor], list[Tens
 def handles(optimizer: Optimizer) -> bool:
     """Whether ``step`` may call the kernel. Then several tensors may share one step counter."""
     return type(optimizer) in (Adam, AdamW) and all(
-        group.get(key) is value for group in optimizer.param_groups for key, value in _EXACTLY.items()
+        group.get(key) is value
+        for group in optimizer.param_groups
+        for key, value in _EXACTLY.items()
     )
 
 
 def step(optimizer: Optimizer) -> None:
-    """Do what ``optimizer.step()`` does, for one that is handled: by one kernel call per group if state exists."""
+    """Do what ``optimizer.step()`` does, for one that is handled: by one kernel call per group if
+    state exists.
+    """
     calls = [_gather(optimizer, group) for group in optimizer.param_groups]
     if None in calls:
         _unshare_counters(optimizer)
@@ -45,9 +52,20 @@ def step(optimizer: Optimizer) -> None:
         decoupled = group.get("decoupled_weight_decay", type(optimizer) is AdamW)
         kernel: Any = torch._fused_adamw_ if decoupled else torch._fused_adam_
         kernel(
-            params, gradients, first, second, [], steps, lr=group["lr"], beta1=beta1, beta2=beta2,
-            weight_decay=group["weight_decay"], eps=group["eps"], amsgrad=False, maximize=group["maximize"],
-        )  # fmt: skip
+            params,
+            gradients,
+            first,
+            second,
+            [],
+            steps,
+            lr=group["lr"],
+            beta1=beta1,
+            beta2=beta2,
+            weight_decay=group["weight_decay"],
+            eps=group["eps"],
+            amsgrad=False,
+            maximize=group["maximize"],
+        )
 
 
 def _gather(optimizer: Optimizer, group: dict[str, Any]) -> Call | None:
@@ -60,9 +78,13 @@ def _gather(optimizer: Optimizer, group: dict[str, Any]) -> Call | None:
     if len(params) > 1 and len({(p.device, p.dtype) for p in params}) > 1:
         return None
     return (
-        group, params, [p.grad for p in params], [s["exp_avg"] for s in found],  # type: ignore[index]
-        [s["exp_avg_sq"] for s in found], [s[STEP] for s in found],  # type: ignore[index]
-    )  # fmt: skip
+        group,
+        params,
+        [p.grad for p in params],
+        [s["exp_avg"] for s in found],  # type: ignore[index]
+        [s["exp_avg_sq"] for s in found],  # type: ignore[index]
+        [s[STEP] for s in found],  # type: ignore[index]
+    )
 
 
 def _unshare_counters(optimizer: Optimizer) -> None:

@@ -6,27 +6,29 @@ from collections.abc import Mapping
 from typing import Any
 
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from dist_layerlr.errors import PlanMismatch
-from dist_layerlr.model import live_parameters
-from dist_layerlr.plan import GroupSpec, Plan
+from dist_layerlr.plan.entries import GroupSpec, Plan
+from dist_layerlr.sharders.base import ParamGroup
+from dist_layerlr.sharders.model import live_parameters
 
 LR = "lr"
 INITIAL_LR = "initial_lr"  # checkpointed by torch; re-applied from the plan after every load
+WEIGHT_DECAY = "weight_decay"
 NAME = "name"  # unique per group; never used to match groups on load
-
-ParamGroup = dict[str, Any]
 
 
 def param_groups(plan: Plan, model: nn.Module) -> list[ParamGroup]:
     """Build the optimizer's groups on the live parameters of a model.
 
-    ``torch.optim.AdamW(param_groups(plan, model), weight_decay=0.01)``. Call it after FSDP or DDP has wrapped the
-    model, and before ``deepspeed.initialize``.
+    ``torch.optim.AdamW(param_groups(plan, model), weight_decay=0.01)``. Call it after FSDP or DDP
+    has wrapped the model, and before ``deepspeed.initialize``.
 
     Returns:
-        One dict per distinct (lr, weight decay): ``params``, absolute ``lr`` and ``initial_lr``, a unique ``name``, and
-        ``weight_decay`` where the plan gives one. No group is empty; frozen parameters are in none.
+        One dict per distinct (lr, weight decay): ``params``, absolute ``lr`` and ``initial_lr``, a
+        unique ``name``, and ``weight_decay`` where the plan gives one. No group is empty; frozen
+        parameters are in none.
 
     Raises:
         PlanMismatch: the model's trainable parameters are not those of the plan.
@@ -44,22 +46,48 @@ def build_groups(plan: Plan, live: Mapping[str, Tensor]) -> list[ParamGroup]:
     return [_group(spec, live) for spec in plan.groups]
 
 
+def split_by_mesh(group: ParamGroup) -> list[ParamGroup]:
+    """One group per device mesh: foreach and fused calls cannot mix DTensors of two meshes, or
+    DTensors and tensors.
+    """
+    parts: dict[Any, list[Tensor]] = {}
+    for param in group["params"]:
+        parts.setdefault(param.device_mesh if isinstance(param, DTensor) else None, []).append(
+            param
+        )
+    names = [group[NAME]] + [f"{group[NAME]}@{i}" for i in range(1, len(parts))]
+    return [
+        {**group, "params": params, NAME: name}
+        for name, params in zip(names, parts.values(), strict=True)
+    ]
+
+
 def scale_lrs(optimizer: Any, factor: float) -> None:
-    """Set every group to ``initial_lr * factor``. Reads the live groups each time: their dicts may be replaced."""
+    """Set every group to ``initial_lr * factor``.
+
+    Reads the live groups each time: their dicts may be replaced.
+    """
     for group in optimizer.param_groups:
         _put_lr(group, group[INITIAL_LR] * factor)
 
 
 def write_group(group: ParamGroup, lr: float, weight_decay: float | None, factor: float) -> None:
-    """Put a planned rate into a live group, at ``factor`` of a schedule. Weight decay None leaves the group's own."""
+    """Put a planned rate into a live group, at ``factor`` of a schedule.
+
+    Weight decay None leaves the group's own.
+    """
     group[INITIAL_LR] = lr
     _put_lr(group, lr * factor)
     if weight_decay is not None:
-        group["weight_decay"] = weight_decay
+        group[WEIGHT_DECAY] = weight_decay
 
 
 def _put_lr(group: ParamGroup, value: float) -> None:
-    """The write. Some optimizers keep the rate in a tensor (torchao's, and torch's when capturable) that must stay."""
+    """The write.
+
+    Some optimizers keep the rate in a tensor (torchao's, and torch's when capturable) that must
+    stay.
+    """
     if isinstance(group[LR], Tensor):
         group[LR].fill_(value)
     else:
@@ -67,10 +95,12 @@ def _put_lr(group: ParamGroup, value: float) -> None:
 
 
 def _group(spec: GroupSpec, live: Mapping[str, Tensor]) -> ParamGroup:
-    params = list(dict.fromkeys(live[n] for n in spec.names))  # names that lie side by side may be stepped as one
+    params = list(
+        dict.fromkeys(live[n] for n in spec.names)
+    )  # names that lie side by side may be stepped as one
     group: ParamGroup = {"params": params, LR: spec.lr, INITIAL_LR: spec.lr, NAME: spec.name}
     if spec.weight_decay is not None:
-        group["weight_decay"] = spec.weight_decay
+        group[WEIGHT_DECAY] = spec.weight_decay
     return group
 
 

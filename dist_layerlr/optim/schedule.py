@@ -1,12 +1,17 @@
-"""A schedule is a pure function step -> multiplier in [0, 1], the same for every parameter, counted in optimizer steps.
+"""A schedule is a pure function step -> multiplier in [0, 1], the same for every parameter, counted
+in optimizer steps.
 
-Multiplying every learning rate by one number keeps their ratios; the floor is a ratio too, never an absolute rate.
+Multiplying every learning rate by one number keeps their ratios; the floor is a ratio too, never an
+absolute rate.
 """
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Any
+
+from dist_layerlr.optim.groups import scale_lrs
 
 KINDS = ("constant", "linear", "cosine")
 
@@ -33,3 +38,45 @@ class Schedule:
         x = min(1.0, (step - self.warmup_steps) / span)
         shape = 1.0 - x if self.kind == "linear" else 0.5 * (1.0 + math.cos(math.pi * x))
         return self.min_ratio + (1.0 - self.min_ratio) * shape
+
+
+class PlanSchedule:
+    """Multiplies every planned rate by ``schedule.factor(step)``.
+
+    It is no torch scheduler, so neither Accelerate nor DeepSpeed steps it: call ``step()`` once
+    after each optimizer step. It reads the live groups on every call, so groups may be replaced by
+    a load or a wrapper.
+    """
+
+    def __init__(self, optimizer: Any, schedule: Schedule):
+        """Put the rates of step 0 in force.
+
+        Args:
+            optimizer: a torch optimizer, a wrapper of one, or a DeepSpeed engine.
+            schedule: step -> multiplier.
+        """
+        self._optimizer = (
+            optimizer.optimizer if hasattr(optimizer, "zero_optimization_stage") else optimizer
+        )
+        self._schedule = schedule
+        self.last_step = 0
+        scale_lrs(self._optimizer, self.factor)
+
+    @property
+    def factor(self) -> float:
+        """The multiplier in force."""
+        return self._schedule.factor(self.last_step)
+
+    def step(self) -> None:
+        """Advance by one optimizer step."""
+        self.last_step += 1
+        scale_lrs(self._optimizer, self.factor)
+
+    def state_dict(self) -> dict[str, int]:
+        """The step alone: rates come from the plan."""
+        return {"last_step": self.last_step}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        """Continue from a saved step."""
+        self.last_step = state["last_step"]
+        scale_lrs(self._optimizer, self.factor)

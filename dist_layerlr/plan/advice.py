@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from dist_layerlr.components import DEFAULT, NORM
-from dist_layerlr.config import Config
 from dist_layerlr.errors import UnmatchedParams
-from dist_layerlr.plan import PlanEntry, total_numel
+from dist_layerlr.plan.components import DEFAULT, NORM
+from dist_layerlr.plan.config import Config
+from dist_layerlr.plan.entries import PlanEntry, total_numel
 
 MATRIX_NORM_SHARE = 0.05
 """Share of elements above which norm-labelled matrices are worth a warning."""
@@ -28,7 +28,11 @@ def check_plan(entries: Mapping[str, PlanEntry], config: Config) -> tuple[str, .
         *_unused(rows, config),
         _loud_default(rows, config),
         _held_still(rows),
-        "log_grad_norms has no effect in this version" if config.per_layer_lr.log_grad_norms else "",
+        (
+            "log_grad_norms has no effect in this version"
+            if config.per_layer_lr.log_grad_norms
+            else ""
+        ),
     ]
     return tuple(text for text in found if text)
 
@@ -42,8 +46,9 @@ def _unmatched(rows: list[PlanEntry], total: int, config: Config) -> str:
     names = ", ".join(e.name for e in missed[:10])
     if policy == "error":
         raise UnmatchedParams(
-            f"No rule names {share} (unmatched='error'): {names}. Add a pattern or a region for them, list one of the "
-            "fine components (modulation, embed, head, conv, fused), or set unmatched to 'warn' or 'default'."
+            f"No rule names {share} (unmatched='error'): {names}. Add a pattern or a region for"
+            " them, list one of the fine components (modulation, embed, head, conv, fused), or set"
+            " unmatched to 'warn' or 'default'."
         )
     default = f"default_lr={config.per_layer_lr.default_lr:g} (times depth in blocks)"
     return f"{share} match no component and take {default}: {_few(missed)}"
@@ -63,8 +68,9 @@ def _unlisted(rows: list[PlanEntry], total: int, config: Config) -> str:
         return ""
     kinds = ", ".join(sorted({e.component for e in missed}))
     return (
-        f"component_lr does not list {kinds}: {len(missed)} parameters ({total_numel(missed) / total:.1%} of the "
-        f"elements) take default_lr={config.per_layer_lr.default_lr:g} (times depth in blocks)"
+        f"component_lr does not list {kinds}: {len(missed)} parameters"
+        f" ({total_numel(missed) / total:.1%} of the elements) take"
+        f" default_lr={config.per_layer_lr.default_lr:g} (times depth in blocks)"
     )
 
 
@@ -74,8 +80,8 @@ def _matrix_norms(rows: list[PlanEntry], total: int, config: Config) -> str:
     if share <= MATRIX_NORM_SHARE:
         return ""
     return (
-        f"{share:.1%} of the elements are matrices under a norm-named module ({_few(matrices)}) and train at the norm "
-        "rate; list 'modulation' in component_lr to give them their own"
+        f"{share:.1%} of the elements are matrices under a norm-named module ({_few(matrices)}) and"
+        " train at the norm rate; list 'modulation' in component_lr to give them their own"
     )
 
 
@@ -94,12 +100,19 @@ def _loud_default(rows: list[PlanEntry], config: Config) -> str:
     default = config.per_layer_lr.default_lr
     if not listed or default <= 5 * max(listed) or not any(e.base_lr == default for e in rows):
         return ""
-    return f"default_lr={default:g} is {default / max(listed):.0f} times the largest component_lr; give default_lr"
+    return (
+        f"default_lr={default:g} is {default / max(listed):.0f} times the largest component_lr;"
+        " give default_lr"
+    )
 
 
 def _held_still(rows: list[PlanEntry]) -> str:
     still = [e for e in rows if e.lr == 0.0]
-    return f"{len(still)} trainable parameters have lr 0 and are held still (frozen): {_few(still)}" if still else ""
+    return (
+        f"{len(still)} trainable parameters have lr 0 and are held still (frozen): {_few(still)}"
+        if still
+        else ""
+    )
 
 
 def _few(rows: list[PlanEntry]) -> str:

@@ -8,16 +8,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from dist_layerlr.components import DEFAULT, Label, ParamView, classify, has_custom_rules
-from dist_layerlr.config import BLOCK, Config, PatternRule, PerLayerLR, Region, load_config
-from dist_layerlr.depth import LAYER_DECAY, DepthSettings, depth_factor
 from dist_layerlr.errors import ModelSourceError
-from dist_layerlr.layer_decay import layer_decay_factors
-from dist_layerlr.matching import Rules
-from dist_layerlr.names import ParamPath, canonical_name, module_index, parse
-from dist_layerlr.plan import ParamInfo, Plan, PlanEntry, Shape
-from dist_layerlr.stacks import Location, StackMap
-from dist_layerlr.warn import check_plan
+from dist_layerlr.plan.advice import check_plan
+from dist_layerlr.plan.components import DEFAULT, Label, ParamView, classify, has_custom_rules
+from dist_layerlr.plan.config import BLOCK, Config, PatternRule, PerLayerLR, Region, load_config
+from dist_layerlr.plan.depth import LAYER_DECAY, DepthSettings, depth_factor
+from dist_layerlr.plan.entries import ParamInfo, Plan, PlanEntry, Shape
+from dist_layerlr.plan.layer_decay import layer_decay_factors
+from dist_layerlr.plan.names import ParamPath, canonical_name, module_index, parse
+from dist_layerlr.plan.rules import Rules
+from dist_layerlr.plan.stacks import Location, StackMap
 
 Params = Iterable[ParamInfo] | Mapping[str, Shape] | Iterable[tuple[str, Shape]]
 
@@ -33,12 +33,14 @@ class _Placed:
     region: Region | None
 
 
-def build_plan(params: Params, config: Config | Mapping[str, Any] | str | Path, *, base: Params | None = None) -> Plan:
+def build_plan(
+    params: Params, config: Config | Mapping[str, Any] | str | Path, *, base: Params | None = None
+) -> Plan:
     """Give every trainable parameter its learning rate and weight decay.
 
     Args:
-        params: ALL parameters of the model, frozen ones included (they decide block counts): ``{name: shape}``, pairs,
-            or ``ParamInfo``.
+        params: ALL parameters of the model, frozen ones included (they decide block counts):
+            ``{name: shape}``, pairs, or ``ParamInfo``.
         config: the training config (mapping or JSON file) with its ``per_layer_lr`` block.
         base: the full model's parameters, when ``params`` is only the trainable list (a LoRA file).
 
@@ -51,7 +53,9 @@ def build_plan(params: Params, config: Config | Mapping[str, Any] | str | Path, 
     infos = _infos(params)
     if not config.per_layer_lr.enabled:
         return _flat_plan(infos, config)
-    placed, decay, notes = _place(infos, _infos(base) if base is not None else None, config.per_layer_lr)
+    placed, decay, notes = _place(
+        infos, _infos(base) if base is not None else None, config.per_layer_lr
+    )
     factors = _depth_factors(placed, config.per_layer_lr)
     entries = {
         p.info.name: _entry(p, factor, wd, config.per_layer_lr)
@@ -61,9 +65,15 @@ def build_plan(params: Params, config: Config | Mapping[str, Any] | str | Path, 
     frozen = len(placed) - len(entries)
     if base is None and all(p.path.is_adapter for p in placed):
         notes.append(
-            "only adapter parameters are listed: block counts come from them alone; give the full model (--base)"
+            "only adapter parameters are listed: block counts come from them alone; give the full"
+            " model (--base)"
         )
-    return Plan(entries=entries, config=config, frozen=frozen, warnings=(*notes, *check_plan(entries, config)))
+    return Plan(
+        entries=entries,
+        config=config,
+        frozen=frozen,
+        warnings=(*notes, *check_plan(entries, config)),
+    )
 
 
 def _infos(params: Params) -> list[ParamInfo]:
@@ -71,14 +81,19 @@ def _infos(params: Params) -> list[ParamInfo]:
         params = params.items()
     infos: dict[str, ParamInfo] = {}
     for item in params:
-        info = item if isinstance(item, ParamInfo) else ParamInfo(name=item[0], shape=tuple(item[1]))
+        info = (
+            item if isinstance(item, ParamInfo) else ParamInfo(name=item[0], shape=tuple(item[1]))
+        )
         name = canonical_name(info.name)
         if name in infos:
             raise ModelSourceError(
-                f"Parameter {name!r} is listed twice. Names must be unique once wrappers are undone."
+                f"Parameter {name!r} is listed twice. Names must be unique once wrappers are"
+                " undone."
             )
         if name != info.name:
-            info = ParamInfo(name=name, shape=info.shape, trainable=info.trainable, owner_class=info.owner_class)
+            info = ParamInfo(
+                name=name, shape=info.shape, trainable=info.trainable, owner_class=info.owner_class
+            )
         infos[name] = info
     if not infos:
         raise ModelSourceError("The model has no parameters. Give all of its names and shapes.")
@@ -89,20 +104,36 @@ def _flat_plan(infos: list[ParamInfo], config: Config) -> Plan:
     lr = config.flat_lr
     entries = {
         i.name: PlanEntry(
-            name=i.name, shape=i.shape, component=DEFAULT, rule="per_layer_lr is off", stack=None, block=None,
-            blocks=None, panel=None, base_lr=lr, factor=1.0, depth=None, multiplier=1.0,
-            lora_plus=1.0, lr=lr, weight_decay=None, region=None,
+            name=i.name,
+            shape=i.shape,
+            component=DEFAULT,
+            rule="per_layer_lr is off",
+            stack=None,
+            block=None,
+            blocks=None,
+            panel=None,
+            base_lr=lr,
+            factor=1.0,
+            depth=None,
+            multiplier=1.0,
+            lora_plus=1.0,
+            lr=lr,
+            weight_decay=None,
+            region=None,
         )
         for i in infos
         if i.trainable
-    }  # fmt: skip
+    }
     return Plan(entries=entries, config=config, frozen=len(infos) - len(entries))
 
 
 def _place(
     infos: list[ParamInfo], base: list[ParamInfo] | None, block: PerLayerLR
 ) -> tuple[list[_Placed], list[float | None], list[str]]:
-    """Locate and label every parameter and give it its weight decay; the first matching region and pattern win."""
+    """Locate and label every parameter and give it its weight decay.
+
+    The first matching region and pattern win.
+    """
     base_paths = [parse(i.name) for i in (infos if base is None else base)]
     stack_map = StackMap(base_paths)
     base_locations = [stack_map.locate(p) for p in base_paths]
@@ -117,8 +148,12 @@ def _place(
     regions = rules.first_match(block.regions, f"{BLOCK}.regions")
     label = _Labeller(siblings)
     placed = [
-        _Placed(info=info, path=path, location=loc, label=label(info, path, loc, pattern), region=region)
-        for info, path, loc, pattern, region in zip(infos, paths, locations, patterns, regions, strict=True)
+        _Placed(
+            info=info, path=path, location=loc, label=label(info, path, loc, pattern), region=region
+        )
+        for info, path, loc, pattern, region in zip(
+            infos, paths, locations, patterns, regions, strict=True
+        )
     ]
     return placed, _weight_decays(placed, rules, block), rules.notes
 
@@ -133,7 +168,10 @@ def _siblings(paths: list[ParamPath], locations: list[Location | None]) -> Sibli
         if loc is not None:
             found[loc.stack, loc.block].update(path.owner[loc.depth :])
     shared: dict[frozenset[str], frozenset[str]] = {}
-    return {key: shared.setdefault(frozenset(segments), frozenset(segments)) for key, segments in found.items()}
+    return {
+        key: shared.setdefault(frozenset(segments), frozenset(segments))
+        for key, segments in found.items()
+    }
 
 
 class _Labeller:
@@ -143,22 +181,37 @@ class _Labeller:
         self._siblings = siblings
         self._known: dict[Any, Label] = {}
 
-    def __call__(self, info: ParamInfo, path: ParamPath, loc: Location | None, pattern: PatternRule | None) -> Label:
+    def __call__(
+        self, info: ParamInfo, path: ParamPath, loc: Location | None, pattern: PatternRule | None
+    ) -> Label:
         below = path.owner if loc is None else path.owner[loc.depth :]
         siblings: frozenset[str] = (
             frozenset() if loc is None else self._siblings.get((loc.stack, loc.block), frozenset())
         )
         # A registered rule may look at the whole name, so its answers are not shared.
-        key = info.name if has_custom_rules() else (below, path.leaf, loc is None, info.owner_class, siblings)
+        key = (
+            info.name
+            if has_custom_rules()
+            else (below, path.leaf, loc is None, info.owner_class, siblings)
+        )
         label = self._known.get(key)
         if label is None:
             view = ParamView(
-                name=info.name, path=below, leaf=path.leaf, inside=loc is not None, is_adapter=path.is_adapter,
-                owner_class=info.owner_class, siblings=siblings,
-            )  # fmt: skip
+                name=info.name,
+                path=below,
+                leaf=path.leaf,
+                inside=loc is not None,
+                is_adapter=path.is_adapter,
+                owner_class=info.owner_class,
+                siblings=siblings,
+            )
             label = self._known[key] = classify(view)
         if pattern is not None:
-            return Label(component=pattern.component, rule=f"pattern {pattern.match!r}", is_norm=label.is_norm)
+            return Label(
+                component=pattern.component,
+                rule=f"pattern {pattern.match!r}",
+                is_norm=label.is_norm,
+            )
         return label
 
 
@@ -174,9 +227,14 @@ def _depth_factors(placed: list[_Placed], block: PerLayerLR) -> list[float]:
     for key, members in scopes.items():
         own = settings[key]
         if own.depth_strategy == LAYER_DECAY:
-            values = layer_decay_factors([(placed[i].path, placed[i].location) for i in members], own)
+            values = layer_decay_factors(
+                [(placed[i].path, placed[i].location) for i in members], own
+            )
         else:
-            values = [_curve_factor(placed[i].location, own, asked=own is not block.depth) for i in members]
+            values = [
+                _curve_factor(placed[i].location, own, asked=own is not block.depth)
+                for i in members
+            ]
         for i, value in zip(members, values, strict=True):
             factors[i] = value
     return factors
@@ -197,16 +255,22 @@ def _curve_factor(loc: Location | None, settings: DepthSettings, *, asked: bool)
 
 
 def _weight_decays(placed: list[_Placed], rules: Rules, block: PerLayerLR) -> list[float | None]:
-    """Weight decay of each parameter: 0 where a no_decay rule hits, else the region's, the block's or None."""
+    """Weight decay of each parameter: 0 where a no_decay rule hits, else the region's, the block's
+    or None.
+    """
     outer = _exempt(placed, rules, block.no_decay, f"{BLOCK}.no_decay")
     exempt: dict[int, set[int]] = {}
     for number, region in enumerate(block.regions):
         if region.no_decay is not None:
-            exempt[id(region)] = _exempt(placed, rules, region.no_decay, f"{BLOCK}.regions[{number}].no_decay")
+            exempt[id(region)] = _exempt(
+                placed, rules, region.no_decay, f"{BLOCK}.regions[{number}].no_decay"
+            )
     values: list[float | None] = []
     for i, p in enumerate(placed):
         own = (
-            p.region.weight_decay if p.region is not None and p.region.weight_decay is not None else block.weight_decay
+            p.region.weight_decay
+            if p.region is not None and p.region.weight_decay is not None
+            else block.weight_decay
         )
         values.append(0.0 if i in exempt.get(id(p.region), outer) else own)
     return values

@@ -1,7 +1,9 @@
-"""Which component a parameter is: self_attn, cross_attn, ffn, norm, else default. First rule that hits wins.
+"""Which component a parameter is: self_attn, cross_attn, ffn, norm, else default.
 
-Rules look at whole segments of the path below the block. Cross attention is asked before self attention, because the
-bare ``to_q`` of an adapter would otherwise swallow every ``attn2.to_q``.
+First rule that hits wins.
+
+Rules look at whole segments of the path below the block. Cross attention is asked before self
+attention, because the bare ``to_q`` of an adapter would otherwise swallow every ``attn2.to_q``.
 """
 
 from __future__ import annotations
@@ -10,7 +12,7 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from dist_layerlr.stacks import is_attention
+from dist_layerlr.plan.stacks import is_attention
 
 SELF_ATTN, CROSS_ATTN, FFN, NORM, DEFAULT = "self_attn", "cross_attn", "ffn", "norm", "default"
 COMPONENTS = (SELF_ATTN, CROSS_ATTN, FFN, NORM)
@@ -31,7 +33,8 @@ _FFN = re.compile(
 )
 _FFN_BESIDE_ATTENTION = re.compile(r"^(linear[12]|fc[12]|output)$")
 _MODULATION = re.compile(
-    r"modulation|scale_shift|^adaln|(^|_)ada_?ln|(^|_)mod$|^time_proj$|^distilled_guidance_layer$", re.I
+    r"modulation|scale_shift|^adaln|(^|_)ada_?ln|(^|_)mod$|^time_proj$|^distilled_guidance_layer$",
+    re.I,
 )
 _EMBED = re.compile(
     r"embed|^(proj|conv|img|txt|x|audio_proj)_in$|_token$|_tokens$|^caption_projection$|^(shared|wte|wpe)$|^audio_caption",
@@ -83,11 +86,14 @@ _CUSTOM_COMPONENTS: set[str] = set()
 
 
 def register_component_rule(rule: Rule, *, components: tuple[str, ...] = ()) -> None:
-    """Ask ``rule`` before the built-in ones: ``register_component_rule(lambda p: "ffn" if "moe" in p.path else None)``.
+    """Ask ``rule`` before the built-in ones: ``register_component_rule(lambda p: "ffn" if "moe" in
+    p.path else None)``.
 
     Args:
-        rule: returns a component or None. Rules registered later are asked later; a config's patterns come first.
-        components: names beyond the known ones that the rule may return, so that component_lr may list them.
+        rule: returns a component or None. Rules registered later are asked later; a config's
+            patterns come first.
+        components: names beyond the known ones that the rule may return, so that component_lr may
+            list them.
     """
     _CUSTOM_RULES.append(rule)
     _CUSTOM_COMPONENTS.update(components)
@@ -99,7 +105,9 @@ def known_components() -> set[str]:
 
 
 def has_custom_rules() -> bool:
-    """Whether a Python rule is registered (it may look at whole names, so labels cannot be shared between blocks)."""
+    """Whether a Python rule is registered (it may look at whole names, so labels cannot be shared
+    between blocks).
+    """
     return bool(_CUSTOM_RULES)
 
 
@@ -108,7 +116,9 @@ def classify(view: ParamView) -> Label:
     for rule in _CUSTOM_RULES:
         component = rule(view)
         if component is not None:
-            return Label(component=component, rule=f"registered rule {getattr(rule, '__name__', rule)!s}")
+            return Label(
+                component=component, rule=f"registered rule {getattr(rule, '__name__', rule)!s}"
+            )
     label = _norm_label(view)
     if label is None and view.inside:
         label = _block_label(view)
@@ -128,14 +138,20 @@ def _norm_label(view: ParamView) -> Label | None:
     if owner == named[-1] and plain and view.owner_class not in _MATRIX_CLASSES:
         return Label(component=NORM, rule=f"segment {owner!r} names a norm", is_norm=True)
     return Label(
-        component=NORM, fine="modulation", rule=f"segment {named[-1]!r} names a norm, the tensor is a matrix in it"
+        component=NORM,
+        fine="modulation",
+        rule=f"segment {named[-1]!r} names a norm, the tensor is a matrix in it",
     )
 
 
 def _block_label(view: ParamView) -> Label | None:
     leaf_module = view.path[-1] if view.path else ""
     if _FUSED_LEAF.match(leaf_module):
-        return Label(component=SELF_ATTN, fine="fused", rule=f"segment {leaf_module!r} fuses attention and mlp")
+        return Label(
+            component=SELF_ATTN,
+            fine="fused",
+            rule=f"segment {leaf_module!r} fuses attention and mlp",
+        )
     label = _cross_label(view, leaf_module) or _self_label(view, leaf_module)
     if label is not None:
         return label
@@ -150,10 +166,15 @@ def _block_label(view: ParamView) -> Label | None:
 
 def _cross_label(view: ParamView, leaf_module: str) -> Label | None:
     if _CROSS_LEAF.match(leaf_module):
-        return Label(component=CROSS_ATTN, rule=f"segment {leaf_module!r} projects the other stream")
+        return Label(
+            component=CROSS_ATTN, rule=f"segment {leaf_module!r} projects the other stream"
+        )
     for segment in view.path:
         if segment == "attn2" and "attn" in view.siblings and "attn1" not in view.siblings:
-            return Label(component=SELF_ATTN, rule="'attn2' beside a plain 'attn' and no 'attn1' attends to itself")
+            return Label(
+                component=SELF_ATTN,
+                rule="'attn2' beside a plain 'attn' and no 'attn1' attends to itself",
+            )
         if _CROSS.search(segment):
             return Label(component=CROSS_ATTN, rule=f"segment {segment!r} names cross attention")
     return None
@@ -164,7 +185,11 @@ def _self_label(view: ParamView, leaf_module: str) -> Label | None:
     if found is None:
         return None
     fused = leaf_module == "to_out" and "to_qkv_mlp_proj" in view.siblings
-    return Label(component=SELF_ATTN, fine="fused" if fused else None, rule=f"segment {found!r} names self attention")
+    return Label(
+        component=SELF_ATTN,
+        fine="fused" if fused else None,
+        rule=f"segment {found!r} names self attention",
+    )
 
 
 def _fine_label(view: ParamView) -> str | None:

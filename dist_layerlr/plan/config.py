@@ -13,13 +13,13 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-from dist_layerlr import checks
-from dist_layerlr.components import known_components
-from dist_layerlr.depth import DEPTH_FUNCTIONS, LAYER_DECAY, DepthSettings
+from dist_layerlr import fields
 from dist_layerlr.errors import ConfigError
-from dist_layerlr.layer_decay import CONVENTIONS
-from dist_layerlr.patterns import compile_pattern
-from dist_layerlr.presets import PRESET_FUNCTIONS, PRESETS
+from dist_layerlr.plan.components import known_components
+from dist_layerlr.plan.depth import DEPTH_FUNCTIONS, LAYER_DECAY, DepthSettings
+from dist_layerlr.plan.layer_decay import CONVENTIONS
+from dist_layerlr.plan.patterns import compile_pattern
+from dist_layerlr.plan.presets import PRESET_FUNCTIONS, PRESETS
 
 SEED_COMPONENT_LR: Mapping[str, float] = MappingProxyType(
     {"self_attn": 4e-4, "cross_attn": 2e-4, "ffn": 3e-4, "norm": 5e-5}
@@ -40,7 +40,10 @@ class PatternRule:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Region:
-    """A part of the model with rules of its own. What it does not give, it takes from the block around it."""
+    """A part of the model with rules of its own.
+
+    What it does not give, it takes from the block around it.
+    """
 
     match: str
     lr: float | None = None
@@ -87,21 +90,21 @@ class Config:
         return FALLBACK_LR if self.learning_rate is None else self.learning_rate
 
 
-_DEPTH_FIELDS: dict[str, checks.Check] = {
-    "depth_strategy": checks.one_of(lambda: (*DEPTH_FUNCTIONS, LAYER_DECAY)),
-    "depth_scope": checks.one_of(lambda: ("stack", "trunk")),
-    "min_depth_factor": checks.number(0.0, 1.0),
-    "peak_position": checks.number(0.0, 1.0),
-    "layer_decay": checks.number(0.0, 1.0, open_low=True),
-    "depth_table": checks.numbers(at_least=2),
-    "convention": checks.one_of(lambda: tuple(CONVENTIONS)),
-    "num_layers": checks.integer(1),
+_DEPTH_FIELDS: dict[str, fields.Check] = {
+    "depth_strategy": fields.one_of(lambda: (*DEPTH_FUNCTIONS, LAYER_DECAY)),
+    "depth_scope": fields.one_of(lambda: ("stack", "trunk")),
+    "min_depth_factor": fields.number(0.0, 1.0),
+    "peak_position": fields.number(0.0, 1.0),
+    "layer_decay": fields.number(0.0, 1.0, open_low=True),
+    "depth_table": fields.numbers(at_least=2),
+    "convention": fields.one_of(lambda: tuple(CONVENTIONS)),
+    "num_layers": fields.integer(1),
 }
-_LR = checks.number(0.0)
+_LR = fields.number(0.0)
 
 
 def _no_decay(path: str, value: object) -> tuple[str, ...]:
-    rules = checks.strings(path, value)
+    rules = fields.strings(path, value)
     for rule in rules:
         if rule not in ("ndim<=1", "norm"):
             _pattern(path, rule)
@@ -109,7 +112,7 @@ def _no_decay(path: str, value: object) -> tuple[str, ...]:
 
 
 def _pattern(path: str, value: object) -> str:
-    text = checks.text(path, value)
+    text = fields.text(path, value)
     try:
         compile_pattern(text)
     except ConfigError as error:
@@ -117,48 +120,55 @@ def _pattern(path: str, value: object) -> str:
     return text
 
 
-_REGION_FIELDS: dict[str, checks.Check] = {
+_REGION_FIELDS: dict[str, fields.Check] = {
     "match": _pattern,
     "lr": _LR,
     "lr_multiplier": _LR,
-    "component_lr": checks.mapping_of(_LR),
+    "component_lr": fields.mapping_of(_LR),
     "weight_decay": _LR,
     "no_decay": _no_decay,
     **_DEPTH_FIELDS,
 }
-_PATTERN_FIELDS: dict[str, checks.Check] = {"match": _pattern, "component": checks.text}
-_BLOCK_FIELDS: dict[str, checks.Check] = {
-    "enabled": checks.boolean,
-    "component_lr": checks.mapping_of(_LR),
+_PATTERN_FIELDS: dict[str, fields.Check] = {"match": _pattern, "component": fields.text}
+_BLOCK_FIELDS: dict[str, fields.Check] = {
+    "enabled": fields.boolean,
+    "component_lr": fields.mapping_of(_LR),
     "default_lr": _LR,
-    "log_grad_norms": checks.boolean,
-    "patterns": checks.list_of(_PATTERN_FIELDS, required=("match", "component")),
-    "regions": checks.list_of(_REGION_FIELDS, required=("match",)),
+    "log_grad_norms": fields.boolean,
+    "patterns": fields.list_of(_PATTERN_FIELDS, required=("match", "component")),
+    "regions": fields.list_of(_REGION_FIELDS, required=("match",)),
     "weight_decay": _LR,
     "no_decay": _no_decay,
-    "lora_plus_ratio": checks.number(1.0),
-    "unmatched": checks.one_of(lambda: ("default", "warn", "error")),
-    "resume_lr": checks.one_of(lambda: ("plan", "checkpoint")),
+    "lora_plus_ratio": fields.number(1.0),
+    "unmatched": fields.one_of(lambda: ("default", "warn", "error")),
+    "resume_lr": fields.one_of(lambda: ("plan", "checkpoint")),
     **_DEPTH_FIELDS,
 }
 
 
 def load_config(source: str | Path | Mapping[str, Any] | Config) -> Config:
-    """Read a training config: a JSON file or the mapping it holds. Keys of the trainer's own are left alone.
+    """Read a training config: a JSON file or the mapping it holds.
+
+    Keys of the trainer's own are left alone.
 
     Raises:
-        ConfigError: unreadable file, unknown key or bad value in ``per_layer_lr``, or a misspelt top-level key.
+        ConfigError: unreadable file, unknown key or bad value in ``per_layer_lr``, or a misspelt
+            top-level key.
     """
     if isinstance(source, Config):
         return source
     raw = source if isinstance(source, Mapping) else read_json(source)
-    checks.near_misses("config", raw, (BLOCK, "learning_rate", "model_type"))
+    fields.near_misses("config", raw, (BLOCK, "learning_rate", "model_type"))
     if BLOCK not in raw and raw.keys() & (_BLOCK_FIELDS.keys() | {"preset"}) - {"weight_decay"}:
         found = sorted(raw.keys() & (_BLOCK_FIELDS.keys() | {"preset"}))
-        raise ConfigError(f"Invalid config: {found} must stand inside a {BLOCK!r} block, beside 'learning_rate'.")
+        raise ConfigError(
+            f"Invalid config: {found} must stand inside a {BLOCK!r} block, beside 'learning_rate'."
+        )
     rate = None if raw.get("learning_rate") is None else _LR("learning_rate", raw["learning_rate"])
-    model_type = checks.text("model_type", raw.get("model_type", "model"))
-    return Config(model_type=model_type, learning_rate=rate, per_layer_lr=_read_block(raw.get(BLOCK), rate))
+    model_type = fields.text("model_type", raw.get("model_type", "model"))
+    return Config(
+        model_type=model_type, learning_rate=rate, per_layer_lr=_read_block(raw.get(BLOCK), rate)
+    )
 
 
 def read_json(path: str | Path) -> dict[str, Any]:
@@ -172,7 +182,9 @@ def read_json(path: str | Path) -> dict[str, Any]:
         seen: dict[str, Any] = {}
         for key, value in pairs:
             if key in seen:
-                raise ConfigError(f"Invalid config file {str(path)!r}: key {key!r} is given twice. Keep one.")
+                raise ConfigError(
+                    f"Invalid config file {str(path)!r}: key {key!r} is given twice. Keep one."
+                )
             seen[key] = value
         return seen
 
@@ -185,16 +197,19 @@ def read_json(path: str | Path) -> dict[str, Any]:
     except (ValueError, RecursionError) as error:
         raise ConfigError(f"Invalid config file {str(path)!r}: not JSON ({error}).") from None
     if not isinstance(loaded, dict):
-        raise ConfigError(f"Invalid config file {str(path)!r}: must hold a JSON object, got {type(loaded).__name__}.")
+        raise ConfigError(
+            f"Invalid config file {str(path)!r}: must hold a JSON object, got"
+            f" {type(loaded).__name__}."
+        )
     return loaded
 
 
 def _read_block(raw: object, learning_rate: float | None) -> PerLayerLR:
     if raw is None:
         return PerLayerLR(default_lr=FALLBACK_LR if learning_rate is None else learning_rate)
-    given = _expand_preset(checks.mapping(BLOCK, raw), learning_rate)
-    checks.known_keys(BLOCK, given, [*_BLOCK_FIELDS, "preset"])
-    values = checks.fields(BLOCK, given, _BLOCK_FIELDS)
+    given = _expand_preset(fields.mapping(BLOCK, raw), learning_rate)
+    fields.known_keys(BLOCK, given, [*_BLOCK_FIELDS, "preset"])
+    values = fields.fields(BLOCK, given, _BLOCK_FIELDS)
     depth = replace(DepthSettings(), **{k: values.pop(k) for k in _DEPTH_FIELDS if k in values})
     _check_depth(BLOCK, depth)
     values.setdefault("default_lr", FALLBACK_LR if learning_rate is None else learning_rate)
@@ -210,7 +225,7 @@ def _expand_preset(given: Mapping[str, Any], learning_rate: float | None) -> dic
     name = block.pop("preset", None)
     if name is None:
         return block
-    checks.one_of(lambda: (*PRESETS, *PRESET_FUNCTIONS))(f"{BLOCK}.preset", name)
+    fields.one_of(lambda: (*PRESETS, *PRESET_FUNCTIONS))(f"{BLOCK}.preset", name)
     if name in PRESETS:
         return {**PRESETS[name], **block}
     function = PRESET_FUNCTIONS[name]
@@ -222,12 +237,12 @@ def _expand_preset(given: Mapping[str, Any], learning_rate: float | None) -> dic
     return {**function(learning_rate=learning_rate, **own), **block}
 
 
-_PRESET_PARAMETERS: dict[str, checks.Check] = {
+_PRESET_PARAMETERS: dict[str, fields.Check] = {
     "lr_encoder": _LR,
-    "lr_vit_layer_decay": checks.number(0.0, 1.0, open_low=True),
-    "lr_component_decay": checks.number(0.0, 1.0, open_low=True),
-    "convention": checks.one_of(lambda: tuple(CONVENTIONS)),
-    "out_feature_indexes": checks.integers(at_least=1),
+    "lr_vit_layer_decay": fields.number(0.0, 1.0, open_low=True),
+    "lr_component_decay": fields.number(0.0, 1.0, open_low=True),
+    "convention": fields.one_of(lambda: tuple(CONVENTIONS)),
+    "out_feature_indexes": fields.integers(at_least=1),
 }
 
 
@@ -247,16 +262,28 @@ def _region(index: int, raw: dict[str, Any], outer: DepthSettings) -> Region:
 
 def _check_depth(path: str, depth: DepthSettings) -> None:
     if depth.depth_strategy == "table" and not depth.depth_table:
-        raise ConfigError(f"Invalid {path}.depth_strategy='table': needs depth_table, a list of 2 or more factors.")
+        raise ConfigError(
+            f"Invalid {path}.depth_strategy='table': needs depth_table, a list of 2 or more"
+            " factors."
+        )
     if depth.depth_strategy == LAYER_DECAY and depth.depth_scope == "trunk":
-        raise ConfigError(f"Invalid {path}.depth_scope='trunk': layer_decay numbers each stack. Remove depth_scope.")
+        raise ConfigError(
+            f"Invalid {path}.depth_scope='trunk': layer_decay numbers each stack. Remove"
+            " depth_scope."
+        )
 
 
 def _check_components(block: PerLayerLR) -> None:
     named = {p.component for p in block.patterns}
     for i, region in enumerate(block.regions):
-        checks.known_keys(f"{BLOCK}.regions[{i}].component_lr", region.component_lr or {}, known_components() | named)
-    checks.known_keys(f"{BLOCK}.component_lr", block.component_lr, known_components() | named)
+        fields.known_keys(
+            f"{BLOCK}.regions[{i}].component_lr",
+            region.component_lr or {},
+            known_components() | named,
+        )
+    fields.known_keys(f"{BLOCK}.component_lr", block.component_lr, known_components() | named)
     listed = known_components() | {"default"} | block.component_lr.keys()
     for i, rule in enumerate(block.patterns):
-        checks.one_of(lambda: tuple(sorted(listed)))(f"{BLOCK}.patterns[{i}].component", rule.component)
+        fields.one_of(lambda: tuple(sorted(listed)))(
+            f"{BLOCK}.patterns[{i}].component", rule.component
+        )

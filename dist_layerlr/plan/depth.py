@@ -1,7 +1,8 @@
 """Depth factors: (block index, block count) -> a number in [min_factor, 1]. Pure arithmetic.
 
-The seed's curves are fast at block 0 (``linear``, ``cosine``) or in the middle (``inverted_u``). ViT layer decay is the
-opposite, slow at block 0, and needs layer ids rather than block indices: see ``layer_decay``.
+The seed's curves are fast at block 0 (``linear``, ``cosine``) or in the middle (``inverted_u``).
+ViT layer decay is the opposite, slow at block 0, and needs layer ids rather than block indices: see
+``layer_decay``.
 """
 
 from __future__ import annotations
@@ -21,7 +22,8 @@ class DepthSettings:
     depth_strategy: str = "linear"
     """Name of a curve in ``DEPTH_FUNCTIONS``, or ``layer_decay``."""
     depth_scope: str = "stack"
-    """`stack`: depth restarts in every stack. `trunk`: one depth over the trunk's stacks in forward order."""
+    """`stack`: depth restarts in every stack. `trunk`: one depth over the trunk's stacks in forward
+    order."""
     min_depth_factor: float | None = None
     """Smallest factor, 0..1. None: 0.3 for the curves, no floor for layer_decay."""
     peak_position: float = 0.5
@@ -29,7 +31,8 @@ class DepthSettings:
     layer_decay: float = 0.8
     """Rate of ``layer_decay``, (0, 1]."""
     depth_table: tuple[float, ...] = ()
-    """Factors of ``table``, first block first; interpolated linearly when their number is not the block count."""
+    """Factors of ``table``, first block first; interpolated linearly when their number is not the
+    block count."""
     convention: str = "seed"
     """How ``layer_decay`` numbers layers: a key of ``layer_decay.CONVENTIONS``."""
     num_layers: int | None = None
@@ -52,7 +55,9 @@ def cosine(x: float, s: DepthSettings) -> float:
 
 
 def inverted_u(x: float, s: DepthSettings) -> float:
-    """1.0 at peak_position (fast), min_depth_factor at both ends (slow): a parabola on either side of the peak."""
+    """1.0 at peak_position (fast), min_depth_factor at both ends (slow): a parabola on either side
+    of the peak.
+    """
     peak = s.peak_position
     if x == peak:
         distance = 0.0
@@ -82,7 +87,8 @@ LAYER_DECAY = "layer_decay"
 
 
 def register_depth(name: str, function: DepthFunction) -> None:
-    """Make ``"depth_strategy": name`` available: ``register_depth("step", lambda x, s: 1.0 if x < 0.5 else s.floor)``.
+    """Make ``"depth_strategy": name`` available: ``register_depth("step", lambda x, s: 1.0 if x <
+    0.5 else s.floor)``.
 
     Raises:
         ValueError: the name is already taken.

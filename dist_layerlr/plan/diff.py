@@ -1,7 +1,8 @@
-"""What changed between two plans: names that came or went, rates and weight decay old -> new, equal changes on one line.
+"""What changed between two plans: names that came or went, rates and weight decay old -> new, equal
+changes on one line.
 
-Plans are compared as rows ``{name: {"lr", "weight_decay", "numel", "stack", "block", "component", ...}}``, the
-``parameters`` of ``Plan.to_dict`` and of every ``plan.json``. Pure.
+Plans are compared as rows ``{name: {"lr", "weight_decay", "numel", "stack", "block", "component",
+...}}``, the ``parameters`` of ``Plan.to_dict`` and of every ``plan.json``. Pure.
 """
 
 from __future__ import annotations
@@ -10,10 +11,10 @@ from collections.abc import Hashable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from dist_layerlr.config import read_json
 from dist_layerlr.errors import ModelSourceError
-from dist_layerlr.names import natural_key
-from dist_layerlr.plan import Plan, cell_name
+from dist_layerlr.plan.config import read_json
+from dist_layerlr.plan.entries import Plan, cell_name
+from dist_layerlr.plan.names import natural_key
 
 PLAN_FILE = "plan.json"
 Row = Mapping[str, Any]
@@ -22,8 +23,12 @@ _FIELDS = frozenset({"lr", "weight_decay", "numel", "stack", "block", "component
 
 
 def plan_diff(
-    old: Plan | Rows, new: Plan | Rows, *, every_name: bool = False, called: tuple[str, str] = ("first", "second")
-) -> list[str]:  # fmt: skip
+    old: Plan | Rows,
+    new: Plan | Rows,
+    *,
+    every_name: bool = False,
+    called: tuple[str, str] = ("first", "second"),
+) -> list[str]:
     """Readable lines for whatever trains differently; empty when both plans train alike.
 
     ``blocks.000-002.self_attn: lr 0.00012..0.0004 -> 0.00024..0.0008 (x2), 12 names``
@@ -42,12 +47,16 @@ def plan_diff(
         if change is not None:
             row = b or a
             assert row is not None
-            groups.setdefault(name if every_name else (row["stack"], row["component"], change), []).append(name)
+            groups.setdefault(
+                name if every_name else (row["stack"], row["component"], change), []
+            ).append(name)
     return [_line(names, before, after, called) for names in groups.values()]
 
 
 def read_rows(path: str | Path) -> Rows | None:
-    """Rows of a ``plan.json``, or of the folder (of a run or checkpoint) that holds one; None: some other JSON file.
+    """Rows of a ``plan.json``, or of the folder (of a run or checkpoint) that holds one.
+
+    None: some other JSON file.
 
     Raises:
         ConfigError: missing, or not JSON.
@@ -61,7 +70,8 @@ def read_rows(path: str | Path) -> Rows | None:
     rows = loaded["parameters"]
     if not isinstance(rows, dict) or not all(_is_row(row) for row in rows.values()):
         raise ModelSourceError(
-            f"Invalid plan {str(file)!r}: its rows are incomplete or no numbers. Write it again with the run."
+            f"Invalid plan {str(file)!r}: its rows are incomplete or no numbers. Write it again"
+            " with the run."
         )
     return rows
 
@@ -88,7 +98,8 @@ def _change(old: Row | None, new: Row | None) -> Hashable | None:
         return "came" if old is None else "went"
     if all(old[key] == new[key] for key in ("lr", "weight_decay", "numel")):
         return None
-    # The blocks of a component have many rates, but one ratio when the component's own rate changed.
+    # The blocks of a component have many rates, but one ratio when the component's own rate
+    # changed.
     lr: Hashable = f"{new['lr'] / old['lr']:.6g}" if old["lr"] else (old["lr"], new["lr"])
     numel = (old["numel"], new["numel"]) if old["numel"] != new["numel"] else None
     return lr, old["weight_decay"], new["weight_decay"], numel
@@ -129,7 +140,8 @@ def _cells(rows: Sequence[Row]) -> str:
             runs[-1].append(block)
         else:
             runs.append([block])
-    return f"{stack}.{','.join(f'{r[0]:03d}-{r[-1]:03d}' if len(r) > 1 else f'{r[0]:03d}' for r in runs)}.{component}"
+    blocks = [f"{r[0]:03d}-{r[-1]:03d}" if len(r) > 1 else f"{r[0]:03d}" for r in runs]
+    return f"{stack}.{','.join(blocks)}.{component}"
 
 
 def _span(rows: Sequence[Row]) -> str:

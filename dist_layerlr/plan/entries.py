@@ -1,7 +1,10 @@
-"""The plan: canonical name -> learning rate and weight decay, and everything that led to them. Pure.
+"""The plan: canonical name -> learning rate and weight decay, and everything that led to them.
 
-``lr(name) = component_lr[component] * depth_factor(block)``, times region and LoRA+ multipliers. It is made once, on the
-unsharded model, from names and true shapes; afterwards it is the only source of learning rates.
+Pure.
+
+``lr(name) = component_lr[component] * depth_factor(block)``, times region and LoRA+ multipliers. It
+is made once, on the unsharded model, from names and true shapes; afterwards it is the only source
+of learning rates.
 """
 
 from __future__ import annotations
@@ -14,9 +17,9 @@ from functools import cached_property
 from math import prod
 from typing import Any
 
-from dist_layerlr.config import Config
-from dist_layerlr.depth import DepthSettings
-from dist_layerlr.names import natural_key
+from dist_layerlr.plan.config import Config
+from dist_layerlr.plan.depth import DepthSettings
+from dist_layerlr.plan.names import natural_key
 
 Shape = tuple[int, ...]
 
@@ -102,19 +105,29 @@ class Plan:
 
     @cached_property
     def digest(self) -> str:
-        """Hash of every name, shape, lr and weight decay; equal digests train alike whatever the order of names."""
-        rows = sorted(f"{e.name}\t{e.shape}\t{e.lr!r}\t{e.weight_decay!r}" for e in self.entries.values())
+        """Hash of every name, shape, lr and weight decay.
+
+        Equal digests train alike whatever the order of names.
+        """
+        rows = sorted(
+            f"{e.name}\t{e.shape}\t{e.lr!r}\t{e.weight_decay!r}" for e in self.entries.values()
+        )
         return hashlib.sha256("\n".join(rows).encode()).hexdigest()[:16]
 
     @cached_property
     def groups(self) -> tuple[GroupSpec, ...]:
-        """Optimizer groups: equal (lr, weight decay) merged, stable order, unique names, none empty.
+        """Optimizer groups: equal (lr, weight decay) merged, stable order, unique names, none
+        empty.
 
         Entries with LR 0 are a group too: they are held still, not dropped.
         """
         merged: dict[tuple[float, float | None], list[PlanEntry]] = {}
-        stack_keys = {stack: natural_key(stack or "") for stack in {e.stack for e in self.entries.values()}}
-        order = sorted((stack_keys[e.stack], e.block or 0, e.component, e.name) for e in self.entries.values())
+        stack_keys = {
+            stack: natural_key(stack or "") for stack in {e.stack for e in self.entries.values()}
+        }
+        order = sorted(
+            (stack_keys[e.stack], e.block or 0, e.component, e.name) for e in self.entries.values()
+        )
         for entry in (self.entries[key[-1]] for key in order):
             merged.setdefault((entry.lr, entry.weight_decay), []).append(entry)
         taken: dict[str, int] = {}
@@ -142,13 +155,17 @@ class Plan:
         return json.dumps(self.to_dict(), indent=indent)
 
 
-def _group(key: tuple[float, float | None], members: list[PlanEntry], taken: dict[str, int]) -> GroupSpec:
+def _group(
+    key: tuple[float, float | None], members: list[PlanEntry], taken: dict[str, int]
+) -> GroupSpec:
     cells = list(dict.fromkeys(e.cell for e in members))
     name = cell_name(cells[0]) + (f"+{len(cells) - 1}" if len(cells) > 1 else "")
     taken[name] = taken.get(name, 0) + 1
     if taken[name] > 1:
         name = f"{name}#{taken[name]}"
-    return GroupSpec(name=name, lr=key[0], weight_decay=key[1], names=tuple(e.name for e in members))
+    return GroupSpec(
+        name=name, lr=key[0], weight_decay=key[1], names=tuple(e.name for e in members)
+    )
 
 
 def cell_name(cell: tuple[str | None, int | None, str]) -> str:

@@ -1,16 +1,19 @@
-"""ViT layer decay: ``rate ** (top - layer_id)``, slow at the embeddings and first blocks, 1.0 at the head.
+"""ViT layer decay: ``rate ** (top - layer_id)``, slow at the embeddings and first blocks, 1.0 at
+the head.
 
 Projects number layers differently; each numbering is a convention. L is the number of blocks.
 
-=============  ==================================================================================================
-seed           pos_embed, patch_embed, embeddings 0; block k -> k+1; rest L+1. As detectron2 and LW-DETR.
-rfdetr         as seed, L = out_feature_indexes[-1] + 1 (give it as num_layers). As RF-DETR's live code.
-beit           as seed, class and mask tokens 0 too. As BEiT, EVA, MAE, MMPretrain, MMSegmentation.
-dinov3         as beit, storage and register tokens 0 too. As DINOv2 and DINOv3.
-timm           final norm joins the last block; a model without a head shifts up by one. As timm's group matcher.
-mmdet          ConvNeXt layer-wise over stages, else as beit. As MMDetection (needs num_layers).
-mmdet_stage    ConvNeXt stage-wise. As MMDetection (needs num_layers).
-=============  ==================================================================================================
+=============
+==================================================================================================
+seed           pos_embed, patch_embed, embeddings 0; block k -> k+1; rest L+1. As detectron2 and
+LW-DETR. rfdetr         as seed, L = out_feature_indexes[-1] + 1 (give it as num_layers). As
+RF-DETR's live code. beit           as seed, class and mask tokens 0 too. As BEiT, EVA, MAE,
+MMPretrain, MMSegmentation. dinov3         as beit, storage and register tokens 0 too. As DINOv2 and
+DINOv3. timm           final norm joins the last block; a model without a head shifts up by one. As
+timm's group matcher. mmdet          ConvNeXt layer-wise over stages, else as beit. As MMDetection
+(needs num_layers). mmdet_stage    ConvNeXt stage-wise. As MMDetection (needs num_layers).
+=============
+==================================================================================================
 """
 
 from __future__ import annotations
@@ -18,10 +21,10 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Sequence
 
-from dist_layerlr.depth import DepthSettings
 from dist_layerlr.errors import ConfigError
-from dist_layerlr.names import ParamPath
-from dist_layerlr.stacks import Location
+from dist_layerlr.plan.depth import DepthSettings
+from dist_layerlr.plan.names import ParamPath
+from dist_layerlr.plan.stacks import Location
 
 Member = tuple[ParamPath, Location | None]
 LayerId = Callable[[ParamPath, Location | None, int], int]
@@ -31,7 +34,9 @@ _EMBEDDINGS = r"^(pos_embed|patch_embed|embeddings$|position_embedding|patch_emb
 _SEED_EMBEDDINGS = re.compile(_EMBEDDINGS + ")")
 _BEIT_EMBEDDINGS = re.compile(_EMBEDDINGS + "|cls_token$|mask_token$)")
 _TIMM_EMBEDDINGS = re.compile(r"^cls_token|reg_token|pos_embed|patch_embed|norm_pre|^embeddings$")
-_DINO_EMBEDDINGS = re.compile(_EMBEDDINGS + "|cls_token$|mask_token$|storage_tokens$|register_tokens$|reg_token$)")
+_DINO_EMBEDDINGS = re.compile(
+    _EMBEDDINGS + "|cls_token$|mask_token$|storage_tokens$|register_tokens$|reg_token$)"
+)
 _FINAL_NORM = re.compile(r"^(norm(?!_pre)|layernorm)")
 
 
@@ -40,7 +45,8 @@ def layer_decay_factors(members: Sequence[Member], settings: DepthSettings) -> l
 
     Args:
         members: path and location of each parameter.
-        settings: uses layer_decay, convention, num_layers, and min_depth_factor as a floor when it is given.
+        settings: uses layer_decay, convention, num_layers, and min_depth_factor as a floor when it
+            is given.
 
     Raises:
         ConfigError: the scope has no blocks to number.
@@ -54,8 +60,9 @@ def layer_decay_factors(members: Sequence[Member], settings: DepthSettings) -> l
         )
     if layers < blocks:
         raise ConfigError(
-            f"Invalid num_layers={layers}: the model has {blocks} blocks, and rates would rise above the head's. "
-            f"Must be >= {blocks} (for RF-DETR: the last of out_feature_indexes plus 1)."
+            f"Invalid num_layers={layers}: the model has {blocks} blocks, and rates would rise"
+            f" above the head's. Must be >= {blocks} (for RF-DETR: the last of out_feature_indexes"
+            " plus 1)."
         )
     layer_id = CONVENTIONS[settings.convention]
     floor = settings.min_depth_factor or 0.0
@@ -67,7 +74,9 @@ def layer_decay_factors(members: Sequence[Member], settings: DepthSettings) -> l
         tops.append(count + 1)
     if settings.convention == "timm" and not any(i == t for i, t in zip(ids, tops, strict=True)):
         tops = [top - 1 for top in tops]
-    return [max(floor, decay(i, top, settings.layer_decay)) for i, top in zip(ids, tops, strict=True)]
+    return [
+        max(floor, decay(i, top, settings.layer_decay)) for i, top in zip(ids, tops, strict=True)
+    ]
 
 
 def decay(layer_id: int, top: int, rate: float) -> float:

@@ -16,9 +16,10 @@ Matcher = Callable[[str], bool]
 def compile_pattern(pattern: str) -> Matcher:
     """Turn a rule into a predicate on canonical names.
 
-    A glob matches a name or any whole-segment prefix of it: ``blocks.0`` matches ``blocks.0.attn.to_q.weight`` and not
-    ``blocks.01``. Inside a segment ``*``, ``?`` and ``[...]`` are the shell's; a segment that is only ``*`` (or ``**``)
-    stands for one or more segments (``**``: none too), so ``*.bias`` finds every bias. ``re:`` searches anywhere.
+    A glob matches a name or any whole-segment prefix of it: ``blocks.0`` matches
+    ``blocks.0.attn.to_q.weight`` and not ``blocks.01``. Inside a segment ``*``, ``?`` and ``[...]``
+    are the shell's; a segment that is only ``*`` (or ``**``) stands for one or more segments
+    (``**``: none too), so ``*.bias`` finds every bias. ``re:`` searches anywhere.
 
     Raises:
         ConfigError: the pattern does not compile.
@@ -45,7 +46,9 @@ def _searcher(compiled: re.Pattern[str]) -> Matcher:
 
 def _glob_to_regex(pattern: str) -> str:
     out = "^"
-    segments = re.split(r"\.(?![^\[\]]*\])", pattern)  # a dot inside [...] is a character of the class
+    segments = re.split(
+        r"\.(?![^\[\]]*\])", pattern
+    )  # a dot inside [...] is a character of the class
     for i, segment in enumerate(segments):
         last = i == len(segments) - 1
         if segment == "**":
@@ -61,6 +64,7 @@ def _segment_to_regex(segment: str) -> str:
     parts = re.split(r"(\*|\?|\[[^\]]+\])", segment)
     translated = {"*": "[^.]*", "?": "[^.]"}
     return "".join(
-        translated.get(part) or (part.replace("[!", "[^") if part.startswith("[") else re.escape(part))
+        translated.get(part)
+        or (part.replace("[!", "[^") if part.startswith("[") else re.escape(part))
         for part in parts
     )

@@ -1,4 +1,7 @@
-"""Named blocks of settings: ``"preset": "style_lora"``. Any field beside the preset overrides it, whole."""
+"""Named blocks of settings: ``"preset": "style_lora"``.
+
+Any field beside the preset overrides it, whole.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +11,14 @@ from typing import Any
 Block = dict[str, Any]
 
 
-def _grid(strategy: str, floor: float | None, self_attn: float, cross_attn: float, ffn: float, **more: float) -> Block:
+def _grid(
+    strategy: str,
+    floor: float | None,
+    self_attn: float,
+    cross_attn: float,
+    ffn: float,
+    **more: float,
+) -> Block:
     block: Block = {
         "enabled": True,
         "depth_strategy": strategy,
@@ -29,14 +39,16 @@ def rfdetr(
     convention: str = "seed",
     out_feature_indexes: list[int] | None = None,
 ) -> Block:
-    """RF-DETR's three regions: ViT encoder with layer decay, decoder at ``lr * lr_component_decay``, the rest at lr.
+    """RF-DETR's three regions: ViT encoder with layer decay, decoder at ``lr *
+    lr_component_decay``, the rest at lr.
 
     Args:
         learning_rate: lr of heads, projector and queries; 1e-4 when absent.
         lr_encoder: LR of the encoder before decay.
         lr_vit_layer_decay: rate per encoder layer, (0, 1].
         lr_component_decay: multiplier of the decoder, (0, 1].
-        convention: `seed`, or `rfdetr` for the live library: the encoder is multiplied by lr_component_decay squared.
+        convention: `seed`, or `rfdetr` for the live library: the encoder is multiplied by
+            lr_component_decay squared.
         out_feature_indexes: the model's; L is the last one plus 1. Absent: L is the block count.
     """
     lr = 1e-4 if learning_rate is None else learning_rate

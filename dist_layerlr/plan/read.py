@@ -1,4 +1,6 @@
-"""Names and shapes of a model without loading it: safetensors headers, checkpoint folders, tsv lists."""
+"""Names and shapes of a model without loading it: safetensors headers, checkpoint folders, tsv
+lists.
+"""
 
 from __future__ import annotations
 
@@ -11,19 +13,21 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from dist_layerlr.errors import ModelSourceError
-from dist_layerlr.names import strip_common_module
-from dist_layerlr.plan import ParamInfo, Shape
+from dist_layerlr.plan.entries import ParamInfo, Shape
+from dist_layerlr.plan.names import strip_common_module
 
 PIPELINE_PARTS = ("transformer", "transformer_2", "unet")
-"""Sub-folders of a diffusers pipeline that hold what is trained; several are told apart by this prefix."""
+"""Sub-folders of a diffusers pipeline that hold what is trained; several are told apart by this
+prefix."""
 
 
 def read_model(source: str | Path) -> list[ParamInfo]:
     """List the parameters of a model.
 
     Args:
-        source: a ``.safetensors`` file, a checkpoint folder (diffusers or transformers, sharded or not, or a whole
-            pipeline), a tsv of ``name<TAB>shape`` (further columns ignored, ``.gz`` too), or ``-`` for a tsv on stdin.
+        source: a ``.safetensors`` file, a checkpoint folder (diffusers or transformers, sharded or
+            not, or a whole pipeline), a tsv of ``name<TAB>shape`` (further columns ignored, ``.gz``
+            too), or ``-`` for a tsv on stdin.
 
     Raises:
         ModelSourceError: nothing there, no safetensors in the folder, or a damaged file.
@@ -45,7 +49,8 @@ def read_model(source: str | Path) -> list[ParamInfo]:
 
 
 def checkpoint_files(folder: str | Path) -> list[Path]:
-    """The safetensors files that make up a checkpoint folder: the index's list, else all without variants.
+    """The safetensors files that make up a checkpoint folder: the index's list, else all without
+    variants.
 
     Raises:
         ModelSourceError: none there, or one that the index lists is missing.
@@ -59,8 +64,8 @@ def checkpoint_files(folder: str | Path) -> list[Path]:
     files = sorted(folder.glob("*.safetensors"))
     if not files:
         raise ModelSourceError(
-            f"No .safetensors file in checkpoint folder {str(folder)!r}. "
-            "Point at the folder that holds the weights, or convert them with save_pretrained(safe_serialization=True)."
+            f"No .safetensors file in checkpoint folder {str(folder)!r}. Point at the folder that"
+            " holds the weights, or convert them with save_pretrained(safe_serialization=True)."
         )
     plain = [f for f in files if f.name.count(".") == 1]
     return plain or files
@@ -79,7 +84,8 @@ def read_header(path: str | Path) -> list[tuple[str, Shape]]:
             return [(key, tuple(file.get_slice(key).get_shape())) for key in file.keys()]  # noqa: SIM118
     except (SafetensorError, OSError) as error:
         raise ModelSourceError(
-            f"Cannot read safetensors file {str(path)!r}: {error}. It may be truncated; copy or download it again."
+            f"Cannot read safetensors file {str(path)!r}: {error}. It may be truncated; copy or"
+            " download it again."
         ) from None
 
 
@@ -107,7 +113,9 @@ def _exists(path: Path) -> bool:
 
 def _info(name: str, shape: Shape) -> ParamInfo:
     """A kohya ``alpha`` is a constant that is stored beside the adapter."""
-    return ParamInfo(name=name, shape=shape, trainable=not (name.endswith(".alpha") and shape in ((), (1,))))
+    return ParamInfo(
+        name=name, shape=shape, trainable=not (name.endswith(".alpha") and shape in ((), (1,)))
+    )
 
 
 def _read_folder(folder: Path) -> list[tuple[str, Shape]]:
@@ -116,7 +124,11 @@ def _read_folder(folder: Path) -> list[tuple[str, Shape]]:
         return _read_files(checkpoint_files(folder))
     if len(parts) == 1:
         return _read_files(checkpoint_files(parts[0]))
-    return [(f"{part.name}.{name}", shape) for part in parts for name, shape in _read_files(checkpoint_files(part))]
+    return [
+        (f"{part.name}.{name}", shape)
+        for part in parts
+        for name, shape in _read_files(checkpoint_files(part))
+    ]
 
 
 def _read_files(files: Iterable[Path]) -> list[tuple[str, Shape]]:
@@ -131,7 +143,9 @@ def _indexed_files(index: Path) -> list[Path]:
         raise ModelSourceError(f"Cannot read checkpoint index {str(index)!r}: {error!r}.") from None
     missing = [f.name for f in files if not f.exists()]
     if missing:
-        raise ModelSourceError(f"Checkpoint folder {str(index.parent)!r} lacks {missing[0]!r}, which its index lists.")
+        raise ModelSourceError(
+            f"Checkpoint folder {str(index.parent)!r} lacks {missing[0]!r}, which its index lists."
+        )
     return files
 
 
@@ -144,7 +158,8 @@ def _read_tsv_file(path: Path) -> list[tuple[str, Shape]]:
             return _read_tsv(lines, str(path))
     except (OSError, EOFError, UnicodeDecodeError, zlib.error) as error:
         raise ModelSourceError(
-            f"Cannot read name list {str(path)!r}: {error}. Expected text lines of name<TAB>shape (or .gz of it)."
+            f"Cannot read name list {str(path)!r}: {error}. Expected text lines of name<TAB>shape"
+            " (or .gz of it)."
         ) from None
 
 
@@ -163,5 +178,6 @@ def _tsv_rows(lines: Iterable[str], where: str) -> Iterator[tuple[str, Shape]]:
             yield columns[0], parse_shape(columns[1])
         except (IndexError, ValueError):
             raise ModelSourceError(
-                f"Invalid line {number} of {where}: {line.strip()[:80]!r}. Expected name<TAB>shape, shape as 4096x128."
+                f"Invalid line {number} of {where}: {line.strip()[:80]!r}. Expected name<TAB>shape,"
+                " shape as 4096x128."
             ) from None

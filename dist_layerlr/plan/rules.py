@@ -1,4 +1,6 @@
-"""Apply the user's rules to all parameters of a model: first match wins, and nothing that never applies is silent."""
+"""Apply the user's rules to all parameters of a model: first match wins, and nothing that never
+applies is silent.
+"""
 
 from __future__ import annotations
 
@@ -6,9 +8,9 @@ from collections.abc import Sequence
 from typing import Any
 
 from dist_layerlr.errors import ConfigError
-from dist_layerlr.names import ParamPath
-from dist_layerlr.patterns import compile_pattern, nearest
-from dist_layerlr.plan import ParamInfo
+from dist_layerlr.plan.entries import ParamInfo
+from dist_layerlr.plan.names import ParamPath
+from dist_layerlr.plan.patterns import compile_pattern, nearest
 
 
 class Rules:
@@ -18,7 +20,8 @@ class Rules:
         self._infos = infos
         self._resolved = [".".join((*p.owner, p.leaf)) for p in paths]
         self.notes: list[str] = []
-        """What a user should know: rules that an earlier one hides, or that meet frozen parameters only."""
+        """What a user should know: rules that an earlier one hides, or that meet frozen parameters
+        only."""
 
     def first_match(self, rules: Sequence[Any], field: str) -> list[Any]:
         """For each parameter the first rule that matches it, or None.
@@ -34,7 +37,9 @@ class Rules:
             for i in won:
                 chosen[i] = rule
             if not won:
-                self.notes.append(f"{path}={rule.match!r} never applies: earlier rules take all that it matches")
+                self.notes.append(
+                    f"{path}={rule.match!r} never applies: earlier rules take all that it matches"
+                )
         return chosen
 
     def matching(self, pattern: str, path: str) -> list[int]:
@@ -45,7 +50,9 @@ class Rules:
         """
         matches = compile_pattern(pattern)
         both = zip(self._infos, self._resolved, strict=True)
-        hits = [i for i, (info, resolved) in enumerate(both) if matches(info.name) or matches(resolved)]
+        hits = [
+            i for i, (info, resolved) in enumerate(both) if matches(info.name) or matches(resolved)
+        ]
         if not hits:
             raise self._no_match(path, pattern)
         if not any(self._infos[i].trainable for i in hits):
@@ -54,7 +61,11 @@ class Rules:
 
     def _no_match(self, path: str, pattern: str) -> ConfigError:
         near = nearest(pattern, (i.name for i in self._infos))
-        hint = f" Nearest names: {', '.join(near)}." if near else f" The first name is {self._infos[0].name!r}."
+        hint = (
+            f" Nearest names: {', '.join(near)}."
+            if near
+            else f" The first name is {self._infos[0].name!r}."
+        )
         return ConfigError(
             f"Invalid {path}={pattern!r}: it matches no parameter.{hint} "
             "A glob starts at the first segment; '*.' in front matches at any depth."

@@ -1,9 +1,10 @@
 """Where each parameter sits: (stack, block index, block count), decided from ALL names of a model.
 
-A stack is the outermost integer-keyed container of which two or more children hold an attention-named segment. That
-leaves out `to_out.0`, `net.2`, `experts.3`, a lone `backbone.0` and T5's sub-layers, whatever the container is called.
-Containers without attention count when their name is a known stack name. A UNet's down, mid and up blocks are one
-ordered stack. Frozen parameters count too: a LoRA on a few blocks does not make the model shallower.
+A stack is the outermost integer-keyed container of which two or more children hold an
+attention-named segment. That leaves out `to_out.0`, `net.2`, `experts.3`, a lone `backbone.0` and
+T5's sub-layers, whatever the container is called. Containers without attention count when their
+name is a known stack name. A UNet's down, mid and up blocks are one ordered stack. Frozen
+parameters count too: a LoRA on a few blocks does not make the model shallower.
 """
 
 from __future__ import annotations
@@ -13,20 +14,24 @@ from collections import defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
-from dist_layerlr.names import ParamPath
+from dist_layerlr.plan.names import ParamPath
 
 Segments = tuple[str, ...]
 
 _ATTENTION = re.compile(r"(^|_)(attn|attention|attentions|crossattn)\d*($|_)|Attention$|^qkv$")
 
 STACK_NAMES = frozenset(
-    "transformer_blocks single_transformer_blocks double_blocks single_blocks joint_blocks double_stream_blocks "
-    "single_stream_blocks down_blocks up_blocks input_blocks output_blocks refiner_blocks vace_blocks".split()
+    "transformer_blocks single_transformer_blocks double_blocks single_blocks joint_blocks"
+    " double_stream_blocks single_stream_blocks down_blocks up_blocks input_blocks output_blocks"
+    " refiner_blocks vace_blocks".split()
 )
 """Stacks even when no child holds an attention-named segment (original Flux ``single_blocks``)."""
 PLAIN_STACK_NAMES = frozenset("blocks block layers layer stages h resblocks".split())
 """Stacks only in a model that has none by the other rules (a ConvNeXt, an MLP mixer)."""
-UNET_STAGES = (("down_blocks", "mid_block", "up_blocks"), ("input_blocks", "middle_block", "output_blocks"))
+UNET_STAGES = (
+    ("down_blocks", "mid_block", "up_blocks"),
+    ("input_blocks", "middle_block", "output_blocks"),
+)
 AUXILIARY_WORDS = frozenset({"refiner", "vace"})
 """A stack with one of these words in its path does not lie on the trunk."""
 
@@ -66,7 +71,9 @@ class _Container:
 
 
 def is_attention(segment: str) -> bool:
-    """Whether a segment names an attention module (`attn1`, `audio_attn2`, `SelfAttention`, `attentions`)."""
+    """Whether a segment names an attention module (`attn1`, `audio_attn2`, `SelfAttention`,
+    `attentions`).
+    """
     return _ATTENTION.search(segment) is not None
 
 
@@ -86,7 +93,11 @@ class StackMap:
             if segment.isdecimal():
                 found = self._locations.get((owner[:i], int(segment)))
             else:
-                found = self._locations.get((owner[: i + 1], None)) if owner[: i + 1] in self._stages else None
+                found = (
+                    self._locations.get((owner[: i + 1], None))
+                    if owner[: i + 1] in self._stages
+                    else None
+                )
             if found is not None:
                 return found
         return None
@@ -145,7 +156,11 @@ def _unet_stages(containers: dict[Segments, _Container]) -> set[Segments]:
     middles: set[Segments] = set()
     for down, middle, up in UNET_STAGES:
         for path in containers:
-            if path and path[-1] == middle and {path[:-1] + (down,), path[:-1] + (up,)} & containers.keys():
+            if (
+                path
+                and path[-1] == middle
+                and {path[:-1] + (down,), path[:-1] + (up,)} & containers.keys()
+            ):
                 middles.add(path)
     return middles
 
@@ -153,7 +168,9 @@ def _unet_stages(containers: dict[Segments, _Container]) -> set[Segments]:
 def _number_blocks(
     stacks: list[Segments], middles: set[Segments], containers: dict[Segments, _Container]
 ) -> dict[tuple[Segments, int | None], Location]:
-    stacks = [s for s in stacks if not any(s[:i] in middles for i in range(len(s) + 1))] + list(middles)
+    stacks = [s for s in stacks if not any(s[:i] in middles for i in range(len(s) + 1))] + list(
+        middles
+    )
     trunks: dict[Segments, list[Segments]] = defaultdict(list)
     for stack in stacks:
         trunks[stack[:-1] if not _is_auxiliary(stack) else stack].append(stack)
@@ -186,7 +203,9 @@ def _is_auxiliary(stack: Segments) -> bool:
 
 
 def _forward_rank(name: str) -> int:
-    """Order of siblings in the forward pass where it differs from registration (a UNet registers mid last)."""
+    """Order of siblings in the forward pass where it differs from registration (a UNet registers
+    mid last).
+    """
     for stages in UNET_STAGES:
         if name in stages:
             return stages.index(name)

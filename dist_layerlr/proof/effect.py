@@ -1,7 +1,8 @@
 """The effect check: what a step really did to each parameter, against the plan's learning rate.
 
-``verify`` proves what the optimizer reports. An optimizer that reports one rate and applies another is caught here, from
-the update itself: ``before - after = lr * direction``, and the direction follows from the optimizer's state.
+``verify`` proves what the optimizer reports. An optimizer that reports one rate and applies another
+is caught here, from the update itself: ``before - after = lr * direction``, and the direction
+follows from the optimizer's state.
 """
 
 from __future__ import annotations
@@ -13,23 +14,28 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dist_layerlr.adapters import Piece, detect
-from dist_layerlr.agreement import together
-from dist_layerlr.plan import Plan
+from dist_layerlr.optim.groups import WEIGHT_DECAY
+from dist_layerlr.optim.readback import live_pieces
+from dist_layerlr.plan.entries import Plan
+from dist_layerlr.ranks import together
+from dist_layerlr.sharders import Piece, sharder_of
 
 SAMPLES = 64
 """Elements looked at per piece: the check costs O(names), not O(elements)."""
 TOLERANCE = 0.02
 """Relative error of an observed rate that is still rounding."""
 _ADAMS = frozenset({"Adam", "AdamW", "DeepSpeedCPUAdam", "FusedAdam"})
-"""Optimizers, and their subclasses, that move by Adam's formula; others (NAdam, RAdam) share its state but not that."""
+"""Optimizers, and their subclasses, that move by Adam's formula; others (NAdam, RAdam) share its
+state but not that."""
 
 
 @contextmanager
 def effect_check(
     plan: Plan, model: nn.Module, optimizer: Any = None, *, factor: float = 1.0
 ) -> Iterator[dict[str, float]]:
-    """Wrap one ``optimizer.step()`` (or ``engine.step()``) and compare every observed rate. Collective at exit.
+    """Wrap one ``optimizer.step()`` (or ``engine.step()``) and compare every observed rate.
+
+    Collective at exit.
 
     Args:
         plan: of this model.
@@ -38,14 +44,15 @@ def effect_check(
         factor: the schedule's multiplier that is in force.
 
     Yields:
-        {name: observed lr}, filled when the block ends. Names without a gradient, with an empty shard, or under an
-        optimizer whose state does not give the direction are absent.
+        {name: observed lr}, filled when the block ends. Names without a gradient, with an empty
+        shard, or under an optimizer whose state does not give the direction are absent.
 
     Raises:
-        PlanMismatch: on all ranks alike, when an observed rate is off by more than 2 % and rounding.
+        PlanMismatch: on all ranks alike, when an observed rate is off by more than 2 % and
+            rounding.
     """
-    adapter = detect(model)
-    before = adapter.pieces(model, optimizer)
+    sharder = sharder_of(model)
+    before = live_pieces(sharder, optimizer)
     pieces = [p for p in before.pieces if p.numel]
     weights = [_sample(p, p.owner).clone() for p in pieces]
     observed: dict[str, float] = {}
@@ -53,8 +60,12 @@ def effect_check(
         yield observed
     with together(plan.digest) as problems:
         here = {p.name for p in before.pieces}
-        problems += [("not stepped", f"{n}: not stepped by the optimizer") for n in plan.entries if n not in here]
-        stepped = adapter.pieces(model, optimizer).optimizer
+        problems += [
+            ("not stepped", f"{n}: not stepped by the optimizer")
+            for n in plan.entries
+            if n not in here
+        ]
+        stepped = sharder.pieces(optimizer).optimizer
         for piece, old in zip(pieces, weights, strict=True):
             direction = _direction(piece, stepped, old, gradients.get(id(piece)))
             entry = plan.entries.get(piece.name)
@@ -66,18 +77,31 @@ def effect_check(
                 continue  # rounding of the weights hides the update
             observed[piece.name] = rate
             if abs(rate - wanted) > TOLERANCE * wanted + slack:
-                problems.append(("effect", f"{piece.name}: planned lr {wanted:.6g}, the step moved it at {rate:.6g}"))
+                problems.append(
+                    (
+                        "effect",
+                        f"{piece.name}: planned lr {wanted:.6g}, the step moved it at {rate:.6g}",
+                    )
+                )
 
 
 @contextmanager
 def _gradients(pieces: list[Piece], optimizer: Any) -> Iterator[dict[int, Tensor]]:
-    """{id of a piece: gradient samples}, taken as the inner optimizer starts: sharders hand them over only then."""
+    """{id of a piece: gradient samples}, taken as the inner optimizer starts: sharders hand them
+    over only then.
+    """
     taken: dict[int, Tensor] = {}
 
     def take(*_: Any) -> None:
-        taken.update({id(p): _sample(p, p.owner.grad).clone() for p in pieces if p.owner.grad is not None})
+        taken.update(
+            {id(p): _sample(p, p.owner.grad).clone() for p in pieces if p.owner.grad is not None}
+        )
 
-    handle = optimizer.register_step_pre_hook(take) if isinstance(optimizer, torch.optim.Optimizer) else None
+    handle = (
+        optimizer.register_step_pre_hook(take)
+        if isinstance(optimizer, torch.optim.Optimizer)
+        else None
+    )
     try:
         yield taken
     finally:
@@ -86,7 +110,10 @@ def _gradients(pieces: list[Piece], optimizer: Any) -> Iterator[dict[int, Tensor
 
 
 def rate_scale(lr: float) -> float:
-    """Rounding larger than this share of a rate makes an observation worthless; LR 0 is always observable."""
+    """Rounding larger than this share of a rate makes an observation worthless.
+
+    LR 0 is always observable.
+    """
     return 0.5 * lr if lr > 0 else float("inf")
 
 
@@ -98,7 +125,10 @@ def _sample(piece: Piece, tensor: Tensor) -> Tensor:
 
 
 def _direction(piece: Piece, optimizer: Any, old: Tensor, gradient: Tensor | None) -> Tensor | None:
-    """What the step multiplied by lr, from the state it left: AdamW, Adam, SGD; None where that is unknown."""
+    """What the step multiplied by lr, from the state it left: AdamW, Adam, SGD.
+
+    None where that is unknown.
+    """
     group: dict[str, Any] = piece.group
     # A segmented optimizer holds the state, the one inside it the formula.
     kinds = {c.__name__ for c in type(getattr(optimizer, "inner", optimizer)).__mro__}
@@ -110,12 +140,14 @@ def _direction(piece: Piece, optimizer: Any, old: Tensor, gradient: Tensor | Non
     return _sgd_direction(piece, state, old, gradient) if "SGD" in kinds else None
 
 
-def _sgd_direction(piece: Piece, state: dict[str, Any], old: Tensor, gradient: Tensor | None) -> Tensor | None:
+def _sgd_direction(
+    piece: Piece, state: dict[str, Any], old: Tensor, gradient: Tensor | None
+) -> Tensor | None:
     group: dict[str, Any] = piece.group
     if state.get("momentum_buffer") is not None and not group.get("nesterov"):
         return _sample(piece, state["momentum_buffer"])
     if group.get("momentum") == 0 and gradient is not None:
-        return gradient + float(group.get("weight_decay", 0.0)) * old
+        return gradient + float(group.get(WEIGHT_DECAY, 0.0)) * old
     return None
 
 
@@ -127,11 +159,13 @@ def _adam_direction(piece: Piece, optimizer: Any, state: dict[str, Any], old: Te
     second = _sample(piece, state.get("max_exp_avg_sq", state["exp_avg_sq"])) / (1 - beta2**step)
     direction: Tensor = first / (second.sqrt() + float(group["eps"]))
     decoupled = group.get("decoupled_weight_decay", getattr(optimizer, "adam_w_mode", True))
-    return direction + float(group.get("weight_decay", 0.0)) * old if decoupled else direction
+    return direction + float(group.get(WEIGHT_DECAY, 0.0)) * old if decoupled else direction
 
 
 def _rate(old: Tensor, new: Tensor, direction: Tensor) -> tuple[float, float]:
-    """Least-squares rate of ``old - new = rate * direction``, and how far rounding of the weights may move it."""
+    """Least-squares rate of ``old - new = rate * direction``, and how far rounding of the weights
+    may move it.
+    """
     power = float(direction.square().sum())
     if power == 0.0:
         return 0.0, float("inf")

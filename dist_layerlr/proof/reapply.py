@@ -1,4 +1,6 @@
-"""After a load: the plan's rates go back on by name, and a checkpoint of another layout is refused before it is read."""
+"""After a load: the plan's rates go back on by name, and a checkpoint of another layout is refused
+before it is read.
+"""
 
 from __future__ import annotations
 
@@ -6,41 +8,48 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from dist_layerlr.adapters import Pieces, detect
-from dist_layerlr.agreement import Problem, together
-from dist_layerlr.groups import scale_lrs, write_group
-from dist_layerlr.plan import Plan
-from dist_layerlr.segmented import Segmented
+from dist_layerlr.optim.groups import scale_lrs, write_group
+from dist_layerlr.optim.readback import live_pieces
+from dist_layerlr.optim.segmented import Segmented
+from dist_layerlr.plan.entries import Plan
+from dist_layerlr.ranks import Problem, together
+from dist_layerlr.sharders import Pieces, sharder_of
 
 
 def reapply(plan: Plan, model: nn.Module, optimizer: Any = None, *, factor: float = 1.0) -> None:
-    """Write the plan's lr, initial_lr and weight decay over whatever a checkpoint put into the live groups. By name.
+    """Write the plan's lr, initial_lr and weight decay over whatever a checkpoint put into the live
+    groups. By name.
 
     Raises:
         PlanMismatch: on all ranks alike, when one group steps names with different planned rates.
     """
     chosen: dict[int, tuple[Any, Any]] = {}
     with together(plan.digest) as problems:
-        found = detect(model).pieces(model, optimizer)
+        found = live_pieces(sharder_of(model), optimizer)
         for piece in found.pieces:
             entry = plan.entries.get(piece.name)
             if entry is None:
                 continue
             _, first = chosen.setdefault(id(piece.group), (piece.group, entry))
             if (first.lr, first.weight_decay) != (entry.lr, entry.weight_decay):
-                text = f"{piece.name} and {first.name} share a group but have different planned rates"
+                text = (
+                    f"{piece.name} and {first.name} share a group but have different planned rates"
+                )
                 problems.append(("layout", text))
     _unshare_steps(found)
     for group, entry in chosen.values():
         write_group(group, entry.lr, entry.weight_decay, factor)
     if isinstance(found.optimizer, Segmented):
-        scale_lrs(found.optimizer, factor)  # the outer group multiplies the inner ones at every step
+        scale_lrs(
+            found.optimizer, factor
+        )  # the outer group multiplies the inner ones at every step
 
 
 def _unshare_steps(found: Pieces) -> None:
     """Give every owner a step counter of its own.
 
-    DeepSpeed 0.19.8's universal load at stage 3 puts one tensor into the state of all sub-groups, and each counts it up.
+    DeepSpeed 0.19.8's universal load at stage 3 puts one tensor into the state of all sub-groups,
+    and each counts it up.
     """
     seen: set[int] = set()
     owners = {id(p.owner): p.owner for p in found.pieces}
@@ -54,16 +63,25 @@ def _unshare_steps(found: Pieces) -> None:
 
 
 def manifest(plan: Plan, model: nn.Module, optimizer: Any = None) -> dict[str, Any]:
-    """Describe which run of which parameter sits where in this rank's optimizer. JSON-ready; store it with a checkpoint."""
-    found = detect(model).pieces(model, optimizer)
+    """Describe which run of which parameter sits where in this rank's optimizer.
+
+    JSON-ready; store it with a checkpoint.
+    """
+    found = live_pieces(sharder_of(model), optimizer)
     groups: dict[int, list[list[Any]]] = {}
     for piece in found.pieces:
-        groups.setdefault(id(piece.group), []).append([piece.name, piece.offset, piece.start, piece.numel])
+        groups.setdefault(id(piece.group), []).append(
+            [piece.name, piece.offset, piece.start, piece.numel]
+        )
     return {"digest": plan.digest, "groups": list(groups.values())}
 
 
-def check_manifest(saved: dict[str, Any], plan: Plan, model: nn.Module, optimizer: Any = None) -> None:
-    """Refuse to load a positional checkpoint into another layout. Call it before the load, on all ranks.
+def check_manifest(
+    saved: dict[str, Any], plan: Plan, model: nn.Module, optimizer: Any = None
+) -> None:
+    """Refuse to load a positional checkpoint into another layout.
+
+    Call it before the load, on all ranks.
 
     Raises:
         PlanMismatch: on all ranks alike, naming what moved.
@@ -75,11 +93,20 @@ def check_manifest(saved: dict[str, Any], plan: Plan, model: nn.Module, optimize
 def _moved(saved: list[list[Any]], live: list[list[Any]]) -> list[Problem]:
     problems: list[Problem] = []
     if len(live) != len(saved):
-        problems.append(("layout", f"the checkpoint has {len(saved)} groups, the live optimizer {len(live)}"))
+        problems.append(
+            ("layout", f"the checkpoint has {len(saved)} groups, the live optimizer {len(live)}")
+        )
     for number, (before, now) in enumerate(zip(saved, live, strict=False)):
         for old, new in zip(before, now, strict=False):
             if list(old) != list(new):
-                problems.append(("layout", f"group {number}: the checkpoint has {old[0]} where {new[0]} is now"))
+                problems.append(
+                    ("layout", f"group {number}: the checkpoint has {old[0]} where {new[0]} is now")
+                )
         if len(before) != len(now):
-            problems.append(("layout", f"group {number}: {len(before)} parameters in the checkpoint, {len(now)} now"))
+            problems.append(
+                (
+                    "layout",
+                    f"group {number}: {len(before)} parameters in the checkpoint, {len(now)} now",
+                )
+            )
     return problems

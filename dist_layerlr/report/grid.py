@@ -5,33 +5,48 @@ from __future__ import annotations
 import csv
 import io
 
-from dist_layerlr.depth import LAYER_DECAY, DepthSettings
 from dist_layerlr.errors import ModelSourceError
-from dist_layerlr.names import canonical_name, natural_key
-from dist_layerlr.patterns import nearest
-from dist_layerlr.plan import Plan, PlanEntry, cell_name
+from dist_layerlr.plan.depth import LAYER_DECAY, DepthSettings
+from dist_layerlr.plan.entries import Plan, PlanEntry, cell_name
+from dist_layerlr.plan.names import canonical_name, natural_key
+from dist_layerlr.plan.patterns import nearest
 
 Cell = tuple[str | None, int | None, str]
 NAME_WIDTH = 51
 
 
 def cells(plan: Plan) -> dict[Cell, list[PlanEntry]]:
-    """Entries of each (stack, block, component), stacks in the model's order, outside blocks last."""
-    order = {stack: i for i, stack in enumerate(dict.fromkeys(e.stack for e in plan.entries.values()))}
+    """Entries of each (stack, block, component), stacks in the model's order, outside blocks
+    last.
+    """
+    order = {
+        stack: i for i, stack in enumerate(dict.fromkeys(e.stack for e in plan.entries.values()))
+    }
     grouped: dict[Cell, list[PlanEntry]] = {}
     for entry in plan.entries.values():
         grouped.setdefault(entry.cell, []).append(entry)
-    first_block = {s: min(e.block or 0 for e in plan.entries.values() if e.stack == s) for s in order}
+    first_block = {
+        s: min(e.block or 0 for e in plan.entries.values() if e.stack == s) for s in order
+    }
     return dict(
         sorted(
             grouped.items(),
-            key=lambda kv: (kv[0][0] is None, _stack_rank(kv[0][0], order, first_block), kv[0][1] or 0, kv[0][2]),
+            key=lambda kv: (
+                kv[0][0] is None,
+                _stack_rank(kv[0][0], order, first_block),
+                kv[0][1] or 0,
+                kv[0][2],
+            ),
         )
     )
 
 
-def _stack_rank(stack: str | None, order: dict[str | None, int], first_block: dict[str | None, int]) -> tuple[int, int]:
-    """A UNet's stages are numbered through, so mid and up come after down whatever the registration order."""
+def _stack_rank(
+    stack: str | None, order: dict[str | None, int], first_block: dict[str | None, int]
+) -> tuple[int, int]:
+    """A UNet's stages are numbered through, so mid and up come after down whatever the registration
+    order.
+    """
     return first_block[stack], order[stack]
 
 
@@ -40,14 +55,19 @@ def grid(plan: Plan) -> str:
     block = plan.config.per_layer_lr
     head = f"[per_layer_lr] model_type={plan.config.model_type}"
     if not block.enabled:
-        return f"{head} off: flat lr={format_lr(plan.config.flat_lr)} total_params={len(plan.entries)}"
+        return (
+            f"{head} off: flat lr={format_lr(plan.config.flat_lr)} total_params={len(plan.entries)}"
+        )
     lines = [
         f"{head} strategy={block.depth.depth_strategy} {_shape(block.depth)} "
         f"groups={len(plan.groups)} total_params={len(plan.entries)}"
     ]
     rows_by_cell = cells(plan)
     width = max([NAME_WIDTH, *(len(cell_name(cell)) for cell in rows_by_cell)])
-    lines += [f"  {cell_name(c):<{width}} lr={_lrs(rows)}  params={len(rows)}" for c, rows in rows_by_cell.items()]
+    lines += [
+        f"  {cell_name(c):<{width}} lr={_lrs(rows)}  params={len(rows)}"
+        for c, rows in rows_by_cell.items()
+    ]
     lines += [f"[per_layer_lr] warning: {text}" for text in plan.warnings]
     return "\n".join(lines)
 
@@ -74,12 +94,34 @@ def to_csv(plan: Plan) -> str:
     """One row per parameter, with a header row."""
     out = io.StringIO()
     writer = csv.writer(out, lineterminator="\n")
-    writer.writerow(["name", "shape", "component", "stack", "block", "blocks", "factor", "lr", "weight_decay", "numel"])
+    writer.writerow(
+        [
+            "name",
+            "shape",
+            "component",
+            "stack",
+            "block",
+            "blocks",
+            "factor",
+            "lr",
+            "weight_decay",
+            "numel",
+        ]
+    )
     for e in plan.entries.values():
         place = ["" if v is None else v for v in (e.stack, e.block, e.blocks)]
         decay = "" if e.weight_decay is None else e.weight_decay
         writer.writerow(
-            [e.name, "x".join(map(str, e.shape)), e.component, *place, repr(e.factor), repr(e.lr), decay, e.numel]
+            [
+                e.name,
+                "x".join(map(str, e.shape)),
+                e.component,
+                *place,
+                repr(e.factor),
+                repr(e.lr),
+                decay,
+                e.numel,
+            ]
         )
     return out.getvalue()
 
@@ -93,7 +135,9 @@ def explain(plan: Plan, name: str) -> str:
     entry = plan.entries.get(canonical_name(name))
     if entry is None:
         near = nearest(name, plan.entries) or sorted(plan.entries, key=natural_key)[:3]
-        raise ModelSourceError(f"No trainable parameter {name!r} in this model. Nearest: {', '.join(near)}.")
+        raise ModelSourceError(
+            f"No trainable parameter {name!r} in this model. Nearest: {', '.join(near)}."
+        )
     place = "outside every block" if entry.depth is not None else "not asked: per_layer_lr is off"
     if entry.stack is not None and entry.block is not None:
         place = f"container {entry.stack!r}, block {entry.block} of {entry.blocks}"
@@ -101,7 +145,10 @@ def explain(plan: Plan, name: str) -> str:
     return "\n".join(
         [
             entry.name,
-            f"  shape         {'x'.join(map(str, entry.shape)) or 'scalar'} ({entry.numel:,} elements)",
+            (
+                f"  shape         {'x'.join(map(str, entry.shape)) or 'scalar'} ({entry.numel:,}"
+                " elements)"
+            ),
             f"  component     {entry.component}: {entry.rule}",
             f"  place         {place}",
             f"  region        {entry.region or 'none'}",
@@ -122,5 +169,9 @@ def _curve(entry: PlanEntry) -> str:
         return "no depth here"
     if depth.depth_strategy == LAYER_DECAY:
         return f"layer_decay {depth.layer_decay:g}, convention {depth.convention}"
-    place = f"x = {entry.block}/{(entry.blocks or 1) - 1}" if (entry.blocks or 1) > 1 else "the only block"
+    place = (
+        f"x = {entry.block}/{(entry.blocks or 1) - 1}"
+        if (entry.blocks or 1) > 1
+        else "the only block"
+    )
     return f"{depth.depth_strategy}, {_shape(depth)}, {place}, scope {depth.depth_scope}"

@@ -1,4 +1,6 @@
-"""The plan as a picture: blocks across, components down, a panel per stack, learning rate as colour on a log scale."""
+"""The plan as a picture: blocks across, components down, a panel per stack, learning rate as colour
+on a log scale.
+"""
 
 from __future__ import annotations
 
@@ -6,9 +8,9 @@ from collections import defaultdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dist_layerlr.components import COMPONENTS
 from dist_layerlr.errors import ConfigError
-from dist_layerlr.plan import Plan, PlanEntry
+from dist_layerlr.plan.components import COMPONENTS
+from dist_layerlr.plan.entries import Plan, PlanEntry
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -21,7 +23,8 @@ WIDTH_PX = 1200
 def draw_grid(plan: Plan, path: Path) -> None:
     """Write the heat map of a plan as a PNG, 1200 pixels wide.
 
-    Cells with learning rate 0 or without parameters stay grey. A cell's value is the mean over its elements.
+    Cells with learning rate 0 or without parameters stay grey. A cell's value is the mean over its
+    elements.
 
     Raises:
         ConfigError: matplotlib is not installed, or the file is no .png or cannot be written.
@@ -45,9 +48,15 @@ def draw_grid(plan: Plan, path: Path) -> None:
     for axis, (title, cells) in zip(axes, panels.items(), strict=True):
         _draw_panel(axis, title, cells, norm)
     block = plan.config.per_layer_lr
-    strategy = f"{block.depth.depth_strategy}, min_depth_factor {block.depth.floor:g}" if block.enabled else "flat"
+    strategy = (
+        f"{block.depth.depth_strategy}, min_depth_factor {block.depth.floor:g}"
+        if block.enabled
+        else "flat"
+    )
     figure.suptitle(f"Learning rates of {plan.config.model_type} ({strategy})", fontsize=14)
-    bar = figure.colorbar(_scalar_map(norm), ax=list(axes), label="learning rate", fraction=0.03, pad=0.01)
+    bar = figure.colorbar(
+        _scalar_map(norm), ax=list(axes), label="learning rate", fraction=0.03, pad=0.01
+    )
     _label_bar(bar, low, high)
     try:
         figure.savefig(path)
@@ -60,12 +69,17 @@ Cells = dict[tuple[str, int], float]
 
 
 def _panels(plan: Plan) -> dict[str, Cells]:
-    grouped: dict[str, dict[tuple[str, int], list[PlanEntry]]] = defaultdict(lambda: defaultdict(list))
+    grouped: dict[str, dict[tuple[str, int], list[PlanEntry]]] = defaultdict(
+        lambda: defaultdict(list)
+    )
     for entry in plan.entries.values():
         grouped[entry.panel or OUTSIDE][entry.component, entry.block or 0].append(entry)
     inside = {title: cells for title, cells in grouped.items() if title != OUTSIDE}
     ordered = {**inside, **({OUTSIDE: grouped[OUTSIDE]} if OUTSIDE in grouped else {})}
-    return {title: {key: _mean_lr(rows) for key, rows in cells.items()} for title, cells in ordered.items()}
+    return {
+        title: {key: _mean_lr(rows) for key, rows in cells.items()}
+        for title, cells in ordered.items()
+    }
 
 
 def _mean_lr(rows: list[PlanEntry]) -> float:
@@ -75,7 +89,9 @@ def _mean_lr(rows: list[PlanEntry]) -> float:
 
 def _draw_panel(axis: Axes, title: str, cells: Cells, norm: Any) -> None:
     known = [*COMPONENTS, "fused", "modulation", "conv", "embed", "head"]
-    components = sorted({c for c, _ in cells}, key=lambda c: (known.index(c) if c in known else 99, c))
+    components = sorted(
+        {c for c, _ in cells}, key=lambda c: (known.index(c) if c in known else 99, c)
+    )
     blocks = max(b for _, b in cells) + 1
     values = [[cells.get((c, b), 0.0) or float("nan") for b in range(blocks)] for c in components]
     axis.set_facecolor("0.88")

@@ -1,50 +1,16 @@
-"""One file per sharder; ``detect`` looks at the model to choose."""
+"""Sharders: where the elements of each name live on this rank.
 
-from __future__ import annotations
+One file per sharder; none of them knows an optimizer.
+"""
 
-from dataclasses import replace
-
-from torch import nn
-
-from dist_layerlr.adapters.base import Adapter, LiveParam, Piece, Pieces, StatePiece, Weight
-
-__all__ = ["Adapter", "LiveParam", "Piece", "Pieces", "StatePiece", "Weight", "detect", "true_weights"]
-
-
-def detect(model: nn.Module) -> Adapter:
-    """Choose the adapter by what wraps the model, never by a flag."""
-    from dist_layerlr.adapters import fsdp1, fsdp2, plain, zero
-
-    adapters: tuple[Adapter, ...] = (
-        zero.ZeroAdapter(),
-        fsdp2.Fsdp2Adapter(),
-        fsdp1.Fsdp1Adapter(),
-        plain.PlainAdapter(),
-    )
-    for adapter in adapters:
-        if adapter.handles(model):
-            return adapter
-    raise AssertionError("PlainAdapter handles every module")
-
-
-def true_weights(model: nn.Module) -> list[Weight]:
-    """``Adapter.weights`` with ZeRO's fp32 masters, where it keeps any, in place of what is made from them.
-
-    A name may have several runs on one rank, or an empty one.
-    """
-    from dist_layerlr.adapters.zero import ZeroAdapter
-
-    adapter = detect(model)
-    weights = adapter.weights(model)
-    if not isinstance(adapter, ZeroAdapter):
-        return weights
-    masters: dict[str, list[Piece]] = {}
-    for piece in adapter.pieces(model).pieces:
-        masters.setdefault(piece.name, []).append(piece)
-    return [true for weight in weights for true in _masters(weight, masters.get(weight.name, []))]
-
-
-def _masters(weight: Weight, pieces: list[Piece]) -> list[Weight]:
-    if not pieces:
-        return [weight]
-    return [replace(weight, tensor=p.of(p.owner), home=None, start=p.start, replicas=p.replicas) for p in pieces]
+from dist_layerlr.sharders.base import Layout as Layout
+from dist_layerlr.sharders.base import Piece as Piece
+from dist_layerlr.sharders.base import Pieces as Pieces
+from dist_layerlr.sharders.base import Sharder as Sharder
+from dist_layerlr.sharders.base import Slice as Slice
+from dist_layerlr.sharders.base import Span as Span
+from dist_layerlr.sharders.base import Weight as Weight
+from dist_layerlr.sharders.choose import sharder_of as sharder_of
+from dist_layerlr.sharders.model import materialize as materialize
+from dist_layerlr.sharders.model import plan_model as plan_model
+from dist_layerlr.sharders.zero import partition_empty as partition_empty

@@ -1,86 +1,117 @@
-"""What an adapter answers about live, sharded parameters: the pieces that this rank's optimizer steps.
+"""What a sharder answers about one model: the spans of named parameters that this rank holds, and
+what steps them.
 
-Rates, element counts, optimizer state and observed updates all follow from the pieces, the same way for every sharder.
+Rates, element counts, optimizer state and observed updates all follow from these answers, the same
+way for every sharder. A sharder is bound to a model and knows no optimizer of this project:
+``dist_layerlr.optim`` builds and reads those.
 """
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field, replace
-from typing import Any, Protocol
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from dist_layerlr.errors import ConfigError, PlanMismatch
-from dist_layerlr.groups import ParamGroup
-from dist_layerlr.model import live_parameters, unwrap
-from dist_layerlr.names import canonical_name
-from dist_layerlr.plan import Plan
-from dist_layerlr.segmented import MakeOptimizer, Segmented, Slice, local
+from dist_layerlr.plan.names import canonical_name
+from dist_layerlr.ranks import world_size
+from dist_layerlr.sharders.model import live_parameters, unwrap
 
-GROUPS, SEGMENTED, AUTO = "groups", "segmented", "auto"
-EMISSIONS = (AUTO, GROUPS, SEGMENTED)
+ParamGroup = dict[str, Any]
+"""One entry of a torch optimizer's ``param_groups``."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Piece:
-    """A run of elements of one named parameter inside one tensor that the optimizer steps."""
+class Layout:
+    """How a model is wrapped: facts that decide what may train it, save it and clip it."""
+
+    name: str
+    """`none`, `ddp`, `fsdp1`, `fsdp1_flat`, `fsdp2` or `zero`."""
+    stage: int | None = None
+    """DeepSpeed's ZeRO stage, 0 to 3; None under every other sharder."""
+    shards: bool = False
+    """Whether optimizers step parts of parameters: slices of tensors, not whole ones."""
+    flat: bool = False
+    """Whether parameters share flat tensors, so that ordinary parameter groups cannot tell names
+    apart."""
+    engine_steps: bool = False
+    """Whether an engine owns the optimizer: it steps, clips and scales the loss itself."""
+
+    @property
+    def label(self) -> str:
+        """For people: `fsdp2`, `zero 2` ..."""
+        return self.name if self.stage is None else f"{self.name} {self.stage}"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Span:
+    """The elements [start, start + numel) of a named parameter, flattened and unsharded."""
 
     name: str
     """Canonical name."""
-    group: ParamGroup
-    """The live group that steps it."""
+    start: int
+    numel: int
+    """0 where this rank holds nothing of the parameter."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Slice(Span):
+    """A span, and where it lies in a tensor that an optimizer holds."""
+
     owner: Tensor
     """The optimizer's parameter, key of its state."""
     offset: int
     """First element in the flattened local owner."""
-    numel: int
-    """Elements here; 0 for an empty shard."""
-    start: int
-    """First element in the flattened, unsharded parameter."""
-    replicas: int = 1
-    """Ranks that step each element."""
 
     def of(self, tensor: Tensor) -> Tensor:
-        """The same run of a tensor laid out as the owner: its value, gradient or a moment. Flat, local."""
+        """The same slice of a tensor laid out as the owner: its value, gradient or a moment.
+
+        Flat, local.
+        """
         return local(tensor).detach().reshape(-1)[self.offset : self.offset + self.numel]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Weight:
+class Piece(Slice):
+    """A slice that a live parameter group steps."""
+
+    group: ParamGroup
+    replicas: int = 1
+    """Ranks that step each element."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Weight(Span):
     """What this rank holds of one parameter, trained or frozen, or of one persistent buffer."""
 
-    name: str
-    """Canonical name; the first one where several are tied."""
     aliases: tuple[str, ...] = ()
-    """Other names of the same tensor."""
+    """Other names of the same tensor; ``name`` is the first one."""
     tensor: Tensor
-    """Flat, local, the live storage itself; empty where the rank holds nothing. See ``home``."""
+    """Flat, local, the live storage itself, ``numel`` elements. See ``home``."""
     home: Tensor | None = None
-    """Set where the layout has no flat view (channels_last ...): ``tensor`` is a copy of this live tensor."""
-    start: int = 0
-    """First element in the flattened, unsharded tensor."""
+    """Set where the layout has no flat view (channels_last ...): ``tensor`` is a copy of this live
+    tensor."""
     shape: tuple[int, ...]
     """Of the whole tensor."""
     trainable: bool = False
-    """Whether it requires a gradient. Under ZeRO its fp32 master, among the pieces, is then the truth."""
+    """Whether it requires a gradient. Under ZeRO its fp32 master, among the pieces, is then the
+    truth."""
     is_buffer: bool = False
     replicas: int = 1
     """Ranks that hold each element."""
-
-    @property
-    def numel(self) -> int:
-        """Elements here; ``math.prod(shape)`` over all ranks."""
-        return self.tensor.numel()
 
     @property
     def dtype(self) -> torch.dtype:
         """As stored here; ZeRO's low-precision copies are bf16 or fp16."""
         return self.tensor.dtype
 
-    def settle(self) -> None:
+    def write_home(self) -> None:
         """Call after writing into ``tensor``: copies it to ``home``, if there is one."""
         if self.home is not None:
             self.home.copy_(self.tensor.view(self.home.shape))
@@ -88,7 +119,7 @@ class Weight:
 
 @dataclass(frozen=True, kw_only=True)
 class Pieces:
-    """All pieces of this rank."""
+    """Everything that this rank's optimizer steps."""
 
     pieces: list[Piece] = field(default_factory=list)
     strangers: int = 0
@@ -97,125 +128,66 @@ class Pieces:
     """The innermost optimizer, whose ``state`` is keyed by owners."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class LiveParam:
-    """How this rank's optimizer trains one parameter."""
+class Sharder(ABC):
+    """One model, as one sharder wraps it.
 
-    lr: float
-    weight_decay: float
-    numel: int
-    """Elements that this rank steps; 0 for an empty shard."""
-    replicas: int = 1
-    """Number of ranks that step each element."""
+    It knows how names are hidden, and where the truth about weights is kept.
+    """
 
+    def __init__(self, model: nn.Module):
+        self.model = model
+        self.layout = self._read_layout()
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class StatePiece:
-    """Optimizer state of one piece."""
-
-    start: int
-    """First element in the flattened, unsharded parameter."""
-    tensors: Mapping[str, Tensor]
-    """State by key: flat tensors as long as the piece, or scalars (``step``)."""
-
-
-class Adapter(Protocol):
-    """One sharder. Knows how it hides names, and where its optimizer keeps the truth."""
-
-    label: str
-    """For people: `fsdp2`, `zero 2` ..."""
-
-    def handles(self, model: nn.Module) -> bool:
+    @classmethod
+    @abstractmethod
+    def handles(cls, model: nn.Module) -> bool:
         """Whether this sharder wraps the model."""
-        ...
 
-    def attach(self, plan: Plan, model: nn.Module, make: MakeOptimizer, emission: str) -> Optimizer:
-        """Build the optimizer on live tensors, as ordinary groups or in segments."""
-        ...
+    @abstractmethod
+    def _read_layout(self) -> Layout:
+        """Read the layout off the model."""
 
-    def pieces(self, model: nn.Module, optimizer: Any) -> Pieces:
-        """List what this rank's optimizer steps."""
-        ...
+    @abstractmethod
+    def slices(self) -> list[Slice]:
+        """Where each trainable name lies in the tensors that an optimizer is to be built on.
 
-    def weights(self, model: nn.Module) -> list[Weight]:
-        """List what this rank holds of every parameter, frozen ones included, and of every persistent buffer."""
-        ...
+        Raises:
+            PlanMismatch: the optimizer exists already, inside the wrapped model.
+        """
 
-    def refresh(self, model: nn.Module, optimizer: Any) -> None:
-        """Bring every copy that the sharder keeps in line with the weights, and with the masters where it has them.
+    @abstractmethod
+    def pieces(self, optimizer: Any) -> Pieces:
+        """List what the parameter groups of a live optimizer hold, by name."""
+
+    @abstractmethod
+    def weights(self) -> list[Weight]:
+        """List what this rank holds of every parameter, frozen ones included, and of every
+        persistent buffer.
+        """
+
+    def true_weights(self) -> list[Weight]:
+        """``weights``, with fp32 masters in place of what is made from them.
+
+        A name may then have several spans.
+        """
+        return self.weights()
+
+    def refresh(self, optimizer: Any = None) -> None:  # noqa: B027 - most sharders keep no copies
+        """Bring every copy that the sharder keeps in line with the weights, and with the masters
+        where it has them.
 
         Collective. Call it after writing into ``weights`` or ``pieces``.
         """
-        ...
 
 
-def resolve(found: Pieces) -> Pieces:
-    """Look inside a segmented optimizer: its inner groups hold the rates, and only bound slices are stepped."""
-    optimizer = found.optimizer
-    if not isinstance(optimizer, Segmented) or optimizer.inner is None:
-        return found
-    groups = optimizer.groups_by_name()
-    pieces = [
-        replace(p, group=groups[p.name])
-        for p in found.pieces
-        if p.name in groups and (optimizer.steps(p.name, p.owner, p.offset, p.numel) or not p.numel)
-    ]
-    return replace(found, pieces=pieces)
-
-
-def segment_whole(plan: Plan, model: nn.Module, make: MakeOptimizer) -> Segmented:
-    """A segmented optimizer on parameters that are stepped whole, or as whole local shards."""
-    live = {name: p for name, p in live_parameters(model).items() if p.requires_grad}
-    return segment(plan, [Slice(name=n, owner=p, offset=0, numel=local(p).numel()) for n, p in live.items()], make)
-
-
-def segment(plan: Plan, slices: Iterable[Slice], make: MakeOptimizer) -> Segmented:
-    """A segmented optimizer on the owners of ``slices``."""
-    slices = list(slices)
-    owners = {id(s.owner): s.owner for s in slices}
-    return Segmented(plan, owners.values(), make, slices)
-
-
-def read_back(found: Pieces) -> dict[str, LiveParam]:
-    """{canonical name: live rate, weight decay, local elements}; pieces of one name are added up."""
-    live: dict[str, LiveParam] = {}
-    for piece in found.pieces:
-        before = live.get(piece.name)
-        live[piece.name] = LiveParam(
-            lr=float(piece.group["lr"]),
-            weight_decay=float(piece.group.get("weight_decay", 0.0)),
-            numel=piece.numel + (before.numel if before else 0),
-            replicas=piece.replicas,
-        )
-    return live
-
-
-def repeated(found: Pieces) -> list[str]:
-    """Names with two pieces that overlap: stepped twice."""
-    seen: dict[str, list[tuple[int, int]]] = {}
-    twice: dict[str, None] = {}
-    for piece in found.pieces:
-        end = piece.start + piece.numel
-        for start, stop in seen.setdefault(piece.name, []):
-            if max(start, piece.start) < min(stop, end) or (start, stop) == (piece.start, end):
-                twice[piece.name] = None
-        seen[piece.name].append((piece.start, end))
-    return list(twice)
-
-
-def state(found: Pieces) -> dict[str, list[StatePiece]]:
-    """{canonical name: this rank's optimizer state}, views where the layout allows; empty before the first step."""
-    result: dict[str, list[StatePiece]] = {}
-    for piece in found.pieces:
-        held = found.optimizer.state.get(piece.owner, {}) if found.optimizer is not None else {}
-        tensors = {
-            key: value if value.ndim == 0 else piece.of(value)
-            for key, value in held.items()
-            if isinstance(value, Tensor)
-        }
-        if tensors:
-            result.setdefault(piece.name, []).append(StatePiece(start=piece.start, tensors=tensors))
-    return result
+def local(tensor: Tensor) -> Tensor:
+    """This rank's part, without autograd and without DTensor dispatch afterwards."""
+    if not isinstance(tensor, DTensor):
+        return tensor
+    with (
+        torch.no_grad()
+    ):  # Otherwise each call records an autograd node, which takes twice the time.
+        return tensor.to_local()
 
 
 def innermost(optimizer: Any) -> Any:
@@ -229,7 +201,9 @@ def innermost(optimizer: Any) -> Any:
     while type(optimizer).__name__ == "AcceleratedOptimizer":
         optimizer = optimizer.optimizer
     if not hasattr(optimizer, "param_groups"):
-        raise ConfigError(f"Invalid optimizer={optimizer!r}: give the torch optimizer that is stepped.")
+        raise ConfigError(
+            f"Invalid optimizer={optimizer!r}: give the torch optimizer that is stepped."
+        )
     return optimizer
 
 
@@ -255,7 +229,15 @@ def pieces_by_identity(
                 continue
             start, numel, replicas = place(param)
             pieces.append(
-                Piece(name=name, group=group, owner=param, offset=0, numel=numel, start=start, replicas=replicas)
+                Piece(
+                    name=name,
+                    group=group,
+                    owner=param,
+                    offset=0,
+                    numel=numel,
+                    start=start,
+                    replicas=replicas,
+                )
             )
     return pieces, strangers
 
@@ -263,6 +245,15 @@ def pieces_by_identity(
 def names_by_id(model: nn.Module) -> dict[int, str]:
     """{id of a live parameter: canonical name}."""
     return {id(param): name for name, param in live_parameters(model).items()}
+
+
+def whole_slices(model: nn.Module) -> list[Slice]:
+    """Trainable parameters that an optimizer holds whole, or as whole local shards."""
+    return [
+        Slice(name=name, start=0, numel=local(param).numel(), owner=param, offset=0)
+        for name, param in live_parameters(model).items()
+        if param.requires_grad
+    ]
 
 
 def flat_view(tensor: Tensor) -> tuple[Tensor, Tensor | None]:
@@ -274,11 +265,24 @@ def flat_view(tensor: Tensor) -> tuple[Tensor, Tensor | None]:
 def whole_weight(name: str, tensor: Tensor, replicas: int, **fields: Any) -> Weight:
     """A tensor that this rank holds whole."""
     flat, home = flat_view(tensor)
-    return Weight(name=name, tensor=flat, home=home, shape=tuple(tensor.shape), replicas=replicas, **fields)
+    shape = tuple(tensor.shape)
+    return Weight(
+        name=name,
+        start=0,
+        numel=flat.numel(),
+        tensor=flat,
+        home=home,
+        shape=shape,
+        replicas=replicas,
+        **fields,
+    )
 
 
 def tied_names(model: nn.Module) -> dict[int, list[str]]:
-    """{id of a live parameter: its canonical names}, in the module's order; more than one where weights are tied."""
+    """{id of a live parameter: its canonical names}, in the module's order.
+
+    More than one where weights are tied.
+    """
     names: dict[int, list[str]] = {}
     for raw, param in unwrap(model).named_parameters(remove_duplicate=False):
         known = names.setdefault(id(param), [])
@@ -304,15 +308,9 @@ def buffers(model: nn.Module) -> list[Weight]:
     return list(found.values())
 
 
-def world_size() -> int:
-    """Ranks in the default process group; 1 without one."""
-    dist = torch.distributed
-    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
-
-
 def internals_moved(library: str, version: str, what: str) -> PlanMismatch:
     """The one wording for a private attribute that is no longer what it was."""
     return PlanMismatch(
-        f"Cannot read back {library}: {what} is not what it was in {version}, which this adapter was written for. "
-        f"Use that version, or report the one you have."
+        f"Cannot read back {library}: {what} is not what it was in {version}, which this adapter"
+        " was written for. Use that version, or report the one you have."
     )

@@ -1,6 +1,7 @@
 """FSDP2 (``fully_shard``): parameters are replaced by DTensors under unchanged names.
 
-An optimizer built before sharding holds the old tensors and trains nothing, silently; identity is what is checked here.
+An optimizer built before sharding holds the old tensors and trains nothing, silently; identity is
+what is checked here.
 """
 
 from __future__ import annotations
@@ -9,99 +10,102 @@ from typing import Any
 
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
-from torch.optim import Optimizer
 
-from dist_layerlr.adapters.base import (
-    GROUPS,
+from dist_layerlr.errors import PlanMismatch
+from dist_layerlr.ranks import world_size
+from dist_layerlr.sharders.base import (
+    Layout,
     Pieces,
+    Sharder,
+    Slice,
     Weight,
     buffers,
     flat_view,
     innermost,
     internals_moved,
+    local,
     names_by_id,
     parameters_with_names,
     pieces_by_identity,
-    resolve,
-    segment_whole,
-    world_size,
+    whole_slices,
 )
-from dist_layerlr.errors import PlanMismatch
-from dist_layerlr.groups import ParamGroup, param_groups
-from dist_layerlr.plan import Plan
-from dist_layerlr.segmented import MakeOptimizer, local
-from dist_layerlr.segments import dim0_range
+from dist_layerlr.sharders.ranges import dim0_range
 
 
-class Fsdp2Adapter:
-    """Local shards of DTensors, dimension 0 chunked; HSDP replicates them over the mesh's other dimension."""
+class Fsdp2Sharder(Sharder):
+    """Local shards of DTensors, dimension 0 chunked.
 
-    def __init__(self) -> None:
-        self.label = "fsdp2"
+    HSDP replicates them over the mesh's other dimension.
+    """
 
-    def handles(self, model: nn.Module) -> bool:
+    @classmethod
+    def handles(cls, model: nn.Module) -> bool:
         """Whether any module is an ``FSDPModule``."""
         from torch.distributed.fsdp import FSDPModule
 
         return any(isinstance(module, FSDPModule) for module in model.modules())
 
-    def attach(self, plan: Plan, model: nn.Module, make: MakeOptimizer, emission: str) -> Optimizer:
-        """Segments on local shards, or ordinary groups, split where a foreach call could not take the tensors together."""
-        if emission != GROUPS:
-            return segment_whole(plan, model, make)
-        return make([part for group in param_groups(plan, model) for part in _split_by_mesh(group)])
+    def _read_layout(self) -> Layout:
+        return Layout(name="fsdp2", shards=True)
 
-    def pieces(self, model: nn.Module, optimizer: Any) -> Pieces:
+    def slices(self) -> list[Slice]:
+        """Whole local shards: an optimizer holds the DTensors."""
+        return whole_slices(self.model)
+
+    def pieces(self, optimizer: Any) -> Pieces:
         """Local shards, by identity."""
         inner = innermost(optimizer)
-        found, strangers = pieces_by_identity(inner.param_groups, names_by_id(model), _place)
-        return resolve(Pieces(pieces=found, strangers=strangers, optimizer=inner))
+        found, strangers = pieces_by_identity(inner.param_groups, names_by_id(self.model), _place)
+        return Pieces(pieces=found, strangers=strangers, optimizer=inner)
 
-    def weights(self, model: nn.Module) -> list[Weight]:
+    def weights(self) -> list[Weight]:
         """Local shards; parameters that FSDP2 was told to ignore are whole.
 
         Raises:
             PlanMismatch: a shard along another dimension than 0, which is no run of elements.
         """
-        _reshard(model)
+        _reshard(self.model)
         found: list[Weight] = []
-        for param, name, aliases in parameters_with_names(model):
-            if isinstance(param, DTensor) and any(p.is_shard() and not p.is_shard(0) for p in param.placements):
+        for param, name, aliases in parameters_with_names(self.model):
+            if isinstance(param, DTensor) and any(
+                p.is_shard() and not p.is_shard(0) for p in param.placements
+            ):
                 raise PlanMismatch(
-                    f"{name} is placed as {param.placements}; only shards along dimension 0 can be saved or loaded. "
-                    "Call fully_shard without shard_placement_fn."
+                    f"{name} is placed as {param.placements}; only shards along dimension 0 can be"
+                    " saved or loaded. Call fully_shard without shard_placement_fn."
                 )
             start, _, replicas = _place(param)
             flat, home = flat_view(param)
             found.append(
                 Weight(
-                    name=name, aliases=aliases, tensor=flat, home=home, start=start, shape=tuple(param.shape),
-                    trainable=param.requires_grad, replicas=replicas,
+                    name=name,
+                    start=start,
+                    numel=flat.numel(),
+                    aliases=aliases,
+                    tensor=flat,
+                    home=home,
+                    shape=tuple(param.shape),
+                    trainable=param.requires_grad,
+                    replicas=replicas,
                 )
-            )  # fmt: skip
-        return found + buffers(model)
+            )
+        return found + buffers(self.model)
 
-    def refresh(self, model: nn.Module, optimizer: Any) -> None:
+    def refresh(self, optimizer: Any = None) -> None:
         """Drop what is gathered, if anything is: the next forward gathers it anew."""
-        _reshard(model)
+        _reshard(self.model)
 
 
 def _reshard(model: nn.Module) -> None:
-    """Put the sharded parameters back in place; after a forward without backward the root stays gathered."""
+    """Put the sharded parameters back in place.
+
+    After a forward without backward the root stays gathered.
+    """
     from torch.distributed.fsdp import FSDPModule
 
     for module in model.modules():
         if isinstance(module, FSDPModule):
             module.reshard()
-
-
-def _split_by_mesh(group: ParamGroup) -> list[ParamGroup]:
-    """One group per device mesh: foreach and fused calls cannot mix DTensors of two meshes, or DTensors and tensors."""
-    parts: dict[Any, list[Tensor]] = {}
-    for param in group["params"]:
-        parts.setdefault(param.device_mesh if isinstance(param, DTensor) else None, []).append(param)
-    names = [group["name"]] + [f"{group['name']}@{i}" for i in range(1, len(parts))]
-    return [{**group, "params": params, "name": name} for name, params in zip(names, parts.values(), strict=True)]
 
 
 def _place(param: Tensor) -> tuple[int, int, int]:
@@ -121,5 +125,7 @@ def _place(param: Tensor) -> tuple[int, int, int]:
     if any(p.is_shard() and not p.is_shard(0) for p in param.placements):
         return 0, here, replicas
     if numel != here:
-        raise internals_moved("FSDP2", "torch 2.13", f"the shard of a {tuple(param.shape)} DTensor ({here} elements)")
+        raise internals_moved(
+            "FSDP2", "torch 2.13", f"the shard of a {tuple(param.shape)} DTensor ({here} elements)"
+        )
     return start, here, replicas

@@ -10,11 +10,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from dist_layerlr.build import build_plan
-from dist_layerlr.config import Config
 from dist_layerlr.errors import ModelSourceError, PlanMismatch
-from dist_layerlr.names import canonical_name, parse
-from dist_layerlr.plan import ParamInfo, Plan, Shape
+from dist_layerlr.plan.build import build_plan
+from dist_layerlr.plan.config import Config
+from dist_layerlr.plan.entries import ParamInfo, Plan, Shape
+from dist_layerlr.plan.names import canonical_name, parse
 
 _OUTER_WRAPPERS = ("DistributedDataParallel", "DataParallel", "DeepSpeedEngine")
 FLAT_PARAM = "_flat_param"
@@ -60,7 +60,10 @@ def describe(model: nn.Module) -> list[ParamInfo]:
 
 
 def _tie_warnings(model: nn.Module, infos: list[ParamInfo], plan: Plan) -> list[str]:
-    """A tied parameter trains under its first name; say so where its other name would have another rate."""
+    """A tied parameter trains under its first name.
+
+    Say so where its other name would have another rate.
+    """
     first: dict[int, str] = {}
     others: dict[str, ParamInfo] = {}
     owners: dict[str, str] = {}
@@ -68,20 +71,26 @@ def _tie_warnings(model: nn.Module, infos: list[ParamInfo], plan: Plan) -> list[
         name = canonical_name(raw)
         kept = first.setdefault(id(param), name)
         if kept != name:
-            others[name] = ParamInfo(name=name, shape=true_shape(param), trainable=param.requires_grad)
+            others[name] = ParamInfo(
+                name=name, shape=true_shape(param), trainable=param.requires_grad
+            )
             owners[name] = kept
     if not others:
         return []
     asked = build_plan([*infos, *others.values()], plan.config).entries
     return [
-        f"{other} is tied to {kept} and trains at its lr {plan.entries[kept].lr:g}, not at {asked[other].lr:g}"
+        f"{other} is tied to {kept} and trains at its lr {plan.entries[kept].lr:g}, not at"
+        f" {asked[other].lr:g}"
         for other, kept in owners.items()
         if other in asked and kept in plan.entries and asked[other].lr != plan.entries[kept].lr
     ]
 
 
 def unwrap(model: nn.Module) -> nn.Module:
-    """Take off DDP, a DeepSpeed engine and torch.compile. FSDP stays: it is told by segments of the names."""
+    """Take off DDP, a DeepSpeed engine and torch.compile.
+
+    FSDP stays: it is told by segments of the names.
+    """
     while True:
         kinds = {c.__name__ for c in type(model).__mro__}
         if kinds.intersection(_OUTER_WRAPPERS):
@@ -93,10 +102,13 @@ def unwrap(model: nn.Module) -> nn.Module:
 
 
 def materialize(module: nn.Module, device: torch.device | str, *, recurse: bool = True) -> None:
-    """Give meta parameters uninitialised memory, sharded ones for their shard only; what is real stays, on ``device``.
+    """Give meta parameters uninitialised memory, sharded ones for their shard only.
+
+    What is real stays, on ``device``.
 
     Parameters keep their identity, so ties and groups hold. For FSDP1, pass
-    ``param_init_fn=lambda module: materialize(module, device, recurse=False)``; for ZeRO-3, call ``partition_empty``.
+    ``param_init_fn=lambda module: materialize(module, device, recurse=False)``; for ZeRO-3, call
+    ``partition_empty``.
 
     Raises:
         ModelSourceError: a buffer is on the meta device, so that nothing knows its values.
@@ -104,8 +116,9 @@ def materialize(module: nn.Module, device: torch.device | str, *, recurse: bool 
     for name, buffer in module.named_buffers(recurse=recurse):
         if buffer.is_meta:
             raise ModelSourceError(
-                f"Buffer {name!r} of {type(module).__name__} is on the meta device: its values are lost. "
-                "Build the model under accelerate.init_empty_weights(include_buffers=False)."
+                f"Buffer {name!r} of {type(module).__name__} is on the meta device: its values are"
+                " lost. Build the model under"
+                " accelerate.init_empty_weights(include_buffers=False)."
             )
     for param in module.parameters(recurse=recurse):
         if param.is_meta:
@@ -121,12 +134,18 @@ def live_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
 
 
 def true_shape(param: nn.Parameter) -> Shape:
-    """Shape before partitioning: ZeRO-3 keeps it in ``ds_shape``; a DTensor reports its global shape itself."""
+    """Shape before partitioning: ZeRO-3 keeps it in ``ds_shape``.
+
+    A DTensor reports its global shape itself.
+    """
     return tuple(getattr(param, "ds_shape", param.shape))
 
 
 def _owner_classes(model: nn.Module) -> dict[tuple[str, ...], str]:
-    """Class of every module, under the path its parameters parse to. An adapted module counts as what it adapts."""
+    """Class of every module, under the path its parameters parse to.
+
+    An adapted module counts as what it adapts.
+    """
     classes: dict[tuple[str, ...], str] = {}
     for raw, module in model.named_modules():
         owner = parse(canonical_name(f"{raw}.x" if raw else "x")).owner
@@ -139,6 +158,7 @@ def _refuse_flat(raw: str, model: nn.Module) -> None:
     segments = raw.split(".")
     if segments[-1] == FLAT_PARAM or "_fsdp_wrapped_module" in segments:
         raise PlanMismatch(
-            f"Parameter {raw!r} of {type(model).__name__} was already flattened by FSDP1: its true shape is gone. "
-            "Make the plan before wrapping (plan_model(model, config), then FSDP(model))."
+            f"Parameter {raw!r} of {type(model).__name__} was already flattened by FSDP1: its true"
+            " shape is gone. Make the plan before wrapping (plan_model(model, config), then"
+            " FSDP(model))."
         )

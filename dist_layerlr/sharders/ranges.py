@@ -1,7 +1,9 @@
-"""Which elements of which parameter a rank holds, from names and shapes alone. Pure: no process group needed.
+"""Which elements of which parameter a rank holds, from names and shapes alone.
 
-A range is (start, count) in elements of the flattened, unsharded parameter. The adapters use these functions on live
-shards; the simulation uses them for jobs of any size.
+Pure: no process group needed.
+
+A range is (start, count) in elements of the flattened, unsharded parameter. The adapters use these
+functions on live shards; the simulation uses them for jobs of any size.
 """
 
 from __future__ import annotations
@@ -14,7 +16,8 @@ Range = tuple[int, int]
 
 
 def dim0_range(shape: Sequence[int], world_size: int, rank: int) -> Range:
-    """FSDP2: dimension 0 in chunks of ``ceil(rows / world_size)`` rows, the last ones smaller or empty.
+    """FSDP2: dimension 0 in chunks of ``ceil(rows / world_size)`` rows, the last ones smaller or
+    empty.
 
     As ``torch.chunk``, which DTensor's ``Shard(0)`` follows.
     """
@@ -25,7 +28,10 @@ def dim0_range(shape: Sequence[int], world_size: int, rank: int) -> Range:
 
 
 def zero3_range(numel: int, world_size: int, rank: int) -> Range:
-    """ZeRO-3: every parameter alone, flattened, in partitions of ``ceil(numel / world_size)``; padding not counted."""
+    """ZeRO-3: every parameter alone, flattened, in partitions of ``ceil(numel / world_size)``.
+
+    Padding not counted.
+    """
     partition = zero3_partition(numel, world_size)
     first = min(rank * partition, numel)
     return first, min(first + partition, numel) - first
@@ -36,7 +42,9 @@ def zero3_partition(numel: int, world_size: int) -> int:
     return -(-numel // world_size)
 
 
-def flat_ranges(numels: Sequence[int], world_size: int, rank: int, *, align: int = 1) -> list[Range]:
+def flat_ranges(
+    numels: Sequence[int], world_size: int, rank: int, *, align: int = 1
+) -> list[Range]:
     """Parameters laid end to end and cut evenly: FSDP1's flat parameter, or a ZeRO-1 and -2 group.
 
     Args:

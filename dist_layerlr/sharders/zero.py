@@ -1,121 +1,188 @@
-"""DeepSpeed ZeRO 0 to 3: after ``deepspeed.initialize`` the groups hold flat partitions, and names are gone.
+"""DeepSpeed ZeRO 0 to 3: after ``deepspeed.initialize`` the groups hold flat partitions, and names
+are gone.
 
-Private, read in deepspeed 0.19.8. Stages 1 and 2: ``bit16_groups`` (original parameters of each group), their
-``_hp_mapping``, ``single_partition_of_fp32_groups``, ``parallel_partitioned_bit16_groups``, ``real_dp_process_group``.
-Stage 3: ``fp16_groups`` per sub-group, ``sub_group_to_group_id``, ``fp32_partitioned_groups_flat``; ``ds_numel``,
-``ds_shape``, ``ds_tensor`` and ``partition_numel()`` per parameter. Stage 0: the client optimizer, or ``bf16_groups`` /
-``fp16_groups`` of the mixed precision wrappers. To refresh copies: ``update_lp_params`` (0);
-``_reassign_or_swap_out_partitioned_parameters`` between ``checkpoint_event_prologue`` and ``_epilogue`` (3).
+Private, read in deepspeed 0.19.8. Stages 1 and 2: ``bit16_groups`` (original parameters of each
+group), their ``_hp_mapping``, ``single_partition_of_fp32_groups``,
+``parallel_partitioned_bit16_groups``, ``real_dp_process_group``. Stage 3: ``fp16_groups`` per
+sub-group, ``sub_group_to_group_id``, ``fp32_partitioned_groups_flat``; ``ds_numel``, ``ds_shape``,
+``ds_tensor`` and ``partition_numel()`` per parameter. Stage 0: the client optimizer, or
+``bf16_groups`` / ``fp16_groups`` of the mixed precision wrappers. To refresh copies:
+``update_lp_params`` (0); ``_reassign_or_swap_out_partitioned_parameters`` between
+``checkpoint_event_prologue`` and ``_epilogue`` (3).
 """
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from dist_layerlr.adapters.base import (
+from dist_layerlr.errors import PlanMismatch
+from dist_layerlr.plan.names import canonical_name
+from dist_layerlr.ranks import world_size
+from dist_layerlr.sharders.base import (
+    Layout,
     Piece,
     Pieces,
+    Sharder,
+    Slice,
     Weight,
     buffers,
     internals_moved,
     parameters_with_names,
-    resolve,
     whole_weight,
-    world_size,
 )
-from dist_layerlr.errors import PlanMismatch
-from dist_layerlr.model import materialize
-from dist_layerlr.names import canonical_name
-from dist_layerlr.plan import Plan
-from dist_layerlr.segmented import MakeOptimizer
-from dist_layerlr.segments import zero3_partition, zero3_range
+from dist_layerlr.sharders.model import materialize
+from dist_layerlr.sharders.ranges import zero3_partition, zero3_range
 
 
-class ZeroAdapter:
-    """Original parameters of each group, and the fragment of them that this rank steps."""
+class ZeroSharder(Sharder):
+    """A DeepSpeed engine: original parameters of each group, and the fragment of them that this
+    rank steps.
+    """
 
-    def __init__(self) -> None:
-        self.label = "zero"
-
-    def handles(self, model: nn.Module) -> bool:
+    @classmethod
+    def handles(cls, model: nn.Module) -> bool:
         """Whether the model is a DeepSpeed engine."""
         return any(c.__name__ == "DeepSpeedEngine" for c in type(model).__mro__)
 
-    def attach(self, plan: Plan, model: nn.Module, make: MakeOptimizer, emission: str) -> Optimizer:
+    def _read_layout(self) -> Layout:
+        engine: Any = self.model
+        stage = int(engine.zero_optimization_stage())
+        return Layout(name="zero", stage=stage, shards=stage > 0, flat=stage > 0, engine_steps=True)
+
+    def slices(self) -> list[Slice]:
         """Refuse: the engine has already partitioned its optimizer.
 
         Raises:
             PlanMismatch: always.
         """
         raise PlanMismatch(
-            "attach() was called on a DeepSpeed engine, which has already built its optimizer. "
-            "Attach to the model first, then deepspeed.initialize(model=model, optimizer=optimizer, config=...)."
+            "attach() was called on a DeepSpeed engine, which has already built its optimizer."
+            " Attach to the model first, then deepspeed.initialize(model=model,"
+            " optimizer=optimizer, config=...)."
         )
 
-    def pieces(self, model: nn.Module, optimizer: Any = None) -> Pieces:
-        """Read the engine's own optimizer; the ``optimizer`` argument is ignored, it may be a stale outer object."""
-        engine: Any = model
-        stage = int(engine.zero_optimization_stage())
-        self.label = f"zero {stage}"
+    def pieces(self, optimizer: Any = None) -> Pieces:
+        """Read the engine's own optimizer.
+
+        The ``optimizer`` argument is ignored, it may be a stale outer object.
+        """
+        engine: Any = self.model
         names = {id(p): canonical_name(n) for n, p in engine.module.named_parameters()}
-        try:
-            found = _walk(engine.optimizer, stage)
-        except (AttributeError, KeyError, IndexError) as error:
-            raise internals_moved(f"ZeRO stage {stage}", "deepspeed 0.19.8", repr(error)) from None
         pieces: list[Piece] = []
         strangers = 0
-        for param, (group, owner, offset, numel, start, everywhere) in found:
+        for param, place in self._walk():
             name = names.get(id(param))
             if name is None:
                 strangers += 1
-                continue
-            replicas = world_size() if everywhere else 1
-            pieces.append(
-                Piece(
-                    name=name, group=group, owner=owner, offset=offset, numel=numel, start=start, replicas=replicas
-                )
-            )  # fmt: skip
-        inner = (
-            engine.optimizer
-            if isinstance(engine.optimizer, Optimizer)
-            else getattr(engine.optimizer, "optimizer", None)
+            else:
+                pieces.append(_piece(name, *place))
+        return Pieces(
+            pieces=pieces, strangers=strangers, optimizer=_inner_optimizer(engine.optimizer)
         )
-        return resolve(Pieces(pieces=pieces, strangers=strangers, optimizer=inner))
 
-    def weights(self, model: nn.Module) -> list[Weight]:
-        """Partitions at stage 3, else whole parameters; in the model's dtype, without the fp32 masters."""
-        return [_weight(*found) for found in parameters_with_names(model)] + buffers(model)
+    def weights(self) -> list[Weight]:
+        """Partitions at stage 3, else whole parameters.
 
-    def refresh(self, model: nn.Module, optimizer: Any = None) -> None:
+        In the model's dtype, without the fp32 masters.
+        """
+        return [_weight(*found) for found in parameters_with_names(self.model)] + buffers(
+            self.model
+        )
+
+    def true_weights(self) -> list[Weight]:
+        """The fp32 masters of what is trained, and the weights of the rest."""
+        masters: dict[str, list[Piece]] = {}
+        for piece in self.pieces().pieces:
+            masters.setdefault(piece.name, []).append(piece)
+        return [
+            true
+            for weight in self.weights()
+            for true in _masters(weight, masters.get(weight.name, []))
+        ]
+
+    def refresh(self, optimizer: Any = None) -> None:
         """Masters into the low-precision parameters, on every rank.
 
         Raises:
             PlanMismatch: the private attributes this relies on have changed.
         """
-        engine: Any = model
-        stage = int(engine.zero_optimization_stage())
+        engine: Any = self.model
+        stage = self.layout.stage
         try:
             _refresh(engine.optimizer, stage)
         except AttributeError as error:
             raise internals_moved(f"ZeRO stage {stage}", "deepspeed 0.19.8", repr(error)) from None
 
+    def _walk(self) -> list[Found]:
+        engine: Any = self.model
+        stage = self.layout.stage
+        try:
+            return _walk(engine.optimizer, stage)
+        except (AttributeError, KeyError, IndexError) as error:
+            raise internals_moved(f"ZeRO stage {stage}", "deepspeed 0.19.8", repr(error)) from None
+
+
+def _piece(
+    name: str, group: Any, owner: Tensor, offset: int, numel: int, start: int, everywhere: bool
+) -> Piece:
+    replicas = world_size() if everywhere else 1
+    return Piece(
+        name=name,
+        start=start,
+        numel=numel,
+        owner=owner,
+        offset=offset,
+        group=group,
+        replicas=replicas,
+    )
+
+
+def _inner_optimizer(optimizer: Any) -> Any:
+    """The torch optimizer inside DeepSpeed's; its state is keyed by the owners."""
+    return optimizer if isinstance(optimizer, Optimizer) else getattr(optimizer, "optimizer", None)
+
+
+def _masters(weight: Weight, pieces: list[Piece]) -> list[Weight]:
+    """A weight as its masters have it: one span per piece; the weight itself where it has none."""
+    if not pieces:
+        return [weight]
+    return [
+        replace(
+            weight,
+            tensor=p.of(p.owner),
+            numel=p.numel,
+            home=None,
+            start=p.start,
+            replicas=p.replicas,
+        )
+        for p in pieces
+    ]
+
 
 def _weight(param: Any, name: str, aliases: tuple[str, ...]) -> Weight:
     if not hasattr(param, "ds_tensor"):
-        return whole_weight(name, param, world_size(), aliases=aliases, trainable=param.requires_grad)
+        return whole_weight(
+            name, param, world_size(), aliases=aliases, trainable=param.requires_grad
+        )
     ranks, rank = _ranks(param)
     start, numel = zero3_range(param.ds_numel, ranks, rank)
     return Weight(
-        name=name, aliases=aliases, tensor=param.ds_tensor.detach().view(-1)[:numel], start=start,
-        shape=tuple(param.ds_shape), trainable=param.requires_grad,
-    )  # fmt: skip
+        name=name,
+        start=start,
+        numel=numel,
+        aliases=aliases,
+        tensor=param.ds_tensor.detach().view(-1)[:numel],
+        shape=tuple(param.ds_shape),
+        trainable=param.requires_grad,
+    )
 
 
-def _refresh(optimizer: Any, stage: int) -> None:
+def _refresh(optimizer: Any, stage: int | None) -> None:
     if stage == 3:
         optimizer.checkpoint_event_prologue()  # frees what is gathered
         for sub_group in range(len(optimizer.fp32_partitioned_groups_flat)):
@@ -132,13 +199,16 @@ def _refresh(optimizer: Any, stage: int) -> None:
 
 
 def _spread(optimizer: Any) -> None:
-    """What ``update_lp_params`` does, in place: its all_gather takes gloo thrice the time, and the model's memory again."""
+    """What ``update_lp_params`` does, in place: its all_gather takes gloo thrice the time, and the
+    model's memory again.
+    """
     import torch.distributed as dist
 
     columns = (
-        optimizer.parallel_partitioned_bit16_groups, optimizer.single_partition_of_fp32_groups,
+        optimizer.parallel_partitioned_bit16_groups,
+        optimizer.single_partition_of_fp32_groups,
         optimizer.real_dp_process_group,
-    )  # fmt: skip
+    )
     for partitions, master, group in zip(*columns, strict=True):
         partitions[dist.get_rank(group)].data.copy_(master.data)
         for rank, partition in enumerate(partitions):
@@ -146,10 +216,13 @@ def _spread(optimizer: Any) -> None:
 
 
 def partition_empty(model: nn.Module, config: dict[str, Any]) -> None:
-    """Make a meta-device model a ZeRO-3 one, its partitions uninitialised, one module's own parameters at a time.
+    """Make a meta-device model a ZeRO-3 one, its partitions uninitialised, one module's own
+    parameters at a time.
 
-    Then ``deepspeed.initialize`` and ``load_pretrained``. ``deepspeed.zero.Init`` partitions the modules that are built
-    inside it: here, lists of the parameters that are there already.
+    Then ``deepspeed.initialize`` and ``load_pretrained``. ``deepspeed.zero.Init`` partitions the
+    modules that are built inside it. Our model exists already, so each module's parameters go into
+    an ``nn.ParameterList`` built inside it: DeepSpeed then partitions those same Parameter objects
+    in place.
 
     Args:
         model: parameters on the meta device, buffers real.
@@ -173,16 +246,22 @@ Found = tuple[nn.Parameter, tuple[Any, Tensor, int, int, int, bool]]
 """(original parameter, (group, owner, offset, numel, start, whole on every rank))."""
 
 
-def _walk(optimizer: Any, stage: int) -> list[Found]:
+def _walk(optimizer: Any, stage: int | None) -> list[Found]:
     if stage == 3:
         return _stage3(optimizer)
     if hasattr(optimizer, "bit16_groups"):
-        return _fragments(optimizer, optimizer.bit16_groups, optimizer.single_partition_of_fp32_groups)
+        return _fragments(
+            optimizer, optimizer.bit16_groups, optimizer.single_partition_of_fp32_groups
+        )
     if hasattr(optimizer, "bf16_groups"):
         return _fragments(optimizer, optimizer.bf16_groups, optimizer.fp32_groups_flat_partition)
     if hasattr(optimizer, "fp16_groups"):
         return _copies(optimizer) if hasattr(optimizer, "fp32_groups") else _flat_copies(optimizer)
-    return [(p, (group, p, 0, p.numel(), 0, True)) for group in optimizer.param_groups for p in group["params"]]
+    return [
+        (p, (group, p, 0, p.numel(), 0, True))
+        for group in optimizer.param_groups
+        for p in group["params"]
+    ]
 
 
 def _fragments(optimizer: Any, originals: Any, owners: Any) -> list[Found]:
@@ -200,7 +279,9 @@ def _fragments(optimizer: Any, originals: Any, owners: Any) -> list[Found]:
 
 
 def _copies(optimizer: Any) -> list[Found]:
-    """FP16_UnfusedOptimizer, stage 0 with bf16 or fp16: an fp32 copy of each parameter on every rank."""
+    """FP16_UnfusedOptimizer, stage 0 with bf16 or fp16: an fp32 copy of each parameter on every
+    rank.
+    """
     return [
         (param, (group, copy, 0, param.numel(), 0, True))
         for group, params, copies in zip(
@@ -234,7 +315,9 @@ def _stage3(optimizer: Any) -> list[Found]:
             ranks, rank = _ranks(param)
             partition = param.partition_numel()
             if partition != zero3_partition(param.ds_numel, ranks):
-                raise internals_moved("ZeRO stage 3", "deepspeed 0.19.8", f"a partition of {partition} elements")
+                raise internals_moved(
+                    "ZeRO stage 3", "deepspeed 0.19.8", f"a partition of {partition} elements"
+                )
             start, numel = zero3_range(param.ds_numel, ranks, rank)
             found.append((param, (group, owner, offset, numel, start, False)))
             offset += partition

@@ -1,4 +1,5 @@
-"""Pretrained weights straight into a live model, sharded or not: each rank reads the bytes of its own elements, no more.
+"""Pretrained weights straight into a live model, sharded or not: each rank reads the bytes of its
+own elements, no more.
 
 Build the model without memory, shard it, then load::
 
@@ -17,43 +18,49 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from dist_layerlr.adapters import Weight, detect, true_weights
-from dist_layerlr.agreement import alike
 from dist_layerlr.errors import ModelSourceError
-from dist_layerlr.model import unwrap
-from dist_layerlr.names import canonical_name, parse
-from dist_layerlr.plan import Shape
-from dist_layerlr.sources import checkpoint_files
-from dist_layerlr.tensorfile import Stored, stored_tensors
+from dist_layerlr.plan.entries import Shape
+from dist_layerlr.plan.names import canonical_name, parse
+from dist_layerlr.plan.read import checkpoint_files
+from dist_layerlr.ranks import alike
+from dist_layerlr.sharders import Weight, sharder_of
+from dist_layerlr.sharders.model import unwrap
+from dist_layerlr.weights.tensorfile import Stored, stored_tensors
 
 Source = str | Path | Iterable[Path]
 Fresh = Callable[[str, Shape], Tensor]
 CHUNK = 1 << 24
-"""Elements read at once where they are cast or go to a device: what loading needs beside the model itself."""
+"""Elements read at once where they are cast or go to a device: what loading needs beside the model
+itself."""
 
 
 def load_pretrained(model: nn.Module, source: Source, *, fresh: Fresh | None = None) -> None:
     """Fill every parameter and persistent buffer, whatever wraps or shards the model. Collective.
 
-    Values take the dtype of the live tensor; under ZeRO the fp32 masters are filled, and the low-precision copies from
-    them. Nothing is written unless all ranks find everything in order.
+    Values take the dtype of the live tensor; under ZeRO the fp32 masters are filled, and the
+    low-precision copies from them. Nothing is written unless all ranks find everything in order.
 
     Args:
         model: after sharding, and after ``deepspeed.initialize``; its parameters are real.
         source: a checkpoint folder, a safetensors file, or several.
-        fresh: (canonical name, shape) -> value of an adapter's parameter, which no checkpoint holds. The same on all
-            ranks.
+        fresh: (canonical name, shape) -> value of an adapter's parameter, which no checkpoint
+            holds. The same on all ranks.
 
     Raises:
-        ModelSourceError: on all ranks alike; see ``check_pretrained``, or a file that cannot be read.
+        ModelSourceError: on all ranks alike; see ``check_pretrained``, or a file that cannot be
+            read.
     """
-    matched = alike(lambda: _match(model, true_weights(model), source, fresh is not None))
+    matched = alike(
+        lambda: _match(model, sharder_of(model).true_weights(), source, fresh is not None)
+    )
     alike(lambda: _fill(matched, fresh))
-    detect(model).refresh(model, None)
+    sharder_of(model).refresh()
 
 
 def check_pretrained(model: nn.Module, source: Source, *, fresh: bool = False) -> None:
-    """Refuse a checkpoint that does not fit the model, from file headers alone; the model may be on the meta device.
+    """Refuse a checkpoint that does not fit the model, from file headers alone.
+
+    The model may be on the meta device.
 
     Args:
         model: sharded or not.
@@ -61,13 +68,16 @@ def check_pretrained(model: nn.Module, source: Source, *, fresh: bool = False) -
         fresh: whether adapters' parameters may be missing.
 
     Raises:
-        ModelSourceError: damaged file, or a tensor that is missing, too many, of another shape or kind of number.
+        ModelSourceError: damaged file, or a tensor that is missing, too many, of another shape or
+            kind of number.
     """
-    _match(model, detect(model).weights(model), source, fresh)
+    _match(model, sharder_of(model).weights(), source, fresh)
 
 
 def checkpoint_name(name: str) -> str:
-    """Name in the base checkpoint: ``blocks.0.to_q.base_layer.weight`` -> ``blocks.0.to_q.weight``."""
+    """Name in the base checkpoint: ``blocks.0.to_q.base_layer.weight`` ->
+    ``blocks.0.to_q.weight``.
+    """
     path = parse(name)
     return ".".join((*path.owner, path.leaf))
 
@@ -88,14 +98,18 @@ def _match(model: nn.Module, weights: list[Weight], source: Source, fresh: bool)
         used.update(names)
         found = next((stored[name] for name in names if name in stored), None)
         if found is None:
-            raise ModelSourceError(f"Checkpoint {_where(source)} lacks tensor {names[0]!r} that the model needs.")
+            raise ModelSourceError(
+                f"Checkpoint {_where(source)} lacks tensor {names[0]!r} that the model needs."
+            )
         _check_fit(weight, found)
         matched.append((weight, found))
     computed = {canonical_name(name) for name, _ in unwrap(model).named_buffers()}
     extra = sorted(stored.keys() - used - computed)
     if extra:
         file = str(stored[extra[0]].file)
-        raise ModelSourceError(f"File {file!r} has tensor {extra[0]!r}, which the model does not have.")
+        raise ModelSourceError(
+            f"File {file!r} has tensor {extra[0]!r}, which the model does not have."
+        )
     return matched
 
 
@@ -116,7 +130,7 @@ def _fill(matched: Matched, fresh: Fresh | None) -> None:
             assert fresh is not None
             full = fresh(weight.name, weight.shape).reshape(-1)
             weight.tensor.copy_(full[weight.start : weight.start + weight.numel])
-        weight.settle()
+        weight.write_home()
 
 
 def _read(weight: Weight, stored: Stored) -> None:

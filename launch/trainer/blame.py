@@ -10,7 +10,9 @@ from dist_layerlr.errors import ModelSourceError
 
 @contextmanager
 def blame(subject: str, next_step: str) -> Iterator[None]:
-    """Word any failure inside as one ModelSourceError: the libraries raise unrelated types for one damaged file."""
+    """Word any failure inside as one ModelSourceError: the libraries raise unrelated types for one
+    damaged file.
+    """
     try:
         yield
     except Exception as error:

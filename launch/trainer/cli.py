@@ -23,10 +23,13 @@ def complain(program: str, message: object, *, everywhere: bool = False) -> None
     Args:
         program: what speaks.
         message: line breaks become spaces.
-        everywhere: other ranks than the first speak too and say who they are: the others do not know of the error.
+        everywhere: other ranks than the first speak too and say who they are: the others do not
+            know of the error.
     """
     rank = os.environ.get("RANK", "0")
     first = not rank.isdecimal() or int(rank) == 0
     if first or everywhere:
         who = "" if first else f"[rank {rank}] "
-        print(f"{program}: error: {who}{' '.join(str(message).split())}", file=sys.stderr, flush=True)
+        print(
+            f"{program}: error: {who}{' '.join(str(message).split())}", file=sys.stderr, flush=True
+        )

@@ -17,14 +17,13 @@ import torch.distributed as dist
 from torch import Tensor
 
 from dist_layerlr.errors import ConfigError
-
-from .data.base import Dataset
-from .engines.base import Engine
-from .families.base import Family
-from .flow import make_flow_batch, mix_seed
-from .metrics import MetricsFile, peak_memory_gb
-from .options import RunOptions, TrainOptions
-from .runtime import Diverged, Runtime
+from launch.trainer.data.base import Dataset
+from launch.trainer.engines.base import Engine
+from launch.trainer.families.base import Family
+from launch.trainer.metrics import MetricsFile, peak_memory_gb
+from launch.trainer.objectives.flow import make_flow_batch, mix_seed
+from launch.trainer.options import RunOptions, TrainOptions
+from launch.trainer.runtime import Diverged, Runtime
 
 Batch = dict[str, Tensor]
 Save = Callable[[int, int, Mapping[str, float]], None]
@@ -78,7 +77,8 @@ class StopFlag:
 def catch_signals() -> Iterator[StopFlag]:
     """Turn SIGINT and SIGTERM into a flag inside the block, however many come.
 
-    On Ctrl-C every rank gets two: one from the terminal, one from torchrun. SIGQUIT and SIGKILL end a run at once.
+    On Ctrl-C every rank gets two: one from the terminal, one from torchrun. SIGQUIT and SIGKILL end
+    a run at once.
     """
     flag = StopFlag()
     before = {number: signal.signal(number, flag) for number in (signal.SIGINT, signal.SIGTERM)}
@@ -90,9 +90,16 @@ def catch_signals() -> Iterator[StopFlag]:
 
 
 def train(
-    engine: Engine, family: Family, data: Dataset, options: RunOptions, runtime: Runtime, metrics: MetricsFile | None,
-    stop: StopFlag | None = None, begin: Position | None = None, save: Save | None = None,
-) -> Outcome:  # fmt: skip
+    engine: Engine,
+    family: Family,
+    data: Dataset,
+    options: RunOptions,
+    runtime: Runtime,
+    metrics: MetricsFile | None,
+    stop: StopFlag | None = None,
+    begin: Position | None = None,
+    save: Save | None = None,
+) -> Outcome:
     """Train until ``options.train.steps`` optimizer steps are done, or until a signal. Collective.
 
     Args:
@@ -104,12 +111,14 @@ def train(
         metrics: where rank 0 writes its rows; None elsewhere.
         stop: ends the run after the step in which any rank sees it raised.
         begin: where to continue; None: at the beginning.
-        save: writes a checkpoint; called as train.save_every says, after the last step, and when stopped.
+        save: writes a checkpoint; called as train.save_every says, after the last step, and when
+            stopped.
 
     Raises:
         Diverged: the loss is NaN or infinite.
     """
-    # The norms' weights are float32 under bf16 autocast, so torch takes its unfused kernel: slower, the same numbers.
+    # The norms' weights are float32 under bf16 autocast, so torch takes its unfused kernel: slower,
+    # the same numbers.
     warnings.filterwarnings("ignore", message="Mismatch dtype between input and weight")
     steps = options.train.steps
     begin = begin or Position()
@@ -123,12 +132,20 @@ def train(
             loss, stopped = _share(loss, stop is not None and stop.raised, runtime)
             finite = math.isfinite(loss)
             # The first step is watched: it proves the effective rates, not only the reported ones.
-            norm = engine.step(factor, observed=observed if step == 0 else None) if finite else math.nan
+            norm = (
+                engine.step(factor, observed=observed if step == 0 else None)
+                if finite
+                else math.nan
+            )
             row = {
-                "step": step, "loss": loss, "lr_factor": factor, "grad_norm": norm,
-                "s_per_step": time.perf_counter() - started, "peak_memory_gb": peak_memory_gb(runtime.device),
+                "step": step,
+                "loss": loss,
+                "lr_factor": factor,
+                "grad_norm": norm,
+                "s_per_step": time.perf_counter() - started,
+                "peak_memory_gb": peak_memory_gb(runtime.device),
                 **engine.traffic(),
-            }  # fmt: skip
+            }
             if metrics is not None and (
                 step % options.train.log_every == 0 or step == steps - 1 or stopped or not finite
             ):
@@ -146,7 +163,9 @@ def train(
 
 def _due(done: int, train: TrainOptions, stopped: bool) -> bool:
     """Whether a checkpoint is due after ``done`` steps."""
-    periodic = train.save_every is not None and (done % train.save_every == 0 or done == train.steps)
+    periodic = train.save_every is not None and (
+        done % train.save_every == 0 or done == train.steps
+    )
     return stopped or periodic
 
 
@@ -160,13 +179,16 @@ def micro_batch_size(options: RunOptions, world_size: int) -> int:
     micro = options.train.micro_batch or share
     if share % micro:
         raise ConfigError(
-            f"Invalid train.micro_batch={micro}: must divide {share}, each rank's share of train.global_batch."
+            f"Invalid train.micro_batch={micro}: must divide {share}, each rank's share of"
+            " train.global_batch."
         )
     return micro
 
 
 def sample_index(number: int, length: int, seed: int) -> int:
-    """Which sample of the dataset sample number ``number`` of the run is: a fresh permutation every epoch."""
+    """Which sample of the dataset sample number ``number`` of the run is: a fresh permutation every
+    epoch.
+    """
     epoch, position = divmod(number, length)
     return int(_order(epoch, length, seed)[position])
 
@@ -185,7 +207,13 @@ def stack_samples(data: Dataset, indices: list[int]) -> Batch:
 
 
 def _accumulate(
-    engine: Engine, family: Family, data: Dataset, options: RunOptions, runtime: Runtime, begin: Position, step: int
+    engine: Engine,
+    family: Family,
+    data: Dataset,
+    options: RunOptions,
+    runtime: Runtime,
+    begin: Position,
+    step: int,
 ) -> float:
     """Forward and backward over this rank's share of the step's samples. Returns its mean loss."""
     micro = micro_batch_size(options, runtime.world_size)
@@ -205,7 +233,9 @@ def _accumulate(
     return total
 
 
-def _loss(engine: Engine, family: Family, batch: Batch, numbers: list[int], options: RunOptions) -> Tensor:
+def _loss(
+    engine: Engine, family: Family, batch: Batch, numbers: list[int], options: RunOptions
+) -> Tensor:
     """Mean squared error of the velocity, in float32."""
     flow = make_flow_batch(batch["latents"], numbers, options.train.seed)
     device = flow.noisy.device.type
@@ -215,9 +245,14 @@ def _loss(engine: Engine, family: Family, batch: Batch, numbers: list[int], opti
 
 
 def autocast(device: str, options: RunOptions) -> torch.autocast:
-    """The context of every forward. While streaming nothing is cached: casts would keep all blocks on the device."""
+    """The context of every forward.
+
+    While streaming nothing is cached: casts would keep all blocks on the device.
+    """
     bf16 = options.train.dtype == "bf16"
-    return torch.autocast(device, dtype=torch.bfloat16, enabled=bf16, cache_enabled=options.stream is None)
+    return torch.autocast(
+        device, dtype=torch.bfloat16, enabled=bf16, cache_enabled=options.stream is None
+    )
 
 
 def _share(loss: float, stop: bool, runtime: Runtime) -> tuple[float, bool]:
@@ -237,11 +272,14 @@ def _progress(steps: int, done: int, runtime: Runtime) -> Iterator[Show]:
     """A progress bar on rank 0."""
     from tqdm import tqdm
 
-    with tqdm(total=steps, initial=done, disable=not runtime.is_main, unit="step", dynamic_ncols=True) as bar:
+    with tqdm(
+        total=steps, initial=done, disable=not runtime.is_main, unit="step", dynamic_ncols=True
+    ) as bar:
 
         def show(row: dict[str, float]) -> None:
             bar.set_postfix_str(
-                f"loss {row['loss']:.4f}, {row['s_per_step']:.3f} s/step, {row['peak_memory_gb']:.2f} GiB",
+                f"loss {row['loss']:.4f}, {row['s_per_step']:.3f} s/step,"
+                f" {row['peak_memory_gb']:.2f} GiB",
                 refresh=False,
             )
             bar.update()

@@ -11,21 +11,25 @@ from typing import Any
 
 import torch
 
-from .files import write_text
+from launch.trainer.files import write_text
 
 
 class MetricsFile:
     """Appends JSON rows; every row is on disk when ``write`` returns."""
 
     def __init__(self, path: Path, *, first_step: int = 0):
-        """Begin anew, or after the rows of the steps before ``first_step``: what was done after it is done again."""
+        """Begin anew, or after the rows of the steps before ``first_step``: what was done after it
+        is done again.
+        """
         kept = [line for line in _lines(path) if _step(line) < first_step] if first_step else []
         write_text(path, "".join(line + "\n" for line in kept))
         self._file = path.open("a", encoding="utf-8")
 
     def write(self, row: dict[str, Any]) -> None:
         """Append one row; JSON has no NaN or infinity, so they become null."""
-        valid = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()}
+        valid = {
+            k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()
+        }
         self._file.write(json.dumps(valid, allow_nan=False) + "\n")
         self._file.flush()
 

@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from dist_layerlr import checks
-from dist_layerlr.config import Config, load_config, read_json
+from dist_layerlr import fields
 from dist_layerlr.errors import ConfigError
 from dist_layerlr.offload import StreamPolicy
-from dist_layerlr.schedule import KINDS, Schedule
-
-from .families import get_family
+from dist_layerlr.optim.schedule import KINDS, Schedule
+from dist_layerlr.plan.config import Config, load_config, read_json
+from launch.trainer.families import get_family
 
 LORA, FULL = "lora", "fine_tune"
 
@@ -61,7 +61,8 @@ class TrainOptions:
     log_every: int = 1
     """Steps between rows of metrics.jsonl."""
     save_every: int | None = None
-    """Steps between checkpoints; the last step is saved too. None: only when a signal ends the run."""
+    """Steps between checkpoints; the last step is saved too. None: only when a signal ends the
+    run."""
     keep: int | None = None
     """Checkpoints that stay, the newest ones; None: all."""
     background_save: bool = False
@@ -98,41 +99,50 @@ class RunOptions:
     """The JSON as given, after --set."""
 
 
-_BLOCKS: dict[str, dict[str, checks.Check]] = {
+_BLOCKS: dict[str, dict[str, fields.Check]] = {
     "adapter": {
-        "type": checks.one_of(lambda: (LORA,)),
-        "rank": checks.integer(1),
-        "alpha": checks.number(0.0, open_low=True),
-        "target_modules": checks.strings,
+        "type": fields.one_of(lambda: (LORA,)),
+        "rank": fields.integer(1),
+        "alpha": fields.number(0.0, open_low=True),
+        "target_modules": fields.strings,
     },
     "optimizer": {
-        "type": checks.one_of(lambda: ("adamw", "sgd")),
-        "betas": checks.numbers(at_least=2),
-        "eps": checks.number(0.0, open_low=True),
-        "weight_decay": checks.number(0.0),
-        "momentum": checks.number(0.0, 1.0),
+        "type": fields.one_of(lambda: ("adamw", "sgd")),
+        "betas": fields.numbers(at_least=2),
+        "eps": fields.number(0.0, open_low=True),
+        "weight_decay": fields.number(0.0),
+        "momentum": fields.number(0.0, 1.0),
     },
     "schedule": {
-        "type": checks.one_of(lambda: KINDS),
-        "warmup_steps": checks.integer(0),
-        "min_ratio": checks.number(0.0, 1.0),
+        "type": fields.one_of(lambda: KINDS),
+        "warmup_steps": fields.integer(0),
+        "min_ratio": fields.number(0.0, 1.0),
     },
     "train": {
-        "steps": checks.integer(1),
-        "global_batch": checks.integer(1),
-        "micro_batch": checks.integer(1),
-        "seed": checks.integer(0),
-        "dtype": checks.one_of(lambda: ("fp32", "bf16")),
-        "grad_clip": checks.number(0.0),
-        "checkpointing": checks.boolean,
-        "log_every": checks.integer(1),
-        "save_every": checks.integer(1),
-        "keep": checks.integer(1),
-        "background_save": checks.boolean,
+        "steps": fields.integer(1),
+        "global_batch": fields.integer(1),
+        "micro_batch": fields.integer(1),
+        "seed": fields.integer(0),
+        "dtype": fields.one_of(lambda: ("fp32", "bf16")),
+        "grad_clip": fields.number(0.0),
+        "checkpointing": fields.boolean,
+        "log_every": fields.integer(1),
+        "save_every": fields.integer(1),
+        "keep": fields.integer(1),
+        "background_save": fields.boolean,
     },
-    "samples": {"count": checks.integer(0), "steps": checks.integer(1)},
+    "samples": {"count": fields.integer(0), "steps": fields.integer(1)},
 }
-_TOP = ("model_type", "model_path", "training_method", "learning_rate", "per_layer_lr", "memory", "data", *_BLOCKS)
+_TOP = (
+    "model_type",
+    "model_path",
+    "training_method",
+    "learning_rate",
+    "per_layer_lr",
+    "memory",
+    "data",
+    *_BLOCKS,
+)
 
 
 _NEEDED = {
@@ -145,12 +155,15 @@ _NEEDED = {
 """Key without a default: what to add for it."""
 
 
-def load_options(path: str | Path, overrides: Sequence[str] = (), max_steps: int | None = None) -> RunOptions:
+def load_options(
+    path: str | Path, overrides: Sequence[str] = (), max_steps: int | None = None
+) -> RunOptions:
     """Read and check a training config.
 
     Args:
         path: JSON file.
-        overrides: ``a.b=value`` assignments, applied before checking; values are JSON, or else plain text.
+        overrides: ``a.b=value`` assignments, applied before checking; values are JSON, or else
+            plain text.
         max_steps: overrides ``train.steps``.
 
     Raises:
@@ -161,21 +174,27 @@ def load_options(path: str | Path, overrides: Sequence[str] = (), max_steps: int
         apply_override(raw, assignment)
     if max_steps is not None:
         raw["train"] = {**_section(raw, "train"), "steps": max_steps}
-    checks.known_keys("config", raw, _TOP)
+    fields.known_keys("config", raw, _TOP)
     if "model_type" in raw:
-        get_family(checks.text("model_type", raw["model_type"]))
+        get_family(fields.text("model_type", raw["model_type"]))
     _check_complete(raw, path)
-    blocks = {name: checks.fields(name, _section(raw, name), allowed) for name, allowed in _BLOCKS.items()}
+    blocks = {
+        name: fields.fields(name, _section(raw, name), allowed) for name, allowed in _BLOCKS.items()
+    }
     train = TrainOptions(**blocks["train"])
-    method = checks.one_of(lambda: (FULL, LORA))("training_method", raw.get("training_method", _method(raw)))
+    method = fields.one_of(lambda: (FULL, LORA))(
+        "training_method", raw.get("training_method", _method(raw))
+    )
     if method == FULL and "adapter" in raw:
-        raise ConfigError(f"Invalid training_method={FULL!r} with an 'adapter' block: remove one of them.")
+        raise ConfigError(
+            f"Invalid training_method={FULL!r} with an 'adapter' block: remove one of them."
+        )
     return RunOptions(
-        model_type=checks.text("model_type", raw["model_type"]),
-        model_path=checks.text("model_path", raw["model_path"]),
+        model_type=fields.text("model_type", raw["model_type"]),
+        model_path=fields.text("model_path", raw["model_path"]),
         training_method=method,
         adapter=_adapter(blocks["adapter"]),
-        data=checks.mapping("data", raw["data"]),
+        data=fields.mapping("data", raw["data"]),
         optimizer=_optimizer(blocks["optimizer"]),
         # A run cut short by --max-steps may end within its warmup.
         schedule=_schedule(blocks["schedule"], train.steps, cut_short=max_steps is not None),
@@ -195,7 +214,9 @@ def apply_override(raw: dict[str, Any], assignment: str) -> None:
     """
     path, sign, text = assignment.partition("=")
     if not sign or not path:
-        raise ConfigError(f"Invalid --set {assignment!r}: expected KEY.SUBKEY=VALUE, such as train.steps=100.")
+        raise ConfigError(
+            f"Invalid --set {assignment!r}: expected KEY.SUBKEY=VALUE, such as train.steps=100."
+        )
     try:
         value = json.loads(text)
     except json.JSONDecodeError:
@@ -205,21 +226,29 @@ def apply_override(raw: dict[str, Any], assignment: str) -> None:
     for parent in parents:
         target = target.setdefault(parent, {})
         if not isinstance(target, dict):
-            raise ConfigError(f"Invalid --set {assignment!r}: {parent!r} is not an object in the config.")
+            raise ConfigError(
+                f"Invalid --set {assignment!r}: {parent!r} is not an object in the config."
+            )
     target[last] = value
 
 
 def _section(raw: Mapping[str, Any], name: str) -> Mapping[str, Any]:
-    return checks.mapping(name, raw.get(name, {}))
+    return fields.mapping(name, raw.get(name, {}))
 
 
 def _check_complete(raw: Mapping[str, Any], path: str | Path) -> None:
     """Name everything that is missing at once, and what to add for it."""
     train = _section(raw, "train")
-    missing = [key for key in _NEEDED if key.removeprefix("train.") not in (train if key.startswith("train.") else raw)]
+    missing = [
+        key
+        for key in _NEEDED
+        if key.removeprefix("train.") not in (train if key.startswith("train.") else raw)
+    ]
     if missing:
         names, flags = ", ".join(missing), " ".join(f"--set {_NEEDED[key]}" for key in missing)
-        raise ConfigError(f"Missing in config {str(path)!r}: {names}. Add them there, or pass {flags}.")
+        raise ConfigError(
+            f"Missing in config {str(path)!r}: {names}. Add them there, or pass {flags}."
+        )
 
 
 def _method(raw: Mapping[str, Any]) -> str:
@@ -228,12 +257,15 @@ def _method(raw: Mapping[str, Any]) -> str:
 
 
 def _stream_policy(raw: object) -> StreamPolicy | None:
-    """The policy that ``memory.stagehand`` asks for, whose keys are the policy's own; None unless enabled."""
-    memory = checks.fields("memory", checks.mapping("memory", raw), {"stagehand": checks.mapping})
+    """The policy that ``memory.stagehand`` asks for, whose keys are the policy's own.
+
+    None unless enabled.
+    """
+    memory = fields.fields("memory", fields.mapping("memory", raw), {"stagehand": fields.mapping})
     given = dict(memory.get("stagehand", {}))
-    known = [field.name for field in fields(StreamPolicy)]
-    checks.known_keys("memory.stagehand", given, ["enabled", *known])
-    enabled = checks.boolean("memory.stagehand.enabled", given.pop("enabled", False))
+    known = [field.name for field in dataclasses.fields(StreamPolicy)]
+    fields.known_keys("memory.stagehand", given, ["enabled", *known])
+    enabled = fields.boolean("memory.stagehand.enabled", given.pop("enabled", False))
     try:
         policy = StreamPolicy(**given)
     except ConfigError as error:
@@ -249,7 +281,7 @@ def _adapter(values: dict[str, Any]) -> AdapterOptions:
 
 def _optimizer(values: dict[str, Any]) -> OptimizerOptions:
     if "betas" in values and (len(values["betas"]) != 2 or max(values["betas"]) >= 1.0):
-        raise checks.invalid("optimizer.betas", list(values["betas"]), "two numbers in [0, 1)")
+        raise fields.invalid("optimizer.betas", list(values["betas"]), "two numbers in [0, 1)")
     if "type" in values:
         values["kind"] = values.pop("type")
     return OptimizerOptions(**values)
@@ -260,5 +292,7 @@ def _schedule(values: dict[str, Any], steps: int, *, cut_short: bool) -> Schedul
         values["kind"] = values.pop("type")
     warmup = values.get("warmup_steps", 0)
     if warmup > steps and not cut_short:
-        raise checks.invalid("schedule.warmup_steps", warmup, f"an integer in [0, train.steps={steps}]")
+        raise fields.invalid(
+            "schedule.warmup_steps", warmup, f"an integer in [0, train.steps={steps}]"
+        )
     return Schedule(total_steps=steps, **values)

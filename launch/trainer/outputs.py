@@ -11,23 +11,30 @@ from typing import IO
 import torch
 from torch import Tensor, nn
 
-from dist_layerlr import export_weights, find_not_finite
+from dist_layerlr import export_weights
 from dist_layerlr.checkpoint.folders import CHECKPOINTS, complete
 from dist_layerlr.errors import ConfigError
-from dist_layerlr.plan import Plan
-
-from .data.base import Dataset
-from .engines.base import Engine
-from .families.base import Family
-from .flow import sample
-from .loop import LOWER, autocast, stack_samples
-from .options import LORA, RunOptions
-from .runtime import Diverged, Runtime
+from dist_layerlr.plan.entries import Plan
+from dist_layerlr.weights import find_not_finite
+from launch.trainer.data.base import Dataset
+from launch.trainer.engines.base import Engine
+from launch.trainer.families.base import Family
+from launch.trainer.loop import LOWER, autocast, stack_samples
+from launch.trainer.objectives.flow import sample
+from launch.trainer.options import LORA, RunOptions
+from launch.trainer.runtime import Diverged, Runtime
 
 _WRITTEN = (
-    "plan.json", "verify.json", "metrics.jsonl", "lr_grid.png", "samples/samples.png", "final/adapter_config.json",
-    "final/config.json", "final/diffusion_pytorch_model*.safetensors*", "final/adapter_model.safetensors",
-)  # fmt: skip
+    "plan.json",
+    "verify.json",
+    "metrics.jsonl",
+    "lr_grid.png",
+    "samples/samples.png",
+    "final/adapter_config.json",
+    "final/config.json",
+    "final/diffusion_pytorch_model*.safetensors*",
+    "final/adapter_model.safetensors",
+)
 """Every file that a run may leave in its output folder."""
 
 
@@ -36,14 +43,19 @@ _LOCKS: dict[Path, IO[str]] = {}
 
 
 def open_output_dir(path: str | Path, model_path: str, *, probe: bool) -> Path:
-    """Create the output folder. With ``probe`` (the rank that writes), make sure that all files can be written.
+    """Create the output folder.
+
+    With ``probe`` (the rank that writes), make sure that all files can be written.
 
     Raises:
-        ConfigError: it cannot be created or written to, another run writes to it, or the model that is trained lies in it.
+        ConfigError: it cannot be created or written to, another run writes to it, or the model that
+            is trained lies in it.
     """
     folder = Path(path)
     if (folder / "final").resolve() == Path(model_path).resolve():
-        raise ConfigError(f"Invalid --output-dir {str(path)!r}: model_path is its final/. Choose another folder.")
+        raise ConfigError(
+            f"Invalid --output-dir {str(path)!r}: model_path is its final/. Choose another folder."
+        )
     try:
         folder.mkdir(parents=True, exist_ok=True)
         if probe:
@@ -51,7 +63,9 @@ def open_output_dir(path: str | Path, model_path: str, *, probe: bool) -> Path:
             _probe(folder)
     except OSError as error:
         what = f"{error.strerror}: {str(error.filename)!r}"
-        raise ConfigError(f"Cannot write to --output-dir {str(path)!r}: {what}. Choose another folder.") from None
+        raise ConfigError(
+            f"Cannot write to --output-dir {str(path)!r}: {what}. Choose another folder."
+        ) from None
     return folder
 
 
@@ -69,7 +83,8 @@ def _lock(folder: Path) -> None:
     except BlockingIOError:
         file.close()
         raise ConfigError(
-            f"Invalid --output-dir {str(folder)!r}: another run is writing to it. Wait for it, or choose another folder."
+            f"Invalid --output-dir {str(folder)!r}: another run is writing to it. Wait for it, or"
+            " choose another folder."
         ) from None
     _LOCKS[folder.resolve()] = file
 
@@ -85,7 +100,8 @@ def _probe(folder: Path) -> None:
 
 
 def check_fresh(folder: Path) -> None:
-    """Refuse to start from scratch beside the checkpoints of another run: they would be mixed, or lost.
+    """Refuse to start from scratch beside the checkpoints of another run: they would be mixed, or
+    lost.
 
     Raises:
         ConfigError: there are some.
@@ -98,7 +114,10 @@ def check_fresh(folder: Path) -> None:
 
 
 def remove_previous_run(folder: Path) -> None:
-    """Remove what an earlier run left in the folder, so that no two runs mix. Files of others stay."""
+    """Remove what an earlier run left in the folder, so that no two runs mix.
+
+    Files of others stay.
+    """
     for path in _left(folder):
         path.unlink()
 
@@ -109,16 +128,18 @@ def _left(folder: Path) -> list[Path]:
 
 def draw_plan(plan: Plan, folder: Path) -> None:
     """Write lr_grid.png."""
-    from dist_layerlr.plot import draw_grid
+    from dist_layerlr.report.heatmap import draw_grid
 
     draw_grid(plan, folder / "lr_grid.png")
 
 
-def save_weights(engine: Engine, plan: Plan, options: RunOptions, runtime: Runtime, folder: Path, step: int) -> Path:
+def save_weights(
+    engine: Engine, plan: Plan, options: RunOptions, runtime: Runtime, folder: Path, step: int
+) -> Path:
     """Write the trained weights under original names. Collective.
 
-    A full finetune becomes a diffusers model folder, a LoRA a PEFT adapter folder. The plan's digest and the step are
-    in the safetensors metadata.
+    A full finetune becomes a diffusers model folder, a LoRA a PEFT adapter folder. The plan's
+    digest and the step are in the safetensors metadata.
 
     Returns:
         The weights file, the first where there are several.
@@ -137,10 +158,18 @@ def save_weights(engine: Engine, plan: Plan, options: RunOptions, runtime: Runti
 
 
 def draw_generated(
-    engine: Engine, family: Family, data: Dataset, options: RunOptions, runtime: Runtime, folder: Path
+    engine: Engine,
+    family: Family,
+    data: Dataset,
+    options: RunOptions,
+    runtime: Runtime,
+    folder: Path,
 ) -> Path | None:
-    """Generate clips for the first prompts and draw them beside the real ones. Collective: the forward pass is."""
-    from .samples import draw_samples
+    """Generate clips for the first prompts and draw them beside the real ones.
+
+    Collective: the forward pass is.
+    """
+    from launch.trainer.samples import draw_samples
 
     count = min(options.samples.count, len(data))
     if count == 0:
@@ -155,7 +184,11 @@ def draw_generated(
 
     with torch.no_grad():
         made = sample(
-            velocity, tuple(batch["latents"].shape), options.train.seed, options.samples.steps, runtime.device
+            velocity,
+            tuple(batch["latents"].shape),
+            options.train.seed,
+            options.samples.steps,
+            runtime.device,
         )
     engine.model.train()
     path = folder / "samples" / "samples.png"
@@ -167,4 +200,6 @@ def draw_generated(
 def _check_finite(model: nn.Module, step: int) -> None:
     name = find_not_finite(model)
     if name is not None:
-        raise Diverged(f"{name} holds NaN or infinity after {step} steps; nothing is saved. {LOWER}")
+        raise Diverged(
+            f"{name} holds NaN or infinity after {step} steps; nothing is saved. {LOWER}"
+        )

@@ -6,19 +6,19 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from dist_layerlr import checks, find_checkpoint, resume_plan
+from dist_layerlr import fields
+from dist_layerlr.checkpoint import find_checkpoint, resume_plan
 from dist_layerlr.checkpoint.folders import CHECKPOINTS, complete
 from dist_layerlr.checkpoint.save import settle
 from dist_layerlr.errors import CheckpointError
-from dist_layerlr.export import SAVED_CONFIG, adapter_config
-from dist_layerlr.plan import Plan
-
-from .engines.base import Engine
-from .loop import Position, Save
-from .options import RunOptions
-from .outputs import check_fresh
-from .runtime import Runtime
-from .weights import ADAPTER
+from dist_layerlr.export.export import SAVED_CONFIG, adapter_config
+from dist_layerlr.plan.entries import Plan
+from launch.trainer.engines.base import Engine
+from launch.trainer.loop import Position, Save
+from launch.trainer.options import RunOptions
+from launch.trainer.outputs import check_fresh
+from launch.trainer.runtime import Runtime
+from launch.trainer.weights import ADAPTER
 
 LATEST = "latest"
 Say = Callable[..., None]
@@ -27,10 +27,12 @@ Say = Callable[..., None]
 def choose_checkpoint(resume: str | None, folder: Path, runtime: Runtime, say: Say) -> Path | None:
     """The checkpoint to continue from; None: a run from the beginning.
 
-    ``latest`` without any checkpoint is a beginning too, so that one command line starts a job and restarts it.
+    ``latest`` without any checkpoint is a beginning too, so that one command line starts a job and
+    restarts it.
 
     Raises:
-        ConfigError: checkpoints of another run in the output folder, and no --resume, or one from elsewhere.
+        ConfigError: checkpoints of another run in the output folder, and no --resume, or one from
+            elsewhere.
         CheckpointError: no checkpoint at the given path.
     """
     if resume is None:
@@ -55,7 +57,10 @@ def adapt_plan(path: Path, plan: Plan, say: Say) -> Plan:
     adapted, changes = resume_plan(path, plan)
     kept = plan.config.per_layer_lr.resume_lr == "checkpoint"
     if changes:
-        say(f"the plan differs from the checkpoint's; {'its' if kept else 'the new'} rates apply (resume_lr):")
+        say(
+            f"the plan differs from the checkpoint's; {'its' if kept else 'the new'} rates apply"
+            " (resume_lr):"
+        )
     for line in changes:
         say(f"  {line}")
     return adapted
@@ -66,19 +71,20 @@ def restore(engine: Engine, path: Path, options: RunOptions, say: Say) -> Positi
 
     Raises:
         CheckpointError: it is not of this program.
-        ConfigError: the run is already longer than ``train.steps`` asks. At just that many steps only the weights,
-            samples and proofs are left to write: the run was ended between its last checkpoint and these.
+        ConfigError: the run is already longer than ``train.steps`` asks. At just that many steps
+            only the weights, samples and proofs are left to write: the run was ended between its
+            last checkpoint and these.
     """
     restored = engine.load(path)
     extra = restored.extra
     if not extra.keys() >= {"samples", "observed"}:
         raise CheckpointError(
-            f"Checkpoint {str(path)!r} does not say how many samples were seen: train.py did not write it. "
-            "Start from its weights: dist-layerlr export, then model_path."
+            f"Checkpoint {str(path)!r} does not say how many samples were seen: train.py did not"
+            " write it. Start from its weights: dist-layerlr export, then model_path."
         )
     if restored.step > options.train.steps:
         allowed = f"at least {restored.step}, the steps done in {str(path)!r}"
-        raise checks.invalid("train.steps", options.train.steps, allowed)
+        raise fields.invalid("train.steps", options.train.steps, allowed)
     for line in _changed(extra.get("config", {}), options.raw):
         say(f"  config: {line}")
     say(f"resumed {path} after {restored.step} steps")
@@ -91,7 +97,12 @@ def saver(engine: Engine, options: RunOptions, folder: Path) -> Save:
     adapter = {} if config is None else {SAVED_CONFIG: config}  # for dist-layerlr export
 
     def save(step: int, samples: int, observed: Mapping[str, float]) -> None:
-        extra = {"samples": samples, "observed": dict(observed), "config": dict(options.raw), **adapter}
+        extra = {
+            "samples": samples,
+            "observed": dict(observed),
+            "config": dict(options.raw),
+            **adapter,
+        }
         engine.save(folder / CHECKPOINTS, step, extra, options.train)
 
     return save

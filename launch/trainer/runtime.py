@@ -11,7 +11,7 @@ from typing import TypeVar
 import torch
 import torch.distributed as dist
 
-from dist_layerlr import checks
+from dist_layerlr import fields
 from dist_layerlr.errors import ConfigError, LayerLRError
 
 Result = TypeVar("Result")
@@ -78,7 +78,9 @@ def _any_rank(flag: bool) -> bool:
 
 
 def is_shared(error: LayerLRError) -> bool:
-    """Whether all ranks raise this error: they agreed on it, or it came before they met and they see the same input."""
+    """Whether all ranks raise this error: they agreed on it, or it came before they met and they
+    see the same input.
+    """
     return getattr(error, _SHARED, False) or not (dist.is_available() and dist.is_initialized())
 
 
@@ -96,7 +98,9 @@ def _launched(name: str, low: int) -> int:
     """An environment variable of torchrun's protocol; ``low`` where it is not set."""
     text = os.environ.get(name, str(low))
     if not text.isdecimal() or int(text) < low:
-        raise checks.invalid(name, text, f"an integer >= {low}", " Launchers set it; unset it to run without one.")
+        raise fields.invalid(
+            name, text, f"an integer >= {low}", " Launchers set it; unset it to run without one."
+        )
     return int(text)
 
 
@@ -104,14 +108,17 @@ def check_launch(sharding: str, global_batch: int) -> None:
     """Refuse a launcher that does not fit the sharding, before any process group exists.
 
     Raises:
-        ConfigError: a sharder without a launcher, several ranks without a sharder, or a batch that ranks cannot share.
+        ConfigError: a sharder without a launcher, several ranks without a sharder, or a batch that
+            ranks cannot share.
     """
     world = launched_world_size()
     if sharding != "none" and "RANK" not in os.environ:
         zero = sharding == "zero"
         command = "deepspeed --num_gpus 2" if zero else "torchrun --nproc_per_node 2"
         flag = "--deepspeed_config" if zero else f"--sharding {sharding}"
-        raise ConfigError(f"Invalid {flag}: it needs a launcher. Start it with: {command} launch/train.py ...")
+        raise ConfigError(
+            f"Invalid {flag}: it needs a launcher. Start it with: {command} launch/train.py ..."
+        )
     if sharding == "none" and world > 1:
         raise ConfigError(
             f"Invalid --sharding none with {world} ranks: each would train alone. "
@@ -119,8 +126,9 @@ def check_launch(sharding: str, global_batch: int) -> None:
         )
     if global_batch % world:
         raise ConfigError(
-            f"Invalid train.global_batch={global_batch}: must be a multiple of the world size {world}. "
-            f"The nearest are {global_batch - global_batch % world} and {global_batch + world - global_batch % world}."
+            f"Invalid train.global_batch={global_batch}: must be a multiple of the world size"
+            f" {world}. The nearest are {global_batch - global_batch % world} and"
+            f" {global_batch + world - global_batch % world}."
         )
 
 
@@ -130,7 +138,8 @@ _FSDP1, _FSDP2 = ("fsdp1", "fsdp1_flat"), ("fsdp2", "hsdp")
 def check_accelerate_env(sharding: str) -> None:
     """Refuse an ``accelerate launch`` whose own sharding options contradict ``--sharding``.
 
-    Accelerate only passes them on, as environment variables; train.py shards by ``--sharding`` alone.
+    Accelerate only passes them on, as environment variables; train.py shards by ``--sharding``
+    alone.
 
     Args:
         sharding: what train.py will do; `zero` for ``--deepspeed_config``.
@@ -142,16 +151,21 @@ def check_accelerate_env(sharding: str) -> None:
     if told is None or sharding in fits:
         return
     asked = "--deepspeed_config" if sharding == "zero" else f"--sharding {sharding}"
-    instead = {"zero": "--deepspeed_config FILE"}.get(fits[0], f"--sharding {fits[0]}") if fits else ""
+    instead = (
+        {"zero": "--deepspeed_config FILE"}.get(fits[0], f"--sharding {fits[0]}") if fits else ""
+    )
     choice = f"Pass {instead} to train.py, or launch" if fits else "Launch"
     raise ConfigError(
-        f"Invalid {asked}: accelerate launch was told {told}, which train.py would ignore. "
-        f"{choice} with `accelerate launch --multi_gpu` and no sharding of its own (check its config file)."
+        f"Invalid {asked}: accelerate launch was told {told}, which train.py would ignore. {choice}"
+        " with `accelerate launch --multi_gpu` and no sharding of its own (check its config file)."
     )
 
 
 def _accelerate_wants() -> tuple[str | None, tuple[str, ...]]:
-    """What Accelerate's launcher was told, and the shardings that mean the same. Names as of accelerate 1.15."""
+    """What Accelerate's launcher was told, and the shardings that mean the same.
+
+    Names as of accelerate 1.15.
+    """
     if _flag("ACCELERATE_USE_DEEPSPEED"):
         return "--use_deepspeed", ("zero",)
     if _flag("ACCELERATE_USE_MEGATRON_LM"):
@@ -175,9 +189,13 @@ def start(sharding: str) -> Runtime:
         torch.cuda.set_device(device)
     if sharding != "none" and not dist.is_initialized():
         try:
-            dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", timeout=COLLECTIVE_TIMEOUT)
+            dist.init_process_group(
+                "cpu:gloo,cuda:nccl" if cuda else "gloo", timeout=COLLECTIVE_TIMEOUT
+            )
         except ValueError as error:  # a variable of the launcher's is missing or wrong
-            raise ConfigError(f"Cannot join the process group: {error}. Start it with torchrun.") from None
+            raise ConfigError(
+                f"Cannot join the process group: {error}. Start it with torchrun."
+            ) from None
     world = 1 if sharding == "none" else launched_world_size()
     return Runtime(rank=launched_rank(), world_size=world, local_rank=local_rank, device=device)
 

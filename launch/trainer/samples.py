@@ -17,18 +17,22 @@ _MOST_FRAMES, _MOST_LETTERS = 8, 30
 
 
 def draw_samples(path: str | Path, generated: Tensor, real: Tensor, labels: Sequence[str]) -> None:
-    """Write one PNG: a row per clip, generated frames on the left, real ones of the same prompt on the right.
+    """Write one PNG: a row per clip, generated frames on the left, real ones of the same prompt on
+    the right.
 
     Args:
         path: file to write; its folder is made if missing.
-        generated: (N, C, F, H, W) with N >= 1. One channel is drawn grey and three as RGB, [-1, 1] black to white. Of
-            any other number the first three (or the first) are drawn, each clip stretched to its own range.
+        generated: (N, C, F, H, W) with N >= 1. One channel is drawn grey and three as RGB, [-1, 1]
+            black to white. Of any other number the first three (or the first) are drawn, each clip
+            stretched to its own range.
         real: like ``generated``, the same N.
         labels: N prompts or class names; long ones are cut.
 
     Of clips with more than 8 frames, 8 evenly spaced ones are drawn.
     """
-    assert len(generated) == len(real) == len(labels) > 0, f"{len(generated)=} {len(real)=} {len(labels)=}"
+    assert len(generated) == len(real) == len(labels) > 0, (
+        f"{len(generated)=} {len(real)=} {len(labels)=}"
+    )
     # Not pyplot: it would keep figures alive and choose a window toolkit.
     from matplotlib.figure import Figure
 
@@ -37,21 +41,35 @@ def draw_samples(path: str | Path, generated: Tensor, real: Tensor, labels: Sequ
     generated, real = generated[:, :, chosen], real[:, :, chosen.to(real.device)]
     rows, frames = len(labels), len(chosen)
     label_inches = 0.3 + 0.085 * max(len(label) for label in labels)
-    width, height = label_inches + 2 * _FRAME_INCHES * frames + 0.5, 0.5 + rows * (_FRAME_INCHES + 0.07)
+    width, height = (
+        label_inches + 2 * _FRAME_INCHES * frames + 0.5,
+        0.5 + rows * (_FRAME_INCHES + 0.07),
+    )
     figure = Figure(figsize=(width, height), dpi=130, facecolor="white")
     axes = figure.subplots(rows, 2, squeeze=False)
     figure.subplots_adjust(wspace=0.08, hspace=0.1)
-    figure.subplots_adjust(left=label_inches / width, right=1 - 0.1 / width, top=1 - 0.4 / height, bottom=0.1 / height)
+    figure.subplots_adjust(
+        left=label_inches / width, right=1 - 0.1 / width, top=1 - 0.4 / height, bottom=0.1 / height
+    )
     for row, label in enumerate(labels):
         _draw_strip(axes[row][0], generated[row])
         _draw_strip(axes[row][1], real[row])
         axes[row][0].set_ylabel(
-            label, rotation=0, ha="right", va="center", labelpad=8, fontsize=10, color=_INK, parse_math=False
+            label,
+            rotation=0,
+            ha="right",
+            va="center",
+            labelpad=8,
+            fontsize=10,
+            color=_INK,
+            parse_math=False,
         )
     for column, title in enumerate(("generated", "real")):
         which = f", {frames} of {of} frames" if of > frames else f", frames 1 to {of}"
         # Beside one or two frames there is no room for more than the word.
-        axes[0][column].set_title(title + which if frames > 2 else title, fontsize=10, color=_PALE, pad=8)
+        axes[0][column].set_title(
+            title + which if frames > 2 else title, fontsize=10, color=_PALE, pad=8
+        )
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path)
 

@@ -10,14 +10,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dist_layerlr import checks, load_pretrained
+from dist_layerlr import fields
 from dist_layerlr.errors import ModelSourceError
-from dist_layerlr.names import canonical_name, parse
-
-from .blame import blame
-from .families.base import Family
-from .flow import mix_seed
-from .options import LORA, AdapterOptions, RunOptions
+from dist_layerlr.plan.names import canonical_name, parse
+from dist_layerlr.weights import load_pretrained
+from launch.trainer.blame import blame
+from launch.trainer.families.base import Family
+from launch.trainer.objectives.flow import mix_seed
+from launch.trainer.options import LORA, AdapterOptions, RunOptions
 
 ADAPTER = "default"
 
@@ -31,16 +31,19 @@ def read_model_config(folder: str | Path) -> dict[str, Any]:
     path = Path(folder) / "config.json"
     try:
         loaded = json.loads(path.read_text(encoding="utf-8"))
-        checks.mapping("content", loaded)
+        fields.mapping("content", loaded)
     except (OSError, ValueError, RecursionError) as error:
         raise ModelSourceError(
-            f"Cannot read {str(path)!r}: {error}. model_path must be a model folder in diffusers format."
+            f"Cannot read {str(path)!r}: {error}. model_path must be a model folder in diffusers"
+            " format."
         ) from None
     return dict(loaded)
 
 
 def empty_model(family: Family, options: RunOptions) -> nn.Module:
-    """Build the model on the meta device, adapters injected and ``requires_grad`` set. Buffers are real.
+    """Build the model on the meta device, adapters injected and ``requires_grad`` set.
+
+    Buffers are real.
 
     Raises:
         ModelSourceError: no such folder, or one of another model class.
@@ -52,9 +55,14 @@ def empty_model(family: Family, options: RunOptions) -> nn.Module:
     wanted = family.model_class.__name__
     found = config.get("_class_name", wanted)
     if found != wanted:
-        raise ModelSourceError(f"model_path {options.model_path!r} holds a {found}, but model_type needs a {wanted}.")
+        raise ModelSourceError(
+            f"model_path {options.model_path!r} holds a {found}, but model_type needs a {wanted}."
+        )
     path = Path(options.model_path) / "config.json"
-    with blame(f"{path}: no {wanted} can be built", "restore the file"), init_empty_weights(include_buffers=False):
+    with (
+        blame(f"{path}: no {wanted} can be built", "restore the file"),
+        init_empty_weights(include_buffers=False),
+    ):
         model: nn.Module = family.model_class.from_config(config)  # type: ignore[attr-defined]
     if options.train.checkpointing:
         model.enable_gradient_checkpointing()  # type: ignore[operator]
@@ -69,22 +77,31 @@ def _inject_lora(model: Any, adapter: AdapterOptions, family_targets: tuple[str,
     model.requires_grad_(False)
     targets = list(adapter.target_modules or family_targets)
     try:
-        model.add_adapter(LoraConfig(r=adapter.rank, lora_alpha=adapter.alpha, target_modules=targets), ADAPTER)
+        model.add_adapter(
+            LoraConfig(r=adapter.rank, lora_alpha=adapter.alpha, target_modules=targets), ADAPTER
+        )
     except ValueError:  # whose text is the whole module, printed
         allowed = f"name endings of linear or convolution layers of {type(model).__name__}"
         hint = f" Such as {family_targets[0]!r}; see model.named_modules()."
-        raise checks.invalid("adapter.target_modules", targets, allowed, hint) from None
+        raise fields.invalid("adapter.target_modules", targets, allowed, hint) from None
 
 
 def load_base(model: nn.Module, options: RunOptions) -> None:
-    """Fill the sharded model: base weights from ``model_path``, fresh adapters from (seed, name). Collective."""
+    """Fill the sharded model: base weights from ``model_path``, fresh adapters from (seed, name).
+    Collective.
+    """
     load_pretrained(
-        model, options.model_path, fresh=lambda name, shape: _fresh_adapter(name, shape, options.train.seed)
+        model,
+        options.model_path,
+        fresh=lambda name, shape: _fresh_adapter(name, shape, options.train.seed),
     )
 
 
 def _fresh_adapter(name: str, shape: tuple[int, ...], seed: int) -> Tensor:
-    """PEFT's default start (A: kaiming uniform with a = sqrt(5); B: zero), drawn by name so that ranks agree."""
+    """PEFT's default start (A: kaiming uniform with a = sqrt(5).
+
+    B: zero), drawn by name so that ranks agree.
+    """
     full = torch.zeros(shape)
     if not parse(canonical_name(name)).is_lora_b:
         generator = torch.Generator().manual_seed(mix_seed(seed, *name.encode()))

@@ -1,4 +1,5 @@
-"""Torch's own sharders and DeepSpeed, each driven the same way: micro steps, step, whole weights."""
+"""Torch's own sharders and DeepSpeed, each driven the same way: micro steps, step, whole
+weights."""
 
 from __future__ import annotations
 
@@ -27,15 +28,19 @@ from torch.nn.parallel import DistributedDataParallel as DDP
 from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.cpp_extension import get_default_build_root
 
-from dist_layerlr import attach, bind, canonical_name, check_ds_config, clip_grad_norm, plan_model
-from dist_layerlr.model import unwrap
+from dist_layerlr import attach, bind, clip_grad_norm, plan_model
+from dist_layerlr.optim import check_ds_config
+from dist_layerlr.plan import canonical_name
+from dist_layerlr.sharders.model import unwrap
 from parity import GLOBAL_BATCH, Block, Frozen, Recipe, Weights
 
 bf16_optimizer.see_memory_usage = lambda *_, **__: None  # collects garbage for every group
 Wrap = Callable[[Any], Any]
 
 
-def fsdp1(model: nn.Module, *, flat: bool = False, strategy: str = "FULL_SHARD", **more: Any) -> FSDP:
+def fsdp1(
+    model: nn.Module, *, flat: bool = False, strategy: str = "FULL_SHARD", **more: Any
+) -> FSDP:
     return FSDP(
         model,
         use_orig_params=not flat,
@@ -48,7 +53,9 @@ def fsdp1(model: nn.Module, *, flat: bool = False, strategy: str = "FULL_SHARD",
 
 def fsdp2(model: Any, mesh: tuple[int, ...] | None = None, **more: Any) -> Any:
     shape = mesh or (dist.get_world_size(),)
-    device_mesh = init_device_mesh("cpu", shape, mesh_dim_names=("replicate", "shard")[-len(shape) :])
+    device_mesh = init_device_mesh(
+        "cpu", shape, mesh_dim_names=("replicate", "shard")[-len(shape) :]
+    )
     for block in next(m for n, m in model.named_modules() if n.rpartition(".")[2] == "blocks"):
         fully_shard(block, mesh=device_mesh, **more)
     return fully_shard(model, mesh=device_mesh, **more)
@@ -69,7 +76,9 @@ class Native:
         self.plan = plan_model(model, recipe.config)
         self.model = wrap(model)
         self.optimizer = attach(self.plan, self.model, recipe.make, emission=recipe.emission)
-        self.scheduler = LambdaLR(self.optimizer, recipe.factor) if recipe.schedule == "lambda" else None
+        self.scheduler = (
+            LambdaLR(self.optimizer, recipe.factor) if recipe.schedule == "lambda" else None
+        )
         self._recipe = recipe
 
     def micro_step(self, *, last: bool) -> AbstractContextManager[Any]:
@@ -92,10 +101,16 @@ class Native:
 
     def full(self) -> Weights:
         inner = unwrap(self.model)
-        whole = FSDP.summon_full_params(inner, writeback=False) if isinstance(inner, FSDP) else nullcontext()
+        whole = (
+            FSDP.summon_full_params(inner, writeback=False)
+            if isinstance(inner, FSDP)
+            else nullcontext()
+        )
         with whole:
             return {
-                canonical_name(n): (p.full_tensor() if hasattr(p, "full_tensor") else p).detach().clone()
+                canonical_name(n): (p.full_tensor() if hasattr(p, "full_tensor") else p)
+                .detach()
+                .clone()
                 for n, p in inner.named_parameters()
             }
 
@@ -139,7 +154,15 @@ class Zero:
 
     optimizer = None
 
-    def __init__(self, recipe: Recipe, stage: int, *, zero_init: bool = False, compiled: bool = False, **fields: Any):
+    def __init__(
+        self,
+        recipe: Recipe,
+        stage: int,
+        *,
+        zero_init: bool = False,
+        compiled: bool = False,
+        **fields: Any,
+    ):
         config = ds_config(stage, recipe, **fields)
         with deepspeed.zero.Init(config_dict_or_path=config) if zero_init else nullcontext():
             model: Any = recipe.model()
@@ -154,7 +177,9 @@ class Zero:
         if recipe.emission == "segmented":
             bind(self.plan, self.model)
         if "bf16" in fields:
-            self.model.module.register_forward_pre_hook(lambda _, inputs: tuple(x.bfloat16() for x in inputs))
+            self.model.module.register_forward_pre_hook(
+                lambda _, inputs: tuple(x.bfloat16() for x in inputs)
+            )
 
     def micro_step(self, *, last: bool) -> AbstractContextManager[Any]:
         return nullcontext()

@@ -1,6 +1,8 @@
-"""Train one small transformer under any sharder, and say how far it ends from one unsharded process.
+"""Train one small transformer under any sharder, and say how far it ends from one unsharded
+process.
 
-The unsharded reference shares no code with the plan: rates, decay and groups are written out by hand here.
+The unsharded reference shares no code with the plan: rates, decay and groups are written out by
+hand here.
 """
 
 from __future__ import annotations
@@ -22,7 +24,8 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
 
-from dist_layerlr import Plan, PlanSchedule, Schedule, check_scheduler, read_back, verify
+from dist_layerlr import Plan, PlanSchedule, Schedule, verify
+from dist_layerlr.optim import check_scheduler, read_back
 from ranks import run_ranks
 
 WIDTH, HIDDEN, STEPS, GLOBAL_BATCH = 19, 37, 5, 8
@@ -40,7 +43,8 @@ LAYERED = {
     "unmatched": "default",
 }
 ADAMW, SGD, LORA = 5e-6, 1e-7, 1e-5
-"""Largest difference of any element of any parameter after 5 steps that counts as the same training, fp32."""
+"""Largest difference of any element of any parameter after 5 steps that counts as the same
+training, fp32."""
 Weights = dict[str, torch.Tensor]
 
 
@@ -112,13 +116,18 @@ class Recipe:
     @property
     def config(self) -> dict[str, Any]:
         off = {"enabled": False}
-        return {"learning_rate": max(RATES.values()), "per_layer_lr": LAYERED if self.layered else off}
+        return {
+            "learning_rate": max(RATES.values()),
+            "per_layer_lr": LAYERED if self.layered else off,
+        }
 
     def model(self) -> nn.Module:
         torch.manual_seed(0)
         model: Any = Transformer()
         if self.lora:
-            settings = peft.LoraConfig(r=3, lora_alpha=6, target_modules=["to_q", "to_out", "ffn.0"])
+            settings = peft.LoraConfig(
+                r=3, lora_alpha=6, target_modules=["to_q", "to_out", "ffn.0"]
+            )
             model = peft.get_peft_model(model, settings)
         return model
 
@@ -126,12 +135,18 @@ class Recipe:
         """The optimizer, on the plan's groups or on the reference's."""
         if self.optimizer == "sgd":
             return torch.optim.SGD(groups, lr=1.0, momentum=0.9, weight_decay=DECAY)
-        how = {"adamw": {"foreach": False}, "foreach": {"foreach": True}, "fused": {"fused": True}}[self.optimizer]
+        how = {"adamw": {"foreach": False}, "foreach": {"foreach": True}, "fused": {"fused": True}}[
+            self.optimizer
+        ]
         return torch.optim.AdamW(groups, lr=1.0, weight_decay=DECAY, **how)
 
     def factor(self, step: int) -> float:
         """Multiplier of optimizer step ``step``."""
-        return 1.0 / (1.0 + 0.3 * step) if self.schedule == "lambda" else self.plan_schedule.factor(step)
+        return (
+            1.0 / (1.0 + 0.3 * step)
+            if self.schedule == "lambda"
+            else self.plan_schedule.factor(step)
+        )
 
     @property
     def plan_schedule(self) -> Schedule:
@@ -139,13 +154,22 @@ class Recipe:
 
     def wanted(self) -> dict[str, tuple[float, float]]:
         """{name: (lr, weight decay)} of everything that trains, by hand."""
-        return {n: self.settings(n, p) for n, p in self.model().named_parameters() if p.requires_grad}
+        return {
+            n: self.settings(n, p) for n, p in self.model().named_parameters() if p.requires_grad
+        }
 
     def settings(self, name: str, param: nn.Parameter) -> tuple[float, float]:
         if not self.layered:
             return max(RATES.values()), DECAY
         block = re.search(r"blocks\.(\d)\.", name)
-        key = next((c for part, c in (("attn1", "self_attn"), ("ffn", "ffn"), ("norm", "norm")) if part in name), None)
+        key = next(
+            (
+                c
+                for part, c in (("attn1", "self_attn"), ("ffn", "ffn"), ("norm", "norm"))
+                if part in name
+            ),
+            None,
+        )
         rate = RATES[key or "default"] * (DEPTH[int(block[1])] if block else 1.0)
         return rate * (LORA_PLUS if "lora_B" in name else 1.0), DECAY if param.ndim > 1 else 0.0
 
@@ -156,7 +180,8 @@ def plain_name(name: str) -> str:
 
 
 def no_worse_than_flat(train: Callable[[Recipe], Measured], recipe: Recipe) -> Measured:
-    """Where mixed precision rules out the bars: the bar is what one flat rate loses in the same arithmetic."""
+    """Where mixed precision rules out the bars: the bar is what one flat rate loses in the same
+    arithmetic."""
     flat = train(replace(recipe, layered=False))
     return train(recipe)._replace(bar=flat.worst)
 
@@ -164,7 +189,9 @@ def no_worse_than_flat(train: Callable[[Recipe], Measured], recipe: Recipe) -> M
 def batch(step: int) -> tuple[torch.Tensor, torch.Tensor]:
     """The global batch of a step."""
     generator = torch.Generator().manual_seed(1000 + step)
-    return torch.randn(GLOBAL_BATCH, 7, generator=generator), torch.randn(GLOBAL_BATCH, 3, generator=generator)
+    return torch.randn(GLOBAL_BATCH, 7, generator=generator), torch.randn(
+        GLOBAL_BATCH, 3, generator=generator
+    )
 
 
 def micro_batches(step: int, count: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
@@ -260,7 +287,9 @@ def prove(driver: Driver, recipe: Recipe, step: int) -> None:
     }
     live = {n: (p.lr, p.weight_decay) for n, p in read_back(driver.model, driver.optimizer).items()}
     assert live == wanted, {
-        n: (live.get(n), wanted.get(n)) for n in live.keys() | wanted if live.get(n) != wanted.get(n)
+        n: (live.get(n), wanted.get(n))
+        for n in live.keys() | wanted
+        if live.get(n) != wanted.get(n)
     }
     assert (proof.ranks, proof.parameters) == (dist.get_world_size(), len(wanted))
     assert not recipe.layered or len({lr for lr, _ in live.values()}) >= 3
@@ -272,7 +301,12 @@ def compare(full: Weights, recipe: Recipe) -> Measured:
     assert full.keys() == wanted.keys(), full.keys() ^ wanted.keys()
     off = {n: float((full[n].float() - wanted[n]).abs().max()) for n in wanted}
     worst = max(off, key=lambda n: off[n])
-    return Measured(off[worst], worst, max(float((wanted[n] - start[n]).abs().max()) for n in wanted), recipe.bar)
+    return Measured(
+        off[worst],
+        worst,
+        max(float((wanted[n] - start[n]).abs().max()) for n in wanted),
+        recipe.bar,
+    )
 
 
 class Case(NamedTuple):
@@ -295,8 +329,16 @@ def run_cases(
     cases: list[Case], request: pytest.FixtureRequest, before: Callable[[], None] | None = None
 ) -> dict[str, list[Outcome]]:
     """{id: outcome by rank} of the selected cases: one set of ranks for each number of ranks."""
-    items = [i for i in request.session.items if isinstance(i, pytest.Function) and i.module is request.module]
-    chosen = {i.callspec.params["case"].id for i in items if hasattr(i, "callspec") and "case" in i.callspec.params}
+    items = [
+        i
+        for i in request.session.items
+        if isinstance(i, pytest.Function) and i.module is request.module
+    ]
+    chosen = {
+        i.callspec.params["case"].id
+        for i in items
+        if hasattr(i, "callspec") and "case" in i.callspec.params
+    }
     outcomes: dict[str, list[Outcome]] = {}
     for ranks in sorted({case.ranks for case in cases if case.id in chosen}):
         mine = [case for case in cases if case.ranks == ranks and case.id in chosen]
@@ -305,7 +347,9 @@ def run_cases(
     return outcomes
 
 
-def _on_rank(rank: int, world_size: int, cases: list[Case], before: Callable[[], None] | None) -> dict[str, Outcome]:
+def _on_rank(
+    rank: int, world_size: int, cases: list[Case], before: Callable[[], None] | None
+) -> dict[str, Outcome]:
     gc.freeze()  # DeepSpeed collects garbage often, and the parent's imports are most of the heap
     if before is not None:
         before()
@@ -322,7 +366,8 @@ def _on_rank(rank: int, world_size: int, cases: list[Case], before: Callable[[],
 
 
 def _together(name: str, good: bool) -> bool:
-    """Whether all ranks ended a case alike; if not, their next collectives would not fit together."""
+    """Whether all ranks ended a case alike; if not, their next collectives would not fit
+    together."""
     store = dist.distributed_c10d._get_default_store()
     store.set(f"{name}/{dist.get_rank()}", str(good))
     keys = [f"{name}/{rank}" for rank in range(dist.get_world_size())]
@@ -338,7 +383,10 @@ def check(case: Case, outcomes: list[Outcome]) -> None:
     for rank, outcome in enumerate(outcomes):
         if not isinstance(outcome, Measured):
             pytest.fail(f"{case.id}: rank {rank}\n{outcome}", pytrace=False)
-        text = f"{case.id}: {outcome.worst:.2e} at {outcome.name} (moved {outcome.moved:.1e}, bar {outcome.bar:.1e})"
+        text = (
+            f"{case.id}: {outcome.worst:.2e} at {outcome.name} (moved {outcome.moved:.1e}, bar"
+            f" {outcome.bar:.1e})"
+        )
         if rank == 0:
             print(text)
         assert outcome.worst <= outcome.bar, text

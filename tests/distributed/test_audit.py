@@ -1,4 +1,5 @@
-"""Verify without attach: it audits models that somebody else prepared, and says so when a library has moved its parts."""
+"""Verify without attach: it audits models that somebody else prepared, and says so when a library
+has moved its parts."""
 
 from __future__ import annotations
 
@@ -14,8 +15,9 @@ from torch import nn
 from torch.distributed.fsdp import FullyShardedDataParallel as FSDP
 from torch.distributed.tensor import DTensor
 
-from dist_layerlr import Plan, PlanMismatch, plan_model, read_back, verify
-from dist_layerlr.adapters import detect
+from dist_layerlr import Plan, PlanMismatch, plan_model, verify
+from dist_layerlr.optim import read_back
+from dist_layerlr.sharders import sharder_of
 from drivers import SHARDERS, Native, Zero, ds_config, fsdp1, fsdp1_flat, fsdp2, start_deepspeed
 from parity import Recipe
 from toy import At, Cases, Outcomes
@@ -26,7 +28,11 @@ BF16 = {"bf16": {"enabled": True}}
 ZEROS: dict[str, dict[str, Any]] = {
     **{f"zero {s}": {"stage": s} for s in range(4)},
     **{f"zero {s} bf16": {"stage": s, **BF16} for s in range(4)},
-    "zero 1 bf16 with fp32 accumulation": {"stage": 1, **BF16, "data_types": {"grad_accum_dtype": "fp32"}},
+    "zero 1 bf16 with fp32 accumulation": {
+        "stage": 1,
+        **BF16,
+        "data_types": {"grad_accum_dtype": "fp32"},
+    },
     "zero 3 in small sub-groups": {"stage": 3, "zero": {"sub_group_size": 500}},
     "zero 3 hpZ": {"stage": 3, "zero": {"zero_hpz_partition_size": 2}},
 }
@@ -41,8 +47,11 @@ def plan() -> Plan:
     return plan_model(RECIPE.model(), RECIPE.config)
 
 
-def by_hand(model: nn.Module, rates: Callable[[str, float], float] = lambda _, rate: rate) -> torch.optim.Optimizer:
-    """One group per distinct (lr, weight decay), from names as a user sees them; true shapes are of a fresh model."""
+def by_hand(
+    model: nn.Module, rates: Callable[[str, float], float] = lambda _, rate: rate
+) -> torch.optim.Optimizer:
+    """One group per distinct (lr, weight decay), from names as a user sees them; true shapes are of
+    a fresh model."""
     groups: dict[tuple[float, float], list[nn.Parameter]] = {}
     wanted = RECIPE.wanted()
     for name, param in model.named_parameters():
@@ -50,10 +59,14 @@ def by_hand(model: nn.Module, rates: Callable[[str, float], float] = lambda _, r
         if param.requires_grad:
             rate, decay = wanted[clean]
             groups.setdefault((rates(clean, rate), decay), []).append(param)
-    return RECIPE.make([{"params": p, "lr": lr, "weight_decay": decay} for (lr, decay), p in groups.items()])
+    return RECIPE.make(
+        [{"params": p, "lr": lr, "weight_decay": decay} for (lr, decay), p in groups.items()]
+    )
 
 
-def engine(stage: int, optimizer: Callable[[nn.Module], torch.optim.Optimizer] = by_hand, **fields: Any) -> Any:
+def engine(
+    stage: int, optimizer: Callable[[nn.Module], torch.optim.Optimizer] = by_hand, **fields: Any
+) -> Any:
     model = RECIPE.model()
     config = ds_config(stage, RECIPE, **fields)
     return deepspeed.initialize(model=model, optimizer=optimizer(model), config=config)[0]
@@ -92,7 +105,10 @@ def test_a_wrong_rate_is_told_with_ten_names_the_rank_the_cause_and_its_fix(at: 
         with pytest.raises(PlanMismatch) as error:
             verify(plan(), model, optimizer)
         first, *lines = str(error.value).splitlines()
-        shown, causes = [x for x in lines if ": planned" in x], [x for x in lines if "likely cause" in x]
+        shown, causes = (
+            [x for x in lines if ": planned" in x],
+            [x for x in lines if "likely cause" in x],
+        )
         assert first == "The live optimizer differs from the plan on rank 0 (first 10 of 12):"
         assert len(shown) == 10 and len(causes) == 1
         assert shown[0] == "  blocks.0.ffn.0.weight: planned lr 0.001, live 0.002"
@@ -120,7 +136,9 @@ def test_strangers_forgotten_and_unplanned_parameters_are_told(at: At) -> None:
     model = fsdp2(RECIPE.model())
     optimizer = by_hand(model)
     optimizer.add_param_group({"params": [nn.Parameter(torch.ones(1))]})
-    with pytest.raises(PlanMismatch, match="1 tensors in the optimizer are no parameters of the model"):
+    with pytest.raises(
+        PlanMismatch, match="1 tensors in the optimizer are no parameters of the model"
+    ):
         verify(plan(), model, optimizer)
     optimizer = by_hand(model)
     for group in optimizer.param_groups:
@@ -141,9 +159,16 @@ def sharded() -> dict[str, Callable[[], tuple[nn.Module, Any]]]:
         driver = Native(wrap, RECIPE)
         return driver.model, driver.optimizer
 
-    more = {"unsharded": lambda m: m, "fsdp1 NO_SHARD": lambda m: fsdp1(m, strategy="NO_SHARD"), **SHARDERS}
+    more = {
+        "unsharded": lambda m: m,
+        "fsdp1 NO_SHARD": lambda m: fsdp1(m, strategy="NO_SHARD"),
+        **SHARDERS,
+    }
     natives = {name: (lambda wrap=wrap: native(wrap)) for name, wrap in more.items()}
-    return {**natives, **{name: (lambda s=s: (Zero(RECIPE, **s).model, None)) for name, s in ZEROS.items()}}
+    return {
+        **natives,
+        **{name: (lambda s=s: (Zero(RECIPE, **s).model, None)) for name, s in ZEROS.items()},
+    }
 
 
 @cases
@@ -151,25 +176,37 @@ def test_every_piece_holds_the_elements_that_the_adapter_says_it_holds(at: At) -
     fresh = {name: param.detach().flatten() for name, param in RECIPE.model().named_parameters()}
     for sharder, build in sharded().items():
         model, optimizer = build()
-        pieces = detect(model).pieces(model, optimizer).pieces
+        pieces = sharder_of(model).pieces(optimizer).pieces
         assert {p.name for p in pieces} == RECIPE.wanted().keys(), sharder
         for piece in pieces:
             whole = fresh[piece.name].bfloat16().float() if "bf16" in sharder else fresh[piece.name]
-            if sharder == "zero 0 bf16":  # DeepSpeed steps it once with zero gradients, which decays weights
+            if (
+                sharder == "zero 0 bf16"
+            ):  # DeepSpeed steps it once with zero gradients, which decays weights
                 rate, decay = RECIPE.wanted()[piece.name]
                 whole = whole * (1 - rate * decay)
             held = piece.of(piece.owner).float()
-            assert torch.equal(held, whole[piece.start : piece.start + piece.numel]), (sharder, piece.name)
+            assert torch.equal(held, whole[piece.start : piece.start + piece.numel]), (
+                sharder,
+                piece.name,
+            )
 
 
 @cases
 def test_pieces_of_all_ranks_cover_every_element_as_often_as_they_say(at: At) -> None:
     for sharder, build in sharded().items():
         model, optimizer = build()
-        mine = [(p.name, p.start, p.numel, p.replicas) for p in detect(model).pieces(model, optimizer).pieces]
+        mine = [
+            (p.name, p.start, p.numel, p.replicas)
+            for p in sharder_of(model).pieces(optimizer).pieces
+        ]
         heard: list[Any] = [None] * at.world_size
         dist.all_gather_object(heard, mine)
-        counts = {n: torch.zeros(p.numel()) for n, p in RECIPE.model().named_parameters() if p.requires_grad}
+        counts = {
+            n: torch.zeros(p.numel())
+            for n, p in RECIPE.model().named_parameters()
+            if p.requires_grad
+        }
         times = {name: replicas for name, _, _, replicas in mine}
         for name, start, numel, _ in (piece for pieces in heard for piece in pieces):
             counts[name][start : start + numel] += 1
@@ -189,7 +226,14 @@ def test_canary_fsdp1_keeps_its_map_of_original_names(at: At) -> None:
         assert len(units) == 5  # the root, three blocks, the frozen layer
         for unit in units:
             has(unit._handle, "flat_param", "uses_sharded_strategy", "world_size", "rank")
-            has(unit._handle.flat_param, "_fqns", "_shard_param_infos", "_params", "_numels", "_shared_param_infos")
+            has(
+                unit._handle.flat_param,
+                "_fqns",
+                "_shard_param_infos",
+                "_params",
+                "_numels",
+                "_shared_param_infos",
+            )
             for info in unit._handle.flat_param._shard_param_infos:
                 has(info, "in_shard", "offset_in_shard", "numel_in_shard", "intra_param_start_idx")
             assert (unit._handle.flat_param._params is None) == flat
@@ -211,7 +255,13 @@ def test_canary_fsdp2_keeps_names_and_makes_dtensors(at: At) -> None:
 def test_canary_zero_1_and_2_keep_original_groups_and_fragments(at: At) -> None:
     for stage in (1, 2):
         optimizer = engine(stage).optimizer
-        has(optimizer, "bit16_groups", "single_partition_of_fp32_groups", "optimizer", "param_groups")
+        has(
+            optimizer,
+            "bit16_groups",
+            "single_partition_of_fp32_groups",
+            "optimizer",
+            "param_groups",
+        )
         assert len(optimizer.bit16_groups) == len(optimizer.param_groups)
         for param in (p for group in optimizer.bit16_groups for p in group):
             has(param, "_hp_mapping")
@@ -223,7 +273,13 @@ def test_canary_zero_1_and_2_keep_original_groups_and_fragments(at: At) -> None:
 @cases
 def test_canary_zero_3_keeps_sub_groups_and_partitions(at: At) -> None:
     optimizer = engine(3).optimizer
-    has(optimizer, "fp16_groups", "sub_group_to_group_id", "fp32_partitioned_groups_flat", "optimizer")
+    has(
+        optimizer,
+        "fp16_groups",
+        "sub_group_to_group_id",
+        "fp32_partitioned_groups_flat",
+        "optimizer",
+    )
     for param in (p for group in optimizer.fp16_groups for p in group):
         has(param, "ds_numel", "ds_shape", "ds_process_group", "partition_numel")
         assert param.partition_numel() == -(-param.ds_numel // 2)
@@ -245,10 +301,15 @@ def test_a_library_that_moved_its_parts_is_named_with_the_version_that_had_them(
     for stage, attribute in lost.items():
         moved = engine(stage)
         delattr(moved.optimizer, attribute)
-        with pytest.raises(PlanMismatch, match=f"Cannot read back ZeRO stage {stage}: .*{attribute}.*deepspeed 0.19"):
+        with pytest.raises(
+            PlanMismatch,
+            match=f"Cannot read back ZeRO stage {stage}: .*{attribute}.*deepspeed 0.19",
+        ):
             verify(plan(), moved)
     for attribute in ("_fqns", "_shard_param_infos", "_numels"):
         driver = Native(fsdp1_flat, RECIPE)
         delattr(driver.model._handle.flat_param, attribute)
-        with pytest.raises(PlanMismatch, match=f"Cannot read back FSDP1: .*{attribute}.*torch 2.13"):
+        with pytest.raises(
+            PlanMismatch, match=f"Cannot read back FSDP1: .*{attribute}.*torch 2.13"
+        ):
             verify(driver.plan, driver.model, driver.optimizer)

@@ -1,4 +1,5 @@
-"""What the caller keeps along with a checkpoint, schedulers above all, comes back as it was; 0-d parameters, too."""
+"""What the caller keeps along with a checkpoint, schedulers above all, comes back as it was; 0-d
+parameters, too."""
 
 from __future__ import annotations
 
@@ -13,7 +14,6 @@ from torch import nn
 from torch.optim import lr_scheduler as lr
 
 from dist_layerlr import (
-    CheckpointError,
     ConfigError,
     PlanSchedule,
     Schedule,
@@ -22,12 +22,15 @@ from dist_layerlr import (
     plan_model,
     save_checkpoint,
 )
+from dist_layerlr.errors import CheckpointError
 from ranks import run_ranks
 
 Make = Callable[[torch.optim.Optimizer], Any]
 SCHEDULERS: dict[str, Make] = {
     "nested": lambda o: lr.SequentialLR(o, [lr.LambdaLR(o, _rise), lr.LambdaLR(o, _fall)], [2]),
-    "chained": lambda o: lr.ChainedScheduler([lr.LambdaLR(o, _fall), lr.ExponentialLR(o, 0.9)], optimizer=o),
+    "chained": lambda o: lr.ChainedScheduler(
+        [lr.LambdaLR(o, _fall), lr.ExponentialLR(o, 0.9)], optimizer=o
+    ),
     "milestones": lambda o: lr.MultiStepLR(o, [2, 5], 0.1),
 }
 
@@ -43,7 +46,9 @@ def _fall(step: int) -> float:
 class Net(nn.Module):
     def __init__(self) -> None:
         super().__init__()
-        self.blocks = nn.ModuleList(nn.ModuleDict({"attn": nn.Linear(4, 4), "ffn": nn.Linear(4, 4)}) for _ in range(2))
+        self.blocks = nn.ModuleList(
+            nn.ModuleDict({"attn": nn.Linear(4, 4), "ffn": nn.Linear(4, 4)}) for _ in range(2)
+        )
         self.scale = nn.Parameter(torch.tensor(1.5))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -56,9 +61,15 @@ class Run:
     def __init__(self, make: Make | None = None, attn: float = 2e-3) -> None:
         torch.manual_seed(0)
         self.model = Net()
-        rates = {"enabled": True, "component_lr": {"self_attn": attn, "ffn": 1e-3}, "depth_strategy": "linear"}
+        rates = {
+            "enabled": True,
+            "component_lr": {"self_attn": attn, "ffn": 1e-3},
+            "depth_strategy": "linear",
+        }
         self.plan = plan_model(self.model, {"learning_rate": 1e-3, "per_layer_lr": rates})
-        self.optimizer = attach(self.plan, self.model, lambda groups: torch.optim.AdamW(groups, lr=1.0))
+        self.optimizer = attach(
+            self.plan, self.model, lambda groups: torch.optim.AdamW(groups, lr=1.0)
+        )
         self.scheduler = make(self.optimizer) if make else None
 
     def train(self, first: int, steps: int) -> None:
@@ -71,10 +82,14 @@ class Run:
                 self.scheduler.step()
 
     def save(self, root: Path, step: int, **extra: Any) -> Path:
-        return save_checkpoint(root, self.plan, self.model, self.optimizer, step=step, extra=extra).path
+        return save_checkpoint(
+            root, self.plan, self.model, self.optimizer, step=step, extra=extra
+        ).path
 
     def rates(self) -> dict[str, float]:
-        groups = {id(p): group["lr"] for group in self.optimizer.param_groups for p in group["params"]}
+        groups = {
+            id(p): group["lr"] for group in self.optimizer.param_groups for p in group["params"]
+        }
         return {name: groups[id(p)] for name, p in self.model.named_parameters()}
 
 
@@ -85,9 +100,13 @@ def schedulers_go_on(root: Path) -> None:
             half, back, whole = Run(make), Run(make, attn), Run(make, attn)
             half.train(0, 3)
             path = half.save(root / f"{name}{attn}", 3, scheduler=half.scheduler)
-            restored = load_checkpoint(path, back.plan, back.model, back.optimizer, extra={"scheduler": back.scheduler})
+            restored = load_checkpoint(
+                path, back.plan, back.model, back.optimizer, extra={"scheduler": back.scheduler}
+            )
             assert restored.fresh == []  # the 0-d parameter's moments are state as any other's
-            assert back.scheduler.get_last_lr() == [group["lr"] for group in back.optimizer.param_groups]
+            assert back.scheduler.get_last_lr() == [
+                group["lr"] for group in back.optimizer.param_groups
+            ]
             back.train(3, 4)
             whole.train(0, 7)
             assert back.rates() == pytest.approx(whole.rates(), rel=1e-12), (name, attn)
@@ -103,7 +122,9 @@ def values_are_those_of_the_moment_of_the_call(root: Path) -> None:
     run = Run()
     losses = [1.0]
     extra = {"losses": losses, "seen": {3: {"a": 1}, 10: None}}
-    saving = save_checkpoint(root, run.plan, run.model, run.optimizer, step=0, extra=extra, background=True)
+    saving = save_checkpoint(
+        root, run.plan, run.model, run.optimizer, step=0, extra=extra, background=True
+    )
     losses.append(2.0)
     saving.wait()
     back = load_checkpoint(root, run.plan, run.model, run.optimizer).extra
@@ -125,8 +146,12 @@ def a_schedule_of_another_length_goes_on_at_its_own_multiplier(root: Path) -> No
 def what_was_not_saved_is_not_silently_left_at_its_start(root: Path) -> None:
     run = Run(SCHEDULERS["milestones"])
     path = run.save(root, 0, seen=3)
-    with pytest.raises(CheckpointError, match=r"extra\['scheduler'\] is not in checkpoint .* which has \['seen'\]"):
-        load_checkpoint(path, run.plan, run.model, run.optimizer, extra={"scheduler": run.scheduler})
+    with pytest.raises(
+        CheckpointError, match=r"extra\['scheduler'\] is not in checkpoint .* which has \['seen'\]"
+    ):
+        load_checkpoint(
+            path, run.plan, run.model, run.optimizer, extra={"scheduler": run.scheduler}
+        )
 
 
 def a_grad_scaler_goes_on(root: Path) -> None:
@@ -151,7 +176,10 @@ def a_grad_scaler_goes_on(root: Path) -> None:
     load_checkpoint(path, back.plan, back.model, back.optimizer, extra={"scaler": second})
     train(back, second, 3, 5)
     assert straight.state_dict() == second.state_dict() and second.get_scale() == 512.0
-    assert all(torch.equal(a, b) for a, b in zip(whole.model.parameters(), back.model.parameters(), strict=True))
+    assert all(
+        torch.equal(a, b)
+        for a, b in zip(whole.model.parameters(), back.model.parameters(), strict=True)
+    )
 
 
 def a_scheduler_prepared_by_accelerate_goes_on(root: Path) -> None:
@@ -162,8 +190,12 @@ def a_scheduler_prepared_by_accelerate_goes_on(root: Path) -> None:
 
     run, back = Run(prepared), Run(prepared, 5e-4)
     path = run.save(root / "good", 0, scheduler=run.scheduler)
-    load_checkpoint(path, back.plan, back.model, back.optimizer, extra={"scheduler": back.scheduler})
-    assert back.scheduler.scheduler.base_lrs == [group["initial_lr"] for group in back.optimizer.param_groups]
+    load_checkpoint(
+        path, back.plan, back.model, back.optimizer, extra={"scheduler": back.scheduler}
+    )
+    assert back.scheduler.scheduler.base_lrs == [
+        group["initial_lr"] for group in back.optimizer.param_groups
+    ]
     bad = Run(lambda o: accelerator.prepare_scheduler(lr.CosineAnnealingLR(o, 10, eta_min=1e-4)))
     with pytest.raises(ConfigError, match=r"Invalid scheduler CosineAnnealingLR\(eta_min=0.0001\)"):
         bad.save(root / "bad", 0, scheduler=bad.scheduler)

@@ -1,4 +1,5 @@
-"""Checkpoints that are damaged, of another model, or cannot be written: one error on all ranks, nothing changed."""
+"""Checkpoints that are damaged, of another model, or cannot be written: one error on all ranks,
+nothing changed."""
 
 from __future__ import annotations
 
@@ -16,17 +17,12 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
 
-from dist_layerlr import (
-    Plan,
-    load_checkpoint,
-    optimizer_state,
-    resume_plan,
-    save_checkpoint,
-    verify,
-)
-from dist_layerlr.adapters import detect
+from dist_layerlr import Plan, load_checkpoint, save_checkpoint, verify
+from dist_layerlr.checkpoint import resume_plan
 from dist_layerlr.checkpoint.rng import read_rng
 from dist_layerlr.errors import CheckpointError, ConfigError
+from dist_layerlr.optim import optimizer_state
+from dist_layerlr.sharders import sharder_of
 from drivers import Native, fsdp1, fsdp1_flat, fsdp2
 from parity import Recipe, micro_batches
 from ranks import run_ranks
@@ -47,10 +43,12 @@ def make(recipe: Recipe | None = None, wrap: Any = fsdp2) -> Native:
 
 def state(driver: Native) -> dict[str, torch.Tensor]:
     """A copy of all that a load could change on this rank."""
-    found = {w.name: w.tensor.clone() for w in detect(driver.model).weights(driver.model)}
+    found = {w.name: w.tensor.clone() for w in sharder_of(driver.model).weights()}
     for name, pieces in optimizer_state(driver.model, driver.optimizer).items():
         for piece in (p for p in pieces if all(t.numel() for t in p.tensors.values())):
-            found |= {f"{name}@{piece.start}.{key}": value.clone() for key, value in piece.tensors.items()}
+            found |= {
+                f"{name}@{piece.start}.{key}": value.clone() for key, value in piece.tensors.items()
+            }
     return found | {"rng": read_rng()}
 
 
@@ -136,14 +134,26 @@ class Longer(Recipe):
 
 def another_model(root: Path) -> None:
     _, path = saved(root)
-    refuses(make(Wider()), path, r"of another model: last\.weight has shape \(3, 19\) in the checkpoint, \(5, 19\)")
+    refuses(
+        make(Wider()),
+        path,
+        r"of another model: last\.weight has shape \(3, 19\) in the checkpoint, \(5, 19\)",
+    )
     refuses(make(Longer()), path, r"of another model: it lacks more\.weight, more\.bias")
     for recipe, told in ((Wider(), r"last\.weight has shape"), (Longer(), "it lacks more")):
-        with pytest.raises(CheckpointError, match=f"of another model: {told}"):  # before any difference between plans
+        with pytest.raises(
+            CheckpointError, match=f"of another model: {told}"
+        ):  # before any difference between plans
             resume_plan(path, make(recipe).plan)
-    refuses(make(Recipe(optimizer="sgd")), path, "trained with AdamW, the live optimizer is SGD. Use AdamW.")
+    refuses(
+        make(Recipe(optimizer="sgd")),
+        path,
+        "trained with AdamW, the live optimizer is SGD. Use AdamW.",
+    )
     longer = make(Longer())
-    other = save_checkpoint(root / "longer", longer.plan, longer.model, longer.optimizer, step=0).path
+    other = save_checkpoint(
+        root / "longer", longer.plan, longer.model, longer.optimizer, step=0
+    ).path
     refuses(make(), other, r"it has more\.weight, more\.bias, which the model does not have")
 
 
@@ -153,15 +163,21 @@ def another_base(root: Path) -> None:
     train(driver)
     path = save_checkpoint(root, driver.plan, driver.model, driver.optimizer, step=1).path
     files = sum(f.stat().st_size for f in path.glob("*.safetensors"))
-    whole = save_checkpoint(root / "all", driver.plan, driver.model, driver.optimizer, step=1, frozen=True).path
-    frozen = [w for w in detect(driver.model).weights(driver.model) if not w.trainable]
-    assert files < sum(f.stat().st_size for f in whole.glob("*.safetensors")) - 4 * sum(w.numel for w in frozen)
+    whole = save_checkpoint(
+        root / "all", driver.plan, driver.model, driver.optimizer, step=1, frozen=True
+    ).path
+    frozen = [w for w in sharder_of(driver.model).weights() if not w.trainable]
+    assert files < sum(f.stat().st_size for f in whole.glob("*.safetensors")) - 4 * sum(
+        w.numel for w in frozen
+    )
     other = make(recipe)
     with torch.no_grad():
-        for weight in detect(other.model).weights(other.model):
+        for weight in sharder_of(other.model).weights():
             if not weight.trainable:
                 weight.tensor.mul_(1.5)
-    refuses(other, path, r"trained on another base model: frozen .* has other values. Load the base")
+    refuses(
+        other, path, r"trained on another base model: frozen .* has other values. Load the base"
+    )
     load_checkpoint(whole, other.plan, other.model, other.optimizer)
     assert same(state(driver), state(other))
 
@@ -176,10 +192,13 @@ def a_full_disk(root: Path) -> None:
         limits = resource.getrlimit(resource.RLIMIT_FSIZE)
         resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, limits[1]))
     for background in (False, True):
-        with pytest.raises(CheckpointError, match=r"rank_00001\.safetensors', at (weight|optim)\..*: File too large"):
+        with pytest.raises(
+            CheckpointError,
+            match=r"rank_00001\.safetensors', at (weight|optim)\..*: File too large",
+        ):
             save_checkpoint(
                 root, driver.plan, driver.model, driver.optimizer, step=3, background=background
-            ).wait()  # fmt: skip
+            ).wait()
         dist.barrier()
         assert sorted(f.name for f in root.iterdir()) == ["latest", "step_00000002"]
     if dist.get_rank() == 1:
@@ -199,10 +218,14 @@ def a_background_save(root: Path) -> None:
         torch.manual_seed(dist.get_rank())
         before = state(driver)
         folder = root / wrap.__name__
-        save_checkpoint(folder, driver.plan, driver.model, driver.optimizer, step=2, background=True)
+        save_checkpoint(
+            folder, driver.plan, driver.model, driver.optimizer, step=2, background=True
+        )
         train(driver, 2, first=2)
         torch.rand(3), random.random(), numpy.random.rand()
-        last = save_checkpoint(folder, driver.plan, driver.model, driver.optimizer, step=4, background=True)
+        last = save_checkpoint(
+            folder, driver.plan, driver.model, driver.optimizer, step=4, background=True
+        )
         restored = load_checkpoint(folder / "step_00000002", twin.plan, twin.model, twin.optimizer)
         assert same(before, state(twin)), wrap
         assert (restored.step, last.wait().name) == (2, "step_00000004")
@@ -230,7 +253,11 @@ def stepped_unevenly(root: Path) -> None:
         if name == "gate" and "step" in driver.optimizer.state[param]:  # one rank has its element
             driver.optimizer.state[param]["step"].fill_(7.0)
     path = save_checkpoint(root, driver.plan, driver.model, driver.optimizer, step=1).path
-    refuses(make(wrap=fsdp1_flat), path, "were saved with .*7.0.* with one counter. Resume under the sharder")
+    refuses(
+        make(wrap=fsdp1_flat),
+        path,
+        "were saved with .*7.0.* with one counter. Resume under the sharder",
+    )
     back = make()
     load_checkpoint(path, back.plan, back.model, back.optimizer)
     assert same(state(driver), state(back))
@@ -240,11 +267,17 @@ def unfrozen_beside_others(root: Path) -> None:
     """A name without a counter would take its neighbours': 2.5 times its rate after 1000 steps."""
     driver = make()
     train(driver, 1)
-    name, param = next((n, p) for n, p in driver.model.named_parameters() if p.requires_grad and p.ndim == 2)
+    name, param = next(
+        (n, p) for n, p in driver.model.named_parameters() if p.requires_grad and p.ndim == 2
+    )
     del driver.optimizer.state[param]
     param.requires_grad_(False)
     path = save_checkpoint(root, driver.plan, driver.model, driver.optimizer, step=1).path
-    refuses(make(wrap=fsdp1_flat), path, f"{name} was frozen and has no step counter, .* Resume under DDP or FSDP2")
+    refuses(
+        make(wrap=fsdp1_flat),
+        path,
+        f"{name} was frozen and has no step counter, .* Resume under DDP or FSDP2",
+    )
     back = make()
     assert name in load_checkpoint(path, back.plan, back.model, back.optimizer).fresh
 
@@ -273,12 +306,17 @@ class Stubborn:
 
 def an_extra_that_refuses(root: Path) -> None:
     driver = make()
-    path = save_checkpoint(root, driver.plan, driver.model, driver.optimizer, step=0, extra={"x": Stubborn()}).path
+    path = save_checkpoint(
+        root, driver.plan, driver.model, driver.optimizer, step=0, extra={"x": Stubborn()}
+    ).path
     live = Stubborn()
     live.state = 5
     train(driver)
     before = state(driver)
-    with pytest.raises(CheckpointError, match=r"extra\['x'\] does not take its saved state: ValueError: not with me"):
+    with pytest.raises(
+        CheckpointError,
+        match=r"extra\['x'\] does not take its saved state: ValueError: not with me",
+    ):
         load_checkpoint(path, driver.plan, driver.model, driver.optimizer, extra={"x": live})
     assert live.state == 5 and same(before, state(driver))
 
@@ -295,17 +333,27 @@ def memory_in_another_order(root: Path) -> None:
     for wrap in (fsdp1, fsdp1_flat):
         driver = make(ChannelsLast(), wrap)
         with pytest.raises(
-            ConfigError, match=r"patches\.weight was not contiguous \(channels_last.* Make it contiguous"
+            ConfigError,
+            match=r"patches\.weight was not contiguous \(channels_last.* Make it contiguous",
         ):
             save_checkpoint(root, driver.plan, driver.model, driver.optimizer, step=0)
     assert not root.exists()
 
 
 CASES = (
-    a_flipped_byte, a_missing_or_short_shard, another_model, another_base, a_full_disk, a_background_save,
-    an_eval_forward_before_a_save, stepped_unevenly, unfrozen_beside_others, what_json_cannot_hold,
-    an_extra_that_refuses, memory_in_another_order,
-)  # fmt: skip
+    a_flipped_byte,
+    a_missing_or_short_shard,
+    another_model,
+    another_base,
+    a_full_disk,
+    a_background_save,
+    an_eval_forward_before_a_save,
+    stepped_unevenly,
+    unfrozen_beside_others,
+    what_json_cannot_hold,
+    an_extra_that_refuses,
+    memory_in_another_order,
+)
 
 
 def on_rank(rank: int, world_size: int, root: Path) -> None:

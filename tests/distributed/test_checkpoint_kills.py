@@ -1,4 +1,5 @@
-"""SIGKILL at random moments of a run that saves every step: every restart goes on, and the end is the undisturbed one."""
+"""SIGKILL at random moments of a run that saves every step: every restart goes on, and the end is
+the undisturbed one."""
 
 from __future__ import annotations
 
@@ -17,13 +18,14 @@ import torch.nn.functional as F
 from dist_layerlr import PlanSchedule, Schedule, load_checkpoint, save_checkpoint
 from dist_layerlr.checkpoint import folders
 from dist_layerlr.checkpoint.manifest import read_manifest, read_sealed
-from dist_layerlr.checkpoint.shards import INDEX, broken, read_index
+from dist_layerlr.checkpoint.storage import INDEX, broken, read_index
 from drivers import Native, fsdp2
 from parity import Recipe, Weights, micro_batches
 
 RANKS, KEEP = 2, 2
 LONGEST_S = 0.5
-"""A kill comes within this time after training began or went on; a step with its save takes about 0.05."""
+"""A kill comes within this time after training began or went on; a step with its save takes about
+0.05."""
 DEADLINE_S = 120.0
 DONE = "weights.pt"
 
@@ -32,10 +34,16 @@ def train(rank: int, steps: int, store: str, root: Path, running: Any) -> None:
     """One rank: resume, train, save after every step, now and then in the background."""
     torch.set_num_threads(1)
     dist.init_process_group(
-        "gloo", init_method=f"file://{store}", rank=rank, world_size=RANKS, timeout=timedelta(seconds=60)
+        "gloo",
+        init_method=f"file://{store}",
+        rank=rank,
+        world_size=RANKS,
+        timeout=timedelta(seconds=60),
     )
     driver = Native(fsdp2, Recipe())
-    schedule = PlanSchedule(driver.optimizer, Schedule(kind="cosine", warmup_steps=2, total_steps=steps + 1))
+    schedule = PlanSchedule(
+        driver.optimizer, Schedule(kind="cosine", warmup_steps=2, total_steps=steps + 1)
+    )
     extra = {"schedule": schedule}
     if folders.complete(root):
         load_checkpoint(root, driver.plan, driver.model, driver.optimizer, extra=extra)
@@ -47,9 +55,15 @@ def train(rank: int, steps: int, store: str, root: Path, running: Any) -> None:
         schedule.step()
         done = schedule.last_step
         save_checkpoint(
-            root, driver.plan, driver.model, driver.optimizer, step=done, extra=extra, keep=KEEP,
+            root,
+            driver.plan,
+            driver.model,
+            driver.optimizer,
+            step=done,
+            extra=extra,
+            keep=KEEP,
             background=done % 3 == 0,
-        )  # fmt: skip
+        )
     full = driver.full()
     if rank == 0:
         torch.save(full, root / (DONE + ".tmp"))
@@ -58,11 +72,17 @@ def train(rank: int, steps: int, store: str, root: Path, running: Any) -> None:
     os._exit(0)
 
 
-def attempt(root: Path, steps: int, chooser: random.Random, kill_after_s: float | None = None) -> bool:
-    """Start the job and kill it, rank after rank in either order. Returns whether it was done before."""
+def attempt(
+    root: Path, steps: int, chooser: random.Random, kill_after_s: float | None = None
+) -> bool:
+    """Start the job and kill it, rank after rank in either order. Returns whether it was done
+    before."""
     context = mp.get_context("fork")
     running, store = context.Event(), str(root.parent / f"store{chooser.random()}")
-    ranks = [context.Process(target=train, args=(r, steps, store, root, running), daemon=True) for r in range(RANKS)]
+    ranks = [
+        context.Process(target=train, args=(r, steps, store, root, running), daemon=True)
+        for r in range(RANKS)
+    ]
     for process in ranks:
         process.start()
     try:

@@ -1,7 +1,9 @@
-"""5 steps, save, stop, resume, 5 steps: the weights of 10 steps in one go, whatever saved and whatever resumes.
+"""5 steps, save, stop, resume, 5 steps: the weights of 10 steps in one go, whatever saved and
+whatever resumes.
 
-Bitwise on the same layout, within 1e-5 on another. The default run has every ordered pair of sharders, and 1, 2
-and 4 ranks in both directions; ``python -m pytest -m full`` has all pairs of layouts on 1, 2 and 4 ranks.
+Bitwise on the same layout, within 1e-5 on another. The default run has every ordered pair of
+sharders, and 1, 2 and 4 ranks in both directions; ``python -m pytest -m full`` has all pairs of
+layouts on 1, 2 and 4 ranks.
 """
 
 from __future__ import annotations
@@ -19,7 +21,8 @@ import torch.nn.functional as F
 from torch.distributed.fsdp import CPUOffloadPolicy
 from torch.nn.parallel import DistributedDataParallel as DDP
 
-from dist_layerlr import PlanSchedule, Schedule, load_checkpoint, optimizer_state, save_checkpoint
+from dist_layerlr import PlanSchedule, Schedule, load_checkpoint, save_checkpoint
+from dist_layerlr.optim import optimizer_state
 from drivers import SHARDERS, Native, Zero, fsdp1, fsdp2, start_deepspeed
 from parity import Driver, Recipe, Weights, micro_batches
 from ranks import run_ranks
@@ -27,10 +30,12 @@ from ranks import run_ranks
 HALF, SOON, WHOLE = 5, 6, 10
 """Steps done at the save, where the default run compares layouts, and in the end."""
 ACROSS, BF16, REBUILT = 1e-5, 6e-2, 1e-7
-"""Largest difference across layouts; across precisions; and where a sum over more than two ranks changes its order."""
+"""Largest difference across layouts; across precisions; and where a sum over more than two ranks
+changes its order."""
 REORDERED = ("ddp", "zero 2")
-"""DDP lays its gradient buckets out anew after the first step of every process. ZeRO 2 on 4 ranks trains otherwise in a
-process that has run other engines before, with or without a checkpoint; alone it resumes bitwise."""
+"""DDP lays its gradient buckets out anew after the first step of every process. ZeRO 2 on 4 ranks
+trains otherwise in a process that has run other engines before, with or without a checkpoint; alone
+it resumes bitwise."""
 SCHEDULE = Schedule(kind="cosine", warmup_steps=2, total_steps=WHOLE + 1, min_ratio=0.1)
 
 
@@ -45,18 +50,31 @@ LAYOUTS: dict[str, Callable[[Recipe], Driver]] = {
 }
 OFFLOAD = {"zero": {"offload_optimizer": {"device": "cpu"}}, "zero_force_ds_cpu_optimizer": False}
 MORE: dict[str, Callable[[Recipe], Driver]] = {
-    "ddp, buckets kept": functools.partial(Native, functools.partial(DDP, find_unused_parameters=True)),
-    "none, segmented": lambda recipe: Native(lambda model: model, replace(recipe, emission="segmented")),
+    "ddp, buckets kept": functools.partial(
+        Native, functools.partial(DDP, find_unused_parameters=True)
+    ),
+    "none, segmented": lambda recipe: Native(
+        lambda model: model, replace(recipe, emission="segmented")
+    ),
     **{
-        f"{name}, groups": lambda recipe, wrap=wrap: Native(wrap, replace(recipe, emission="groups"))
+        f"{name}, groups": lambda recipe, wrap=wrap: Native(
+            wrap, replace(recipe, emission="groups")
+        )
         for name, wrap in SHARDERS.items()
         if name != "fsdp1 flat"
     },
-    **{f"zero {stage}, groups": functools.partial(zero, stage=stage, emission="groups") for stage in (0, 1, 2, 3)},
+    **{
+        f"zero {stage}, groups": functools.partial(zero, stage=stage, emission="groups")
+        for stage in (0, 1, 2, 3)
+    },
     "zero 2, bf16": functools.partial(zero, stage=2, bf16={"enabled": True}),
     "fsdp2, HSDP": functools.partial(Native, functools.partial(fsdp2, mesh=(2, 1))),
-    "fsdp2, on the CPU": functools.partial(Native, functools.partial(fsdp2, offload_policy=CPUOffloadPolicy(False))),
-    "fsdp1, SHARD_GRAD_OP": functools.partial(Native, functools.partial(fsdp1, strategy="SHARD_GRAD_OP")),
+    "fsdp2, on the CPU": functools.partial(
+        Native, functools.partial(fsdp2, offload_policy=CPUOffloadPolicy(False))
+    ),
+    "fsdp1, SHARD_GRAD_OP": functools.partial(
+        Native, functools.partial(fsdp1, strategy="SHARD_GRAD_OP")
+    ),
     "zero 2, offload": functools.partial(zero, stage=2, **OFFLOAD),
     "zero 3, offload": functools.partial(zero, stage=3, **OFFLOAD),
     "zero 3, small sub-groups": functools.partial(zero, stage=3, zero={"sub_group_size": 500}),
@@ -100,7 +118,9 @@ def advance(driver: Driver, recipe: Recipe, schedule: PlanSchedule, steps: int) 
 
 def start(layout: Layout, recipe: Recipe) -> tuple[Driver, PlanSchedule]:
     driver = ALL[layout.name](recipe)
-    return driver, PlanSchedule(driver.optimizer if driver.optimizer is not None else driver.model, SCHEDULE)
+    return driver, PlanSchedule(
+        driver.optimizer if driver.optimizer is not None else driver.model, SCHEDULE
+    )
 
 
 def train_and_save(layout: Layout, recipe: Recipe, folder: Path) -> None:
@@ -117,13 +137,21 @@ def train_and_save(layout: Layout, recipe: Recipe, folder: Path) -> None:
 
 
 def resume(layout: Layout, recipe: Recipe, folder: Path, until: int) -> float:
-    """Train on from a checkpoint; how far it ends from training in one go. Bitwise equal: exactly 0."""
+    """Train on from a checkpoint; how far it ends from training in one go. Bitwise equal: exactly
+    0."""
     driver, schedule = start(layout, recipe)
     for param in driver.model.parameters():  # what is loaded must not depend on what was there
         if param.requires_grad or not recipe.lora:
             param.data.add_(1.0)
-    restored = load_checkpoint(folder, driver.plan, driver.model, driver.optimizer, extra={"schedule": schedule})
-    assert (restored.step, schedule.last_step, restored.changes, restored.fresh) == (HALF, HALF, [], [])
+    restored = load_checkpoint(
+        folder, driver.plan, driver.model, driver.optimizer, extra={"schedule": schedule}
+    )
+    assert (restored.step, schedule.last_step, restored.changes, restored.fresh) == (
+        HALF,
+        HALF,
+        [],
+        [],
+    )
     steps = {
         float(piece.tensors["step"])
         for pieces in optimizer_state(driver.model, driver.optimizer).values()
@@ -142,7 +170,13 @@ Outcome = float | str
 
 
 def on_rank(
-    rank: int, world_size: int, recipe: str, sources: list[Layout], resumes: list[Resume], root: Path, soon: int
+    rank: int,
+    world_size: int,
+    recipe: str,
+    sources: list[Layout],
+    resumes: list[Resume],
+    root: Path,
+    soon: int,
 ) -> dict[str, Outcome]:
     start_deepspeed()
     outcomes: dict[str, Outcome] = {}
@@ -165,7 +199,16 @@ def run_all(recipe: str, cases: list[Resume], root: Path, soon: int = SOON) -> d
     sources = list(dict.fromkeys(case.source for case in cases))
     outcomes: dict[str, Outcome] = {}
     for ranks in sorted({layout.ranks for layout in sources}):
-        run_ranks(on_rank, ranks, recipe, [s for s in sources if s.ranks == ranks], [], root, soon, deadline_s=300.0)
+        run_ranks(
+            on_rank,
+            ranks,
+            recipe,
+            [s for s in sources if s.ranks == ranks],
+            [],
+            root,
+            soon,
+            deadline_s=300.0,
+        )
     for ranks in sorted({case.target.ranks for case in cases}):
         mine = [case for case in cases if case.target.ranks == ranks]
         for found in run_ranks(on_rank, ranks, recipe, [], mine, root, soon, deadline_s=1200.0):
@@ -184,7 +227,10 @@ def check(cases: list[Resume], outcomes: dict[str, Outcome]) -> None:
         if isinstance(off, str) or off > bar:
             wrong.append(f"{case.id}: {off}")
     assert not wrong, "\n".join(wrong)
-    print(f"{len(cases)} resumes, fp32 worst {max(float(outcomes[c.id]) for c in cases if 'bf16' not in c.id):.1e}")
+    print(
+        f"{len(cases)} resumes, fp32 worst"
+        f" {max(float(outcomes[c.id]) for c in cases if 'bf16' not in c.id):.1e}"
+    )
 
 
 def pairs(sources: list[Layout], targets: list[Layout]) -> list[Resume]:
@@ -204,7 +250,8 @@ DEFAULT = [
     *(
         case
         for case in pairs(TWO, [Layout("none", 1), *TWO])
-        if (case.source.name, case.target.name) not in {(other.source.name, other.target.name) for other in ELSEWHERE}
+        if (case.source.name, case.target.name)
+        not in {(other.source.name, other.target.name) for other in ELSEWHERE}
     ),
     *pairs([Layout("zero 2, groups", 2)], [Layout("zero 2", 2)]),
     *pairs([Layout("fsdp2", 2)], [Layout("fsdp2, groups", 2), Layout("zero 2, bf16", 2)]),
@@ -232,8 +279,15 @@ def test_the_whole_matrix(recipe: str, tmp_path: Path) -> None:
 
 @pytest.mark.full
 def test_emissions_and_settings_of_every_sharder(tmp_path: Path) -> None:
-    more, some = [Layout(name, 2) for name in MORE], [Layout(name, 2) for name in ("fsdp2", "zero 2", "zero 3")]
-    cases = [*pairs(more, some), *pairs(some, more), *(Resume(layout, layout) for layout in more if layout.fits)]
+    more, some = (
+        [Layout(name, 2) for name in MORE],
+        [Layout(name, 2) for name in ("fsdp2", "zero 2", "zero 3")],
+    )
+    cases = [
+        *pairs(more, some),
+        *pairs(some, more),
+        *(Resume(layout, layout) for layout in more if layout.fits),
+    ]
     kept = Layout("ddp, buckets kept", 4)
     cases.append(Resume(kept, kept))
     check(cases, run_all("adamw", cases, tmp_path, WHOLE))

@@ -1,4 +1,5 @@
-"""The effect check sees what a step really did, under every sharder: it passes true optimizers and names liars."""
+"""The effect check sees what a step really did, under every sharder: it passes true optimizers and
+names liars."""
 
 from __future__ import annotations
 
@@ -69,7 +70,9 @@ def outcomes(request: pytest.FixtureRequest) -> Outcomes:
 
 
 def drivers(
-    build: Callable[[Any], torch.optim.Optimizer], emission: str = "auto", only: tuple[str, ...] = ()
+    build: Callable[[Any], torch.optim.Optimizer],
+    emission: str = "auto",
+    only: tuple[str, ...] = (),
 ) -> dict[str, Callable[[], Any]]:
     """{sharder: how to build its driver}."""
     made = recipe(build, emission)
@@ -80,9 +83,10 @@ def drivers(
 
 
 def observed(driver: Any, steps: int = 2) -> dict[str, float]:
-    """Rates of the last step at a factor, over all ranks; the steps before it fill the optimizer's state."""
+    """Rates of the last step at a factor, over all ranks; the steps before it fill the optimizer's
+    state."""
     live = driver.optimizer if driver.optimizer is not None else driver.model.optimizer
-    dist_layerlr.scale_lrs(live, FACTOR)
+    dist_layerlr.optim.scale_lrs(live, FACTOR)
     for step in range(steps):
         for x, y in micro_batches(step, 1):
             loss = F.mse_loss(driver.model(x), y)
@@ -97,14 +101,19 @@ def observed(driver: Any, steps: int = 2) -> dict[str, float]:
     return {name: rate for one in heard for name, rate in one.items()}
 
 
-def passes(name: str, emission: str = "auto", only: tuple[str, ...] = ()) -> Callable[[Outcomes], None]:
+def passes(
+    name: str, emission: str = "auto", only: tuple[str, ...] = ()
+) -> Callable[[Outcomes], None]:
     """A test that every rate is observed, and right."""
 
     def body(at: At) -> None:
         for sharder, make in drivers(OPTIMIZERS[name], emission, only).items():
             driver = make()
             rates = observed(driver)
-            wanted = {name: pytest.approx(entry.lr * FACTOR, rel=0.02) for name, entry in driver.plan.entries.items()}
+            wanted = {
+                name: pytest.approx(entry.lr * FACTOR, rel=0.02)
+                for name, entry in driver.plan.entries.items()
+            }
             assert rates == wanted, sharder
 
     body.__name__ = f"test_it_sees_the_planned_rates_of_{name.replace(' ', '_')}_{emission}"
@@ -115,7 +124,9 @@ A_FEW = ("unsharded", "fsdp1 flat", "zero 2")
 test_it_sees_the_planned_rates_of_adamw_auto = passes("adamw")
 test_it_sees_the_planned_rates_of_sgd_auto = passes("sgd")
 test_it_sees_the_planned_rates_of_sgd_with_momentum_auto = passes("sgd with momentum")
-test_it_sees_the_planned_rates_of_adamw_fused_auto = passes("adamw fused", only=("fsdp1", "fsdp2", "zero 1", "zero 3"))
+test_it_sees_the_planned_rates_of_adamw_fused_auto = passes(
+    "adamw fused", only=("fsdp1", "fsdp2", "zero 1", "zero 3")
+)
 test_it_sees_the_planned_rates_of_adamw_amsgrad_auto = passes("adamw amsgrad", only=A_FEW)
 test_it_sees_the_planned_rates_of_adam_auto = passes("adam", only=A_FEW)
 test_it_sees_the_planned_rates_of_adamw_segmented = passes("adamw", "segmented")
@@ -138,7 +149,9 @@ def test_it_names_a_parameter_that_moves_at_another_rate_than_reported(at: At) -
             with pytest.raises(PlanMismatch) as error:
                 observed(driver)
             wanted, real = first.lr * FACTOR, 3 * first.lr * FACTOR
-            assert f"planned lr {wanted:.6g}, the step moved it at {real:.3g}"[:-1] in str(error.value), sharder
+            assert f"planned lr {wanted:.6g}, the step moved it at {real:.3g}"[:-1] in str(
+                error.value
+            ), sharder
             assert any(f"{name}: planned" in str(error.value) for name in first.names)
             assert "does not use its groups' rates" in str(error.value)
 
@@ -154,7 +167,7 @@ def test_verify_alone_does_not_see_such_a_liar(at: At) -> None:
 def test_it_names_what_a_stale_optimizer_does_not_step(at: At) -> None:
     model: nn.Module = Recipe().model()
     plan = plan_model(model, Recipe().config)
-    optimizer = torch.optim.AdamW(dist_layerlr.param_groups(plan, model))
+    optimizer = torch.optim.AdamW(dist_layerlr.optim.param_groups(plan, model))
     sharded = fsdp2(model)
     x, y = batch(0)
     F.mse_loss(sharded(x), y).backward()
@@ -166,5 +179,8 @@ def test_it_names_what_a_stale_optimizer_does_not_step(at: At) -> None:
 @cases
 def test_an_error_inside_the_step_passes_unchanged(at: At) -> None:
     driver = Native(SHARDERS["ddp"], replace(Recipe()))
-    with pytest.raises(ZeroDivisionError), effect_check(driver.plan, driver.model, driver.optimizer):
+    with (
+        pytest.raises(ZeroDivisionError),
+        effect_check(driver.plan, driver.model, driver.optimizer),
+    ):
         raise ZeroDivisionError

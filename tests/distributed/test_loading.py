@@ -1,4 +1,5 @@
-"""Pretrained weights read straight into shards: right in every element, and only a rank's own bytes are read."""
+"""Pretrained weights read straight into shards: right in every element, and only a rank's own bytes
+are read."""
 
 from __future__ import annotations
 
@@ -14,18 +15,11 @@ from accelerate import init_empty_weights
 from safetensors.torch import save_file
 from torch import nn
 
-from dist_layerlr import (
-    ModelSourceError,
-    attach,
-    bind,
-    check_pretrained,
-    load_pretrained,
-    materialize,
-    partition_empty,
-    plan_model,
-)
-from dist_layerlr.adapters import true_weights
-from dist_layerlr.tensorfile import Stored
+from dist_layerlr import attach, bind, plan_model
+from dist_layerlr.errors import ModelSourceError
+from dist_layerlr.sharders import materialize, partition_empty, sharder_of
+from dist_layerlr.weights import check_pretrained, load_pretrained
+from dist_layerlr.weights.tensorfile import Stored
 from drivers import SHARDERS, ds_config, fsdp2, start_deepspeed
 from parity import Recipe
 from ranks import run_ranks
@@ -65,13 +59,17 @@ def values() -> dict[str, torch.Tensor]:
     generator = torch.Generator().manual_seed(9)
     state = Big().model().state_dict()
     del state["tie_b.weight"]
-    return {name: 0.1 * torch.randn(value.shape, generator=generator) for name, value in state.items()}
+    return {
+        name: 0.1 * torch.randn(value.shape, generator=generator) for name, value in state.items()
+    }
 
 
 def native(name: str) -> Any:
     model = empty()
     if name.startswith("fsdp1"):
-        return SHARDERS[name](model, param_init_fn=lambda module: materialize(module, "cpu", recurse=False))
+        return SHARDERS[name](
+            model, param_init_fn=lambda module: materialize(module, "cpu", recurse=False)
+        )
     if name in ("fsdp2", "hsdp"):
         fsdp2(model, mesh=(2, 1) if name == "hsdp" else None)
     materialize(model, "cpu")
@@ -103,7 +101,9 @@ class Counted:
         self.read = 0
         original = Stored.read
 
-        def read(stored: Stored, start: int, numel: int, out: torch.Tensor | None = None) -> torch.Tensor:
+        def read(
+            stored: Stored, start: int, numel: int, out: torch.Tensor | None = None
+        ) -> torch.Tensor:
             self.read += numel * stored.dtype.itemsize
             return original(stored, start, numel, out)
 
@@ -111,7 +111,7 @@ class Counted:
 
 
 def check_values(name: str, model: Any, wanted: dict[str, torch.Tensor]) -> None:
-    held = true_weights(model)
+    held = sharder_of(model).true_weights()
     assert {run.name for run in held} == wanted.keys()
     for run in held:
         part = wanted[run.name].reshape(-1)[run.start : run.start + run.numel]
@@ -125,7 +125,10 @@ def check_values(name: str, model: Any, wanted: dict[str, torch.Tensor]) -> None
         seen = model(inputs.bfloat16() if "bf16" in name else inputs).float()
         close = torch.allclose(seen, reference(inputs), atol=0.05 if "bf16" in name else 1e-5)
     assert close, name
-    buffers = {n.split("_fsdp_wrapped_module.")[-1].removeprefix("module."): b for n, b in model.named_buffers()}
+    buffers = {
+        n.split("_fsdp_wrapped_module.")[-1].removeprefix("module."): b
+        for n, b in model.named_buffers()
+    }
     assert torch.equal(buffers["angles"].float(), torch.arange(7.0)), name
 
 
@@ -143,26 +146,38 @@ def load_all(rank: int, world_size: int, file: str) -> dict[str, int]:
     return bytes_read
 
 
-def test_every_sharder_is_filled_and_each_rank_of_a_sharded_one_reads_its_part(tmp_path: Path) -> None:
+def test_every_sharder_is_filled_and_each_rank_of_a_sharded_one_reads_its_part(
+    tmp_path: Path,
+) -> None:
     state = values()
     save_file(state, str(tmp_path / "model.safetensors"))
     total = sum(4 * value.numel() for value in state.values())
     by_rank = run_ranks(load_all, 2, str(tmp_path))
     for name in NAMES:
         read = [counts[name] for counts in by_rank]
-        if name == "hsdp" or name not in SHARDED and name not in ("zero 1", "zero 2", "zero 1 bf16"):
+        if (
+            name == "hsdp"
+            or name not in SHARDED
+            and name not in ("zero 1", "zero 2", "zero 1 bf16")
+        ):
             assert read == [total, total], name
         else:
-            slack = 4 * (state["counted"].numel() + state["still.weight"].numel() + state["still.bias"].numel())
+            slack = 4 * (
+                state["counted"].numel()
+                + state["still.weight"].numel()
+                + state["still.bias"].numel()
+            )
             assert total <= sum(read) <= total + slack, name
             assert max(read) < 0.51 * total + slack, name
 
 
-def peak_of_loading(rank: int, world_size: int, file: str, sharded: bool, dtype: torch.dtype) -> float:
+def peak_of_loading(
+    rank: int, world_size: int, file: str, sharded: bool, dtype: torch.dtype
+) -> float:
     """Growth of this process's peak memory over loading, in bytes."""
-    from dist_layerlr import loading
+    from dist_layerlr.weights import load
 
-    loading.CHUNK = 1 << 16
+    load.CHUNK = 1 << 16
     with init_empty_weights(include_buffers=False):
         model: Any = nn.Sequential(*(nn.Linear(1000, 1000, bias=False) for _ in range(24)))
     if sharded:
@@ -196,9 +211,15 @@ def test_peak_memory_of_a_rank_is_its_shard_not_the_model(tmp_path: Path) -> Non
     state = {f"{i}.weight": torch.randn(1000, 1000) for i in range(24)}
     save_file(state, str(tmp_path / "model.safetensors"))
     total = sum(4 * value.numel() for value in state.values())
-    for ranks, dtype, share in ((2, torch.float32, 0.5), (2, torch.bfloat16, 0.25), (1, torch.float32, 1.0)):
+    for ranks, dtype, share in (
+        (2, torch.float32, 0.5),
+        (2, torch.bfloat16, 0.25),
+        (1, torch.float32, 1.0),
+    ):
         peaks = run_ranks(peak_of_loading, ranks, str(tmp_path), ranks > 1, dtype)
-        assert all(share * total <= peak <= (share + 0.1) * total for peak in peaks), [peak / total for peak in peaks]
+        assert all(share * total <= peak <= (share + 0.1) * total for peak in peaks), [
+            peak / total for peak in peaks
+        ]
 
 
 @pytest.fixture
@@ -212,13 +233,21 @@ def file(tmp_path: Path) -> Iterator[Callable[..., Path]]:
     yield write
 
 
-def test_what_does_not_fit_is_one_error_naming_file_and_tensor(file: Callable[..., Path], tmp_path: Path) -> None:
+def test_what_does_not_fit_is_one_error_naming_file_and_tensor(
+    file: Callable[..., Path], tmp_path: Path
+) -> None:
     check_pretrained(empty(), file())
     for changes, words in (
         ({"wide__bias": None}, ["lacks tensor 'wide.bias'"]),
         ({"other__bias": torch.ones(2)}, ["model.safetensors", "'other.bias'", "does not have"]),
-        ({"wide__bias": torch.ones(300)}, ["'wide.bias' in", "model.safetensors", "(300,)", "(301,)"]),
-        ({"wide__bias": torch.ones(301, dtype=torch.int32)}, ["'wide.bias' in", "int32", "float32"]),
+        (
+            {"wide__bias": torch.ones(300)},
+            ["'wide.bias' in", "model.safetensors", "(300,)", "(301,)"],
+        ),
+        (
+            {"wide__bias": torch.ones(301, dtype=torch.int32)},
+            ["'wide.bias' in", "int32", "float32"],
+        ),
     ):
         with pytest.raises(ModelSourceError) as caught:
             check_pretrained(empty(), file(**changes))
@@ -234,20 +263,26 @@ def test_what_does_not_fit_is_one_error_naming_file_and_tensor(file: Callable[..
 def load_with_one_bad_rank(rank: int, world_size: int, good: str, bad: str) -> tuple[str, bool]:
     """(error, whether the model is unchanged), where rank 1 sees another file."""
     model = fsdp2(Big().model())
-    before = [run.tensor.clone() for run in true_weights(model)]
+    before = [run.tensor.clone() for run in sharder_of(model).true_weights()]
     with pytest.raises(ModelSourceError) as caught:
         load_pretrained(model, bad if rank else good)
     return str(caught.value), all(
-        torch.equal(run.tensor, old) for run, old in zip(true_weights(model), before, strict=True)
+        torch.equal(run.tensor, old)
+        for run, old in zip(sharder_of(model).true_weights(), before, strict=True)
     )
 
 
-def test_a_file_that_one_rank_cannot_use_stops_all_before_anything_is_written(tmp_path: Path) -> None:
+def test_a_file_that_one_rank_cannot_use_stops_all_before_anything_is_written(
+    tmp_path: Path,
+) -> None:
     state = values()
     save_file(state, str(tmp_path / "good.safetensors"))
     save_file({**state, "wide.bias": torch.ones(3)}, str(tmp_path / "bad.safetensors"))
     results = run_ranks(
-        load_with_one_bad_rank, 2, str(tmp_path / "good.safetensors"), str(tmp_path / "bad.safetensors")
+        load_with_one_bad_rank,
+        2,
+        str(tmp_path / "good.safetensors"),
+        str(tmp_path / "bad.safetensors"),
     )
     assert results[0] == results[1]
     assert "bad.safetensors" in results[0][0] and results[0][1]
@@ -261,7 +296,10 @@ def test_other_dtypes_and_split_files_are_cast_and_found(tmp_path: Path) -> None
         save_file(chosen, str(tmp_path / f"model-0000{part + 1}-of-00002.safetensors"))
     model = native("none")
     load_pretrained(model, tmp_path)
-    assert all(torch.equal(model.state_dict()[n], value.to(torch.bfloat16).float()) for n, value in state.items())
+    assert all(
+        torch.equal(model.state_dict()[n], value.to(torch.bfloat16).float())
+        for n, value in state.items()
+    )
 
 
 def test_a_buffer_without_values_is_refused_by_name() -> None:

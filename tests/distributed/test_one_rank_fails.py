@@ -12,8 +12,8 @@ import torch
 import torch.distributed as dist
 
 import dist_layerlr
-from dist_layerlr.adapters.plain import PlainAdapter
 from dist_layerlr.errors import ConfigError, LayerLRError, PlanMismatch
+from dist_layerlr.sharders.plain import PlainSharder
 from drivers import SHARDERS, Native, Zero, fsdp2, start_deepspeed
 from parity import LAYERED, Recipe
 from toy import At, Cases, Outcomes
@@ -58,7 +58,9 @@ def verify(driver: Any) -> object:
 
 
 def other_plan() -> dist_layerlr.Plan:
-    return dist_layerlr.plan_model(RECIPE.model(), {"per_layer_lr": {**LAYERED, "default_lr": 1e-5}})
+    return dist_layerlr.plan_model(
+        RECIPE.model(), {"per_layer_lr": {**LAYERED, "default_lr": 1e-5}}
+    )
 
 
 def for_every_sharder(check: Callable[[At, Any], None]) -> Callable[[Outcomes], None]:
@@ -89,7 +91,11 @@ def test_a_rate_changed_on_one_rank_ends_verify_everywhere(at: At, driver: Any) 
     if at.rank == 1:
         live_groups(driver)[0]["lr"] *= 2
     error = raised_alike(lambda: verify(driver))
-    assert isinstance(error, PlanMismatch) and "on rank 1" in str(error) and f"{name}: planned lr" in str(error)
+    assert (
+        isinstance(error, PlanMismatch)
+        and "on rank 1" in str(error)
+        and f"{name}: planned lr" in str(error)
+    )
 
 
 @cases
@@ -98,7 +104,9 @@ def test_a_group_missing_on_one_rank_ends_verify_everywhere(at: At) -> None:
         driver = Native(wrap, RECIPE)
         lost = driver.plan.groups[-1].names[0]
         if at.rank == 1:
-            stepping = getattr(driver.optimizer, "inner", driver.optimizer)  # flat FSDP1 steps views of one group
+            stepping = getattr(
+                driver.optimizer, "inner", driver.optimizer
+            )  # flat FSDP1 steps views of one group
             stepping.param_groups.pop()
         error = raised_alike(lambda d=driver: verify(d))
         assert isinstance(error, PlanMismatch) and "on rank 1" in str(error)
@@ -117,7 +125,9 @@ def test_an_exception_while_reading_one_rank_ends_verify_everywhere(at: At, driv
 @cases
 def test_a_plan_that_differs_on_one_rank_ends_attach_everywhere(at: At) -> None:
     for wrap in SHARDERS.values():
-        plan = other_plan() if at.rank == 1 else dist_layerlr.plan_model(RECIPE.model(), RECIPE.config)
+        plan = (
+            other_plan() if at.rank == 1 else dist_layerlr.plan_model(RECIPE.model(), RECIPE.config)
+        )
         model = wrap(RECIPE.model())
         error = raised_alike(lambda p=plan, m=model: dist_layerlr.attach(p, m, RECIPE.make))
         assert isinstance(error, PlanMismatch) and "plans differ between ranks" in str(error)
@@ -132,7 +142,9 @@ def test_a_parameter_missing_on_one_rank_ends_attach_everywhere(at: At) -> None:
             model.gate.requires_grad_(False)
         error = raised_alike(lambda m=model: dist_layerlr.attach(plan, m, RECIPE.make))
         assert isinstance(error, PlanMismatch)
-        assert re.search(r"on rank 1.*\n.*PlanMismatch: .*'gate'.*the model does not train", str(error))
+        assert re.search(
+            r"on rank 1.*\n.*PlanMismatch: .*'gate'.*the model does not train", str(error)
+        )
 
 
 @cases
@@ -166,29 +178,38 @@ def test_an_exception_that_all_ranks_raise_alike_passes_attach_unchanged(at: At)
 @cases
 def test_an_exception_on_one_rank_ends_reapply_and_check_manifest_everywhere(at: At) -> None:
     driver = Native(lambda m: m, RECIPE)
-    saved = dist_layerlr.manifest(driver.plan, driver.model, driver.optimizer)
-    original = PlainAdapter.pieces
+    saved = dist_layerlr.proof.manifest(driver.plan, driver.model, driver.optimizer)
+    original = PlainSharder.pieces
 
     def broken(*_: Any) -> NoReturn:
         raise ZeroDivisionError("rank 1 only")
 
     if at.rank == 1:
-        PlainAdapter.pieces = broken  # type: ignore[method-assign]
+        PlainSharder.pieces = broken  # type: ignore[method-assign]
     try:
-        for work in (dist_layerlr.reapply, lambda *of: dist_layerlr.check_manifest(saved, *of)):
+        for work in (
+            dist_layerlr.proof.reapply,
+            lambda *of: dist_layerlr.proof.check_manifest(saved, *of),
+        ):
             error = raised_alike(lambda w=work: w(driver.plan, driver.model, driver.optimizer))
-            assert isinstance(error, PlanMismatch) and "ZeroDivisionError: rank 1 only" in str(error)
+            assert isinstance(error, PlanMismatch) and "ZeroDivisionError: rank 1 only" in str(
+                error
+            )
     finally:
-        PlainAdapter.pieces = original  # type: ignore[method-assign]
+        PlainSharder.pieces = original  # type: ignore[method-assign]
 
 
 @cases
 def test_another_checkpoint_layout_on_one_rank_ends_check_manifest_everywhere(at: At) -> None:
     driver = Native(fsdp2, RECIPE)
-    saved = dist_layerlr.manifest(driver.plan, driver.model, driver.optimizer)
+    saved = dist_layerlr.proof.manifest(driver.plan, driver.model, driver.optimizer)
     if at.rank == 1:
         saved["groups"].reverse()
-    error = raised_alike(lambda: dist_layerlr.check_manifest(saved, driver.plan, driver.model, driver.optimizer))
+    error = raised_alike(
+        lambda: dist_layerlr.proof.check_manifest(
+            saved, driver.plan, driver.model, driver.optimizer
+        )
+    )
     assert isinstance(error, PlanMismatch) and "on rank 1" in str(error)
 
 
@@ -204,4 +225,8 @@ def test_a_rate_that_one_rank_does_not_use_ends_effect_check_everywhere(at: At) 
             driver.optimizer.step()
 
     error = raised_alike(step)
-    assert isinstance(error, PlanMismatch) and "on rank 1" in str(error) and "the step moved it at" in str(error)
+    assert (
+        isinstance(error, PlanMismatch)
+        and "on rank 1" in str(error)
+        and "the step moved it at" in str(error)
+    )

@@ -1,4 +1,5 @@
-"""What Accelerate prepares trains every parameter as one unsharded process does: DDP, FSDP1, FSDP2, ZeRO."""
+"""What Accelerate prepares trains every parameter as one unsharded process does: DDP, FSDP1, FSDP2,
+ZeRO."""
 
 from __future__ import annotations
 
@@ -14,9 +15,22 @@ from accelerate import Accelerator, DeepSpeedPlugin, FullyShardedDataParallelPlu
 from accelerate.state import AcceleratorState, GradientState, PartialState
 from accelerate.utils import DistributedType
 
-from dist_layerlr import PlanMismatch, attach, bind, canonical_name, check_sharding, plan_model
+from dist_layerlr import PlanMismatch, attach, bind, plan_model
+from dist_layerlr.optim import check_sharding
+from dist_layerlr.plan import canonical_name
 from drivers import Native, ds_config, fsdp1, fsdp1_flat, start_deepspeed, whole
-from parity import GLOBAL_BATCH, Block, Case, Measured, Outcome, Recipe, Weights, check, measure, run_cases
+from parity import (
+    GLOBAL_BATCH,
+    Block,
+    Case,
+    Measured,
+    Outcome,
+    Recipe,
+    Weights,
+    check,
+    measure,
+    run_cases,
+)
 
 SHARED = (AcceleratorState._shared_state, PartialState._shared_state)
 
@@ -35,7 +49,9 @@ def plain(recipe: Recipe) -> Accelerator:
 def sharding(recipe: Recipe, version: int = 2) -> Accelerator:
     """Accelerate ignores the plugin on CPU, so its state is written by hand."""
     plugin = FullyShardedDataParallelPlugin(
-        fsdp_version=version, auto_wrap_policy="transformer_based_wrap", transformer_cls_names_to_wrap=[Block.__name__]
+        fsdp_version=version,
+        auto_wrap_policy="transformer_based_wrap",
+        transformer_cls_names_to_wrap=[Block.__name__],
     )
     accelerator = fresh(cpu=True, fsdp_plugin=plugin, gradient_accumulation_steps=recipe.accumulate)
     for state in SHARED:
@@ -50,14 +66,18 @@ def zero(recipe: Recipe, stage: int) -> Accelerator:
     accelerator = fresh(deepspeed_plugin=DeepSpeedPlugin(hf_ds_config=settings))
     rank = dist.get_rank()
     for state in SHARED:
-        state.update(num_processes=dist.get_world_size(), process_index=rank, local_process_index=rank)
+        state.update(
+            num_processes=dist.get_world_size(), process_index=rank, local_process_index=rank
+        )
     return accelerator
 
 
 class Prepared(Native):
     """Model and attached optimizer, prepared together."""
 
-    def __init__(self, recipe: Recipe, start: Callable[[Recipe], Accelerator], wrap: Any, sharder: str):
+    def __init__(
+        self, recipe: Recipe, start: Callable[[Recipe], Accelerator], wrap: Any, sharder: str
+    ):
         model = recipe.model()
         self.plan, self.scheduler, self._recipe = plan_model(model, recipe.config), None, recipe
         self._accelerator = start(recipe)
@@ -101,14 +121,18 @@ def train(build: Callable[[Recipe], Prepared], recipe: Recipe) -> Measured:
     return measure(build(recipe), recipe)
 
 
-def prepared(start: Callable[[Recipe], Accelerator], sharder: str, wrap: Any = lambda model: model) -> Any:
+def prepared(
+    start: Callable[[Recipe], Accelerator], sharder: str, wrap: Any = lambda model: model
+) -> Any:
     return functools.partial(Prepared, start=start, wrap=wrap, sharder=sharder)
 
 
 BUILDS: dict[str, Callable[[Recipe], Prepared]] = {
     "ddp": prepared(plain, "ddp"),
     "fsdp1, wrapped before": prepared(functools.partial(sharding, version=1), "fsdp1", fsdp1),
-    "fsdp1 flat, wrapped before": prepared(functools.partial(sharding, version=1), "fsdp1 flat", fsdp1_flat),
+    "fsdp1 flat, wrapped before": prepared(
+        functools.partial(sharding, version=1), "fsdp1 flat", fsdp1_flat
+    ),
     "fsdp2": prepared(sharding, "fsdp2"),
     **{f"zero {stage}": functools.partial(PreparedZero, stage=stage) for stage in (1, 2, 3)},
 }
@@ -129,10 +153,20 @@ CASES = [
     *(case("", sharder) for sharder in BUILDS),
     *(case(", sgd", sharder, optimizer="sgd", schedule="linear") for sharder in BUILDS),
     *(case(", 2 micro steps", sharder, accumulate=2) for sharder in BUILDS),
-    *(case(", clipped", sharder, clip=0.1) for sharder in ("ddp", "fsdp1, wrapped before", "fsdp2", "zero 2")),
-    *(case(", segmented", sharder, emission="segmented") for sharder in BUILDS if sharder != "fsdp2"),
+    *(
+        case(", clipped", sharder, clip=0.1)
+        for sharder in ("ddp", "fsdp1, wrapped before", "fsdp2", "zero 2")
+    ),
+    *(
+        case(", segmented", sharder, emission="segmented")
+        for sharder in BUILDS
+        if sharder != "fsdp2"
+    ),
     Case("fsdp2, segmented before prepare is refused", 2, segmented_before_fsdp2),
-    *(case(", LoRA", sharder, lora=True) for sharder in ("ddp", "fsdp1, wrapped before", "zero 2", "zero 3")),
+    *(
+        case(", LoRA", sharder, lora=True)
+        for sharder in ("ddp", "fsdp1, wrapped before", "zero 2", "zero 3")
+    ),
 ]
 
 
@@ -142,5 +176,7 @@ def outcomes(request: pytest.FixtureRequest) -> dict[str, list[Outcome]]:
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.id)
-def test_training_ends_where_one_unsharded_process_ends(case: Case, outcomes: dict[str, list[Outcome]]) -> None:
+def test_training_ends_where_one_unsharded_process_ends(
+    case: Case, outcomes: dict[str, list[Outcome]]
+) -> None:
     check(case, outcomes[case.id])

@@ -1,4 +1,5 @@
-"""DeepSpeed ZeRO 0 to 3 trains every parameter as one unsharded process does: offload, zero.Init, hpZ, bf16, LoRA."""
+"""DeepSpeed ZeRO 0 to 3 trains every parameter as one unsharded process does: offload, zero.Init,
+hpZ, bf16, LoRA."""
 
 from __future__ import annotations
 
@@ -13,7 +14,9 @@ from parity import Case, Measured, Outcome, Recipe, check, measure, no_worse_tha
 STAGES = (0, 1, 2, 3)
 CPU = {"device": "cpu"}
 BF16 = {"bf16": {"enabled": True}}
-UNFORCED = {"zero_force_ds_cpu_optimizer": False}  # else DeepSpeed compiles its CPUAdam, for minutes
+UNFORCED = {
+    "zero_force_ds_cpu_optimizer": False
+}  # else DeepSpeed compiles its CPUAdam, for minutes
 
 
 def train(recipe: Recipe, stage: int, **settings: Any) -> Measured:
@@ -21,8 +24,14 @@ def train(recipe: Recipe, stage: int, **settings: Any) -> Measured:
     return measure(driver, recipe, driver.scheduler)
 
 
-def case(name: str, stage: int, ranks: int = 2, recipe: Recipe | None = None, **settings: Any) -> Case:
-    return Case(f"zero {stage}{name}", ranks, functools.partial(train, recipe or Recipe(), stage, **settings))
+def case(
+    name: str, stage: int, ranks: int = 2, recipe: Recipe | None = None, **settings: Any
+) -> Case:
+    return Case(
+        f"zero {stage}{name}",
+        ranks,
+        functools.partial(train, recipe or Recipe(), stage, **settings),
+    )
 
 
 def bf16_case(name: str, stage: int, **settings: Any) -> Case:
@@ -40,12 +49,20 @@ CASES = [
     *(case(", 2 micro steps", s, recipe=Recipe(accumulate=2)) for s in STAGES),
     *(case(", LoRA", s, recipe=Recipe(lora=True)) for s in STAGES),
     *(case(", segmented", s, recipe=Recipe(emission="segmented")) for s in STAGES),
-    *(case(", segmented, sgd", s, recipe=Recipe(emission="segmented", optimizer="sgd")) for s in (1, 3)),
+    *(
+        case(", segmented, sgd", s, recipe=Recipe(emission="segmented", optimizer="sgd"))
+        for s in (1, 3)
+    ),
     case(", segmented, LoRA", 3, recipe=Recipe(emission="segmented", lora=True)),
     *(case(", a compiled block", s, compiled=True) for s in (2, 3)),
     *(case(", optimizer offload", s, **OPTIMIZER_OFFLOAD) for s in (1, 2, 3)),
     case(", gradients not contiguous", 2, zero={"contiguous_gradients": False}),
-    case(", optimizer and parameter offload", 3, zero={"offload_optimizer": CPU, "offload_param": CPU}, **UNFORCED),
+    case(
+        ", optimizer and parameter offload",
+        3,
+        zero={"offload_optimizer": CPU, "offload_param": CPU},
+        **UNFORCED,
+    ),
     case(", small sub-groups", 3, zero={"sub_group_size": 500}),
     case(", zero.Init", 3, zero_init=True),
     *(bf16_case("", s) for s in STAGES),
@@ -64,5 +81,7 @@ def outcomes(request: pytest.FixtureRequest) -> dict[str, list[Outcome]]:
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.id)
-def test_training_ends_where_one_unsharded_process_ends(case: Case, outcomes: dict[str, list[Outcome]]) -> None:
+def test_training_ends_where_one_unsharded_process_ends(
+    case: Case, outcomes: dict[str, list[Outcome]]
+) -> None:
     check(case, outcomes[case.id])

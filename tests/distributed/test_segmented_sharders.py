@@ -1,4 +1,5 @@
-"""Segmented emission under every sharder: the same numbers as ordinary groups, and the sharder's own tools still work."""
+"""Segmented emission under every sharder: the same numbers as ordinary groups, and the sharder's
+own tools still work."""
 
 from __future__ import annotations
 
@@ -50,7 +51,8 @@ def _work(rank: int, world_size: int) -> dict[str, Any]:
         segmented = run(sharder, dtype, makes[name], "segmented", rank, world_size)
         results[f"{sharder}, {dtype}, {name}"] = _largest(groups, segmented)
     results["started"] = {
-        emission: _moved_by_initialize(makes["SGD"], emission) for emission in ("groups", "segmented")
+        emission: _moved_by_initialize(makes["SGD"], emission)
+        for emission in ("groups", "segmented")
     }
     results["fragments"] = _fragments(rank, world_size)
     results["unbound"] = _unbound(rank)
@@ -65,11 +67,15 @@ def _model(dtype: str = "fp32") -> Any:
         def __init__(self) -> None:
             super().__init__()
             self.norm = nn.LayerNorm(19)
-            self.attn = nn.ModuleDict({"to_q": nn.Linear(19, 19), "to_k": nn.Linear(19, 19, bias=False)})
+            self.attn = nn.ModuleDict(
+                {"to_q": nn.Linear(19, 19), "to_k": nn.Linear(19, 19, bias=False)}
+            )
             self.mlp = nn.Sequential(nn.Linear(19, 37), nn.GELU(), nn.Linear(37, 19))
 
         def forward(self, x: torch.Tensor) -> torch.Tensor:
-            x = x + torch.tanh(self.attn["to_q"](self.norm(x))) * torch.sigmoid(self.attn["to_k"](x))
+            x = x + torch.tanh(self.attn["to_q"](self.norm(x))) * torch.sigmoid(
+                self.attn["to_k"](x)
+            )
             return x + self.mlp(x)
 
     class Model(nn.Module):
@@ -97,7 +103,9 @@ def _batch(step: int, rank: int, world_size: int) -> Any:
     return x[rank::world_size], y[rank::world_size]
 
 
-def _native(sharder: str, dtype: str, make: Any, emission: str, rank: int, world_size: int) -> dict[str, Any]:
+def _native(
+    sharder: str, dtype: str, make: Any, emission: str, rank: int, world_size: int
+) -> dict[str, Any]:
     """Weights after training; bf16: weights, gradients and state all in bf16."""
     import torch
     import torch.nn.functional as F
@@ -119,7 +127,9 @@ def _native(sharder: str, dtype: str, make: Any, emission: str, rank: int, world
             fully_shard(block, mesh=mesh)
         fully_shard(model, mesh=mesh)
     optimizer = dl.attach(plan, model, make, emission=emission)
-    schedule = dl.PlanSchedule(optimizer, dl.Schedule(kind="cosine", warmup_steps=2, total_steps=STEPS))
+    schedule = dl.PlanSchedule(
+        optimizer, dl.Schedule(kind="cosine", warmup_steps=2, total_steps=STEPS)
+    )
     for step in range(STEPS):
         x, y = _batch(step, rank, world_size)
         x, y = (t.bfloat16() if dtype == "bf16" else t for t in (x, y))
@@ -172,7 +182,9 @@ def _steps(engine: Any, count: int, rank: int, world_size: int, schedule: Any = 
             schedule.step()
 
 
-def _zero(sharder: str, dtype: str, make: Any, emission: str, rank: int, world_size: int) -> dict[str, Any]:
+def _zero(
+    sharder: str, dtype: str, make: Any, emission: str, rank: int, world_size: int
+) -> dict[str, Any]:
     """Master weights after training."""
     from deepspeed.utils import safe_get_full_fp32_param
 
@@ -181,29 +193,36 @@ def _zero(sharder: str, dtype: str, make: Any, emission: str, rank: int, world_s
     plan, engine = _engine(sharder, make, emission, dtype)
     if emission == "segmented":
         dl.bind(plan, engine)
-    schedule = dl.PlanSchedule(engine, dl.Schedule(kind="cosine", warmup_steps=2, total_steps=STEPS))
+    schedule = dl.PlanSchedule(
+        engine, dl.Schedule(kind="cosine", warmup_steps=2, total_steps=STEPS)
+    )
     _steps(engine, STEPS, rank, world_size, schedule)
     dl.verify(plan, engine, factor=schedule.factor)
     full = {n: safe_get_full_fp32_param(p) for n, p in engine.module.named_parameters()}
-    return {n: (p if full[n] is None else full[n]).detach().clone() for n, p in engine.module.named_parameters()}
+    return {
+        n: (p if full[n] is None else full[n]).detach().clone()
+        for n, p in engine.module.named_parameters()
+    }
 
 
 def _moved_by_initialize(make: Any, emission: str) -> float:
-    """How far stage 0 in bf16 moves the master weights before training: deepspeed 0.19.8 takes a step on zero gradients."""
+    """How far stage 0 in bf16 moves the master weights before training: deepspeed 0.19.8 takes a
+    step on zero gradients."""
     import dist_layerlr as dl
-    from dist_layerlr.adapters.zero import ZeroAdapter
+    from dist_layerlr.sharders import sharder_of
 
     plan, engine = _engine("zero 0", make, emission, "bf16")
     if emission == "segmented":
         dl.bind(plan, engine)
     start = {n: p.detach().float() for n, p in _model("bf16").named_parameters()}
-    return _largest(start, {p.name: p.owner.detach() for p in ZeroAdapter().pieces(engine).pieces})
+    return _largest(start, {p.name: p.owner.detach() for p in sharder_of(engine).pieces().pieces})
 
 
 def _fragments(rank: int, world_size: int) -> dict[str, float]:
     """How far the state that DeepSpeed's own reader gathers is from an unsharded run's.
 
-    With many groups instead of segments, deepspeed 0.19.8 links the state of the first group only, and the reader raises.
+    With many groups instead of segments, deepspeed 0.19.8 links the state of the first group only,
+    and the reader raises.
     """
     import torch
     from deepspeed.utils import safe_get_full_optimizer_state
@@ -216,7 +235,10 @@ def _fragments(rank: int, world_size: int) -> dict[str, float]:
         plan, engine = _engine(sharder, lambda g: torch.optim.AdamW(g), "segmented")
         dl.bind(plan, engine)
         _steps(engine, 3, rank, world_size)
-        read = {n: safe_get_full_optimizer_state(p, "exp_avg") for n, p in engine.module.named_parameters()}
+        read = {
+            n: safe_get_full_optimizer_state(p, "exp_avg")
+            for n, p in engine.module.named_parameters()
+        }
         off[sharder] = _largest(reference, read)
     return off
 
@@ -228,7 +250,7 @@ def _reference_moments() -> dict[str, Any]:
     import dist_layerlr as dl
 
     model = _model()
-    optimizer = torch.optim.AdamW(dl.param_groups(dl.plan_model(model, CONFIG), model))
+    optimizer = torch.optim.AdamW(dl.optim.param_groups(dl.plan_model(model, CONFIG), model))
     for step in range(3):
         x, y = _batch(step, 0, 1)
         F.mse_loss(model(x), y).backward()
@@ -263,11 +285,14 @@ def measured() -> dict[str, Any]:
 
 
 @pytest.mark.parametrize(("sharder", "dtype", "make"), CASES)
-def test_segmented_trains_like_groups(sharder: str, dtype: str, make: str, measured: dict[str, Any]) -> None:
+def test_segmented_trains_like_groups(
+    sharder: str, dtype: str, make: str, measured: dict[str, Any]
+) -> None:
     """SGD bitwise; AdamW to a part in ten million."""
     allowed = {"SGD": 0.0, "AdamW": 1e-7, "AdamW fused": 1e-7}[make]
     if make == "AdamW fused" and sharder != "ddp":
-        allowed = 5e-7  # the kernel rounds differently in its vector and scalar parts, and slices move the border
+        # the kernel rounds differently in its vector and scalar parts, and slices move the border
+        allowed = 5e-7
     if (sharder, dtype) == ("fsdp1 flat", "bf16"):
         allowed = 2**-7  # the same border, where the last place of a weight is that large
     assert measured[f"{sharder}, {dtype}, {make}"] <= allowed
@@ -276,12 +301,16 @@ def test_segmented_trains_like_groups(sharder: str, dtype: str, make: str, measu
 def test_the_step_that_deepspeed_takes_inside_initialize_decays_groups_but_not_segments(
     measured: dict[str, Any],
 ) -> None:
-    assert measured["started"]["groups"] > 0.0, "deepspeed has mended it: drop Segmented's early return"
+    assert measured["started"]["groups"] > 0.0, (
+        "deepspeed has mended it: drop Segmented's early return"
+    )
     assert measured["started"]["segmented"] == 0.0
 
 
 @pytest.mark.parametrize("sharder", ZERO[1:])
-def test_deepspeed_reads_the_optimizer_state_of_a_segmented_run(sharder: str, measured: dict[str, Any]) -> None:
+def test_deepspeed_reads_the_optimizer_state_of_a_segmented_run(
+    sharder: str, measured: dict[str, Any]
+) -> None:
     assert measured["fragments"][sharder] <= 1e-5
 
 

@@ -1,4 +1,5 @@
-"""A segmented run under the tools that torch and DeepSpeed users already have: state dicts, DCP, exports, universal."""
+"""A segmented run under the tools that torch and DeepSpeed users already have: state dicts, DCP,
+exports, universal."""
 
 from __future__ import annotations
 
@@ -12,7 +13,10 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import nn
-from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
+from torch.distributed.checkpoint.state_dict import (
+    get_optimizer_state_dict,
+    set_optimizer_state_dict,
+)
 from torch.distributed.fsdp import FullyShardedDataParallel as FSDP
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
@@ -37,7 +41,7 @@ def adamw(groups: Any) -> torch.optim.Optimizer:
 def reference_moments(key: str) -> dict[str, torch.Tensor]:
     """A moment of an unsharded run on the global batch, by name."""
     model = make_model()
-    optimizer = adamw(dl.param_groups(dl.plan_model(model, CONFIG), model))
+    optimizer = adamw(dl.optim.param_groups(dl.plan_model(model, CONFIG), model))
     for step in range(STEPS):
         backward(model, step)
         optimizer.step()
@@ -55,7 +59,9 @@ def shard(sharder: str) -> tuple[dl.Plan, nn.Module, torch.optim.Optimizer]:
     else:
         policy = torch.distributed.fsdp.wrap.ModuleWrapPolicy({Block})
         orig = sharder == "fsdp1"
-        model = FSDP(model, auto_wrap_policy=policy, use_orig_params=orig, device_id=torch.device("cpu"))
+        model = FSDP(
+            model, auto_wrap_policy=policy, use_orig_params=orig, device_id=torch.device("cpu")
+        )
     return plan, model, dl.attach(plan, model, adamw, emission="segmented")
 
 
@@ -76,7 +82,9 @@ def weights(model: Any) -> dict[str, torch.Tensor]:
 def distance(state: dict[str, Any], key: str) -> float:
     """How far a moment is from the reference, relative to its largest element."""
     reference = reference_moments(key)
-    whole = {n: s[key].full_tensor() if isinstance(s[key], DTensor) else s[key] for n, s in state.items()}
+    whole = {
+        n: s[key].full_tensor() if isinstance(s[key], DTensor) else s[key] for n, s in state.items()
+    }
     return farthest(whole, reference) / max(float(v.abs().max()) for v in reference.values())
 
 
@@ -123,39 +131,52 @@ def test_flat_fsdp1s_optimizer_state_dict_saves_and_loads(at: At) -> None:
 
 
 @cases
-def test_fsdp1_with_original_parameters_loses_first_moments_in_its_state_dict_and_ours_does_not(at: At) -> None:
-    """torch 2.13 on gloo, with any optimizer: exp_avg comes out wrong, exp_avg_sq right. Nothing is raised."""
+def test_fsdp1_with_original_parameters_loses_first_moments_in_its_state_dict_and_ours_does_not(
+    at: At,
+) -> None:
+    """torch 2.13 on gloo, with any optimizer: exp_avg comes out wrong, exp_avg_sq right. Nothing is
+    raised."""
     _, model, _ = shard("fsdp1")
     naive = torch.optim.AdamW(model.parameters())
     train(model, naive, at.rank, range(1))
-    pieces = dl.optimizer_state(model, naive)
+    pieces = dl.optim.optimizer_state(model, naive)
     saved = FSDP.optim_state_dict(model, naive)["state"]
     wrong = [
-        not torch.allclose(saved[name]["exp_avg"].reshape(-1)[piece.start :][: len(moment)], moment, atol=1e-6)
-        for name, found in pieces.items() for piece in found for moment in [piece.tensors["exp_avg"]]
-    ]  # fmt: skip
+        not torch.allclose(
+            saved[name]["exp_avg"].reshape(-1)[piece.start :][: len(moment)], moment, atol=1e-6
+        )
+        for name, found in pieces.items()
+        for piece in found
+        for moment in [piece.tensors["exp_avg"]]
+    ]
     assert any(wrong), "torch has mended it: say so in docs/checkpoints.md"
 
     _, model, optimizer = shard("fsdp1")
     train(model, optimizer, at.rank, range(STEPS))
     for key in ("exp_avg", "exp_avg_sq"):
         reference = reference_moments(key)
-        for name, found in dl.optimizer_state(model, optimizer).items():
+        for name, found in dl.optim.optimizer_state(model, optimizer).items():
             for piece in found:
                 wanted = reference[name].reshape(-1)[piece.start :][: len(piece.tensors[key])]
                 torch.testing.assert_close(piece.tensors[key], wanted, rtol=1e-4, atol=1e-7)
 
 
-def engine(stage: int, make: Any = adamw, emission: str = "segmented", **fields: Any) -> tuple[dl.Plan, Any]:
+def engine(
+    stage: int, make: Any = adamw, emission: str = "segmented", **fields: Any
+) -> tuple[dl.Plan, Any]:
     import deepspeed
 
     model = make_model()
     plan = dl.plan_model(model, CONFIG)
     optimizer = dl.attach(plan, model, make, emission=emission)
     config = {
-        "train_micro_batch_size_per_gpu": 4, "gradient_clipping": 0.0, "zero_allow_untested_optimizer": True,
-        "zero_optimization": {"stage": stage}, "steps_per_print": 10**9, **fields,
-    }  # fmt: skip
+        "train_micro_batch_size_per_gpu": 4,
+        "gradient_clipping": 0.0,
+        "zero_allow_untested_optimizer": True,
+        "zero_optimization": {"stage": stage},
+        "steps_per_print": 10**9,
+        **fields,
+    }
     made = deepspeed.initialize(model=model, optimizer=optimizer, config=config)[0]
     if emission == "segmented":
         dl.bind(plan, made)
@@ -180,7 +201,8 @@ def masters(made: Any) -> dict[str, torch.Tensor]:
 
 
 def zero_tools(at: At, stage: int) -> None:
-    """zero_to_fp32 gives the masters; a universal checkpoint resumes, once the rates are put back on by name."""
+    """zero_to_fp32 gives the masters; a universal checkpoint resumes, once the rates are put back
+    on by name."""
     from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
 
     _, first = engine(stage)
@@ -196,16 +218,25 @@ def zero_tools(at: At, stage: int) -> None:
 
     plan, second = engine(stage, checkpoint={"load_universal": True})
     second.load_checkpoint(str(at.folder / "saved"), tag="t_universal")
-    dl.reapply(plan, second)
+    dl.proof.reapply(plan, second)
     dl.verify(plan, second)
     drive(second, at.rank, range(STEPS, STEPS + 2))
     assert farthest(masters(first), masters(second)) <= 1e-7
 
 
 def _to_universal(folder: Path) -> None:
-    command = [sys.executable, "-m", "deepspeed.checkpoint.ds_to_universal", "--inject_missing_state"]
+    command = [
+        sys.executable,
+        "-m",
+        "deepspeed.checkpoint.ds_to_universal",
+        "--inject_missing_state",
+    ]
     target = folder.with_name("t_universal")
-    subprocess.run([*command, "--input_folder", folder, "--output_folder", target], check=True, capture_output=True)
+    subprocess.run(
+        [*command, "--input_folder", folder, "--output_folder", target],
+        check=True,
+        capture_output=True,
+    )
 
 
 @cases
@@ -232,8 +263,13 @@ def test_deepspeeds_cpu_adam_steps_slices_like_groups(at: At) -> None:
     for stage in (2, 3):
         trained = []
         for emission in ("groups", "segmented"):
-            fields = {"zero_optimization": {"stage": stage, **offload}, "zero_force_ds_cpu_optimizer": False}
-            plan, made = engine(stage, lambda g: DeepSpeedCPUAdam(g, weight_decay=0.1), emission, **fields)
+            fields = {
+                "zero_optimization": {"stage": stage, **offload},
+                "zero_force_ds_cpu_optimizer": False,
+            }
+            plan, made = engine(
+                stage, lambda g: DeepSpeedCPUAdam(g, weight_decay=0.1), emission, **fields
+            )
             drive(made, at.rank, range(STEPS))
             dl.verify(plan, made)
             trained.append(masters(made))

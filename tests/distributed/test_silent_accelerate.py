@@ -1,7 +1,7 @@
 """Silent failures of Accelerate on CPU ranks: each shown on naive code, then with ours.
 
-Numbers in the names are the rows of the table of 22 silent failures. The first test of a row asserts that naive code
-still fails without an error: when it no longer passes, upstream mended it.
+Numbers in the names are the rows of the table of 22 silent failures. The first test of a row
+asserts that naive code still fails without an error: when it no longer passes, upstream mended it.
 """
 
 from __future__ import annotations
@@ -42,8 +42,11 @@ from toy import (
 
 
 def quiet() -> None:
-    """Start DeepSpeed on the ranks' process group, without compiling its shared memory op; be a torchrun."""
-    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT="29500", LOCAL_WORLD_SIZE=os.environ["WORLD_SIZE"])
+    """Start DeepSpeed on the ranks' process group, without compiling its shared memory op; be a
+    torchrun."""
+    os.environ.update(
+        MASTER_ADDR="127.0.0.1", MASTER_PORT="29500", LOCAL_WORLD_SIZE=os.environ["WORLD_SIZE"]
+    )
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
     deepspeed.init_distributed("gloo", verbose=False)
@@ -74,7 +77,9 @@ def fresh_state() -> Iterator[None]:
 
 def fsdp2_plugin() -> FullyShardedDataParallelPlugin:
     return FullyShardedDataParallelPlugin(
-        fsdp_version=2, auto_wrap_policy="transformer_based_wrap", transformer_cls_names_to_wrap=[Block.__name__]
+        fsdp_version=2,
+        auto_wrap_policy="transformer_based_wrap",
+        transformer_cls_names_to_wrap=[Block.__name__],
     )
 
 
@@ -105,7 +110,9 @@ def zero_accelerator(at: At, settings: dict[str, Any]) -> Accelerator:
     """Accelerate counts one process on CPU, so its state is written by hand."""
     accelerator = Accelerator(deepspeed_plugin=DeepSpeedPlugin(hf_ds_config=settings))
     for state in (AcceleratorState._shared_state, PartialState._shared_state):
-        state.update(num_processes=at.world_size, process_index=at.rank, local_process_index=at.rank)
+        state.update(
+            num_processes=at.world_size, process_index=at.rank, local_process_index=at.rank
+        )
     return accelerator
 
 
@@ -135,10 +142,14 @@ def with_shared_address() -> nn.Module:
 def test_01_naive_prepare_for_fsdp2_drops_one_of_two_parameters_at_one_address(at: At) -> None:
     with fresh_state():
         model = with_shared_address()
-        model, optimizer = fsdp2_accelerator().prepare(model, adamw(naive_groups(model.named_parameters())))
+        model, optimizer = fsdp2_accelerator().prepare(
+            model, adamw(naive_groups(model.named_parameters()))
+        )
         stepped = names_of(optimizer, model)
         assert len(stepped) == len(set(stepped)) + 1
-        assert {name for name, _ in model.named_parameters()} - set(stepped) == {"blocks.0.attn.to_k.weight"}
+        assert {name for name, _ in model.named_parameters()} - set(stepped) == {
+            "blocks.0.attn.to_k.weight"
+        }
 
 
 @cases
@@ -146,7 +157,9 @@ def test_01_verify_names_the_parameter_that_prepare_dropped(at: At) -> None:
     with fresh_state():
         model = with_shared_address()
         plan = dist_layerlr.plan_model(model, CONFIG)
-        model, optimizer = fsdp2_accelerator().prepare(model, dist_layerlr.attach(plan, model, adamw))
+        model, optimizer = fsdp2_accelerator().prepare(
+            model, dist_layerlr.attach(plan, model, adamw)
+        )
         with pytest.raises(PlanMismatch, match=r"blocks\.0\.attn\.to_k\.weight"):
             dist_layerlr.verify(plan, model, optimizer)
         optimizer = dist_layerlr.attach(plan, model, adamw)
@@ -158,7 +171,9 @@ def test_01_verify_holds_through_prepare(at: At) -> None:
     with fresh_state():
         model = make_model()
         plan = dist_layerlr.plan_model(model, CONFIG)
-        model, optimizer = fsdp2_accelerator().prepare(model, dist_layerlr.attach(plan, model, adamw))
+        model, optimizer = fsdp2_accelerator().prepare(
+            model, dist_layerlr.attach(plan, model, adamw)
+        )
         assert dist_layerlr.verify(plan, model, optimizer).sharder == "fsdp2"
     for stage in (1, 2, 3):
         with fresh_state():
@@ -193,9 +208,9 @@ def test_05_naive_auto_scheduler_drives_all_groups_to_the_dummy_rate(at: At) -> 
 @cases
 def test_05_auto_blocks_are_refused_by_name(at: At) -> None:
     with pytest.raises(ConfigError, match="WarmupLR"):
-        dist_layerlr.check_ds_config(zero_config(1, scheduler=AUTO))
+        dist_layerlr.optim.check_ds_config(zero_config(1, scheduler=AUTO))
     with pytest.raises(ConfigError, match="AdamW"):
-        dist_layerlr.check_ds_config(zero_config(1, optimizer=AUTO_ADAMW))
+        dist_layerlr.optim.check_ds_config(zero_config(1, optimizer=AUTO_ADAMW))
 
 
 # --- 7: a plugin that is not used ---
@@ -225,14 +240,14 @@ def test_07_check_sharding_says_what_wraps_the_model_instead(at: At) -> None:
         model = make_model()
         model, _ = accelerator.prepare(model, adamw(naive_groups(model.named_parameters())))
         with pytest.raises(ConfigError, match="'fsdp2' was asked for.*'ddp'"):
-            dist_layerlr.check_sharding(model, "fsdp2")
-        dist_layerlr.check_sharding(model, "ddp")
+            dist_layerlr.optim.check_sharding(model, "fsdp2")
+        dist_layerlr.optim.check_sharding(model, "ddp")
     with fresh_state():
         model = make_model()
         model, _ = fsdp2_accelerator().prepare(model, adamw(naive_groups(model.named_parameters())))
-        dist_layerlr.check_sharding(model, "fsdp2")
+        dist_layerlr.optim.check_sharding(model, "fsdp2")
     with pytest.raises(ConfigError, match="'zero' was asked for"):
-        dist_layerlr.check_sharding(make_model(), "zero")
+        dist_layerlr.optim.check_sharding(make_model(), "zero")
 
 
 @cases
@@ -244,7 +259,7 @@ def test_07_verify_counts_the_ranks_itself(at: At) -> None:
         assert accelerator.num_processes == 1
         optimizer = dist_layerlr.attach(plan, model, adamw)
         engine = deepspeed.initialize(model=model, optimizer=optimizer, config=zero_config(1))[0]
-        dist_layerlr.check_sharding(engine, "zero")
+        dist_layerlr.optim.check_sharding(engine, "zero")
         assert dist_layerlr.verify(plan, engine).ranks == 2
 
 
@@ -275,9 +290,9 @@ def test_08_check_scheduler_refuses_a_prepared_scheduler(at: At) -> None:
         accelerator = Accelerator(cpu=True)
         optimizer = adamw(naive_groups(make_model().named_parameters()))
         scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, halve)
-        dist_layerlr.check_scheduler(scheduler)
+        dist_layerlr.optim.check_scheduler(scheduler)
         with pytest.raises(ConfigError, match="2 times per optimizer step"):
-            dist_layerlr.check_scheduler(accelerator.prepare(scheduler))
+            dist_layerlr.optim.check_scheduler(accelerator.prepare(scheduler))
 
 
 @cases
@@ -287,7 +302,9 @@ def test_08_plan_schedule_steps_once_whatever_accelerate_prepared(at: At) -> Non
         with fresh_state():
             model = make_model()
             plan = dist_layerlr.plan_model(model, CONFIG)
-            model, optimizer = make_accelerator().prepare(model, dist_layerlr.attach(plan, model, adamw))
+            model, optimizer = make_accelerator().prepare(
+                model, dist_layerlr.attach(plan, model, adamw)
+            )
             driver = dist_layerlr.PlanSchedule(optimizer, schedule)
             for step in range(3):
                 assert driver.factor == schedule.factor(step)
@@ -317,7 +334,9 @@ def test_08_verify_finds_a_schedule_that_ran_ahead(at: At) -> None:
 
 
 @cases
-def test_16_naive_reference_to_a_group_goes_stale_when_accelerate_wraps_the_optimizer(at: At) -> None:
+def test_16_naive_reference_to_a_group_goes_stale_when_accelerate_wraps_the_optimizer(
+    at: At,
+) -> None:
     with fresh_state():
         model = make_model()
         optimizer = adamw(naive_groups(model.named_parameters()))
@@ -333,7 +352,9 @@ def test_16_plan_schedule_reads_the_live_groups_after_prepare(at: At) -> None:
         model = make_model()
         plan = dist_layerlr.plan_model(model, config(depth_strategy="linear", min_depth_factor=0.5))
         optimizer = dist_layerlr.attach(plan, model, adamw)
-        driver = dist_layerlr.PlanSchedule(optimizer, dist_layerlr.Schedule(kind="linear", total_steps=5))
+        driver = dist_layerlr.PlanSchedule(
+            optimizer, dist_layerlr.Schedule(kind="linear", total_steps=5)
+        )
         model, optimizer = Accelerator(cpu=True).prepare(model, optimizer)
         driver.step()
         assert driver.factor == 0.75

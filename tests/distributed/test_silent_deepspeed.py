@@ -1,7 +1,7 @@
 """Silent failures of DeepSpeed ZeRO, on real engines: each shown on naive code, then with ours.
 
-Numbers in the names are the rows of the table of 22 silent failures. The first test of a row asserts that naive code
-still fails without an error: when it no longer passes, upstream mended it.
+Numbers in the names are the rows of the table of 22 silent failures. The first test of a row
+asserts that naive code still fails without an error: when it no longer passes, upstream mended it.
 """
 
 from __future__ import annotations
@@ -97,7 +97,7 @@ def our_engine(stage: int, rule: Any = CONFIG, make: Any = adamw, **fields: Any)
     model = make_model()
     plan = dist_layerlr.plan_model(model, rule)
     settings = ds_config(stage, **fields)
-    dist_layerlr.check_ds_config(settings)
+    dist_layerlr.optim.check_ds_config(settings)
     return plan, start(model, dist_layerlr.attach(plan, model, make), settings)
 
 
@@ -140,7 +140,9 @@ def test_01_attach_before_initialize_trains_every_name_as_one_process_would(at: 
     for stage in (0, 1, 2, 3):
         plan, engine = our_engine(stage)
         dist_layerlr.verify(plan, engine)
-        assert {n: p.lr for n, p in dist_layerlr.read_back(engine).items()} == wanted_rates(), stage
+        assert {
+            n: p.lr for n, p in dist_layerlr.optim.read_back(engine).items()
+        } == wanted_rates(), stage
         run(engine, at, steps=3)
         dist_layerlr.verify(plan, engine)
         assert farthest(masters(engine), reference) < 5e-6, stage
@@ -153,7 +155,11 @@ def groups_by_block(model: nn.Module, order: tuple[int, ...]) -> list[dict[str, 
     """One group per block, all at one rate, so only the order differs."""
     named = list(model.named_parameters())
     groups = [
-        {"params": [p for n, p in named if n.startswith(f"blocks.{i}.")], "lr": 1e-3, "name": f"block {i}"}
+        {
+            "params": [p for n, p in named if n.startswith(f"blocks.{i}.")],
+            "lr": 1e-3,
+            "name": f"block {i}",
+        }
         for i in order
     ]
     rest = [p for n, p in named if not n.startswith("blocks.")]
@@ -182,10 +188,10 @@ def test_03_naive_resume_with_reordered_groups_swaps_fp32_weights_of_layers(at: 
 def test_03_check_manifest_refuses_reordered_groups_before_the_load(at: At) -> None:
     plan = dist_layerlr.plan_model(make_model(), config(component_lr={}, default_lr=1e-3))
     for stage in (1, 2, 3):
-        saved = dist_layerlr.manifest(plan, engine_by_block(stage, (0, 1, 2)))
-        dist_layerlr.check_manifest(saved, plan, engine_by_block(stage, (0, 1, 2)))
+        saved = dist_layerlr.proof.manifest(plan, engine_by_block(stage, (0, 1, 2)))
+        dist_layerlr.proof.check_manifest(saved, plan, engine_by_block(stage, (0, 1, 2)))
         with pytest.raises(PlanMismatch, match=r"blocks\.0\."):
-            dist_layerlr.check_manifest(saved, plan, engine_by_block(stage, (2, 1, 0)))
+            dist_layerlr.proof.check_manifest(saved, plan, engine_by_block(stage, (2, 1, 0)))
 
 
 @cases
@@ -194,10 +200,10 @@ def test_03_equal_plans_order_their_groups_alike_so_weights_return_by_name(at: A
     for stage in (1, 2, 3):
         plan, engine = our_engine(stage, rule)
         run(engine, at, steps=2)
-        saved = dist_layerlr.manifest(plan, engine)
+        saved = dist_layerlr.proof.manifest(plan, engine)
         engine.save_checkpoint(str(at.folder), tag=f"z{stage}")
         plan, resumed = our_engine(stage, rule)
-        dist_layerlr.check_manifest(saved, plan, resumed)
+        dist_layerlr.proof.check_manifest(saved, plan, resumed)
         resumed.load_checkpoint(str(at.folder), tag=f"z{stage}")
         dist_layerlr.verify(plan, resumed)
         assert wrong(masters(engine), masters(resumed)) == [], stage
@@ -219,24 +225,28 @@ def test_03_our_checkpoint_fills_reordered_groups_by_name(at: At) -> None:
 
 
 @cases
-def test_03_load_deepspeed_refuses_reordered_groups_and_puts_the_rates_of_equal_ones_back(at: At) -> None:
+def test_03_load_deepspeed_refuses_reordered_groups_and_puts_the_rates_of_equal_ones_back(
+    at: At,
+) -> None:
     plan = dist_layerlr.plan_model(make_model(), config(component_lr={}, default_lr=1e-3))
     new = dist_layerlr.plan_model(make_model(), config(component_lr={}, default_lr=2e-3))
     for stage in (1, 3):
         engine = engine_by_block(stage, (0, 1, 2))
         run(engine, at, steps=2)
-        dist_layerlr.save_deepspeed(at.folder, plan, engine, tag=f"named{stage}")
+        dist_layerlr.checkpoint.save_deepspeed(at.folder, plan, engine, tag=f"named{stage}")
         swapped = engine_by_block(stage, (2, 1, 0))
         before = masters(swapped)
-        with pytest.raises(PlanMismatch, match=r"the checkpoint has blocks\.0\..* where blocks\.2\..* is now"):
-            dist_layerlr.load_deepspeed(at.folder, plan, swapped, tag=f"named{stage}")
+        with pytest.raises(
+            PlanMismatch, match=r"the checkpoint has blocks\.0\..* where blocks\.2\..* is now"
+        ):
+            dist_layerlr.checkpoint.load_deepspeed(at.folder, plan, swapped, tag=f"named{stage}")
         assert wrong(before, masters(swapped), 0.0) == [], stage
         resumed = engine_by_block(stage, (0, 1, 2))
-        dist_layerlr.load_deepspeed(at.folder, new, resumed, tag=f"named{stage}")
+        dist_layerlr.checkpoint.load_deepspeed(at.folder, new, resumed, tag=f"named{stage}")
         assert wrong(masters(engine), masters(resumed), 0.0) == [], stage
         dist_layerlr.verify(new, resumed)
-    with pytest.raises(CheckpointError, match="Save with dist_layerlr.save_deepspeed"):
-        dist_layerlr.load_deepspeed(at.folder, plan, resumed, tag="nothing")
+    with pytest.raises(CheckpointError, match="Save with dist_layerlr.checkpoint.save_deepspeed"):
+        dist_layerlr.checkpoint.load_deepspeed(at.folder, plan, resumed, tag="nothing")
 
 
 @cases
@@ -245,16 +255,21 @@ def test_03_load_deepspeed_misses_a_short_or_absent_file_on_all_ranks_alike(at: 
     plan = dist_layerlr.plan_model(make_model(), config(component_lr={}, default_lr=1e-3))
     engine = engine_by_block(2, (0, 1, 2))
     run(engine, at)
-    dist_layerlr.save_deepspeed(at.folder, plan, engine, tag="whole")
+    dist_layerlr.checkpoint.save_deepspeed(at.folder, plan, engine, tag="whole")
     run(engine, at, first=1)
     before = masters(engine)
     (shard,) = (at.folder / "whole").glob("zero_pp_rank_1_*")
-    for told, damage in (("bytes", lambda: os.truncate(shard, 100)), ("no such file", shard.unlink)):
+    for told, damage in (
+        ("bytes", lambda: os.truncate(shard, 100)),
+        ("no such file", shard.unlink),
+    ):
         if dist.get_rank() == 0:
             damage()
         dist.barrier()
-        with pytest.raises(CheckpointError, match=rf"{shard.name}' is damaged or incomplete: .*{told}"):
-            dist_layerlr.load_deepspeed(at.folder, plan, engine, tag="whole")
+        with pytest.raises(
+            CheckpointError, match=rf"{shard.name}' is damaged or incomplete: .*{told}"
+        ):
+            dist_layerlr.checkpoint.load_deepspeed(at.folder, plan, engine, tag="whole")
     assert wrong(before, masters(engine), 0.0) == []
 
 
@@ -264,9 +279,14 @@ def test_03_load_deepspeed_misses_a_short_or_absent_file_on_all_ranks_alike(at: 
 def to_universal(source: Path, target: Path) -> None:
     if dist.get_rank() == 0:
         arguments = argparse.Namespace(
-            input_folder=str(source), output_folder=str(target), num_extract_workers=1, num_merge_workers=1,
-            keep_temp_folder=False, strict=True, inject_missing_state=True,
-        )  # fmt: skip
+            input_folder=str(source),
+            output_folder=str(target),
+            num_extract_workers=1,
+            num_merge_workers=1,
+            keep_temp_folder=False,
+            strict=True,
+            inject_missing_state=True,
+        )
         with silence():
             ds_to_universal.main(arguments)
     dist.barrier()
@@ -301,21 +321,24 @@ def test_04_naive_universal_load_at_stage_3_gives_all_groups_the_first_rate(at: 
 
 
 @cases
-def test_04_naive_universal_load_at_stage_1_gives_reordered_groups_the_rates_of_others(at: At) -> None:
+def test_04_naive_universal_load_at_stage_1_gives_reordered_groups_the_rates_of_others(
+    at: At,
+) -> None:
     engine = naive_engine(1)
     model = make_model()
     optimizer = adamw(naive_groups(model.named_parameters())[::-1])
     resumed = start(model, optimizer, ds_config(1, **UNIVERSAL))
     universal_resume(at, 1, engine, resumed)
     assert wrong(masters(engine), masters(resumed)) == []
-    live = {n: p.lr for n, p in dist_layerlr.read_back(resumed).items()}
+    live = {n: p.lr for n, p in dist_layerlr.optim.read_back(resumed).items()}
     assert live["head.weight"] == RATES["self_attn"]
     assert live["blocks.0.attn.to_q.weight"] == RATES["default"]
 
 
 @cases
 def test_04_naive_universal_load_at_stage_3_counts_a_step_once_per_group(at: At) -> None:
-    # Not in the table: all groups share one `step` tensor afterwards, which each group's update increments.
+    # Not in the table: all groups share one `step` tensor afterwards, which each group's update
+    # increments.
     engine, resumed = naive_engine(3), naive_engine(3, **UNIVERSAL)
     universal_resume(at, 3, engine, resumed)
     run(resumed, at, first=2)
@@ -333,7 +356,7 @@ def test_04_reapply_puts_every_rate_back_by_name_after_a_universal_load(at: At) 
         if stage == 3:
             with pytest.raises(PlanMismatch, match="lr"):
                 dist_layerlr.verify(plan, resumed)
-        dist_layerlr.reapply(plan, resumed)
+        dist_layerlr.proof.reapply(plan, resumed)
         dist_layerlr.verify(plan, resumed)
 
 
@@ -343,7 +366,7 @@ def test_04_training_goes_on_alike_after_a_universal_load_and_reapply(at: At) ->
         _, engine = our_engine(stage)
         plan, resumed = our_engine(stage, **UNIVERSAL)
         universal_resume(at, stage, engine, resumed)
-        dist_layerlr.reapply(plan, resumed)
+        dist_layerlr.proof.reapply(plan, resumed)
         run(engine, at, first=2)
         run(resumed, at, first=2)
         apart = farthest(masters(engine), masters(resumed))
@@ -397,9 +420,13 @@ def test_05_verify_names_the_rates_that_a_scheduler_block_overwrote(at: At) -> N
 def test_05_scheduler_and_optimizer_blocks_are_refused_by_name(at: At) -> None:
     for kind, params in FLATTENING.items():
         with pytest.raises(ConfigError, match=kind):
-            dist_layerlr.check_ds_config(ds_config(1, scheduler={"type": kind, "params": params}))
+            dist_layerlr.optim.check_ds_config(
+                ds_config(1, scheduler={"type": kind, "params": params})
+            )
     with pytest.raises(ConfigError, match="AdamW"):
-        dist_layerlr.check_ds_config(ds_config(1, optimizer={"type": "AdamW", "params": {"lr": 1e-3}}))
+        dist_layerlr.optim.check_ds_config(
+            ds_config(1, optimizer={"type": "AdamW", "params": {"lr": 1e-3}})
+        )
 
 
 @cases
@@ -407,7 +434,11 @@ def test_05_warmup_cosine_keeps_ratios_and_is_let_through(at: At) -> None:
     settings = {"type": "WarmupCosineLR", "params": {"total_num_steps": 10, "warmup_num_steps": 2}}
     plan, engine = our_engine(1, scheduler=settings)
     run(engine, at, steps=4)
-    dist_layerlr.verify(plan, engine, factor=dist_layerlr.read_back(engine)["head.weight"].lr / RATES["default"])
+    dist_layerlr.verify(
+        plan,
+        engine,
+        factor=dist_layerlr.optim.read_back(engine)["head.weight"].lr / RATES["default"],
+    )
 
 
 # --- 6: resume brings the old plan's rates back ---
@@ -415,7 +446,10 @@ def test_05_warmup_cosine_keeps_ratios_and_is_let_through(at: At) -> None:
 
 def tenfold() -> dict[str, Any]:
     rates = {key: 10 * rate for key, rate in RATES.items()}
-    return config(component_lr={"self_attn": rates["self_attn"], "ffn": rates["ffn"]}, default_lr=rates["default"])
+    return config(
+        component_lr={"self_attn": rates["self_attn"], "ffn": rates["ffn"]},
+        default_lr=rates["default"],
+    )
 
 
 @cases
@@ -443,7 +477,7 @@ def test_06_reapply_puts_the_new_plan_back_after_load_checkpoint(at: At) -> None
         resumed.load_checkpoint(str(at.folder), tag=f"z{stage}")
         with pytest.raises(PlanMismatch, match="lr"):
             dist_layerlr.verify(plan, resumed)
-        dist_layerlr.reapply(plan, resumed)
+        dist_layerlr.proof.reapply(plan, resumed)
         dist_layerlr.verify(plan, resumed)
 
 
@@ -485,7 +519,7 @@ def test_09_a_config_that_does_not_say_gradient_clipping_is_refused(at: At) -> N
     silent = ds_config(1)
     del silent["gradient_clipping"]
     with pytest.raises(ConfigError, match="gradient_clipping"):
-        dist_layerlr.check_ds_config(silent)
+        dist_layerlr.optim.check_ds_config(silent)
 
 
 @cases
@@ -514,7 +548,7 @@ def test_10_a_plan_under_zero_init_sees_true_shapes(at: At) -> None:
     assert plan.digest == dist_layerlr.plan_model(make_model(), rule).digest
     engine = start(model, dist_layerlr.attach(plan, model, adamw), ds_config(3))
     dist_layerlr.verify(plan, engine)
-    live = dist_layerlr.read_back(engine)
+    live = dist_layerlr.optim.read_back(engine)
     assert {n: p.weight_decay for n, p in live.items()} == {
         name: 0.1 if param.ndim >= 2 else 0.0 for name, param in make_model().named_parameters()
     }
@@ -540,7 +574,12 @@ def test_12_naive_base_rates_kept_by_position_shift_when_an_empty_group_is_dropp
     # torch's own schedulers say so since 2.10; before, they shifted in the same way.
     model = make_model()
     optimizer = adamw(with_an_empty_group(model))
-    engine = start(model, optimizer, ds_config(1), lr_scheduler=torch.optim.lr_scheduler.LambdaLR(optimizer, float))
+    engine = start(
+        model,
+        optimizer,
+        ds_config(1),
+        lr_scheduler=torch.optim.lr_scheduler.LambdaLR(optimizer, float),
+    )
     with pytest.raises(ValueError, match="zip"):
         run(engine, at)
 
@@ -575,7 +614,7 @@ def test_14_naive_weights_read_under_round_robin_belong_to_other_names(at: At) -
 @cases
 def test_14_round_robin_gradients_are_refused_by_name(at: At) -> None:
     with pytest.raises(ConfigError, match="round_robin_gradients"):
-        dist_layerlr.check_ds_config(ds_config(2, {"round_robin_gradients": True}))
+        dist_layerlr.optim.check_ds_config(ds_config(2, {"round_robin_gradients": True}))
 
 
 # --- 15: what zero_to_fp32 leaves out ---
@@ -609,7 +648,10 @@ def test_15_naive_export_of_tied_weights_to_safetensors_raises(at: At) -> None:
     class Tied(Model):
         def __init__(self) -> None:
             super().__init__()
-            self.one, self.two = nn.Linear(WIDTH, WIDTH, bias=False), nn.Linear(WIDTH, WIDTH, bias=False)
+            self.one, self.two = (
+                nn.Linear(WIDTH, WIDTH, bias=False),
+                nn.Linear(WIDTH, WIDTH, bias=False),
+            )
             self.two.weight = self.one.weight
 
     torch.manual_seed(0)
@@ -620,7 +662,9 @@ def test_15_naive_export_of_tied_weights_to_safetensors_raises(at: At) -> None:
     if at.rank == 0:
         target = str(at.folder / "out")
         with silence(), pytest.raises(RuntimeError, match="share memory"):
-            convert_zero_checkpoint_to_fp32_state_dict(str(at.folder), target, safe_serialization=True, tag="t")
+            convert_zero_checkpoint_to_fp32_state_dict(
+                str(at.folder), target, safe_serialization=True, tag="t"
+            )
     dist.barrier()
 
 
@@ -648,8 +692,10 @@ def test_15_every_name_of_the_model_is_planned_or_known_to_be_frozen(at: At) -> 
         model = partly_frozen()
         plan = dist_layerlr.plan_model(model, CONFIG)
         engine = start(model, dist_layerlr.attach(plan, model, adamw), ds_config(stage))
-        frozen = {name for name, param in engine.module.named_parameters() if not param.requires_grad}
-        live = dist_layerlr.read_back(engine)
+        frozen = {
+            name for name, param in engine.module.named_parameters() if not param.requires_grad
+        }
+        live = dist_layerlr.optim.read_back(engine)
         assert (len(frozen), plan.frozen) == (8, 8), stage
         assert live.keys() | frozen == set(wanted_rates()), stage
 
@@ -685,7 +731,7 @@ def test_19_adagrad_under_zero_is_refused_with_the_reason(at: At) -> None:
     model = make_model()
     engine = start(model, adagrad(one_group(model)), ds_config(1))
     with pytest.raises(ConfigError, match="Adagrad"):
-        dist_layerlr.check_optimizer(engine.optimizer.optimizer, engine)
+        dist_layerlr.optim.check_optimizer(engine.optimizer.optimizer, engine)
     plan = dist_layerlr.plan_model(make_model(), config(component_lr={}, default_lr=1e-3))
     with pytest.raises((ConfigError, PlanMismatch)):
         dist_layerlr.verify(plan, engine)
@@ -701,16 +747,26 @@ def test_20_naive_twin_optimizer_of_partial_offload_never_hears_of_a_new_rate(at
 
     model = make_model()
     with silence():
-        optimizer = DeepSpeedCPUAdam(naive_groups(model.named_parameters()), lr=1.0, weight_decay=0.0)
+        optimizer = DeepSpeedCPUAdam(
+            naive_groups(model.named_parameters()), lr=1.0, weight_decay=0.0
+        )
     zero = {"offload_optimizer": {"device": "cpu", "ratio": 0.5}}
     engine = start(model, optimizer, ds_config(3, zero))
     for group in engine.optimizer.param_groups:
         group["lr"] *= 0.5  # what any scheduler does
-    main, twin = engine.optimizer.optimizer.param_groups, engine.optimizer.backup_optimizer.param_groups
+    main, twin = (
+        engine.optimizer.optimizer.param_groups,
+        engine.optimizer.backup_optimizer.param_groups,
+    )
     assert [group["lr"] for group in main] == [0.5 * rate for rate in RATES.values()]
-    # The first group is a copy, the others are the same dicts. Which half of the model the twin steps follows from the
-    # name of the device; on a CPU both halves are called "cpu" and it steps none.
-    assert [group["lr"] for group in twin] == [RATES["self_attn"], 0.5 * RATES["ffn"], 0.5 * RATES["default"]]
+    # The first group is a copy, the others are the same dicts. Which half of the model the twin
+    # steps follows from the name of the device; on a CPU both halves are called "cpu" and it steps
+    # none.
+    assert [group["lr"] for group in twin] == [
+        RATES["self_attn"],
+        0.5 * RATES["ffn"],
+        0.5 * RATES["default"],
+    ]
 
 
 @cases
@@ -719,14 +775,20 @@ def test_20_naive_twin_optimizer_is_built_with_a_copy_of_the_first_rate(at: At) 
     source = inspect.getsource(DeepSpeedZeroOptimizer_Stage3)
     assert "self.backup_optimizer = torch.optim.AdamW([backup_gpu_param],\n" in source
     assert 'lr=self.optimizer.param_groups[0]["lr"],' in source
-    assert source.count("backup_optimizer.param_groups[") == 2  # only their 'params' are ever written
+    assert (
+        source.count("backup_optimizer.param_groups[") == 2
+    )  # only their 'params' are ever written
 
 
 @cases
 def test_20_partial_offload_is_refused_by_name(at: At) -> None:
     with pytest.raises(ConfigError, match="ratio"):
-        dist_layerlr.check_ds_config(ds_config(3, {"offload_optimizer": {"device": "cpu", "ratio": 0.5}}))
-    dist_layerlr.check_ds_config(ds_config(3, {"offload_optimizer": {"device": "cpu", "ratio": 1.0}}))
+        dist_layerlr.optim.check_ds_config(
+            ds_config(3, {"offload_optimizer": {"device": "cpu", "ratio": 0.5}})
+        )
+    dist_layerlr.optim.check_ds_config(
+        ds_config(3, {"offload_optimizer": {"device": "cpu", "ratio": 1.0}})
+    )
 
 
 # --- 21: the cost of many groups ---
@@ -737,7 +799,9 @@ def test_21_naive_group_per_tensor_partitions_and_gathers_each_tensor_alone(at: 
     model = make_model()
     groups = [{"params": [param], "lr": 1e-3} for param in model.parameters()]
     engine = start(model, adamw(groups), ds_config(1))
-    assert len(engine.optimizer.single_partition_of_fp32_groups) == len(groups) == len(wanted_rates())
+    assert (
+        len(engine.optimizer.single_partition_of_fp32_groups) == len(groups) == len(wanted_rates())
+    )
 
 
 @cases

@@ -1,8 +1,9 @@
-"""Silent failures that need no process group: names, shapes, schedulers, loads, and rules of other projects.
+"""Silent failures that need no process group: names, shapes, schedulers, loads, and rules of other
+projects.
 
-Numbers in the names are the rows of the table of 22 silent failures; `peers` are rules of other projects. The first
-test of a row asserts that naive code still fails without an error: when it no longer passes, upstream mended it.
-No test runs a backward pass: the same process forks ranks later.
+Numbers in the names are the rows of the table of 22 silent failures; `peers` are rules of other
+projects. The first test of a row asserts that naive code still fails without an error: when it no
+longer passes, upstream mended it. No test runs a backward pass: the same process forks ranks later.
 """
 
 from __future__ import annotations
@@ -42,7 +43,9 @@ def step(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
     optimizer.zero_grad()
 
 
-def planned(model: nn.Module, rule: Any = CONFIG) -> tuple[dist_layerlr.Plan, torch.optim.Optimizer]:
+def planned(
+    model: nn.Module, rule: Any = CONFIG
+) -> tuple[dist_layerlr.Plan, torch.optim.Optimizer]:
     plan = dist_layerlr.plan_model(model, rule)
     return plan, dist_layerlr.attach(plan, model, adamw)
 
@@ -54,7 +57,9 @@ def two_layers(order: tuple[str, str]) -> tuple[nn.Module, torch.optim.Optimizer
     torch.manual_seed(0)
     model = nn.ModuleDict({"a": nn.Linear(4, 4, bias=False), "b": nn.Linear(4, 4, bias=False)})
     rates = {"a": 1e-2, "b": 1e-4}
-    groups = [{"params": [(f"{name}.weight", model[name].weight)], "lr": rates[name]} for name in order]
+    groups = [
+        {"params": [(f"{name}.weight", model[name].weight)], "lr": rates[name]} for name in order
+    ]
     return model, torch.optim.AdamW(groups, weight_decay=0.0)
 
 
@@ -65,7 +70,10 @@ def test_03_naive_load_into_swapped_groups_swaps_rates_moments_and_their_labels(
     swapped.load_state_dict(optimizer.state_dict())
     rates = {id(p): group["lr"] for group in swapped.param_groups for p in group["params"]}
     assert (rates[id(other["a"].weight)], rates[id(other["b"].weight)]) == (1e-4, 1e-2)
-    moments = swapped.state[other["a"].weight]["exp_avg"], optimizer.state[model["b"].weight]["exp_avg"]
+    moments = (
+        swapped.state[other["a"].weight]["exp_avg"],
+        optimizer.state[model["b"].weight]["exp_avg"],
+    )
     assert torch.equal(*moments)
     assert swapped.param_groups[0]["param_names"] == ["a.weight"]
     assert swapped.param_groups[0]["params"][0] is other["b"].weight
@@ -73,13 +81,20 @@ def test_03_naive_load_into_swapped_groups_swaps_rates_moments_and_their_labels(
 
 def test_03_check_manifest_refuses_swapped_groups_before_the_load() -> None:
     model, optimizer = two_layers(("a", "b"))
-    rule = {"per_layer_lr": {"enabled": True, "component_lr": {}, "default_lr": 1e-2, "unmatched": "default"}}
+    rule = {
+        "per_layer_lr": {
+            "enabled": True,
+            "component_lr": {},
+            "default_lr": 1e-2,
+            "unmatched": "default",
+        }
+    }
     plan = dist_layerlr.plan_model(model, rule)
-    saved = dist_layerlr.manifest(plan, model, optimizer)
-    dist_layerlr.check_manifest(saved, plan, model, optimizer)
+    saved = dist_layerlr.proof.manifest(plan, model, optimizer)
+    dist_layerlr.proof.check_manifest(saved, plan, model, optimizer)
     other, swapped = two_layers(("b", "a"))
     with pytest.raises(PlanMismatch, match=r"a\.weight.*b\.weight"):
-        dist_layerlr.check_manifest(saved, plan, other, swapped)
+        dist_layerlr.proof.check_manifest(saved, plan, other, swapped)
 
 
 # --- 5: schedulers that write one rate (torch's; DeepSpeed's are tested on engines) ---
@@ -89,7 +104,9 @@ RATIO = 100.0
 
 def two_rates() -> torch.optim.Optimizer:
     params = [nn.Parameter(torch.zeros(1)), nn.Parameter(torch.zeros(1))]
-    return torch.optim.SGD([{"params": [params[0]], "lr": 4e-4}, {"params": [params[1]], "lr": 4e-6}], momentum=0.9)
+    return torch.optim.SGD(
+        [{"params": [params[0]], "lr": 4e-4}, {"params": [params[1]], "lr": 4e-6}], momentum=0.9
+    )
 
 
 def ratio_after(scheduler: Any, steps: int = 10) -> float:
@@ -106,7 +123,10 @@ def ratio_after(scheduler: Any, steps: int = 10) -> float:
 Make = Callable[[torch.optim.Optimizer], Any]
 FLATTENS: dict[str, tuple[Make, float]] = {
     "OneCycleLR": (lambda o: lr_scheduler.OneCycleLR(o, max_lr=1e-3, total_steps=12), 1.0),
-    "CyclicLR": (lambda o: lr_scheduler.CyclicLR(o, base_lr=1e-5, max_lr=1e-3, step_size_up=4), 1.0),
+    "CyclicLR": (
+        lambda o: lr_scheduler.CyclicLR(o, base_lr=1e-5, max_lr=1e-3, step_size_up=4),
+        1.0,
+    ),
     "CosineAnnealingLR": (lambda o: lr_scheduler.CosineAnnealingLR(o, T_max=10, eta_min=1e-5), 1.0),
     "CosineAnnealingWarmRestarts": (
         lambda o: lr_scheduler.CosineAnnealingWarmRestarts(o, T_0=11, eta_min=1e-5),
@@ -121,10 +141,15 @@ FLATTENS: dict[str, tuple[Make, float]] = {
         lambda o: lr_scheduler.MultiplicativeLR(o, [lambda _: 0.5, lambda _: 1.0]),
         pytest.approx(100 * 0.5**10),
     ),
-    "LambdaLR": (lambda o: lr_scheduler.LambdaLR(o, [lambda _: 0.5, lambda _: 1.0]), pytest.approx(50.0)),
+    "LambdaLR": (
+        lambda o: lr_scheduler.LambdaLR(o, [lambda _: 0.5, lambda _: 1.0]),
+        pytest.approx(50.0),
+    ),
     "SequentialLR": (
         lambda o: lr_scheduler.SequentialLR(
-            o, [lr_scheduler.LinearLR(o), lr_scheduler.CosineAnnealingLR(o, T_max=5, eta_min=1e-5)], milestones=[5]
+            o,
+            [lr_scheduler.LinearLR(o), lr_scheduler.CosineAnnealingLR(o, T_max=5, eta_min=1e-5)],
+            milestones=[5],
         ),
         pytest.approx(1.0, rel=0.3),
     ),
@@ -159,12 +184,12 @@ def test_05_naive_cosine_floor_raises_a_group_that_lies_below_it() -> None:
 @pytest.mark.parametrize("kind", FLATTENS)
 def test_05_check_scheduler_refuses_what_loses_ratios(kind: str) -> None:
     with pytest.raises(ConfigError, match=kind if kind != "SequentialLR" else "CosineAnnealingLR"):
-        dist_layerlr.check_scheduler(FLATTENS[kind][0](two_rates()))
+        dist_layerlr.optim.check_scheduler(FLATTENS[kind][0](two_rates()))
 
 
 @pytest.mark.parametrize("kind", KEEPS)
 def test_05_check_scheduler_lets_through_what_keeps_ratios(kind: str) -> None:
-    dist_layerlr.check_scheduler(KEEPS[kind](two_rates()))
+    dist_layerlr.optim.check_scheduler(KEEPS[kind](two_rates()))
     assert ratio_after(KEEPS[kind](two_rates())) == pytest.approx(RATIO)
 
 
@@ -188,7 +213,10 @@ def test_06_naive_load_restores_the_old_rates_and_the_schedulers_old_base_rates(
     old, new = two_rates(), two_rates()
     for group in new.param_groups:
         group["lr"] *= 10
-    before, after = lr_scheduler.LambdaLR(old, lambda _: 1.0), lr_scheduler.LambdaLR(new, lambda _: 1.0)
+    before, after = (
+        lr_scheduler.LambdaLR(old, lambda _: 1.0),
+        lr_scheduler.LambdaLR(new, lambda _: 1.0),
+    )
     assert after.base_lrs == pytest.approx([4e-3, 4e-5])
     new.load_state_dict(old.state_dict())
     assert [group["lr"] for group in new.param_groups] == [4e-4, 4e-6]
@@ -205,14 +233,17 @@ def test_06_reapply_and_plan_schedule_keep_the_new_plan_through_a_load() -> None
     driver = dist_layerlr.PlanSchedule(old, schedule)
     driver.step()
     assert driver.state_dict().keys() == {"last_step"}
-    plan, new = planned(model, config(component_lr={"self_attn": 1e-2, "ffn": 2e-2}, default_lr=3e-2, weight_decay=0.3))
+    plan, new = planned(
+        model,
+        config(component_lr={"self_attn": 1e-2, "ffn": 2e-2}, default_lr=3e-2, weight_decay=0.3),
+    )
     new.load_state_dict(old.state_dict())
     resumed = dist_layerlr.PlanSchedule(new, schedule)
     resumed.load_state_dict(driver.state_dict())
     assert resumed.factor == 0.75
     with pytest.raises(PlanMismatch, match="lr"):
         dist_layerlr.verify(plan, model, new, factor=0.75)
-    dist_layerlr.reapply(plan, model, new, factor=0.75)
+    dist_layerlr.proof.reapply(plan, model, new, factor=0.75)
     dist_layerlr.verify(plan, model, new, factor=0.75)
     resumed.step()
     dist_layerlr.verify(plan, model, new, factor=0.5)
@@ -225,7 +256,10 @@ def test_10_a_meta_model_gives_the_plan_of_the_real_one() -> None:
     with torch.device("meta"):
         shapes_only = make_model()
     rule = config(weight_decay=0.1, no_decay=["ndim<=1"])
-    assert dist_layerlr.plan_model(shapes_only, rule).digest == dist_layerlr.plan_model(make_model(), rule).digest
+    assert (
+        dist_layerlr.plan_model(shapes_only, rule).digest
+        == dist_layerlr.plan_model(make_model(), rule).digest
+    )
 
 
 # --- 11: names ---
@@ -258,25 +292,31 @@ def rule_by_start(name: str) -> float:
 @pytest.mark.parametrize("wrap", PREFIXES)
 def test_11_naive_rule_falls_through_to_the_default_once_wrapped(wrap: str) -> None:
     assert {rule_by_start(name) for name, _ in make_model().named_parameters()} == {1e-2, 1e-4}
-    assert {rule_by_start(name) for name, _ in PREFIXES[wrap](make_model()).named_parameters()} == {1e-4}
+    assert {rule_by_start(name) for name, _ in PREFIXES[wrap](make_model()).named_parameters()} == {
+        1e-4
+    }
 
 
 def test_11_naive_stripping_of_a_prefix_eats_into_module_names() -> None:
     assert "blocks.0.submodule.weight".replace("module.", "") == "blocks.0.subweight"
-    assert dist_layerlr.canonical_name("blocks.0.submodule.weight") == "blocks.0.submodule.weight"
+    assert (
+        dist_layerlr.plan.canonical_name("blocks.0.submodule.weight") == "blocks.0.submodule.weight"
+    )
 
 
 @pytest.mark.parametrize("wrap", PREFIXES)
 def test_11_a_wrapped_model_has_the_plan_of_the_plain_one(wrap: str) -> None:
     rule = config(
-        depth_strategy="linear", min_depth_factor=0.5, patterns=[{"match": "blocks.0.mlp.*", "component": "self_attn"}]
+        depth_strategy="linear",
+        min_depth_factor=0.5,
+        patterns=[{"match": "blocks.0.mlp.*", "component": "self_attn"}],
     )
     plain = dist_layerlr.plan_model(make_model(), rule)
     model = PREFIXES[wrap](make_model())
     plan, optimizer = planned(model, rule)
     assert plan.digest == plain.digest
     dist_layerlr.verify(plain, model, optimizer)
-    assert dist_layerlr.read_back(model, optimizer).keys() == wanted_rates().keys()
+    assert dist_layerlr.optim.read_back(model, optimizer).keys() == wanted_rates().keys()
 
 
 def test_11_a_name_without_a_rule_is_reported_or_refused() -> None:
@@ -316,14 +356,18 @@ def test_16_naive_reference_to_a_group_goes_stale_on_load() -> None:
 def test_16_plan_schedule_drives_the_live_groups_after_a_load() -> None:
     model = make_model()
     plan, optimizer = planned(model)
-    driver = dist_layerlr.PlanSchedule(optimizer, dist_layerlr.Schedule(kind="linear", total_steps=3))
+    driver = dist_layerlr.PlanSchedule(
+        optimizer, dist_layerlr.Schedule(kind="linear", total_steps=3)
+    )
     optimizer.load_state_dict(optimizer.state_dict())
     driver.step()
     dist_layerlr.verify(plan, model, optimizer, factor=0.5)
     fill_grads(model)
     with dist_layerlr.effect_check(plan, model, optimizer, factor=0.5) as observed:
         optimizer.step()
-    assert observed == pytest.approx({name: 0.5 * rate for name, rate in wanted_rates().items()}, rel=1e-2)
+    assert observed == pytest.approx(
+        {name: 0.5 * rate for name, rate in wanted_rates().items()}, rel=1e-2
+    )
 
 
 # --- 17: tied weights ---
@@ -339,7 +383,8 @@ class Tied(nn.Module):
 
 
 HEAD_RULE = config(
-    patterns=[{"match": "lm_head.weight", "component": "head"}], component_lr={"head": 1e-2, "self_attn": 4e-3}
+    patterns=[{"match": "lm_head.weight", "component": "head"}],
+    component_lr={"head": 1e-2, "self_attn": 4e-3},
 )
 
 
@@ -358,7 +403,9 @@ def test_17_tied_names_are_listed_when_their_rules_differ() -> None:
     rule = config(component_lr={"head": 1e-2, "embed": 1e-3, "self_attn": 4e-3})
     plan = dist_layerlr.plan_model(Tied(), rule)
     assert plan.entries["embed_tokens.weight"].lr == 1e-3
-    assert any("embed_tokens.weight" in text and "lm_head.weight" in text for text in plan.warnings), plan.warnings
+    assert any(
+        "embed_tokens.weight" in text and "lm_head.weight" in text for text in plan.warnings
+    ), plan.warnings
 
 
 # --- 18: optimizers ---
@@ -372,14 +419,14 @@ def test_18_optimizers_that_mix_elements_are_refused_by_name() -> None:
     params = list(make_model().parameters())
     for optimizer in (torch.optim.Adafactor(params), Lamb(params, lr=1e-3)):
         with pytest.raises(ConfigError, match=type(optimizer).__name__):
-            dist_layerlr.check_optimizer(optimizer)
+            dist_layerlr.optim.check_optimizer(optimizer)
     for optimizer in (
         torch.optim.AdamW(params),
         torch.optim.Adam(params),
         torch.optim.SGD(params),
         torch.optim.NAdam(params),
     ):
-        dist_layerlr.check_optimizer(optimizer)
+        dist_layerlr.optim.check_optimizer(optimizer)
 
 
 # --- 21: number of groups ---
@@ -397,7 +444,8 @@ def test_21_a_plan_has_one_group_per_distinct_rate_and_decay() -> None:
 
 
 def timm_scales(named: Any, decay: float = 0.75) -> set[float]:
-    """timm's layer ids, from its description: what the matcher does not know belongs to the last layer."""
+    """timm's layer ids, from its description: what the matcher does not know belongs to the last
+    layer."""
     layers = []
     for name, _ in named:
         block = re.match(r"^blocks\.(\d+)", name)
@@ -413,10 +461,20 @@ def test_peers_naive_timm_rule_on_a_compiled_model_gives_every_name_scale_one() 
 
 @pytest.mark.parametrize("wrap", PREFIXES)
 def test_peers_our_layer_decay_does_not_see_wrappers(wrap: str) -> None:
-    rule = config(component_lr={}, default_lr=1.0, depth_strategy="layer_decay", layer_decay=0.75, convention="timm")
+    rule = config(
+        component_lr={},
+        default_lr=1.0,
+        depth_strategy="layer_decay",
+        layer_decay=0.75,
+        convention="timm",
+    )
     plan = dist_layerlr.plan_model(PREFIXES[wrap](make_model()), rule)
     assert plan.digest == dist_layerlr.plan_model(make_model(), rule).digest
-    rates = {name.split(".")[1]: entry.lr for name, entry in plan.entries.items() if name.startswith("blocks.")}
+    rates = {
+        name.split(".")[1]: entry.lr
+        for name, entry in plan.entries.items()
+        if name.startswith("blocks.")
+    }
     assert rates == pytest.approx({"0": 0.75**3, "1": 0.75**2, "2": 0.75})
 
 
@@ -434,7 +492,10 @@ def kohya_block(name: str) -> int:
 
 
 def test_peers_naive_kohya_index_of_an_unknown_name_takes_the_last_blocks_rate() -> None:
-    assert KOHYA_WEIGHTS[kohya_block("lora_unet_down_blocks_0_attentions_0_proj_in")] == KOHYA_WEIGHTS[1]
+    assert (
+        KOHYA_WEIGHTS[kohya_block("lora_unet_down_blocks_0_attentions_0_proj_in")]
+        == KOHYA_WEIGHTS[1]
+    )
     for name in ("lora_unet_conv_in", "lora_unet_time_embedding_linear_1"):
         assert kohya_block(name) == -1
         assert KOHYA_WEIGHTS[kohya_block(name)] == KOHYA_WEIGHTS[24] == max(KOHYA_WEIGHTS)
@@ -446,20 +507,36 @@ def test_peers_our_names_outside_blocks_take_no_blocks_factor() -> None:
         "time_embedding.linear_1.weight": (8, 8),
         **{
             f"{stage}.attentions.0.transformer_blocks.0.{attention}.to_q.weight": (8, 8)
-            for stage in ("down_blocks.0", "down_blocks.1", "mid_block", "up_blocks.0", "up_blocks.1")
+            for stage in (
+                "down_blocks.0",
+                "down_blocks.1",
+                "mid_block",
+                "up_blocks.0",
+                "up_blocks.1",
+            )
             for attention in ("attn1", "attn2")
         },
     }
-    rule = config(depth_strategy="linear", min_depth_factor=0.2, component_lr={"self_attn": 1e-3}, default_lr=1e-4)
+    rule = config(
+        depth_strategy="linear",
+        min_depth_factor=0.2,
+        component_lr={"self_attn": 1e-3},
+        default_lr=1e-4,
+    )
     plan = dist_layerlr.build_plan(unet, rule)
     outside = [plan.entries[name] for name in ("conv_in.weight", "time_embedding.linear_1.weight")]
     assert {(entry.factor, entry.lr, entry.block) for entry in outside} == {(1.0, 1e-4, None)}
     last = plan.entries["up_blocks.1.attentions.0.transformer_blocks.0.attn1.to_q.weight"]
     assert last.factor == pytest.approx(0.2)
-    adapter = {f"lora_unet_{name.removesuffix('.weight').replace('.', '_')}.lora_down.weight": (4, 8) for name in unet}
+    adapter = {
+        f"lora_unet_{name.removesuffix('.weight').replace('.', '_')}.lora_down.weight": (4, 8)
+        for name in unet
+    }
     flattened = dist_layerlr.build_plan(adapter, rule, base=unet)
     assert {
-        entry.factor for name, entry in flattened.entries.items() if "blocks" not in name and "mid" not in name
+        entry.factor
+        for name, entry in flattened.entries.items()
+        if "blocks" not in name and "mid" not in name
     } == {1.0}
 
 
@@ -476,6 +553,10 @@ def test_every_row_of_the_table_has_a_naive_test_and_one_of_ours() -> None:
         for name in re.findall(r"^def (test_\w+)", file.read_text(), re.MULTILINE)
     ]
     for row in range(1, 23):
-        own = [name.removeprefix(f"test_{row:02}_") for name in names if name.startswith(f"test_{row:02}_")]
+        own = [
+            name.removeprefix(f"test_{row:02}_")
+            for name in names
+            if name.startswith(f"test_{row:02}_")
+        ]
         naive = [name for name in own if name.startswith("naive_")]
         assert naive and len(naive) < len(own), f"row {row}: {own}"

@@ -1,7 +1,8 @@
 """Silent failures of plain torch, DDP, FSDP1 and FSDP2: each shown on naive code, then with ours.
 
-Numbers in the names are the rows of the table of 22 silent failures; `peers` are rules of other projects. The first
-test of a row asserts that naive code still fails without an error: when it no longer passes, upstream mended it.
+Numbers in the names are the rows of the table of 22 silent failures; `peers` are rules of other
+projects. The first test of a row asserts that naive code still fails without an error: when it no
+longer passes, upstream mended it.
 """
 
 from __future__ import annotations
@@ -15,7 +16,10 @@ import torch.distributed as dist
 from peft import LoraConfig, get_peft_model
 from peft.optimizers import create_loraplus_optimizer
 from torch import nn
-from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
+from torch.distributed.checkpoint.state_dict import (
+    get_optimizer_state_dict,
+    set_optimizer_state_dict,
+)
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FullyShardedDataParallel as FSDP
 from torch.distributed.fsdp import fully_shard
@@ -57,7 +61,9 @@ def outcomes(request: pytest.FixtureRequest) -> Outcomes:
 
 def fsdp1(model: nn.Module, *, flat: bool) -> FSDP:
     policy = ModuleWrapPolicy({Block})
-    return FSDP(model, use_orig_params=not flat, auto_wrap_policy=policy, device_id=torch.device("cpu"))
+    return FSDP(
+        model, use_orig_params=not flat, auto_wrap_policy=policy, device_id=torch.device("cpu")
+    )
 
 
 def fsdp1_flat(model: nn.Module) -> FSDP:
@@ -82,7 +88,10 @@ def whole(model: nn.Module) -> Weights:
     """Full weights under plain names, whatever wraps the model."""
     if isinstance(model, FSDP):
         with FSDP.summon_full_params(model, writeback=False):
-            named = [(n.replace("_fsdp_wrapped_module.", ""), p.detach().clone()) for n, p in model.named_parameters()]
+            named = [
+                (n.replace("_fsdp_wrapped_module.", ""), p.detach().clone())
+                for n, p in model.named_parameters()
+            ]
             return dict(named)
     inner = model.module if isinstance(model, DDP) else model
     return {
@@ -129,7 +138,9 @@ def test_01_naive_optimizer_built_before_fully_shard_trains_nothing(at: At) -> N
 def test_01_naive_load_with_assign_after_the_optimizer_trains_nothing(at: At) -> None:
     model = fsdp2(make_model())
     optimizer = adamw(naive_groups(model.named_parameters()))
-    model.load_state_dict({name: value.clone() for name, value in model.state_dict().items()}, assign=True)
+    model.load_state_dict(
+        {name: value.clone() for name, value in model.state_dict().items()}, assign=True
+    )
     before = whole(model)
     train(model, optimizer, at.rank, steps=2)
     assert set(movement(before, whole(model)).values()) == {0.0}
@@ -151,7 +162,9 @@ def test_01_verify_names_what_load_with_assign_took_out_of_the_optimizer(at: At)
     plan = dist_layerlr.plan_model(model, CONFIG)
     optimizer = dist_layerlr.attach(plan, fsdp2(model), adamw)
     dist_layerlr.verify(plan, model, optimizer)
-    model.load_state_dict({name: value.clone() for name, value in model.state_dict().items()}, assign=True)
+    model.load_state_dict(
+        {name: value.clone() for name, value in model.state_dict().items()}, assign=True
+    )
     with pytest.raises(PlanMismatch, match=r"not stepped"):
         dist_layerlr.verify(plan, model, optimizer)
 
@@ -167,7 +180,10 @@ def test_01_effect_check_sees_that_nothing_moved(at: At) -> None:
     optimizer = dist_layerlr.attach(plan, fsdp2(model), lambda groups: Idle(groups, lr=1.0))
     dist_layerlr.verify(plan, model, optimizer)
     backward(model, 0, at.rank)
-    with pytest.raises(PlanMismatch, match=r"planned lr 0\.00"), dist_layerlr.effect_check(plan, model, optimizer):
+    with (
+        pytest.raises(PlanMismatch, match=r"planned lr 0\.00"),
+        dist_layerlr.effect_check(plan, model, optimizer),
+    ):
         optimizer.step()
 
 
@@ -204,7 +220,9 @@ def test_02_attach_on_fsdp1_flat_gives_each_name_its_own_rate(at: At) -> None:
     plan = dist_layerlr.plan_model(model, CONFIG)
     sharded = fsdp1_flat(model)
     optimizer = dist_layerlr.attach(plan, sharded, adamw)
-    assert {n: p.lr for n, p in dist_layerlr.read_back(sharded, optimizer).items()} == wanted_rates()
+    assert {
+        n: p.lr for n, p in dist_layerlr.optim.read_back(sharded, optimizer).items()
+    } == wanted_rates()
     before = whole(sharded)
     backward(sharded, 0, at.rank)
     with dist_layerlr.effect_check(plan, sharded, optimizer) as observed:
@@ -226,23 +244,26 @@ def test_02_verify_refuses_a_naive_optimizer_on_fsdp1_flat(at: At) -> None:
 
 
 def another_plan_is_resumed(at: At) -> tuple[Any, Any, Any]:
-    """Train one step by CONFIG, then load its state into an optimizer of a plan with ten times the rates."""
+    """Train one step by CONFIG, then load its state into an optimizer of a plan with ten times the
+    rates."""
     model = make_model()
     old = dist_layerlr.plan_model(model, CONFIG)
     tenfold = {key: 10 * rate for key, rate in RATES.items()}
     default = tenfold.pop("default")
     new = dist_layerlr.plan_model(model, config(component_lr=tenfold, default_lr=default))
     fsdp2(model)
-    first = adamw(dist_layerlr.param_groups(old, model))
+    first = adamw(dist_layerlr.optim.param_groups(old, model))
     train(model, first, at.rank)
     saved = get_optimizer_state_dict(model, first)
-    second = adamw(dist_layerlr.param_groups(new, model))
+    second = adamw(dist_layerlr.optim.param_groups(new, model))
     set_optimizer_state_dict(model, second, saved)
     return model, new, second
 
 
 @cases
-def test_06_naive_resume_through_torch_checkpoints_keeps_the_old_rates_of_a_new_plan(at: At) -> None:
+def test_06_naive_resume_through_torch_checkpoints_keeps_the_old_rates_of_a_new_plan(
+    at: At,
+) -> None:
     _, _, optimizer = another_plan_is_resumed(at)
     assert {group["lr"] for group in optimizer.param_groups} == set(RATES.values())
     assert {group["initial_lr"] for group in optimizer.param_groups} == set(RATES.values())
@@ -253,7 +274,7 @@ def test_06_reapply_puts_the_new_plan_back_after_a_resume(at: At) -> None:
     model, new, optimizer = another_plan_is_resumed(at)
     with pytest.raises(PlanMismatch, match="lr"):
         dist_layerlr.verify(new, model, optimizer)
-    dist_layerlr.reapply(new, model, optimizer)
+    dist_layerlr.proof.reapply(new, model, optimizer)
     dist_layerlr.verify(new, model, optimizer)
     before = whole(model)
     assert steps_taken(optimizer) == {1}
@@ -324,7 +345,7 @@ def test_10_weight_decay_by_true_shape_survives_every_sharder(at: At) -> None:
         plan = dist_layerlr.plan_model(model, config(weight_decay=0.1, no_decay=["ndim<=1"]))
         sharded = wrap(model)
         optimizer = dist_layerlr.attach(plan, sharded, adamw)
-        live = dist_layerlr.read_back(sharded, optimizer)
+        live = dist_layerlr.optim.read_back(sharded, optimizer)
         assert {name: p.weight_decay for name, p in live.items()} == wanted, label
 
 
@@ -351,10 +372,12 @@ def test_11_naive_rule_from_the_start_of_a_name_matches_nothing_once_wrapped(at:
 def test_11_names_read_back_are_those_of_the_unwrapped_model(at: At) -> None:
     for label, wrap in WRAPS.items():
         model = make_model()
-        plan = dist_layerlr.plan_model(model, config(patterns=[{"match": "blocks.0.mlp.*", "component": "self_attn"}]))
+        plan = dist_layerlr.plan_model(
+            model, config(patterns=[{"match": "blocks.0.mlp.*", "component": "self_attn"}])
+        )
         sharded = wrap(model)
         optimizer = dist_layerlr.attach(plan, sharded, adamw)
-        live = dist_layerlr.read_back(sharded, optimizer)
+        live = dist_layerlr.optim.read_back(sharded, optimizer)
         assert list(live.keys() ^ wanted_rates().keys()) == [], label
         assert live["blocks.0.mlp.0.weight"].lr == RATES["self_attn"], label
 
@@ -365,7 +388,10 @@ def test_11_names_read_back_are_those_of_the_unwrapped_model(at: At) -> None:
 @cases
 def test_12_naive_empty_group_loses_its_settings_in_a_torch_checkpoint(at: At) -> None:
     model = fsdp2(make_model())
-    groups = [{"params": [], "lr": 9e-3, "name": "nothing"}, *naive_groups(model.named_parameters())]
+    groups = [
+        {"params": [], "lr": 9e-3, "name": "nothing"},
+        *naive_groups(model.named_parameters()),
+    ]
     optimizer = adamw(groups)
     train(model, optimizer, at.rank)
     set_optimizer_state_dict(model, optimizer, get_optimizer_state_dict(model, optimizer))
@@ -389,7 +415,9 @@ def test_12_attach_leaves_frozen_parameters_and_empty_groups_out(at: At) -> None
         train(sharded, optimizer, at.rank)
         dist_layerlr.verify(plan, sharded, optimizer)
         moved = movement(before, whole(sharded))
-        assert {name for name, much in moved.items() if much == 0.0} == {n for n in moved if ".mlp." in n}, label
+        assert {name for name, much in moved.items() if much == 0.0} == {
+            n for n in moved if ".mlp." in n
+        }, label
 
 
 # --- 13: a checkpoint before the first step steps ---
@@ -413,9 +441,11 @@ def test_13_nothing_of_ours_steps_before_training(at: At) -> None:
         sharded = wrap(model)
         optimizer = dist_layerlr.attach(plan, sharded, adamw)
         dist_layerlr.verify(plan, sharded, optimizer)
-        dist_layerlr.read_back(sharded, optimizer)
-        dist_layerlr.check_manifest(dist_layerlr.manifest(plan, sharded, optimizer), plan, sharded, optimizer)
-        dist_layerlr.reapply(plan, sharded, optimizer)
+        dist_layerlr.optim.read_back(sharded, optimizer)
+        dist_layerlr.proof.check_manifest(
+            dist_layerlr.proof.manifest(plan, sharded, optimizer), plan, sharded, optimizer
+        )
+        dist_layerlr.proof.reapply(plan, sharded, optimizer)
         dist_layerlr.save_checkpoint(at.folder / label, plan, sharded, optimizer, step=0)
         dist_layerlr.load_checkpoint(at.folder / label, plan, sharded, optimizer)
         assert steps_taken(optimizer) <= {0}, label
@@ -443,10 +473,10 @@ def test_18_adafactor_on_shards_is_refused_with_the_reason(at: At) -> None:
         model = wrap(make_model())
         optimizer = torch.optim.Adafactor(model.parameters(), lr=1e-3)
         with pytest.raises(ConfigError, match="Adafactor.*whole matrices"):
-            dist_layerlr.check_optimizer(optimizer, model)
-        dist_layerlr.check_optimizer(adamw(model.parameters()), model)
+            dist_layerlr.optim.check_optimizer(optimizer, model)
+        dist_layerlr.optim.check_optimizer(adamw(model.parameters()), model)
     model = DDP(make_model())
-    dist_layerlr.check_optimizer(torch.optim.Adafactor(model.parameters(), lr=1e-3), model)
+    dist_layerlr.optim.check_optimizer(torch.optim.Adafactor(model.parameters(), lr=1e-3), model)
 
 
 @cases
@@ -455,7 +485,9 @@ def test_18_attach_itself_refuses_adafactor_on_shards(at: At) -> None:
         model = make_model()
         plan = dist_layerlr.plan_model(model, CONFIG)
         with pytest.raises(ConfigError, match="Adafactor"):
-            dist_layerlr.attach(plan, wrap(model), lambda groups: torch.optim.Adafactor(groups, lr=1.0))
+            dist_layerlr.attach(
+                plan, wrap(model), lambda groups: torch.optim.Adafactor(groups, lr=1.0)
+            )
 
 
 # --- 22: ranks with different plans ---
@@ -492,7 +524,8 @@ def test_22_verify_stops_every_rank_when_their_plans_differ(at: At) -> None:
 
 
 def timm_groups(named: Any, decay: float = 0.75) -> list[dict[str, Any]]:
-    """timm's `param_groups_layer_decay`, from its description: unmatched names belong to the last layer."""
+    """timm's `param_groups_layer_decay`, from its description: unmatched names belong to the last
+    layer."""
     rows = []
     for name, param in named:
         block = re.match(r"^blocks\.(\d+)", name)
@@ -500,7 +533,11 @@ def timm_groups(named: Any, decay: float = 0.75) -> list[dict[str, Any]]:
         rows.append((param, layer, 0.0 if param.ndim <= 1 or name.endswith(".bias") else 0.05))
     last = max((layer for _, layer, _ in rows if layer is not None), default=0) + 1
     return [
-        {"params": [param], "lr": decay ** (last - (last if layer is None else layer)), "weight_decay": weight_decay}
+        {
+            "params": [param],
+            "lr": decay ** (last - (last if layer is None else layer)),
+            "weight_decay": weight_decay,
+        }
         for param, layer, weight_decay in rows
     ]
 
@@ -522,19 +559,28 @@ def test_peers_layer_decay_in_timms_convention_survives_every_sharder(at: At) ->
     ):
         wanted[name] = (pytest.approx(group["lr"]), group["weight_decay"])
     rule = config(
-        component_lr={}, default_lr=1.0, depth_strategy="layer_decay", layer_decay=0.75, convention="timm",
-        weight_decay=0.05, no_decay=["ndim<=1"],
-    )  # fmt: skip
+        component_lr={},
+        default_lr=1.0,
+        depth_strategy="layer_decay",
+        layer_decay=0.75,
+        convention="timm",
+        weight_decay=0.05,
+        no_decay=["ndim<=1"],
+    )
     for label, wrap in WRAPS.items():
         model = make_model()
         plan = dist_layerlr.plan_model(model, rule)
         sharded = wrap(model)
         optimizer = dist_layerlr.attach(plan, sharded, adamw)
         dist_layerlr.verify(plan, sharded, optimizer)
-        live = dist_layerlr.read_back(sharded, optimizer)
+        live = dist_layerlr.optim.read_back(sharded, optimizer)
         # `emb` is a stem in the rule above; ours knows a stem by the names of real models.
-        found = {name: (p.lr, p.weight_decay) for name, p in live.items() if not name.startswith("emb.")}
-        assert found == {name: pair for name, pair in wanted.items() if not name.startswith("emb.")}, label
+        found = {
+            name: (p.lr, p.weight_decay) for name, p in live.items() if not name.startswith("emb.")
+        }
+        assert found == {
+            name: pair for name, pair in wanted.items() if not name.startswith("emb.")
+        }, label
 
 
 def lora_model() -> Any:
@@ -550,15 +596,22 @@ def rates_of(optimizer: torch.optim.Optimizer, model: nn.Module, part: str) -> s
 def test_peers_naive_loraplus_on_fsdp1_trains_lora_a_at_the_rate_of_lora_b(at: At) -> None:
     plain = lora_model()
     optimizer = create_loraplus_optimizer(plain, torch.optim.AdamW, lr=1e-4, loraplus_lr_ratio=16)
-    assert (rates_of(optimizer, plain, "lora_A"), rates_of(optimizer, plain, "lora_B")) == ({1e-4}, {16e-4})
+    assert (rates_of(optimizer, plain, "lora_A"), rates_of(optimizer, plain, "lora_B")) == (
+        {1e-4},
+        {16e-4},
+    )
     sharded = fsdp1_orig(lora_model())
     optimizer = create_loraplus_optimizer(sharded, torch.optim.AdamW, lr=1e-4, loraplus_lr_ratio=16)
-    assert (rates_of(optimizer, sharded, "lora_A"), rates_of(optimizer, sharded, "lora_B")) == ({16e-4}, {16e-4})
+    assert (rates_of(optimizer, sharded, "lora_A"), rates_of(optimizer, sharded, "lora_B")) == (
+        {16e-4},
+        {16e-4},
+    )
 
 
 @cases
 def test_peers_our_loraplus_ratio_survives_every_sharder(at: At) -> None:
-    # Flat parameters cannot mix frozen and trainable ones, so FSDP1 needs its original parameters here.
+    # Flat parameters cannot mix frozen and trainable ones, so FSDP1 needs its original parameters
+    # here.
     for label in ("ddp", "fsdp1 orig", "fsdp2"):
         model = lora_model()
         plan = dist_layerlr.plan_model(model, config(lora_plus_ratio=16))
@@ -568,7 +621,7 @@ def test_peers_our_loraplus_ratio_survives_every_sharder(at: At) -> None:
         sharded = model if label == "fsdp2" else WRAPS[label](model)
         optimizer = dist_layerlr.attach(plan, sharded, adamw)
         dist_layerlr.verify(plan, sharded, optimizer)
-        live = dist_layerlr.read_back(sharded, optimizer)
+        live = dist_layerlr.optim.read_back(sharded, optimizer)
         assert {p.lr for n, p in live.items() if "lora_A" in n} == {RATES["self_attn"]}, label
         assert {p.lr for n, p in live.items() if "lora_B" in n} == {16 * RATES["self_attn"]}, label
         assert len(live) == 2 * 3 * len(model.base_model.model.blocks), label

@@ -1,4 +1,5 @@
-"""``Adapter.weights``: every element of every parameter and persistent buffer, frozen ones included, live and in place."""
+"""``Adapter.weights``: every element of every parameter and persistent buffer, frozen ones
+included, live and in place."""
 
 from __future__ import annotations
 
@@ -14,8 +15,8 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, fully_shard
 from torch.distributed.tensor import Shard
 
-from dist_layerlr.adapters import detect
 from dist_layerlr.errors import PlanMismatch
+from dist_layerlr.sharders import sharder_of
 from drivers import SHARDERS, Native, Wrap, Zero, fsdp1, fsdp2, start_deepspeed
 from parity import Recipe, Transformer, Weights
 from ranks import run_ranks
@@ -30,7 +31,9 @@ NATIVE: dict[str, Wrap] = {
 }
 ZERO: dict[str, Callable[[Recipe], Any]] = {
     **{f"zero {s} bf16": functools.partial(Zero, stage=s, **BF16) for s in (0, 1, 2, 3)},
-    "zero 1 bf16, fp32 sums": functools.partial(Zero, stage=1, **BF16, data_types={"grad_accum_dtype": "fp32"}),
+    "zero 1 bf16, fp32 sums": functools.partial(
+        Zero, stage=1, **BF16, data_types={"grad_accum_dtype": "fp32"}
+    ),
     "zero 3 offload": functools.partial(Zero, stage=3, **OFFLOAD),
     "zero 3": functools.partial(Zero, stage=3),
 }
@@ -49,18 +52,26 @@ def make(name: str, recipe: Recipe) -> Any:
 
 
 def assembled(driver: Any) -> Weights:
-    """Whole tensors, put together from what all ranks say they hold; every element ``replicas`` times."""
-    mine = detect(driver.model).weights(driver.model)
+    """Whole tensors, put together from what all ranks say they hold; every element ``replicas``
+    times."""
+    mine = sharder_of(driver.model).weights()
     gathered: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(gathered, [(w.name, w.start, w.tensor.float().clone(), w.shape, w.replicas) for w in mine])
+    dist.all_gather_object(
+        gathered, [(w.name, w.start, w.tensor.float().clone(), w.shape, w.replicas) for w in mine]
+    )
     whole: Weights = {}
     counts: Weights = {}
     for name, start, tensor, shape, replicas in (w for rank in gathered for w in rank):
         size = torch.Size(shape).numel()
-        flat, count = whole.setdefault(name, torch.zeros(size)), counts.setdefault(name, torch.zeros(size))
+        flat, count = (
+            whole.setdefault(name, torch.zeros(size)),
+            counts.setdefault(name, torch.zeros(size)),
+        )
         flat[start : start + tensor.numel()] = tensor
         count[start : start + tensor.numel()] += 1 / replicas
-    assert all(bool((c == 1).all()) for c in counts.values()), [n for n, c in counts.items() if bool((c != 1).any())]
+    assert all(bool((c == 1).all()) for c in counts.values()), [
+        n for n, c in counts.items() if bool((c != 1).any())
+    ]
     return {n: t.view(next(w.shape for w in mine if w.name == n)) for n, t in whole.items()}
 
 
@@ -74,29 +85,34 @@ def check_one(name: str) -> None:
     assert found.keys() == wanted.keys(), found.keys() ^ wanted.keys()
     for key, value in wanted.items():
         assert torch.equal(found[key], value.to(low).float()), key
-    weights = {w.name: w for w in detect(driver.model).weights(driver.model)}
+    weights = {w.name: w for w in sharder_of(driver.model).weights()}
     assert weights["tie_a.weight"].aliases == ("tie_b.weight",)
-    assert [n for n, w in weights.items() if not w.trainable] == ["still.weight", "still.bias", "counted"]
+    assert [n for n, w in weights.items() if not w.trainable] == [
+        "still.weight",
+        "still.bias",
+        "counted",
+    ]
     assert [n for n, w in weights.items() if w.is_buffer] == ["counted"]
     for value in weights.values():
         value.tensor.mul_(0.5)
-        value.settle()
+        value.write_home()
     if name in NATIVE:
-        detect(driver.model).refresh(driver.model, driver.optimizer)
+        sharder_of(driver.model).refresh(driver.optimizer)
         assert all(torch.equal(value, wanted[key] / 2) for key, value in driver.full().items())
 
 
 def check_refresh(name: str) -> None:
-    """Masters written, then refreshed: low-precision parameters follow, and the forward sees them."""
+    """Masters written, then refreshed: low-precision parameters follow, and the forward sees
+    them."""
     driver = make(name, Recipe())
-    adapter = detect(driver.model)
+    sharder = sharder_of(driver.model)
     before = assembled(driver)
-    for piece in adapter.pieces(driver.model, None).pieces:
+    for piece in sharder.pieces(None).pieces:
         piece.of(piece.owner).mul_(0.5)
-    for weight in adapter.weights(driver.model):
+    for weight in sharder.weights():
         if not weight.trainable:
             weight.tensor.mul_(0.5)
-    adapter.refresh(driver.model, None)
+    sharder.refresh(None)
     after = assembled(driver)
     assert all(torch.equal(after[key], before[key] / 2) for key in before), name
     inputs = torch.randn(2, 7)
@@ -127,10 +143,14 @@ def test_zero_shows_every_element_live_and_follows_its_masters() -> None:
 
 def other_dimension(rank: int, world_size: int) -> None:
     model: Any = fully_shard(
-        nn.Linear(4, 4), mesh=init_device_mesh("cpu", (world_size,)), shard_placement_fn=lambda p: Shard(p.ndim - 1)
+        nn.Linear(4, 4),
+        mesh=init_device_mesh("cpu", (world_size,)),
+        shard_placement_fn=lambda p: Shard(p.ndim - 1),
     )
-    with pytest.raises(PlanMismatch, match=r"weight is placed as .*dim=1.*; only shards along dimension 0"):
-        detect(model).weights(model)
+    with pytest.raises(
+        PlanMismatch, match=r"weight is placed as .*dim=1.*; only shards along dimension 0"
+    ):
+        sharder_of(model).weights()
 
 
 def test_shards_along_another_dimension_are_refused_by_name() -> None:
@@ -140,11 +160,11 @@ def test_shards_along_another_dimension_are_refused_by_name() -> None:
 def one_process(rank: int, world_size: int) -> None:
     model = nn.Conv2d(3, 4, 3).to(memory_format=torch.channels_last)
     before = model.weight.detach().clone()
-    weight = detect(model).weights(model)[0]
+    weight = sharder_of(model).weights()[0]
     assert weight.home is not None
     assert torch.equal(weight.tensor.view(weight.shape), before)
     weight.tensor.add_(1.0)
-    weight.settle()
+    weight.write_home()
     assert torch.equal(model.weight, before + 1.0)
     assert model.weight.is_contiguous(memory_format=torch.channels_last)
 

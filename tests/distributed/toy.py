@@ -1,4 +1,5 @@
-"""A small transformer, the groups a user would write for it by hand, and many cases in one set of ranks."""
+"""A small transformer, the groups a user would write for it by hand, and many cases in one set of
+ranks."""
 
 from __future__ import annotations
 
@@ -92,7 +93,11 @@ def naive_groups(named: Iterable[tuple[str, nn.Parameter]]) -> list[dict[str, An
     for name, param in named:
         if param.requires_grad:
             groups[naive_component(name)].append(param)
-    return [{"params": params, "lr": RATES[key], "name": key} for key, params in groups.items() if params]
+    return [
+        {"params": params, "lr": RATES[key], "name": key}
+        for key, params in groups.items()
+        if params
+    ]
 
 
 def adamw(groups: Any) -> torch.optim.Optimizer:
@@ -104,7 +109,9 @@ def sgd(groups: Any) -> torch.optim.Optimizer:
     return torch.optim.SGD(groups, lr=1.0)
 
 
-def batch(step: int, rank: int | None = None, world_size: int = 2) -> tuple[torch.Tensor, torch.Tensor]:
+def batch(
+    step: int, rank: int | None = None, world_size: int = 2
+) -> tuple[torch.Tensor, torch.Tensor]:
     """The global batch of a step, or the part of one rank."""
     generator = torch.Generator().manual_seed(1000 + step)
     x, y = torch.randn(8, 7, generator=generator), torch.randn(8, 3, generator=generator)
@@ -119,7 +126,9 @@ def backward(model: nn.Module, step: int, rank: int | None = None) -> None:
     F.mse_loss(model(x), y).backward()
 
 
-def train(model: nn.Module, optimizer: torch.optim.Optimizer, rank: int | None = None, steps: int = 1) -> None:
+def train(
+    model: nn.Module, optimizer: torch.optim.Optimizer, rank: int | None = None, steps: int = 1
+) -> None:
     for step in range(steps):
         backward(model, step, rank)
         optimizer.step()
@@ -155,7 +164,9 @@ def observed_rates(before: Weights, after: Weights) -> dict[str, float]:
 
 def wanted_rates(model: nn.Module | None = None) -> dict[str, float]:
     """Learning rate of each name, as `naive_groups` and CONFIG both mean it."""
-    return {name: RATES[naive_component(name)] for name, _ in (model or make_model()).named_parameters()}
+    return {
+        name: RATES[naive_component(name)] for name, _ in (model or make_model()).named_parameters()
+    }
 
 
 def close(got: dict[str, float], wanted: dict[str, float], rel: float = 2e-2) -> bool:
@@ -227,12 +238,20 @@ class Cases:
 
     def run(self, request: pytest.FixtureRequest) -> Outcomes:
         """Run the selected cases on fresh ranks."""
-        chosen = {item.name for item in request.session.items if getattr(item, "module", None) is request.module}
+        chosen = {
+            item.name
+            for item in request.session.items
+            if getattr(item, "module", None) is request.module
+        }
         names = [name for name in self._bodies if name in chosen]
         with tempfile.TemporaryDirectory() as folder:
-            return Outcomes(run_ranks(self._on_rank, self._world_size, names, folder, deadline_s=DEADLINE_S))
+            return Outcomes(
+                run_ranks(self._on_rank, self._world_size, names, folder, deadline_s=DEADLINE_S)
+            )
 
-    def _on_rank(self, rank: int, world_size: int, names: list[str], folder: str) -> dict[str, Outcome]:
+    def _on_rank(
+        self, rank: int, world_size: int, names: list[str], folder: str
+    ) -> dict[str, Outcome]:
         if self._before is not None:
             self._before()
         outcomes: dict[str, Outcome] = {}
@@ -257,7 +276,8 @@ def _attempt(body: Body, at: At) -> Outcome:
 
 
 def _together(name: str, at: At, kind: str) -> bool:
-    """Whether all ranks ended this case alike; if not, their next collectives would not fit together."""
+    """Whether all ranks ended this case alike; if not, their next collectives would not fit
+    together."""
     store = dist.distributed_c10d._get_default_store()
     store.set(f"case/{name}/{at.rank}", kind)
     keys = [f"case/{name}/{rank}" for rank in range(at.world_size)]

@@ -1,4 +1,5 @@
-"""Bad input ends before training, with one line on rank 0 and status 2 on every rank; nobody hangs."""
+"""Bad input ends before training, with one line on rank 0 and status 2 on every rank; nobody
+hangs."""
 
 from __future__ import annotations
 
@@ -14,17 +15,17 @@ from typing import Any
 
 import pytest
 import torch
+import train
 from safetensors.torch import save_file
 
-import train
-from dist_layerlr import checks
+from dist_layerlr import fields
 from dist_layerlr.errors import ConfigError, ModelSourceError
-from parts.cli import complain
-from parts.families import get_family
-from parts.loop import sample_index
-from parts.options import load_options
-from parts.runtime import Runtime, check_launch, is_shared
-from parts.weights import empty_model
+from launch.trainer.cli import complain
+from launch.trainer.families import get_family
+from launch.trainer.loop import sample_index
+from launch.trainer.options import load_options
+from launch.trainer.runtime import Runtime, check_launch, is_shared
+from launch.trainer.weights import empty_model
 from ranks import run_ranks
 
 ROOT = Path(__file__).resolve().parent.parent.parent
@@ -51,7 +52,9 @@ def _model_without_safetensors(config: Config, folder: Path) -> None:
 def _truncated_model(config: Config, folder: Path) -> None:
     _model_without_safetensors(config, folder)
     whole = save_bytes(folder)
-    (Path(config["model_path"]) / "diffusion_pytorch_model.safetensors").write_bytes(whole[: len(whole) // 2])
+    (Path(config["model_path"]) / "diffusion_pytorch_model.safetensors").write_bytes(
+        whole[: len(whole) // 2]
+    )
 
 
 def save_bytes(folder: Path) -> bytes:
@@ -67,18 +70,36 @@ def _block_adapter(config: Config, folder: Path) -> None:
 def _wrong_cached_shape(config: Config, folder: Path) -> None:
     cache = folder / "cache"
     cache.mkdir()
-    save_file({"latents": torch.zeros(3, 4, 16, 16), "prompt_embeds": torch.zeros(3, 32)}, str(cache / "a.safetensors"))
+    save_file(
+        {"latents": torch.zeros(3, 4, 16, 16), "prompt_embeds": torch.zeros(3, 32)},
+        str(cache / "a.safetensors"),
+    )
     config["data"] = {"kind": "cached", "folder": str(cache)}
 
 
 CASES: dict[str, tuple[Callable[[Config, Path], None], list[str]]] = {
     "unknown config key": (_edit("trian", {}), ["'trian'", "Did you mean 'train'"]),
-    "unknown per_layer_lr key": (_edit("per_layer_lr.min_dept_factor", 0.3), ["Did you mean 'min_depth_factor'"]),
-    "factor out of range": (_edit("per_layer_lr.min_depth_factor", 1.3), ["min_depth_factor=1.3", "[0, 1]"]),
-    "negative rate": (_edit("per_layer_lr.component_lr.ffn", -1e-4), ["component_lr.ffn=-0.0001", ">= 0"]),
+    "unknown per_layer_lr key": (
+        _edit("per_layer_lr.min_dept_factor", 0.3),
+        ["Did you mean 'min_depth_factor'"],
+    ),
+    "factor out of range": (
+        _edit("per_layer_lr.min_depth_factor", 1.3),
+        ["min_depth_factor=1.3", "[0, 1]"],
+    ),
+    "negative rate": (
+        _edit("per_layer_lr.component_lr.ffn", -1e-4),
+        ["component_lr.ffn=-0.0001", ">= 0"],
+    ),
     "NaN rate": (_edit("per_layer_lr.default_lr", float("nan")), ["default_lr=nan"]),
-    "unknown strategy": (_edit("per_layer_lr.depth_strategy", "cosin"), ["'cosin'", "Did you mean 'cosine'"]),
-    "table of the wrong type": (_edit("per_layer_lr.depth_table", "0.3"), ["depth_table='0.3'", "list"]),
+    "unknown strategy": (
+        _edit("per_layer_lr.depth_strategy", "cosin"),
+        ["'cosin'", "Did you mean 'cosine'"],
+    ),
+    "table of the wrong type": (
+        _edit("per_layer_lr.depth_table", "0.3"),
+        ["depth_table='0.3'", "list"],
+    ),
     "pattern that matches nothing": (
         _edit("per_layer_lr.patterns", [{"match": "blocs.*", "component": "ffn"}]),
         ["patterns[0].match='blocs.*'", "matches no parameter"],
@@ -88,14 +109,23 @@ CASES: dict[str, tuple[Callable[[Config, Path], None], list[str]]] = {
         ["regions[0].match='decoder'", "matches no parameter"],
     ),
     "model folder without safetensors": (_model_without_safetensors, ["No .safetensors file"]),
-    "truncated safetensors": (_truncated_model, ["diffusion_pytorch_model.safetensors", "truncated"]),
+    "truncated safetensors": (
+        _truncated_model,
+        ["diffusion_pytorch_model.safetensors", "truncated"],
+    ),
     "no such model folder": (_edit("model_path", "nowhere"), ["nowhere"]),
     "missing data folder": (_edit("data", {"kind": "cached", "folder": "nowhere"}), ["nowhere"]),
     "cached sample of the wrong shape": (_wrong_cached_shape, ["a", "latents", "(3, 4, 16, 16)"]),
     "batch the ranks cannot share": (_edit("train.global_batch", 7), ["global_batch=7", "2"]),
     "micro batch that does not divide": (_edit("train.micro_batch", 3), ["micro_batch=3", "4"]),
-    "warmup longer than the run": (_edit("schedule.warmup_steps", 6), ["warmup_steps=6", "train.steps=5"]),
-    "adapter on a whole block": (_block_adapter, ["target_modules=['blocks.0']", "linear", "'attn1.to_q'"]),
+    "warmup longer than the run": (
+        _edit("schedule.warmup_steps", 6),
+        ["warmup_steps=6", "train.steps=5"],
+    ),
+    "adapter on a whole block": (
+        _block_adapter,
+        ["target_modules=['blocks.0']", "linear", "'attn1.to_q'"],
+    ),
     "streaming that fsdp2 cannot do": (
         _edit("memory", {"stagehand": {"enabled": True, "mode": "layer"}}),
         ["memory.stagehand.mode='layer'", "fsdp2", "remove it"],
@@ -111,7 +141,9 @@ def _broken(case: str, config: Config, folder: Path) -> list[str]:
     return wanted
 
 
-def _train_on_rank(rank: int, world_size: int, files: list[str], folder: str) -> list[tuple[int, str]]:
+def _train_on_rank(
+    rank: int, world_size: int, files: list[str], folder: str
+) -> list[tuple[int, str]]:
     """Exit status and standard error of every case, on one rank."""
     import contextlib
     import io
@@ -124,12 +156,16 @@ def _train_on_rank(rank: int, world_size: int, files: list[str], folder: str) ->
         os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(29700 + number))
         said = io.StringIO()
         with contextlib.redirect_stderr(said), contextlib.redirect_stdout(io.StringIO()):
-            status = train.main(["--config", file, "--sharding", "fsdp2", "--output-dir", f"{folder}/out"])
+            status = train.main(
+                ["--config", file, "--sharding", "fsdp2", "--output-dir", f"{folder}/out"]
+            )
         results.append((status, said.getvalue()))
     return results
 
 
-def test_every_rank_ends_with_status_2_and_rank_0_says_one_line(run_config: Config, tmp_path: Path) -> None:
+def test_every_rank_ends_with_status_2_and_rank_0_says_one_line(
+    run_config: Config, tmp_path: Path
+) -> None:
     files, wanted = [], []
     for i, case in enumerate(CASES):
         folder = tmp_path / str(i)
@@ -140,14 +176,18 @@ def test_every_rank_ends_with_status_2_and_rank_0_says_one_line(run_config: Conf
     for i, case in enumerate(CASES):
         (status0, said0), (status1, said1) = by_rank[0][i], by_rank[1][i]
         assert (status0, status1) == (2, 2), f"{case}: {said0} {said1}"
-        assert said0.startswith("train.py: error: ") and said0.count("\n") == 1, f"{case}: {said0!r}"
+        assert said0.startswith("train.py: error: ") and said0.count("\n") == 1, (
+            f"{case}: {said0!r}"
+        )
         assert said1 == "", f"{case}: rank 1 said {said1!r}"
         for text in wanted[i]:
             assert text in said0, f"{case}: {said0!r} lacks {text!r}"
     assert not (tmp_path / "out" / "metrics.jsonl").exists()
 
 
-def test_a_broken_sample_on_one_rank_ends_all_with_its_error(run_config: Config, tmp_path: Path) -> None:
+def test_a_broken_sample_on_one_rank_ends_all_with_its_error(
+    run_config: Config, tmp_path: Path
+) -> None:
     victim = sample_index(4, 8, run_config["train"]["seed"])  # 4: the first of the second rank
     for i in range(8):
         value = float("nan") if i == victim else 0.0
@@ -164,14 +204,15 @@ def test_a_broken_sample_on_one_rank_ends_all_with_its_error(run_config: Config,
 
 
 def _fail_alone(rank: int, world_size: int) -> tuple[bool, bool, str]:
-    """Whether an agreed error and an error of one rank count as shared, and what this rank says of the latter."""
+    """Whether an agreed error and an error of one rank count as shared, and what this rank says of
+    the latter."""
     import contextlib
     import io
 
     runtime = Runtime(rank=rank, world_size=world_size, local_rank=rank, device=torch.device("cpu"))
     said = io.StringIO()
     try:
-        runtime.agree(lambda: checks.integer(rank)("x", 0))
+        runtime.agree(lambda: fields.integer(rank)("x", 0))
     except ConfigError as error:
         agreed = is_shared(error)
     mine = ConfigError("two\nlines")
@@ -187,15 +228,24 @@ def test_an_error_that_ranks_do_not_share_is_said_by_its_own_rank() -> None:
     ]
 
 
-def test_everything_that_a_config_lacks_is_named_at_once(capsys: pytest.CaptureFixture[str]) -> None:
+def test_everything_that_a_config_lacks_is_named_at_once(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
     assert train.main(["--config", str(ROOT / "launch" / "configs" / "wan.json")]) == 2
     said = capsys.readouterr().err
     assert "model_path, data, train.steps, train.global_batch" in said and said.count("\n") == 1
-    assert "--set model_path=DIR --set data.kind=cached --set data.folder=DIR --set train.steps=N" in said
+    assert (
+        "--set model_path=DIR --set data.kind=cached --set data.folder=DIR --set train.steps=N"
+        in said
+    )
 
 
-def test_a_family_that_cannot_be_trained_is_named_before_anything_else(capsys: pytest.CaptureFixture[str]) -> None:
-    assert train.main(["--config", str(ROOT / "launch" / "configs" / "ltx2.json"), "--plan-only"]) == 2
+def test_a_family_that_cannot_be_trained_is_named_before_anything_else(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert (
+        train.main(["--config", str(ROOT / "launch" / "configs" / "ltx2.json"), "--plan-only"]) == 2
+    )
     assert "model_type='ltx2': must be one of wan" in capsys.readouterr().err
 
 
@@ -207,14 +257,24 @@ def test_a_bad_flag_is_one_line_on_rank_0(
     with pytest.raises(SystemExit, match="2"):
         train.main(["--config", "c.json", "--max-steps", "many"])
     said = capsys.readouterr().err
-    assert said == "" if rank == "1" else said.startswith("train.py: error: ") and said.count("\n") == 1
+    assert (
+        said == ""
+        if rank == "1"
+        else said.startswith("train.py: error: ") and said.count("\n") == 1
+    )
 
 
-@pytest.mark.parametrize(("name", "value"), [("WORLD_SIZE", "abc"), ("WORLD_SIZE", "0"), ("RANK", "-1")])
+@pytest.mark.parametrize(
+    ("name", "value"), [("WORLD_SIZE", "abc"), ("WORLD_SIZE", "0"), ("RANK", "-1")]
+)
 def test_a_broken_launcher_variable_is_named(
-    name: str, value: str, run_config: Config, write_config: Callable[..., Path], monkeypatch: pytest.MonkeyPatch,
+    name: str,
+    value: str,
+    run_config: Config,
+    write_config: Callable[..., Path],
+    monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
-) -> None:  # fmt: skip
+) -> None:
     monkeypatch.setenv(name, value)
     assert train.main(["--config", str(write_config(run_config))]) == 2
     said = capsys.readouterr().err
@@ -228,7 +288,12 @@ def test_deepspeed_without_a_launcher_names_the_flag_that_was_given() -> None:
 
 @pytest.mark.parametrize(
     "content",
-    ["[]", '{"num_layers": "2"}', '{"num_layers": 2, "patch_size": 3}', '{"num_layers": 2, "text_dim": null}'],
+    [
+        "[]",
+        '{"num_layers": "2"}',
+        '{"num_layers": 2, "patch_size": 3}',
+        '{"num_layers": 2, "text_dim": null}',
+    ],
 )
 def test_a_model_config_that_builds_nothing_is_one_line(
     content: str, run_config: Config, write_config: Callable[..., Path], tmp_path: Path
@@ -249,12 +314,23 @@ def test_corrupt_json_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[
     assert "broken.json" in said and "not JSON" in said and said.count("\n") == 1
 
 
-def test_a_sharder_without_a_launcher_names_the_launcher(run_config: Config, tmp_path: Path) -> None:
+def test_a_sharder_without_a_launcher_names_the_launcher(
+    run_config: Config, tmp_path: Path
+) -> None:
     file = tmp_path / "config.json"
     file.write_text(json.dumps(run_config))
-    program = [sys.executable, str(ROOT / "launch" / "train.py"), "--config", str(file), "--sharding", "fsdp2"]
+    program = [
+        sys.executable,
+        str(ROOT / "launch" / "train.py"),
+        "--config",
+        str(file),
+        "--sharding",
+        "fsdp2",
+    ]
     env = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
-    done = subprocess.run(program, capture_output=True, text=True, timeout=120, env=env, cwd=tmp_path)
+    done = subprocess.run(
+        program, capture_output=True, text=True, timeout=120, env=env, cwd=tmp_path
+    )
     assert done.returncode == 2
     assert "torchrun --nproc_per_node 2" in done.stderr and done.stderr.count("\n") == 1
 
@@ -278,7 +354,7 @@ def test_a_sharder_without_a_launcher_names_the_launcher(run_config: Config, tmp
 def test_a_ds_config_that_takes_over_contradicts_or_is_wrong_is_refused_in_one_line(
     change: Config, says: str, run_config: Config, write_config: Callable[..., Path]
 ) -> None:
-    from parts.engines.zero import read_zero_config
+    from launch.trainer.engines.zero import read_zero_config
 
     ds = write_config({"zero_optimization": {"stage": 2}, **change}, "ds.json")
     with pytest.raises(ConfigError, match=re.escape(says)) as caught:

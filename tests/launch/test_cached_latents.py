@@ -24,8 +24,9 @@ pytest.importorskip("diffusers", reason="needs the train extra")
 pytest.importorskip("transformers", reason="needs the train extra")
 
 import cache_latents
+
 from dist_layerlr.errors import ConfigError, ModelSourceError
-from parts.data.cached import CachedDataset, read_header
+from launch.trainer.data.cached import CachedDataset, read_header
 
 WORDS = ["a", "red", "blue", "square", "moves", "left", "right"]
 WAN_MEAN, WAN_STD = [0.5, -1.0, 0.25, 2.0], [2.0, 0.5, 4.0, 1.5]
@@ -43,7 +44,8 @@ class Models:
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory: pytest.TempPathFactory) -> Models:
-    """Tiny random models: image VAE 2x smaller; video VAE 4x smaller in space and in time; 8-wide text encoder."""
+    """Tiny random models: image VAE 2x smaller; video VAE 4x smaller in space and in time; 8-wide
+    text encoder."""
     from diffusers import AutoencoderKL, AutoencoderKLWan
     from transformers import UMT5Config, UMT5EncoderModel
 
@@ -96,12 +98,16 @@ def _tokenizer():
 
 def _image(path: Path, seed: int, size: tuple[int, int] = (16, 16)) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    noise = torch.randint(0, 256, (size[0] * size[1] * 3,), generator=torch.Generator().manual_seed(seed))
+    noise = torch.randint(
+        0, 256, (size[0] * size[1] * 3,), generator=torch.Generator().manual_seed(seed)
+    )
     Image.frombytes("RGB", size, bytes(noise.tolist())).save(path)
 
 
 def _images(folder: Path, size: tuple[int, int] = (16, 16)) -> Path:
-    for seed, (name, caption) in enumerate({"blue": "a blue  square\n", "red": "a red square moves left"}.items()):
+    for seed, (name, caption) in enumerate(
+        {"blue": "a blue  square\n", "red": "a red square moves left"}.items()
+    ):
         _image(folder / f"{name}.png", seed, size)
         (folder / f"{name}.txt").write_text(caption)
     return folder
@@ -117,14 +123,29 @@ def _clips(folder: Path, frames: int = 5) -> Path:
 
 
 def _run(source: Path, output: Path, vae: Path, models: Models, *extra: str) -> int:
-    flags = ["--input", source, "--output", output, "--vae", vae, "--text-encoder", models.text_encoder]
+    flags = [
+        "--input",
+        source,
+        "--output",
+        output,
+        "--vae",
+        vae,
+        "--text-encoder",
+        models.text_encoder,
+    ]
     return cache_latents.main([*map(str, flags), "--max-tokens", "6", *extra])
 
 
-def _write(path: Path, latents: Tensor | None = None, prompt: Tensor | None = None, **metadata: str) -> None:
+def _write(
+    path: Path, latents: Tensor | None = None, prompt: Tensor | None = None, **metadata: str
+) -> None:
     tensors = {"latents": latents, "prompt_embeds": prompt}
     path.parent.mkdir(parents=True, exist_ok=True)
-    save_file({key: tensor for key, tensor in tensors.items() if tensor is not None}, path, metadata=metadata)
+    save_file(
+        {key: tensor for key, tensor in tensors.items() if tensor is not None},
+        path,
+        metadata=metadata,
+    )
 
 
 def _refused(capsys: pytest.CaptureFixture[str], status: int, *parts: str) -> None:
@@ -138,7 +159,9 @@ def _refused(capsys: pytest.CaptureFixture[str], status: int, *parts: str) -> No
 # Encoding
 
 
-def test_images_become_normalised_latents_that_the_dataset_reads_back(models: Models, tmp_path: Path, capsys):
+def test_images_become_normalised_latents_that_the_dataset_reads_back(
+    models: Models, tmp_path: Path, capsys
+):
     from diffusers import AutoencoderKL
 
     source = _images(tmp_path / "in")
@@ -150,7 +173,11 @@ def test_images_become_normalised_latents_that_the_dataset_reads_back(models: Mo
 
     vae = AutoencoderKL.from_pretrained(models.image_vae)
     with Image.open(source / "red.png") as image:
-        pixels = torch.tensor(list(image.tobytes()), dtype=torch.float32).view(16, 16, 3).permute(2, 0, 1)
+        pixels = (
+            torch.tensor(list(image.tobytes()), dtype=torch.float32)
+            .view(16, 16, 3)
+            .permute(2, 0, 1)
+        )
     with torch.no_grad():
         raw = vae.encode((pixels / 127.5 - 1)[None]).latent_dist.mode()
     expected = ((raw - 0.1159) * 0.3611).transpose(0, 1)
@@ -169,7 +196,11 @@ def test_clips_become_wan_latents_normalised_per_channel(models: Models, tmp_pat
 
     clip = cache_latents.load_clip([source / "one" / f"{frame}.png" for frame in range(5)], 16, 16)
     with torch.no_grad():
-        raw = AutoencoderKLWan.from_pretrained(models.video_vae).encode(clip[None]).latent_dist.mode()[0]
+        raw = (
+            AutoencoderKLWan.from_pretrained(models.video_vae)
+            .encode(clip[None])
+            .latent_dist.mode()[0]
+        )
     mean, std = (torch.tensor(values).view(4, 1, 1, 1) for values in (WAN_MEAN, WAN_STD))
     torch.testing.assert_close(dataset[0]["latents"], (raw - mean) / std)
 
@@ -192,7 +223,9 @@ def test_padding_is_zero_and_the_caption_matches_a_direct_call(models: Models):
     tokenizer = cache_latents.load_tokenizer(cache_latents.find_tokenizer(models.text_encoder))
     found = cache_latents.encode_caption(encoder, tokenizer, "a red square", 6)
     with torch.no_grad():
-        direct = UMT5EncoderModel.from_pretrained(models.text_encoder)(torch.tensor([[2, 3, 5]])).last_hidden_state[0]
+        direct = UMT5EncoderModel.from_pretrained(models.text_encoder)(
+            torch.tensor([[2, 3, 5]])
+        ).last_hidden_state[0]
     torch.testing.assert_close(found[:3], direct)
     assert bool((found[:3] != 0).any(1).all()) and bool((found[3:] == 0).all())
 
@@ -208,7 +241,11 @@ def test_cut_captions_are_counted_in_one_line_on_stderr(models: Models, tmp_path
     source = _images(tmp_path / "in")
     assert _run(source, tmp_path / "out", models.image_vae, models, "--max-tokens", "3") == 0
     (line,) = [text for text in capsys.readouterr().err.splitlines() if "sample" not in text]
-    assert line.startswith("cache_latents: warning: ") and "--max-tokens=3" in line and "red.png" in line
+    assert (
+        line.startswith("cache_latents: warning: ")
+        and "--max-tokens=3" in line
+        and "red.png" in line
+    )
     assert line.endswith(": 1 cut")
     assert _run(source, tmp_path / "fits", models.image_vae, models) == 0
     assert "warning" not in capsys.readouterr().err
@@ -217,11 +254,15 @@ def test_cut_captions_are_counted_in_one_line_on_stderr(models: Models, tmp_path
 def test_the_program_starts_from_a_checkout_that_is_not_installed(tmp_path: Path):
     script = Path(cache_latents.__file__)
     bare = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
-    shown = subprocess.run([sys.executable, script, "--help"], cwd=tmp_path, env=bare, capture_output=True, text=True)
+    shown = subprocess.run(
+        [sys.executable, script, "--help"], cwd=tmp_path, env=bare, capture_output=True, text=True
+    )
     assert shown.returncode == 0 and "--max-tokens" in shown.stdout, shown.stderr
 
 
-def test_a_clip_text_encoder_keeps_its_padding_and_limits_max_tokens(models: Models, tmp_path: Path):
+def test_a_clip_text_encoder_keeps_its_padding_and_limits_max_tokens(
+    models: Models, tmp_path: Path
+):
     from transformers import CLIPTextConfig, CLIPTextModel
 
     config = CLIPTextConfig(
@@ -235,7 +276,9 @@ def test_a_clip_text_encoder_keeps_its_padding_and_limits_max_tokens(models: Mod
     )
     CLIPTextModel(config).save_pretrained(tmp_path)
     encoder = cache_latents.load_text_encoder(tmp_path, torch.float32, "cpu")
-    found = cache_latents.encode_caption(encoder, cache_latents.load_tokenizer(models.tokenizer), "a red square", 6)
+    found = cache_latents.encode_caption(
+        encoder, cache_latents.load_tokenizer(models.tokenizer), "a red square", 6
+    )
     assert bool((found != 0).any(1).all())
     cache_latents.check_tokens(7, encoder)
     with pytest.raises(ConfigError, match=r"--max-tokens=8: must be in \[1, 7\]"):
@@ -247,7 +290,9 @@ def test_two_runs_write_the_same_bits(models: Models, tmp_path: Path):
     for name in ("first", "second"):
         assert _run(source, tmp_path / name, models.image_vae, models, "--dtype", "bf16") == 0
     first, second = (CachedDataset(str(tmp_path / run)) for run in ("first", "second"))
-    assert all(torch.equal(first[i][field], second[i][field]) for i in range(2) for field in first[i])
+    assert all(
+        torch.equal(first[i][field], second[i][field]) for i in range(2) for field in first[i]
+    )
     assert first[0]["latents"].dtype == torch.float32
     assert set(read_header(tmp_path / "first" / "red.safetensors").dtypes.values()) == {"BF16"}
 
@@ -291,7 +336,9 @@ def test_frames_are_ordered_by_number(tmp_path: Path):
 # Resuming
 
 
-def test_a_second_run_encodes_only_what_is_missing(models: Models, tmp_path: Path, monkeypatch, capsys):
+def test_a_second_run_encodes_only_what_is_missing(
+    models: Models, tmp_path: Path, monkeypatch, capsys
+):
     source, output = _images(tmp_path / "in"), tmp_path / "out"
     assert _run(source, output, models.image_vae, models) == 0
     kept, gone = output / "blue.safetensors", output / "red.safetensors"
@@ -301,18 +348,30 @@ def test_a_second_run_encodes_only_what_is_missing(models: Models, tmp_path: Pat
     assert "(1 written now)" in capsys.readouterr().out
     assert kept.stat().st_mtime_ns == stamp and gone.exists()
 
-    monkeypatch.setattr(cache_latents, "load_text_encoder", lambda *_: pytest.fail("nothing is left to encode"))
+    monkeypatch.setattr(
+        cache_latents, "load_text_encoder", lambda *_: pytest.fail("nothing is left to encode")
+    )
     assert _run(source, output, models.image_vae, models) == 0
 
 
-def test_a_kept_sample_of_other_settings_is_refused_and_overwrite_replaces_it(models: Models, tmp_path: Path, capsys):
+def test_a_kept_sample_of_other_settings_is_refused_and_overwrite_replaces_it(
+    models: Models, tmp_path: Path, capsys
+):
     source, output = _images(tmp_path / "in"), tmp_path / "out"
     assert _run(source, output, models.image_vae, models) == 0
     smaller = ["--height", "8", "--width", "8"]
     _refused(
-        capsys, _run(source, output, models.image_vae, models, *smaller), "latents (F, H, W) (1, 8, 8)", "--overwrite"
+        capsys,
+        _run(source, output, models.image_vae, models, *smaller),
+        "latents (F, H, W) (1, 8, 8)",
+        "--overwrite",
     )
-    _refused(capsys, _run(source, output, models.image_vae, models, "--dtype", "fp16"), "dtype 'F32'", "'F16'")
+    _refused(
+        capsys,
+        _run(source, output, models.image_vae, models, "--dtype", "fp16"),
+        "dtype 'F32'",
+        "'F16'",
+    )
     (source / "red.txt").write_text("a square")
     _refused(capsys, _run(source, output, models.image_vae, models), "red.safetensors", "caption")
     assert _run(source, output, models.image_vae, models, *smaller, "--overwrite") == 0
@@ -324,7 +383,9 @@ def test_a_failed_write_leaves_nothing_behind(tmp_path: Path, monkeypatch):
         raise OSError("No space left on device")
 
     monkeypatch.setattr(cache_latents.os, "replace", full_disk)
-    with pytest.raises(ModelSourceError, match="cannot be written .No space left on device.; free space"):
+    with pytest.raises(
+        ModelSourceError, match="cannot be written .No space left on device.; free space"
+    ):
         cache_latents.write_sample(tmp_path / "red.safetensors", {"latents": torch.zeros(1)}, {})
     assert list(tmp_path.iterdir()) == []
 
@@ -354,19 +415,31 @@ def test_every_bad_source_is_one_line_with_status_2(models: Models, tmp_path: Pa
     assert not (tmp_path / "out").exists()
 
 
-def test_a_truncated_image_is_named_and_earlier_samples_stay(models: Models, tmp_path: Path, capsys):
+def test_a_truncated_image_is_named_and_earlier_samples_stay(
+    models: Models, tmp_path: Path, capsys
+):
     source = _images(tmp_path / "in")
     (source / "red.png").unlink()
     _image(source / "red.jpg", 1)
     whole = (source / "red.jpg").read_bytes()
     (source / "red.jpg").write_bytes(whole[:-100])
-    _refused(capsys, _run(source, tmp_path / "out", models.image_vae, models), "red.jpg: not a readable image")
+    _refused(
+        capsys,
+        _run(source, tmp_path / "out", models.image_vae, models),
+        "red.jpg: not a readable image",
+    )
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["blue.safetensors"]
 
 
 def test_a_size_that_the_vae_cannot_take_is_refused(models: Models, tmp_path: Path, capsys):
     odd = _images(tmp_path / "odd", (15, 16))
-    _refused(capsys, _run(odd, tmp_path / "out", models.image_vae, models), "--width=15", "multiple of 2", "--width 14")
+    _refused(
+        capsys,
+        _run(odd, tmp_path / "out", models.image_vae, models),
+        "--width=15",
+        "multiple of 2",
+        "--width 14",
+    )
     clips = _clips(tmp_path / "clips", frames=6)
     run = _run(clips, tmp_path / "out", models.video_vae, models)
     _refused(capsys, run, "--frames=6", "4k+1", "--frames 5")
@@ -377,7 +450,12 @@ def test_a_size_that_the_vae_cannot_take_is_refused(models: Models, tmp_path: Pa
 
 def test_images_and_clips_of_other_lengths_do_not_mix(models: Models, tmp_path: Path, capsys):
     _clips(_images(tmp_path / "in"))
-    _refused(capsys, _run(tmp_path / "in", tmp_path / "out", models.image_vae, models), "frames", "separate folders")
+    _refused(
+        capsys,
+        _run(tmp_path / "in", tmp_path / "out", models.image_vae, models),
+        "frames",
+        "separate folders",
+    )
 
 
 def test_bad_flags_are_one_line_with_status_2(models: Models, tmp_path: Path, capsys):
@@ -394,29 +472,55 @@ def test_bad_flags_are_one_line_with_status_2(models: Models, tmp_path: Path, ca
 def test_bad_model_folders_are_one_line_with_status_2(models: Models, tmp_path: Path, capsys):
     source, output = _images(tmp_path / "in"), tmp_path / "out"
     _refused(capsys, _run(source, output, tmp_path, models), "--vae", "no config.json")
-    _refused(capsys, _run(source, output, models.text_encoder, models), "--vae", "class None", "AutoencoderKLWan")
+    _refused(
+        capsys,
+        _run(source, output, models.text_encoder, models),
+        "--vae",
+        "class None",
+        "AutoencoderKLWan",
+    )
     broken = shutil.copytree(models.image_vae, tmp_path / "broken")
     weights = broken / "diffusion_pytorch_model.safetensors"
     weights.write_bytes(weights.read_bytes()[:1000])
-    _refused(capsys, _run(source, output, broken, models), "--vae", "AutoencoderKL cannot be loaded")
+    _refused(
+        capsys, _run(source, output, broken, models), "--vae", "AutoencoderKL cannot be loaded"
+    )
     flags = ["--text-encoder", str(models.image_vae)]
     _refused(
-        capsys, _run(source, output, models.image_vae, models, *flags, "--tokenizer", str(models.tokenizer)), "None"
+        capsys,
+        _run(
+            source, output, models.image_vae, models, *flags, "--tokenizer", str(models.tokenizer)
+        ),
+        "None",
     )
     flags = ["--tokenizer", str(models.image_vae)]
-    _refused(capsys, _run(source, output, models.image_vae, models, *flags), "--tokenizer", "cannot be loaded")
+    _refused(
+        capsys,
+        _run(source, output, models.image_vae, models, *flags),
+        "--tokenizer",
+        "cannot be loaded",
+    )
 
 
-def test_a_text_encoder_that_is_not_an_encoder_or_lacks_weights_is_refused(models: Models, tmp_path: Path):
+def test_a_text_encoder_that_is_not_an_encoder_or_lacks_weights_is_refused(
+    models: Models, tmp_path: Path
+):
     folder = shutil.copytree(models.text_encoder, tmp_path / "text_encoder")
     tensors = {}
     with safe_open(folder / "model.safetensors", framework="pt") as file:
-        tensors = {key: file.get_tensor(key) for key in file.keys() if "final_layer_norm" not in key}  # noqa: SIM118
+        tensors = {
+            key: file.get_tensor(key) for key in file.keys() if "final_layer_norm" not in key
+        }  # noqa: SIM118
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(ModelSourceError, match="1 weights of UMT5EncoderModel missing, first encoder.final_layer_norm"):
+    with pytest.raises(
+        ModelSourceError,
+        match="1 weights of UMT5EncoderModel missing, first encoder.final_layer_norm",
+    ):
         cache_latents.load_text_encoder(folder, torch.float32, "cpu")
     config = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps(config | {"architectures": ["LlamaForCausalLM"]}))
+    (folder / "config.json").write_text(
+        json.dumps(config | {"architectures": ["LlamaForCausalLM"]})
+    )
     with pytest.raises(ModelSourceError, match="LlamaForCausalLM; need an encoder-only class"):
         cache_latents.load_text_encoder(folder, torch.float32, "cpu")
 
@@ -424,7 +528,9 @@ def test_a_text_encoder_that_is_not_an_encoder_or_lacks_weights_is_refused(model
 def test_latents_that_overflow_are_refused(models: Models):
     vae = cache_latents.load_vae(models.image_vae, torch.float32, "cpu")
     with pytest.raises(ModelSourceError, match="AutoencoderKL gave NaN or infinity"):
-        cache_latents.encode_latents(vae, cache_latents.vae_layout(vae), torch.full((3, 1, 16, 16), float("inf")))
+        cache_latents.encode_latents(
+            vae, cache_latents.vae_layout(vae), torch.full((3, 1, 16, 16), float("inf"))
+        )
 
 
 # The data set alone
@@ -435,12 +541,20 @@ def test_samples_are_sorted_by_path_and_sub_folders_count(tmp_path: Path):
         _write(tmp_path / name, torch.full((2, 1, 4, 4), float(index)), torch.zeros(3, 5))
     (tmp_path / ".half.safetensors.1.tmp").write_bytes(b"")
     dataset = CachedDataset(str(tmp_path))
-    assert [dataset.name(i) for i in range(len(dataset))] == ["y.safetensors", "z.safetensors", "b.safetensors"]
+    assert [dataset.name(i) for i in range(len(dataset))] == [
+        "y.safetensors",
+        "z.safetensors",
+        "b.safetensors",
+    ]
     assert [float(dataset[i]["latents"].max()) for i in range(3)] == [2.0, 1.0, 0.0]
 
 
 def test_latents_without_a_frame_axis_get_one(tmp_path: Path):
-    _write(tmp_path / "a.safetensors", torch.arange(32.0).view(2, 4, 4), torch.zeros(3, 5, dtype=torch.bfloat16))
+    _write(
+        tmp_path / "a.safetensors",
+        torch.arange(32.0).view(2, 4, 4),
+        torch.zeros(3, 5, dtype=torch.bfloat16),
+    )
     _write(tmp_path / "b.safetensors", torch.zeros(2, 1, 4, 4), torch.zeros(3, 5))
     dataset = CachedDataset(str(tmp_path))
     assert dataset.shapes(0) == {"latents": (2, 1, 4, 4), "prompt_embeds": (3, 5)}
@@ -449,7 +563,7 @@ def test_latents_without_a_frame_axis_get_one(tmp_path: Path):
 
 
 def test_only_headers_are_read_when_the_data_set_is_made(tmp_path: Path, monkeypatch):
-    import parts.data.cached as cached
+    import launch.trainer.data.cached as cached
 
     class HeaderOnly:
         """`safe_open` that can be asked for anything but a tensor."""
@@ -465,7 +579,9 @@ def test_only_headers_are_read_when_the_data_set_is_made(tmp_path: Path, monkeyp
         def __exit__(self, *error: object) -> None:
             self._file.__exit__(*error)
 
-    _write(tmp_path / "a.safetensors", torch.zeros(2, 1, 4, 4), torch.zeros(3, 5), caption="a square")
+    _write(
+        tmp_path / "a.safetensors", torch.zeros(2, 1, 4, 4), torch.zeros(3, 5), caption="a square"
+    )
     monkeypatch.setattr(cached, "safe_open", HeaderOnly)
     dataset = CachedDataset(str(tmp_path))
     assert dataset.name(0) == "a square"
@@ -476,14 +592,46 @@ def test_only_headers_are_read_when_the_data_set_is_made(tmp_path: Path, monkeyp
 @pytest.mark.parametrize(
     ("latents", "prompt", "message"),
     [
-        (None, torch.zeros(3, 5), r"bad.safetensors: no field 'latents'; found \['prompt_embeds'\]"),
-        (torch.zeros(2, 1, 4, 4), None, r"bad.safetensors: no field 'prompt_embeds'; found \['latents'\]"),
-        (torch.zeros(1, 2, 1, 4, 4), torch.zeros(3, 5), r"latents has shape \(1, 2, 1, 4, 4\), need \(C, F, H, W\)"),
-        (torch.zeros(2, 1, 4, 4), torch.zeros(1, 3, 5), r"prompt_embeds has shape \(1, 3, 5\), need \(L, D\)"),
-        (torch.zeros(2, 0, 4, 4), torch.zeros(3, 5), r"latents has shape \(2, 0, 4, 4\), need every axis >= 1"),
-        (torch.zeros(2, 1, 4, 4).int(), torch.zeros(3, 5), r"latents has type I32, need one of F16, BF16"),
-        (torch.zeros(2, 2, 4, 4), torch.zeros(3, 5), r"latents has shape \(2, 2, 4, 4\), need \(2, 1, 4, 4\) as in"),
-        (torch.zeros(2, 1, 4, 4), torch.zeros(4, 5), r"prompt_embeds has shape \(4, 5\), need \(3, 5\) as in"),
+        (
+            None,
+            torch.zeros(3, 5),
+            r"bad.safetensors: no field 'latents'; found \['prompt_embeds'\]",
+        ),
+        (
+            torch.zeros(2, 1, 4, 4),
+            None,
+            r"bad.safetensors: no field 'prompt_embeds'; found \['latents'\]",
+        ),
+        (
+            torch.zeros(1, 2, 1, 4, 4),
+            torch.zeros(3, 5),
+            r"latents has shape \(1, 2, 1, 4, 4\), need \(C, F, H, W\)",
+        ),
+        (
+            torch.zeros(2, 1, 4, 4),
+            torch.zeros(1, 3, 5),
+            r"prompt_embeds has shape \(1, 3, 5\), need \(L, D\)",
+        ),
+        (
+            torch.zeros(2, 0, 4, 4),
+            torch.zeros(3, 5),
+            r"latents has shape \(2, 0, 4, 4\), need every axis >= 1",
+        ),
+        (
+            torch.zeros(2, 1, 4, 4).int(),
+            torch.zeros(3, 5),
+            r"latents has type I32, need one of F16, BF16",
+        ),
+        (
+            torch.zeros(2, 2, 4, 4),
+            torch.zeros(3, 5),
+            r"latents has shape \(2, 2, 4, 4\), need \(2, 1, 4, 4\) as in",
+        ),
+        (
+            torch.zeros(2, 1, 4, 4),
+            torch.zeros(4, 5),
+            r"prompt_embeds has shape \(4, 5\), need \(3, 5\) as in",
+        ),
     ],
 )
 def test_a_wrong_field_is_refused_before_training(tmp_path: Path, latents, prompt, message: str):
@@ -491,11 +639,17 @@ def test_a_wrong_field_is_refused_before_training(tmp_path: Path, latents, promp
     _write(tmp_path / "bad.safetensors", latents, prompt)
     with pytest.raises(ModelSourceError, match=message) as caught:
         CachedDataset(str(tmp_path))
-    assert "\n" not in str(caught.value) and "cache_latents" in str(caught.value) or "--frames" in str(caught.value)
+    assert (
+        "\n" not in str(caught.value)
+        and "cache_latents" in str(caught.value)
+        or "--frames" in str(caught.value)
+    )
 
 
 def test_missing_empty_and_damaged_folders_are_refused(tmp_path: Path):
-    with pytest.raises(ModelSourceError, match="does not exist; need a folder of .safetensors samples"):
+    with pytest.raises(
+        ModelSourceError, match="does not exist; need a folder of .safetensors samples"
+    ):
         CachedDataset(str(tmp_path / "nowhere"))
     with pytest.raises(ModelSourceError, match="found 0 .safetensors files, need at least 1"):
         CachedDataset(str(tmp_path))
@@ -506,7 +660,9 @@ def test_missing_empty_and_damaged_folders_are_refused(tmp_path: Path):
     whole = path.read_bytes()
     for damaged in (whole[:-1], whole[:20], b"", b"\xff" * 64):
         path.write_bytes(damaged)
-        with pytest.raises(ModelSourceError, match="a.safetensors: not a readable safetensors file"):
+        with pytest.raises(
+            ModelSourceError, match="a.safetensors: not a readable safetensors file"
+        ):
             CachedDataset(str(tmp_path))
 
 
@@ -515,7 +671,9 @@ def test_a_file_that_changes_during_the_run_is_refused(tmp_path: Path):
     _write(path, torch.zeros(2, 1, 4, 4), torch.zeros(3, 5))
     dataset = CachedDataset(str(tmp_path))
     _write(path, torch.zeros(2, 1, 8, 2), torch.zeros(3, 5))
-    with pytest.raises(ModelSourceError, match=r"latents now has shape \(2, 1, 8, 2\), need \(2, 1, 4, 4\)"):
+    with pytest.raises(
+        ModelSourceError, match=r"latents now has shape \(2, 1, 8, 2\), need \(2, 1, 4, 4\)"
+    ):
         dataset[0]
     _write(path, torch.full((2, 1, 4, 4), float("nan")), torch.zeros(3, 5))
     with pytest.raises(ModelSourceError, match="latents holds NaN or infinity"):

@@ -5,17 +5,17 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import make_tiny_wan
 import numpy as np
 import pytest
 import torch
 
-import make_tiny_wan
 from dist_layerlr.errors import ConfigError, ModelSourceError
-from parts.data import open_dataset
-from parts.data.digits import DIGIT_WORDS, PATHS, SCAN, MovingDigits
-from parts.families import FAMILIES, get_family
-from parts.flow import euler_sigmas, make_flow_batch, mix_seed, sample
-from parts.samples import _short, draw_samples
+from launch.trainer.data import open_dataset
+from launch.trainer.data.digits import DIGIT_WORDS, PATHS, SCAN, MovingDigits
+from launch.trainer.families import FAMILIES, get_family
+from launch.trainer.objectives.flow import euler_sigmas, make_flow_batch, mix_seed, sample
+from launch.trainer.samples import _short, draw_samples
 from ranks import run_ranks
 
 TINY = [
@@ -61,7 +61,9 @@ def test_a_batch_of_four_equals_two_batches_of_two() -> None:
     whole = make_flow_batch(clean, range(40, 44), seed=3)
     halves = [make_flow_batch(clean[i : i + 2], range(40 + i, 42 + i), seed=3) for i in (0, 2)]
     for field in ("noisy", "target", "sigma", "timestep"):
-        assert torch.equal(getattr(whole, field), torch.cat([getattr(half, field) for half in halves])), field
+        assert torch.equal(
+            getattr(whole, field), torch.cat([getattr(half, field) for half in halves])
+        ), field
 
 
 def test_noise_depends_on_seed_and_sample_number_only() -> None:
@@ -102,7 +104,12 @@ def test_euler_with_the_true_velocity_arrives_at_the_data() -> None:
     goal = latents(2)
     # On a straight path every point knows its velocity: (x_sigma - x) / sigma.
     found = sample(
-        lambda x, t: (x - goal) / (t / 1000).view(-1, 1, 1, 1, 1), goal.shape, seed=0, steps=4, device="cpu", shift=3.0
+        lambda x, t: (x - goal) / (t / 1000).view(-1, 1, 1, 1, 1),
+        goal.shape,
+        seed=0,
+        steps=4,
+        device="cpu",
+        shift=3.0,
     )
     torch.testing.assert_close(found, goal)
 
@@ -120,7 +127,9 @@ def test_shift_spends_steps_near_the_noise() -> None:
     assert euler_sigmas(4, shift=3.0) == pytest.approx([1.0, 0.9, 0.75, 0.5, 0.0])
 
 
-@pytest.mark.parametrize(("steps", "shift", "field"), [(0, 1.0, "samples.steps=0"), (4, 0.0, "samples.shift=0.0")])
+@pytest.mark.parametrize(
+    ("steps", "shift", "field"), [(0, 1.0, "samples.steps=0"), (4, 0.0, "samples.shift=0.0")]
+)
 def test_sampler_values_out_of_range_are_named(steps: int, shift: float, field: str) -> None:
     with pytest.raises(ConfigError, match=field):
         euler_sigmas(steps, shift)
@@ -146,7 +155,10 @@ def test_every_frame_shows_a_real_scan_of_the_named_digit() -> None:
         real = {scan.astype(np.float32).tobytes() for scan in scans}
         for frame in ((dataset[index]["latents"][0] + 1) * 8).numpy():
             places = [(y, x) for y in range(9) for x in range(9)]
-            assert any(np.ascontiguousarray(frame[y : y + SCAN, x : x + SCAN]).tobytes() in real for y, x in places)
+            assert any(
+                np.ascontiguousarray(frame[y : y + SCAN, x : x + SCAN]).tobytes() in real
+                for y, x in places
+            )
 
 
 def test_the_digit_moves_along_the_path_of_its_prompt() -> None:
@@ -155,7 +167,9 @@ def test_the_digit_moves_along_the_path_of_its_prompt() -> None:
     seen = set()
     for index in range(80):
         ink = dataset[index]["latents"][0] + 1  # (2, 16, 16)
-        moved = tuple(round((ink.sum(axis) @ pixels / ink.sum((1, 2))).diff().item()) for axis in (2, 1))
+        moved = tuple(
+            round((ink.sum(axis) @ pixels / ink.sum((1, 2))).diff().item()) for axis in (2, 1)
+        )
         along = tuple(2 * step for step in PATHS[dataset.name(index).split()[1]])
         assert moved in (along, tuple(-step for step in along))
         seen.add(moved)
@@ -197,7 +211,10 @@ def test_a_value_out_of_range_is_named_with_its_range(field: str, value: object)
     [
         ({}, r"data\.kind=None"),
         ({"kind": "digit"}, "Did you mean 'digits'"),
-        ({"kind": "digits", "canvass": 16}, "'canvass' in data of kind 'digits'.*Did you mean 'canvas'"),
+        (
+            {"kind": "digits", "canvass": 16},
+            "'canvass' in data of kind 'digits'.*Did you mean 'canvas'",
+        ),
     ],
 )
 def test_unknown_kinds_and_keys_name_the_nearest(options: dict[str, object], message: str) -> None:
@@ -214,7 +231,9 @@ def test_reading_past_the_end_is_an_index_error() -> None:
 
 
 def test_unknown_model_type_names_the_allowed_ones() -> None:
-    with pytest.raises(ConfigError, match="model_type='wam': must be one of wan.*Did you mean 'wan'"):
+    with pytest.raises(
+        ConfigError, match="model_type='wam': must be one of wan.*Did you mean 'wan'"
+    ):
         get_family("wam")
     assert all(family.model_type == key for key, family in FAMILIES.items())
 
@@ -224,9 +243,13 @@ def velocity_and_gradients(rank: int, world_size: int, checkpoint: Path) -> tupl
     family = get_family("wan")
     model = family.model_class.from_pretrained(checkpoint)
     noisy = torch.randn(2, 1, 4, 16, 16)
-    velocity = family.velocity(model, noisy, torch.tensor([10.0, 990.0]), {"prompt_embeds": torch.randn(2, 3, 8)})
+    velocity = family.velocity(
+        model, noisy, torch.tensor([10.0, 990.0]), {"prompt_embeds": torch.randn(2, 3, 8)}
+    )
     velocity.square().mean().backward()
-    still = [name for name, parameter in model.named_parameters() if not parameter.grad.abs().sum() > 0]
+    still = [
+        name for name, parameter in model.named_parameters() if not parameter.grad.abs().sum() > 0
+    ]
     return velocity.shape == noisy.shape, still
 
 
@@ -258,9 +281,15 @@ def test_a_fitting_sample_passes(model_config: dict[str, object]) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"latents": torch.zeros(16, 4, 16, 16)}, r"a\.safetensors: latents has shape \(16, 4, 16, 16\).*needs \(1, F"),
+        (
+            {"latents": torch.zeros(16, 4, 16, 16)},
+            r"a\.safetensors: latents has shape \(16, 4, 16, 16\).*needs \(1, F",
+        ),
         ({"latents": torch.zeros(1, 4, 16, 18)}, r"latents has shape .*multiples of \(1, 4, 4\)"),
-        ({"latents": torch.zeros(1, 1, 4, 16, 16)}, "latents has shape .*without a batch dimension"),
+        (
+            {"latents": torch.zeros(1, 1, 4, 16, 16)},
+            "latents has shape .*without a batch dimension",
+        ),
         ({"prompt_embeds": torch.zeros(3, 9)}, r"prompt_embeds has shape \(3, 9\).*\(L, 8\)"),
         ({"prompt_embeds": torch.zeros(0, 8)}, "L >= 1"),
     ],
@@ -280,11 +309,15 @@ def test_a_missing_field_is_named(model_config: dict[str, object]) -> None:
 
 def test_image_to_video_checkpoints_are_refused(model_config: dict[str, object]) -> None:
     with pytest.raises(ModelSourceError, match="image-to-video"):
-        get_family("wan").check_sample({**model_config, "in_channels": 36, "out_channels": 16}, CLIP)
+        get_family("wan").check_sample(
+            {**model_config, "in_channels": 36, "out_channels": 16}, CLIP
+        )
 
 
 @pytest.mark.parametrize("patch", [[1, 2], [1, 0, 2], [1, 2, 2.0]])
-def test_a_patch_size_that_cuts_nothing_is_refused(model_config: dict[str, object], patch: list[int]) -> None:
+def test_a_patch_size_that_cuts_nothing_is_refused(
+    model_config: dict[str, object], patch: list[int]
+) -> None:
     with pytest.raises(ModelSourceError, match=r"patch_size=.*must be 3 integers >= 1"):
         get_family("wan").check_sample({**model_config, "patch_size": patch}, CLIP)
 
@@ -299,7 +332,9 @@ def test_tiny_wan_refuses_a_place_it_cannot_write_to(
     assert said.startswith("make_tiny_wan.py: error: Invalid OUT_DIR=") and said.count("\n") == 1
 
 
-def test_tiny_wan_refuses_a_seed_that_torch_cannot_take(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_tiny_wan_refuses_a_seed_that_torch_cannot_take(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     with pytest.raises(SystemExit, match="2"):
         make_tiny_wan.main([str(tmp_path / "wan"), "--seed", str(2**64)])
     said = capsys.readouterr().err

@@ -1,4 +1,5 @@
-"""The documentation's code runs: Python blocks as they stand, JSON fields as the reader takes them."""
+"""The documentation's code runs: Python blocks as they stand, JSON fields as the reader takes
+them."""
 
 from __future__ import annotations
 
@@ -13,11 +14,11 @@ from typing import Any
 import pytest
 
 from dist_layerlr import cli
-from dist_layerlr.config import _BLOCK_FIELDS, _PRESET_PARAMETERS, _REGION_FIELDS
-from dist_layerlr.depth import DEPTH_FUNCTIONS
-from dist_layerlr.layer_decay import CONVENTIONS
 from dist_layerlr.offload import StreamPolicy
-from dist_layerlr.presets import PRESET_FUNCTIONS, PRESETS
+from dist_layerlr.plan.config import _BLOCK_FIELDS, _PRESET_PARAMETERS, _REGION_FIELDS
+from dist_layerlr.plan.depth import DEPTH_FUNCTIONS
+from dist_layerlr.plan.layer_decay import CONVENTIONS
+from dist_layerlr.plan.presets import PRESET_FUNCTIONS, PRESETS
 from ranks import run_ranks
 
 ROOT = Path(__file__).resolve().parent.parent.parent
@@ -28,7 +29,9 @@ WRAPPED = ["ddp", "fsdp2", "fsdp1", "fsdp1 flat", "zero 2", "zero 3", "ddp"]
 
 
 def python_blocks(page: str) -> list[str]:
-    return re.findall(r"^```python\n(.*?)^```$", (DOCS / page).read_text(), re.MULTILINE | re.DOTALL)
+    return re.findall(
+        r"^```python\n(.*?)^```$", (DOCS / page).read_text(), re.MULTILINE | re.DOTALL
+    )
 
 
 def run_block(shared: str, block: str) -> str:
@@ -44,7 +47,9 @@ def on_ranks(rank: int, world_size: int, shared: str, blocks: list[str]) -> list
     import deepspeed
     import torch.distributed as dist
 
-    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT="29500", LOCAL_WORLD_SIZE=str(world_size))
+    os.environ.update(
+        MASTER_ADDR="127.0.0.1", MASTER_PORT="29500", LOCAL_WORLD_SIZE=str(world_size)
+    )
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # compiled on first use
     dist.init_process_group = lambda *_, **__: None  # type: ignore[assignment]  # these ranks have one already
     printed = []
@@ -61,7 +66,9 @@ TOGETHER = [b for b in BLOCKS if NEEDS_RANKS.search(b)]
 
 def test_own_trainer_snippets_verify_on_two_ranks_under_every_sharder() -> None:
     printed = run_ranks(on_ranks, 2, SHARED, TOGETHER)[0]
-    assert [re.findall(r"verified on 2 ranks \((.*?)\)", text) for text in printed] == [[w] for w in WRAPPED]
+    assert [re.findall(r"verified on 2 ranks \((.*?)\)", text) for text in printed] == [
+        [w] for w in WRAPPED
+    ]
 
 
 def one_process(rank: int, world_size: int, shared: str, blocks: list[str]) -> list[str]:
@@ -88,7 +95,11 @@ def test_offload_snippets_run_alone_and_under_ddp() -> None:
     training, predicting, ddp = STREAMED
     (trained,) = run_ranks(one_process, 1, STREAMED_SHARED, [training + predicting])[0]
     assert "verified on 1 rank (unsharded)" in trained
-    assert [int(n) for n in re.findall(r"fetches=(\d+)", trained)] == [9, 6, 6]  # 6 = 2 * (6 blocks - 3 slots)
+    assert [int(n) for n in re.findall(r"fetches=(\d+)", trained)] == [
+        9,
+        6,
+        6,
+    ]  # 6 = 2 * (6 blocks - 3 slots)
     assert "streaming 6 of 6 units through 3 slots: " in trained.splitlines()[-1]
     (together,) = run_ranks(on_ranks, 2, STREAMED_SHARED, [ddp])[0]
     assert "verified on 2 ranks (ddp)" in together
@@ -117,7 +128,14 @@ def test_offload_page_lists_every_field_of_the_policy() -> None:
 
 def test_names_page_lists_every_field_strategy_preset_and_convention() -> None:
     text = (DOCS / "names.md").read_text()
-    keys = {*_BLOCK_FIELDS, *_REGION_FIELDS, *_PRESET_PARAMETERS, "preset", *DEPTH_FUNCTIONS, *CONVENTIONS}
+    keys = {
+        *_BLOCK_FIELDS,
+        *_REGION_FIELDS,
+        *_PRESET_PARAMETERS,
+        "preset",
+        *DEPTH_FUNCTIONS,
+        *CONVENTIONS,
+    }
     keys |= {*PRESETS, *PRESET_FUNCTIONS}
     assert sorted(k for k in keys if f"`{k}`" not in text) == []
 
@@ -125,6 +143,7 @@ def test_names_page_lists_every_field_strategy_preset_and_convention() -> None:
 def test_pages_name_files_that_exist() -> None:
     for page in DOCS.glob("*.md"):
         for path in re.findall(
-            r"\b(?:launch|ds_configs|docs|tests|benchmarks|dist_layerlr)/[\w/]+(?:\.\w+)+", page.read_text()
+            r"\b(?:launch|ds_configs|docs|tests|benchmarks|dist_layerlr)/[\w/]+(?:\.\w+)+",
+            page.read_text(),
         ):
             assert (ROOT / path).exists(), f"{page.name}: {path}"

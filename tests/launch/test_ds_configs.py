@@ -1,4 +1,5 @@
-"""Every shipped ds_config is accepted, and trains: fp32 ones end in the weights of the unsharded run."""
+"""Every shipped ds_config is accepted, and trains: fp32 ones end in the weights of the unsharded
+run."""
 
 from __future__ import annotations
 
@@ -12,19 +13,20 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from dist_layerlr import check_ds_config, plan_model
-from dist_layerlr.adapters import detect
-from dist_layerlr.config import read_json
-from dist_layerlr.gather import LiveWeights
-from dist_layerlr.segments import flat_ranges
-from parts.data import open_dataset
-from parts.engines import build_engine
-from parts.engines.zero import read_zero_config
-from parts.families import get_family
-from parts.loop import train
-from parts.options import RunOptions, load_options
-from parts.runtime import Runtime
-from parts.weights import empty_model
+from dist_layerlr import plan_model
+from dist_layerlr.optim import check_ds_config
+from dist_layerlr.plan.config import read_json
+from dist_layerlr.sharders import sharder_of
+from dist_layerlr.sharders.ranges import flat_ranges
+from dist_layerlr.weights.gather import LiveWeights
+from launch.trainer.data import open_dataset
+from launch.trainer.engines import build_engine
+from launch.trainer.engines.zero import read_zero_config
+from launch.trainer.families import get_family
+from launch.trainer.loop import train
+from launch.trainer.options import RunOptions, load_options
+from launch.trainer.runtime import Runtime
+from launch.trainer.weights import empty_model
 from ranks import run_ranks
 
 FOLDER = Path(__file__).resolve().parent.parent.parent / "ds_configs"
@@ -50,11 +52,14 @@ Result = dict[str, Any]
 
 
 def run_one(sharding: str, options: RunOptions, runtime: Runtime, ds_config: Path | None) -> Result:
-    """Train as launch/train.py does. Returns losses, the sharder that was proved, and the final weights (rank 0)."""
+    """Train as launch/train.py does. Returns losses, the sharder that was proved, and the final
+    weights (rank 0)."""
     family = get_family(options.model_type)
     model = empty_model(family, options)
     plan = plan_model(model, options.plan)
-    engine = build_engine(sharding, model, plan, options, runtime, None if ds_config is None else str(ds_config))
+    engine = build_engine(
+        sharding, model, plan, options, runtime, None if ds_config is None else str(ds_config)
+    )
     engine.prove(1.0)
     losses = Losses()
     outcome = train(engine, family, open_dataset(options.data), options, runtime, losses)  # type: ignore[arg-type]
@@ -63,22 +68,29 @@ def run_one(sharding: str, options: RunOptions, runtime: Runtime, ds_config: Pat
     gathered = {name: source.fetch(name) for name, held in source.table.items() if held.trainable}
     weights = {name: whole.numpy() for name, whole in gathered.items() if whole is not None}
     return {
-        "sharder": proof.sharder, "ranks": proof.ranks, "losses": losses.values, "weights": weights,
-        "watched": len(outcome.observed), "flat": flat_problems(engine.model, runtime) if ds_config else [],
-    }  # fmt: skip
+        "sharder": proof.sharder,
+        "ranks": proof.ranks,
+        "losses": losses.values,
+        "weights": weights,
+        "watched": len(outcome.observed),
+        "flat": flat_problems(engine.model, runtime) if ds_config else [],
+    }
 
 
 def flat_problems(engine: Any, runtime: Runtime) -> list[str]:
-    """Where ZeRO-1 and -2 put their elements, against the ranges that benchmarks/simulate.py computes."""
+    """Where ZeRO-1 and -2 put their elements, against the ranges that benchmarks/simulate.py
+    computes."""
     if engine.zero_optimization_stage() not in (1, 2):
         return []
     flats: dict[int, list[Any]] = {}
-    for piece in detect(engine).pieces(engine, None).pieces:
+    for piece in sharder_of(engine).pieces(None).pieces:
         flats.setdefault(id(piece.owner), []).append(piece)
     sizes = {n: p.numel() for n, p in engine.module.named_parameters()}
     problems = []
     for pieces in flats.values():
-        wanted = flat_ranges([sizes[p.name] for p in pieces], runtime.world_size, runtime.rank, align=ZERO_ALIGN)
+        wanted = flat_ranges(
+            [sizes[p.name] for p in pieces], runtime.world_size, runtime.rank, align=ZERO_ALIGN
+        )
         problems += [p.name for p, w in zip(pieces, wanted, strict=True) if (p.start, p.numel) != w]
     return problems
 
@@ -90,7 +102,9 @@ def train_all(rank: int, world_size: int, config: str, files: list[Path]) -> lis
     results = []
     for file in files:
         dtype = "fp32" if is_fp32(file) else "bf16"
-        results.append(run_one("zero", load_options(config, [f"train.dtype={dtype}"]), runtime, file))
+        results.append(
+            run_one("zero", load_options(config, [f"train.dtype={dtype}"]), runtime, file)
+        )
         dist.barrier()
     return results
 
@@ -102,7 +116,12 @@ def test_shipped_config_is_accepted_and_leaves_rates_alone(
     raw = read_json(file)
     check_ds_config(raw)
     assert raw["gradient_clipping"] == 0.0
-    assert not raw.keys() & {"scheduler", "optimizer", "train_batch_size", "train_micro_batch_size_per_gpu"}
+    assert not raw.keys() & {
+        "scheduler",
+        "optimizer",
+        "train_batch_size",
+        "train_micro_batch_size_per_gpu",
+    }
     run_config["train"].update(dtype="fp32" if is_fp32(file) else "bf16", micro_batch=2)
     filled = read_zero_config(str(file), load_options(write_config(run_config)), 2)
     assert filled["train_batch_size"] == 8
@@ -139,7 +158,8 @@ def test_every_shipped_config_trains_to_the_weights_of_the_unsharded_run(
 
 
 def everything_gathered(folder: Path) -> Path:
-    """zero3_offload.json for a model whose every layer is large: nothing is small enough to stay whole on the ranks."""
+    """zero3_offload.json for a model whose every layer is large: nothing is small enough to stay
+    whole on the ranks."""
     config = read_json(FOLDER / "zero3_offload.json")
     config["zero_optimization"]["stage3_param_persistence_threshold"] = 0
     path = folder / "zero3_offload_gathered.json"

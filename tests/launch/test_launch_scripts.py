@@ -11,10 +11,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-
 import train
+
 from dist_layerlr.errors import ConfigError
-from parts.runtime import check_accelerate_env
+from launch.trainer.runtime import check_accelerate_env
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 LAUNCH = ROOT / "launch"
@@ -30,19 +30,29 @@ STARTS = {
 }
 """Script: what it starts, and what that is told."""
 SLURM = {
-    "SLURM_SUBMIT_DIR": str(ROOT), "SLURM_JOB_ID": "123456", "SLURM_JOB_NODELIST": "node[0-1]",
-    "SLURM_JOB_NUM_NODES": "2", "SLURM_GPUS_ON_NODE": "3", "SLURM_CPUS_PER_TASK": "12",
-}  # fmt: skip
+    "SLURM_SUBMIT_DIR": str(ROOT),
+    "SLURM_JOB_ID": "123456",
+    "SLURM_JOB_NODELIST": "node[0-1]",
+    "SLURM_JOB_NUM_NODES": "2",
+    "SLURM_GPUS_ON_NODE": "3",
+    "SLURM_CPUS_PER_TASK": "12",
+}
 
 
-def call(script: str, *args: str, first: Path = BIN, cwd: Path, **env: str) -> subprocess.CompletedProcess[str]:
+def call(
+    script: str, *args: str, first: Path = BIN, cwd: Path, **env: str
+) -> subprocess.CompletedProcess[str]:
     """Run a script from some other folder, with ``first`` in front of PATH."""
     path = os.pathsep.join([str(first), str(BIN), os.environ["PATH"]])
     clean = {k: v for k, v in os.environ.items() if k != "OMP_NUM_THREADS"}
     return subprocess.run(
         ["bash", str(LAUNCH / script), *args],
-        capture_output=True, text=True, timeout=120, cwd=cwd, env={**clean, "PATH": path, "PYTHON": sys.executable, **env},
-    )  # fmt: skip
+        capture_output=True,
+        text=True,
+        timeout=120,
+        cwd=cwd,
+        env={**clean, "PATH": path, "PYTHON": sys.executable, **env},
+    )
 
 
 @pytest.fixture
@@ -74,9 +84,13 @@ def test_script_is_valid_short_and_shows_three_calls(script: str) -> None:
 
 
 @pytest.mark.parametrize("script", STARTS)
-def test_script_starts_its_launcher_and_passes_arguments_through(script: str, stubs: Path, tmp_path: Path) -> None:
+def test_script_starts_its_launcher_and_passes_arguments_through(
+    script: str, stubs: Path, tmp_path: Path
+) -> None:
     launcher, told = STARTS[script]
-    done = call(script, "--config", "a b.json", "--set", "x=1", first=stubs, cwd=tmp_path, NGPU="3", **SLURM)
+    done = call(
+        script, "--config", "a b.json", "--set", "x=1", first=stubs, cwd=tmp_path, NGPU="3", **SLURM
+    )
     assert done.returncode == 0, done.stderr
     (line,) = done.stdout.splitlines()
     assert line.startswith(f"{launcher} ") and told in line
@@ -85,7 +99,9 @@ def test_script_starts_its_launcher_and_passes_arguments_through(script: str, st
     assert any(count in line for count in counts), line
 
 
-def test_slurm_job_meets_on_the_first_node_and_shares_its_cores(stubs: Path, tmp_path: Path) -> None:
+def test_slurm_job_meets_on_the_first_node_and_shares_its_cores(
+    stubs: Path, tmp_path: Path
+) -> None:
     line = call("slurm.sbatch", "--config", "c.json", first=stubs, cwd=tmp_path, **SLURM).stdout
     assert line.startswith("srun torchrun --nnodes 2 --nproc_per_node 3 --rdzv_backend c10d")
     assert "--rdzv_endpoint node0:23456 --rdzv_id 123456" in line
@@ -94,7 +110,10 @@ def test_slurm_job_meets_on_the_first_node_and_shares_its_cores(stubs: Path, tmp
 
 def test_hsdp_on_two_machines_meets_where_it_is_told(stubs: Path, tmp_path: Path) -> None:
     done = call("run_hsdp.sh", first=stubs, cwd=tmp_path, NNODES="2", HEAD="node0:29500")
-    assert "--nnodes 2 --nproc_per_node 2 --rdzv_backend c10d --rdzv_endpoint node0:29500" in done.stdout
+    assert (
+        "--nnodes 2 --nproc_per_node 2 --rdzv_backend c10d --rdzv_endpoint node0:29500"
+        in done.stdout
+    )
 
 
 @pytest.mark.parametrize("script", STARTS)
@@ -107,20 +126,30 @@ def test_dry_run_prints_the_plan_and_starts_nothing(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     told = call(
-        script, "--config", str(write_config(run_config)), cwd=tmp_path, DRY_RUN="1", PYTHON=str(stubs / "args")
+        script,
+        "--config",
+        str(write_config(run_config)),
+        cwd=tmp_path,
+        DRY_RUN="1",
+        PYTHON=str(stubs / "args"),
     )
     program, *arguments = told.stdout.splitlines()
     assert program == str(LAUNCH / "train.py")
     assert train.main(arguments) == 0  # in this process: starting one for each script takes long
     out = capsys.readouterr().out
-    assert out.startswith("[per_layer_lr] model_type=wan strategy=cosine") and "blocks.000.self_attn" in out
+    assert (
+        out.startswith("[per_layer_lr] model_type=wan strategy=cosine")
+        and "blocks.000.self_attn" in out
+    )
     assert not (tmp_path / "runs").exists()
 
 
 def test_dry_run_needs_nothing_but_python(
     run_config: dict[str, Any], write_config: Callable[..., Path], tmp_path: Path
 ) -> None:
-    done = call("run_fsdp2.sh", "--config", str(write_config(run_config)), cwd=tmp_path, DRY_RUN="1")
+    done = call(
+        "run_fsdp2.sh", "--config", str(write_config(run_config)), cwd=tmp_path, DRY_RUN="1"
+    )
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith("[per_layer_lr] model_type=wan strategy=cosine")
 
@@ -130,7 +159,9 @@ def test_accelerate_starts_ranks_that_train(
 ) -> None:
     run_config["train"]["steps"] = 2
     config = str(write_config(run_config))
-    done = call("run_accelerate.sh", "--config", config, "--output-dir", str(tmp_path / "out"), cwd=tmp_path)
+    done = call(
+        "run_accelerate.sh", "--config", config, "--output-dir", str(tmp_path / "out"), cwd=tmp_path
+    )
     assert done.returncode == 0, done.stderr
     assert "verified on 2 ranks (fsdp2)" in done.stdout
     assert "finished 2 steps" in done.stdout
@@ -146,12 +177,20 @@ MEGATRON = {"ACCELERATE_USE_MEGATRON_LM": "true"}
 @pytest.mark.parametrize(
     ("env", "sharding", "says"),
     [
-        (DEEPSPEED, "fsdp2", "Invalid --sharding fsdp2: accelerate launch was told --use_deepspeed"),
+        (
+            DEEPSPEED,
+            "fsdp2",
+            "Invalid --sharding fsdp2: accelerate launch was told --use_deepspeed",
+        ),
         (DEEPSPEED, "none", "Pass --deepspeed_config FILE"),
         (FSDP1, "fsdp2", "--use_fsdp --fsdp_version 1"),
         (FSDP1, "ddp", "Pass --sharding fsdp1 to train.py"),
         (FSDP2, "fsdp1", "Pass --sharding fsdp2 to train.py"),
-        (FSDP2, "zero", "Invalid --deepspeed_config: accelerate launch was told --use_fsdp --fsdp_version 2"),
+        (
+            FSDP2,
+            "zero",
+            "Invalid --deepspeed_config: accelerate launch was told --use_fsdp --fsdp_version 2",
+        ),
         ({"ACCELERATE_USE_FSDP": "1"}, "fsdp2", "--fsdp_version 1"),
         (MEGATRON, "ddp", "--use_megatron_lm"),
     ],

@@ -1,4 +1,5 @@
-"""What runs leave in their output folder: never a mix of two, never NaN, never half of it for want of a place."""
+"""What runs leave in their output folder: never a mix of two, never NaN, never half of it for want
+of a place."""
 
 from __future__ import annotations
 
@@ -12,16 +13,18 @@ from typing import Any
 
 import pytest
 import torch
-
 import train
+
 from dist_layerlr.errors import ConfigError
-from parts.metrics import MetricsFile
-from parts.outputs import _check_finite, open_output_dir
-from parts.runtime import Diverged
+from launch.trainer.metrics import MetricsFile
+from launch.trainer.outputs import _check_finite, open_output_dir
+from launch.trainer.runtime import Diverged
 from ranks import run_ranks
 
 
-def train_one_after_another(rank: int, world_size: int, calls: list[list[str]]) -> list[tuple[int, str]]:
+def train_one_after_another(
+    rank: int, world_size: int, calls: list[list[str]]
+) -> list[tuple[int, str]]:
     """Exit status and standard error of each call."""
     results = []
     for call in calls:
@@ -36,30 +39,54 @@ def files(folder: Path) -> set[str]:
 
 
 @pytest.fixture
-def call(run_config: dict[str, Any], write_config: Callable[..., Path], tmp_path: Path) -> list[str]:
+def call(
+    run_config: dict[str, Any], write_config: Callable[..., Path], tmp_path: Path
+) -> list[str]:
     run_config["train"]["steps"] = 2
     return ["--config", str(write_config(run_config)), "--output-dir", str(tmp_path / "out")]
 
 
-def test_a_second_run_into_the_same_folder_replaces_the_first(call: list[str], tmp_path: Path) -> None:
+def test_a_second_run_into_the_same_folder_replaces_the_first(
+    call: list[str], tmp_path: Path
+) -> None:
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "notes.txt").write_text("mine")
-    pictured = [*call, "--set", "samples.count=1", "--set", "samples.steps=1", "--set", "train.dtype=bf16"]
+    pictured = [
+        *call,
+        "--set",
+        "samples.count=1",
+        "--set",
+        "samples.steps=1",
+        "--set",
+        "train.dtype=bf16",
+    ]
     lora = [*call, "--set", "training_method=lora"]
     ((first, said), (second, _)) = run_ranks(train_one_after_another, 1, [pictured, lora])[0]
     assert (first, second) == (0, 0)
     assert "Warning" not in said
     assert files(tmp_path / "out") == {
-        ".lock", "notes.txt", "plan.json", "verify.json", "metrics.jsonl", "lr_grid.png", "final/adapter_config.json",
+        ".lock",
+        "notes.txt",
+        "plan.json",
+        "verify.json",
+        "metrics.jsonl",
+        "lr_grid.png",
+        "final/adapter_config.json",
         "final/adapter_model.safetensors",
-    }  # fmt: skip
+    }
 
 
-def test_a_run_that_diverges_ends_with_status_1_and_saves_nothing(call: list[str], tmp_path: Path) -> None:
+def test_a_run_that_diverges_ends_with_status_1_and_saves_nothing(
+    call: list[str], tmp_path: Path
+) -> None:
     flat = [*call, "--set", "per_layer_lr.enabled=false"]
-    ((status, said),) = run_ranks(train_one_after_another, 1, [[*flat, "--set", "learning_rate=1e30"]])[0]
+    ((status, said),) = run_ranks(
+        train_one_after_another, 1, [[*flat, "--set", "learning_rate=1e30"]]
+    )[0]
     assert status == 1
-    assert "train.py: error: loss is nan at step 1; nothing is saved. Lower the learning rates" in said
+    assert (
+        "train.py: error: loss is nan at step 1; nothing is saved. Lower the learning rates" in said
+    )
     last = (tmp_path / "out" / "metrics.jsonl").read_text().splitlines()[-1]
     assert json.loads(last)["loss"] is None and "NaN" not in last
     assert "final/diffusion_pytorch_model.safetensors" not in files(tmp_path / "out")
@@ -68,17 +95,24 @@ def test_a_run_that_diverges_ends_with_status_1_and_saves_nothing(call: list[str
 def test_weights_that_the_last_step_broke_are_not_saved() -> None:
     model = torch.nn.ModuleDict({"norm": torch.nn.LayerNorm(2), "proj": torch.nn.Linear(1, 2)})
     torch.nn.init.constant_(model["proj"].weight, float("inf"))
-    with pytest.raises(Diverged, match="proj.weight holds NaN or infinity after 9 steps; nothing is saved"):
+    with pytest.raises(
+        Diverged, match="proj.weight holds NaN or infinity after 9 steps; nothing is saved"
+    ):
         _check_finite(model, 9)
 
 
 def test_metrics_are_json_even_where_a_number_is_not(tmp_path: Path) -> None:
-    MetricsFile(tmp_path / "m.jsonl").write({"step": 1, "loss": float("nan"), "grad_norm": float("inf"), "x": 0.5})
-    assert (tmp_path / "m.jsonl").read_text() == '{"step": 1, "loss": null, "grad_norm": null, "x": 0.5}\n'
+    MetricsFile(tmp_path / "m.jsonl").write(
+        {"step": 1, "loss": float("nan"), "grad_norm": float("inf"), "x": 0.5}
+    )
+    assert (
+        tmp_path / "m.jsonl"
+    ).read_text() == '{"step": 1, "loss": null, "grad_norm": null, "x": 0.5}\n'
 
 
 @pytest.mark.parametrize(
-    ("taken", "is_folder"), [("plan.json", True), ("final/config.json", True), ("final", False), ("samples", False)]
+    ("taken", "is_folder"),
+    [("plan.json", True), ("final/config.json", True), ("final", False), ("samples", False)],
 )
 def test_a_folder_that_cannot_take_every_file_is_refused_before_training(
     taken: str, is_folder: bool, tmp_path: Path

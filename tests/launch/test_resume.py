@@ -1,4 +1,5 @@
-"""``--resume``: a run that was stopped ends where one that was not ends, in its weights and in its files."""
+"""``--resume``: a run that was stopped ends where one that was not ends, in its weights and in its
+files."""
 
 from __future__ import annotations
 
@@ -14,9 +15,9 @@ from typing import Any
 
 import pytest
 import torch
+import train
 from safetensors.torch import load_file
 
-import train
 from dist_layerlr.checkpoint.manifest import read_manifest
 from ranks import run_ranks
 
@@ -24,9 +25,11 @@ FINAL = Path("final/diffusion_pytorch_model.safetensors")
 Call = list[str]
 
 
-def call_all(rank: int, world_size: int, calls: list[Call], stop_after: int | None) -> list[tuple[int, str, str]]:
+def call_all(
+    rank: int, world_size: int, calls: list[Call], stop_after: int | None
+) -> list[tuple[int, str, str]]:
     """(status, stdout, stderr) of each call; the first is stopped by SIGTERM in the given step."""
-    from parts import loop
+    from launch.trainer import loop
 
     accumulate, done = loop._accumulate, 0
 
@@ -48,7 +51,9 @@ def call_all(rank: int, world_size: int, calls: list[Call], stop_after: int | No
 
 
 @pytest.fixture
-def call(run_config: dict[str, Any], write_config: Callable[..., Path], tmp_path: Path) -> Callable[..., Call]:
+def call(
+    run_config: dict[str, Any], write_config: Callable[..., Path], tmp_path: Path
+) -> Callable[..., Call]:
     run_config["train"]["steps"] = 6
     config = str(write_config(run_config))
 
@@ -68,8 +73,17 @@ def folders(out: Path) -> list[str]:
     return sorted(p.name for p in (out / "checkpoints").iterdir())
 
 
-def test_a_stopped_run_resumes_to_the_same_weights_and_rows(call: Callable[..., Call], tmp_path: Path) -> None:
-    every = ("--set", "train.save_every=2", "--set", "train.keep=2", "--set", "train.background_save=true")
+def test_a_stopped_run_resumes_to_the_same_weights_and_rows(
+    call: Callable[..., Call], tmp_path: Path
+) -> None:
+    every = (
+        "--set",
+        "train.save_every=2",
+        "--set",
+        "train.keep=2",
+        "--set",
+        "train.background_save=true",
+    )
     calls = [
         call("halves", *every, "--resume", "latest"),  # stopped in step 3
         call("halves", *every, "--resume", "latest"),
@@ -81,28 +95,41 @@ def test_a_stopped_run_resumes_to_the_same_weights_and_rows(call: Callable[..., 
     ]
     (stopped, resumed, whole, fresh, done, shorter, nowhere) = run_ranks(call_all, 1, calls, 3)[0]
     assert (stopped[0], resumed[0], whole[0]) == (0, 0, 0)
-    assert "yet: starting at step 0" in stopped[1] and "stopped by a signal after 3 steps" in stopped[1]
+    assert (
+        "yet: starting at step 0" in stopped[1]
+        and "stopped by a signal after 3 steps" in stopped[1]
+    )
     assert "step_00000003 after 3 steps" in resumed[1] and "finished 6 steps" in resumed[1]
     once, twice = load_file(tmp_path / "whole" / FINAL), load_file(tmp_path / "halves" / FINAL)
     assert all(torch.equal(once[name], twice[name]) for name in once.keys() | twice.keys())
     assert rows(tmp_path / "halves") == rows(tmp_path / "whole")
     assert folders(tmp_path / "halves") == ["latest", "step_00000004", "step_00000006"]
     first_lrs = [
-        json.loads((tmp_path / out / "verify.json").read_text())["first_step_lr"] for out in ("whole", "halves")
+        json.loads((tmp_path / out / "verify.json").read_text())["first_step_lr"]
+        for out in ("whole", "halves")
     ]
     assert first_lrs[0] == first_lrs[1] != {}
-    assert fresh[0] == 2 and "it holds checkpoints of an earlier run. Continue it with --resume latest" in fresh[2]
-    assert done[0] == 0 and "finished 6 steps; weights in" in done[1]  # ended before it wrote them, say
+    assert (
+        fresh[0] == 2
+        and "it holds checkpoints of an earlier run. Continue it with --resume latest" in fresh[2]
+    )
+    assert (
+        done[0] == 0 and "finished 6 steps; weights in" in done[1]
+    )  # ended before it wrote them, say
     assert shorter[0] == 2 and "Invalid train.steps=5: must be at least 6" in shorter[2]
     assert nowhere[0] == 2 and "No checkpoint in 'nowhere'" in nowhere[2]
 
 
-def test_another_sharding_ranks_and_plan_continue_a_run(call: Callable[..., Call], tmp_path: Path) -> None:
+def test_another_sharding_ranks_and_plan_continue_a_run(
+    call: Callable[..., Call], tmp_path: Path
+) -> None:
     half = ("--set", "train.save_every=3", "--max-steps", "3", "--set", "schedule.type=constant")
     rest = ("--resume", str(tmp_path / "half" / "checkpoints"), "--set", "schedule.type=constant")
     new = ("--set", "per_layer_lr.component_lr.ffn=6e-4")
     kept = ("--set", "per_layer_lr.resume_lr=checkpoint")
-    started, whole = run_ranks(call_all, 1, [call("half", *half), call("whole", *rest[2:])], None)[0]
+    started, whole = run_ranks(call_all, 1, [call("half", *half), call("whole", *rest[2:])], None)[
+        0
+    ]
     assert (started[0], whole[0]) == (0, 0)
     sharded = [
         call("fsdp2", *rest, "--sharding", "fsdp2"),
@@ -118,21 +145,38 @@ def test_another_sharding_ranks_and_plan_continue_a_run(call: Callable[..., Call
     assert max(float((wanted[n] - old_rates[n]).abs().max()) for n in wanted) <= 1e-5
     assert max(float((wanted[n] - new_rates[n]).abs().max()) for n in wanted) > 1e-4
     assert "blocks.000-002.ffn: lr 0.00015..0.0003 -> 0.0003..0.0006 (x2)" in said[0][1][1]
-    assert "the new rates apply (resume_lr)" in said[0][1][1] and "its rates apply (resume_lr)" in said[0][2][1]
+    assert (
+        "the new rates apply (resume_lr)" in said[0][1][1]
+        and "its rates apply (resume_lr)" in said[0][2][1]
+    )
 
 
 def test_another_runs_checkpoint_starts_files_of_its_own_and_spares_other_checkpoints(
     call: Callable[..., Call], tmp_path: Path
 ) -> None:
     source = tmp_path / "source" / "checkpoints"
-    every = ("--set", "train.save_every=1", "--set", "train.keep=2", "--set", "schedule.type=constant")
+    every = (
+        "--set",
+        "train.save_every=1",
+        "--set",
+        "train.keep=2",
+        "--set",
+        "schedule.type=constant",
+    )
     (tmp_path / "used").mkdir()
     (tmp_path / "used" / "metrics.jsonl").write_text('{"step": 0, "loss": 777}\n')
     calls = [
         call("source", *every, "--max-steps", "2"),
         call("used", *every, "--max-steps", "3", "--resume", str(source)),
         call("used", *every, "--max-steps", "4", "--resume", str(source)),
-        call("used", *every, "--max-steps", "4", "--resume", str(tmp_path / "used" / "checkpoints" / "step_00000003")),
+        call(
+            "used",
+            *every,
+            "--max-steps",
+            "4",
+            "--resume",
+            str(tmp_path / "used" / "checkpoints" / "step_00000003"),
+        ),
     ]
     said = run_ranks(call_all, 1, calls, None)[0]
     assert [status for status, _, _ in said] == [0, 0, 2, 0], said

@@ -1,4 +1,5 @@
-"""SIGINT and SIGTERM finish the step in progress, save, and end with status 0, on all ranks together."""
+"""SIGINT and SIGTERM finish the step in progress, save, and end with status 0, on all ranks
+together."""
 
 from __future__ import annotations
 
@@ -14,9 +15,9 @@ from typing import Any
 
 import psutil
 import pytest
+import train
 from safetensors import safe_open
 
-import train
 from ranks import run_ranks
 
 ROOT = Path(__file__).resolve().parent.parent.parent
@@ -30,8 +31,11 @@ def start(program: list[str], config: dict[str, Any], folder: Path) -> subproces
     file.write_text(json.dumps(config))
     process = subprocess.Popen(
         [*program, "--config", str(file), "--output-dir", str(folder / "out")],
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=folder,
-    )  # fmt: skip
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        cwd=folder,
+    )
     wait_until(lambda: len(rows(folder)) >= 3, process)
     return process
 
@@ -41,7 +45,9 @@ def rows(folder: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
 
 
-def wait_until(done: Callable[[], bool], process: subprocess.Popen[str], deadline_s: float = 120.0) -> None:
+def wait_until(
+    done: Callable[[], bool], process: subprocess.Popen[str], deadline_s: float = 120.0
+) -> None:
     end = time.monotonic() + deadline_s
     while not done():
         assert process.poll() is None, process.communicate()
@@ -52,13 +58,17 @@ def wait_until(done: Callable[[], bool], process: subprocess.Popen[str], deadlin
 def check_saved(folder: Path, said: str) -> None:
     done = rows(folder)[-1]["step"] + 1
     assert f"stopped by a signal after {done} steps" in said
-    with safe_open(str(folder / "out" / "final" / "diffusion_pytorch_model.safetensors"), framework="pt") as file:
+    with safe_open(
+        str(folder / "out" / "final" / "diffusion_pytorch_model.safetensors"), framework="pt"
+    ) as file:
         assert file.metadata()["step"] == str(done)
     assert (folder / "out" / "verify.json").exists()
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_one_process_finishes_the_step_and_saves(number: int, run_config: dict[str, Any], tmp_path: Path) -> None:
+def test_one_process_finishes_the_step_and_saves(
+    number: int, run_config: dict[str, Any], tmp_path: Path
+) -> None:
     process = start([sys.executable, TRAIN], run_config, tmp_path)
     process.send_signal(number)
     said, complaint = process.communicate(timeout=60)
@@ -66,11 +76,15 @@ def test_one_process_finishes_the_step_and_saves(number: int, run_config: dict[s
     check_saved(tmp_path, said)
 
 
-def test_a_signal_to_one_rank_stops_all_ranks_together(run_config: dict[str, Any], tmp_path: Path) -> None:
+def test_a_signal_to_one_rank_stops_all_ranks_together(
+    run_config: dict[str, Any], tmp_path: Path
+) -> None:
     torchrun = str(Path(sys.executable).parent / "torchrun")
     program = [torchrun, "--standalone", "--nproc_per_node", "2", TRAIN, "--sharding", "fsdp2"]
     process = start(program, run_config, tmp_path)
-    ranks = [child.pid for child in psutil.Process(process.pid).children() if TRAIN in child.cmdline()]
+    ranks = [
+        child.pid for child in psutil.Process(process.pid).children() if TRAIN in child.cmdline()
+    ]
     assert len(ranks) == 2
     os.kill(max(ranks), signal.SIGTERM)
     said, complaint = process.communicate(timeout=120)
@@ -79,8 +93,9 @@ def test_a_signal_to_one_rank_stops_all_ranks_together(run_config: dict[str, Any
 
 
 def signal_while_saving(rank: int, world_size: int, arguments: list[str]) -> int:
-    """Two signals, as every rank gets on Ctrl-C, at the moment when training is over and nothing is saved."""
-    from parts import outputs
+    """Two signals, as every rank gets on Ctrl-C, at the moment when training is over and nothing is
+    saved."""
+    from launch.trainer import outputs
 
     save = outputs.save_weights
 

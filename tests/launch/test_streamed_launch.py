@@ -1,4 +1,5 @@
-"""``memory.stagehand`` in the main job: the same weights as the resident run, under every sharder that can offload."""
+"""``memory.stagehand`` in the main job: the same weights as the resident run, under every sharder
+that can offload."""
 
 from __future__ import annotations
 
@@ -7,26 +8,26 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import make_tiny_wan
 import pytest
 import torch
 from safetensors.torch import load_file
 from test_world_size_invariance import TORCHRUN, TRAIN, as_lora, largest_difference, run, weights
 
-import make_tiny_wan
 from dist_layerlr import plan_model
 from dist_layerlr.errors import ConfigError
-from dist_layerlr.gather import LiveWeights
 from dist_layerlr.offload import StreamPolicy
-from parts.data import open_dataset
-from parts.engines import build_engine
-from parts.engines.streaming import check_streaming
-from parts.engines.zero import read_zero_config
-from parts.families import get_family
-from parts.loop import train
-from parts.metrics import MetricsFile
-from parts.options import RunOptions, load_options
-from parts.runtime import Runtime
-from parts.weights import empty_model
+from dist_layerlr.weights.gather import LiveWeights
+from launch.trainer.data import open_dataset
+from launch.trainer.engines import build_engine
+from launch.trainer.engines.offload import check_streaming
+from launch.trainer.engines.zero import read_zero_config
+from launch.trainer.families import get_family
+from launch.trainer.loop import train
+from launch.trainer.metrics import MetricsFile
+from launch.trainer.options import RunOptions, load_options
+from launch.trainer.runtime import Runtime
+from launch.trainer.weights import empty_model
 from ranks import run_ranks
 
 ROOT = Path(__file__).resolve().parent.parent.parent
@@ -49,20 +50,27 @@ def six_blocks(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def lora(run_config: dict[str, Any], six_blocks: Path) -> dict[str, Any]:
     config = as_lora({**run_config, "model_path": str(six_blocks)})
-    return {**config, "train": {**config["train"], "steps": 3, "micro_batch": 2, "checkpointing": True}}
+    return {
+        **config,
+        "train": {**config["train"], "steps": 3, "micro_batch": 2, "checkpointing": True},
+    }
 
 
 def with_stagehand(config: dict[str, Any], stagehand: dict[str, Any]) -> dict[str, Any]:
     return {**config, "memory": {"stagehand": stagehand}}
 
 
-def train_one(sharding: str, options: RunOptions, runtime: Runtime, folder: Path, ds_config: Path | None) -> Result:
+def train_one(
+    sharding: str, options: RunOptions, runtime: Runtime, folder: Path, ds_config: Path | None
+) -> Result:
     """Train as launch/train.py does, in this process."""
     check_streaming(options, sharding)
     family = get_family(options.model_type)
     model = empty_model(family, options)
     plan = plan_model(model, options.plan)
-    engine = build_engine(sharding, model, plan, options, runtime, None if ds_config is None else str(ds_config))
+    engine = build_engine(
+        sharding, model, plan, options, runtime, None if ds_config is None else str(ds_config)
+    )
     engine.prove(1.0)
     metrics = MetricsFile(folder / f"{sharding}-{options.stream is not None}-{runtime.rank}.jsonl")
     outcome = train(engine, family, open_dataset(options.data), options, runtime, metrics)
@@ -79,7 +87,12 @@ def offloads(engine: Any) -> Any:
     if hasattr(engine.model, "zero_offload_param"):
         zero = engine.model._config.zero_config
         devices = {p.ds_tensor.device.type for p in engine.model.module.parameters()}
-        return engine.model.zero_offload_param().device, zero.prefetch_bucket_size, zero.max_live_parameters, devices
+        return (
+            engine.model.zero_offload_param().device,
+            zero.prefetch_bucket_size,
+            zero.max_live_parameters,
+            devices,
+        )
     if hasattr(engine.model, "_get_fsdp_state"):
         states = [block._get_fsdp_state() for block in engine.model.blocks]
         policies = {type(s._fsdp_param_groups[0].offload_policy).__name__ for s in states}
@@ -97,7 +110,10 @@ def on_two_ranks(rank: int, world_size: int, config: str, folder: Path) -> list[
     runtime = Runtime(rank=rank, world_size=world_size, local_rank=rank, device=torch.device("cpu"))
     options = load_options(config)
     zero3 = ROOT / "ds_configs" / "zero3.json"
-    return [train_one("fsdp2", options, runtime, folder, None), train_one("zero", options, runtime, folder, zero3)]
+    return [
+        train_one("fsdp2", options, runtime, folder, None),
+        train_one("zero", options, runtime, folder, zero3),
+    ]
 
 
 def difference(a: Result, b: Result) -> float:
@@ -125,7 +141,9 @@ def test_ddp_with_a_streamed_base_ends_in_the_weights_of_the_resident_run(
 ) -> None:
     streamed = with_stagehand(lora, OURS)
     mapped = with_stagehand(lora, {**OURS, "host": "file"})
-    configs = [str(write_config(config, f"{i}.json")) for i, config in enumerate((lora, streamed, mapped))]
+    configs = [
+        str(write_config(config, f"{i}.json")) for i, config in enumerate((lora, streamed, mapped))
+    ]
     resident, alone, from_file = run_ranks(on_one_rank, 1, configs, tmp_path)[0]
     assert difference(resident, alone) == difference(resident, from_file) == 0.0
     done = run([*TORCHRUN, "2", TRAIN, "--sharding", "ddp"], streamed, tmp_path / "ddp")
@@ -134,7 +152,10 @@ def test_ddp_with_a_streamed_base_ends_in_the_weights_of_the_resident_run(
     assert f"streaming {BLOCKS} of {BLOCKS} units through {WINDOW + 2} slots" in done.stdout
     final = {name: torch.from_numpy(value) for name, value in resident["weights"].items()}
     assert largest_difference(saved_names(final), weights(tmp_path / "ddp")) <= 1e-6
-    rows = [json.loads(line) for line in (tmp_path / "ddp" / "out" / "metrics.jsonl").read_text().splitlines()]
+    rows = [
+        json.loads(line)
+        for line in (tmp_path / "ddp" / "out" / "metrics.jsonl").read_text().splitlines()
+    ]
     predicted, first, *later = [rows[0]["prediction"], *rows[1:]]
     assert predicted["fetches"] == 2 * 2 * (BLOCKS - WINDOW - 2)  # two microbatches
     assert first["fetches"] == predicted["fetches"] + WINDOW + 2  # the ring is filled
@@ -145,14 +166,21 @@ def test_ddp_with_a_streamed_base_ends_in_the_weights_of_the_resident_run(
 
 def saved_names(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """As in adapter_model.safetensors."""
-    return {"base_model.model." + name.replace(".default", ""): value for name, value in tensors.items()}
+    return {
+        "base_model.model." + name.replace(".default", ""): value for name, value in tensors.items()
+    }
 
 
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
 def test_a_streamed_full_finetune_is_stepped_on_the_host_and_equals_the_resident_one(
-    dtype: str, run_config: dict[str, Any], six_blocks: Path, write_config: Callable[..., Path], tmp_path: Path
+    dtype: str,
+    run_config: dict[str, Any],
+    six_blocks: Path,
+    write_config: Callable[..., Path],
+    tmp_path: Path,
 ) -> None:
-    # Without checkpointing autograd would keep what autocast made of the weights, and backward fetch nothing.
+    # Without checkpointing autograd would keep what autocast made of the weights, and backward
+    # fetch nothing.
     settings = {"steps": 3, "micro_batch": 4, "dtype": dtype, "checkpointing": dtype == "bf16"}
     run_config.update(model_path=str(six_blocks), train={**run_config["train"], **settings})
     configs = [run_config, with_stagehand(run_config, OURS)]
@@ -174,7 +202,11 @@ def test_a_streamed_full_finetune_is_stepped_on_the_host_and_equals_the_resident
     ],
 )
 def test_a_sharder_that_cannot_offload_as_asked_says_what_to_do(
-    sharding: str, edit: dict[str, Any], words: list[str], run_config: dict[str, Any], write_config: Callable[..., Path]
+    sharding: str,
+    edit: dict[str, Any],
+    words: list[str],
+    run_config: dict[str, Any],
+    write_config: Callable[..., Path],
 ) -> None:
     options = load_options(write_config(with_stagehand(run_config, {**STAGEHAND, **edit})))
     with pytest.raises(ConfigError) as caught:
@@ -198,7 +230,9 @@ def test_stagehand_takes_the_policys_fields_and_refuses_others(
         return load_options(write_config(with_stagehand(run_config, stagehand))).stream
 
     assert read(**STAGEHAND) == StreamPolicy(pinned_pool_mb=64, prefetch_window=2)
-    assert read(enabled=True, resident_blocks="auto", host="file") == StreamPolicy(resident_blocks="auto", host="file")
+    assert read(enabled=True, resident_blocks="auto", host="file") == StreamPolicy(
+        resident_blocks="auto", host="file"
+    )
     assert read(enabled=False, prefetch_window=2) is None and read() is None
     with pytest.raises(ConfigError, match="memory.stagehand: Invalid prefetch_window=0"):
         read(enabled=False, prefetch_window=0)
@@ -215,7 +249,9 @@ def test_the_shipped_config_streams_a_lora_and_trains_on_other_data_and_model(
     shipped["schedule"]["warmup_steps"] = 0
     shipped["memory"]["stagehand"]["min_numel"] = 1000
     resident = {key: value for key, value in shipped.items() if key != "memory"}
-    configs = [str(write_config(config, f"{i}.json")) for i, config in enumerate((resident, shipped))]
+    configs = [
+        str(write_config(config, f"{i}.json")) for i, config in enumerate((resident, shipped))
+    ]
     whole, streamed = run_ranks(on_one_rank, 1, configs, tmp_path)[0]
     assert difference(whole, streamed) == 0.0  # bf16: what autocast rounds is stored rounded
     assert streamed["rows"][0]["h2d_bytes"] > 0
@@ -224,7 +260,6 @@ def test_the_shipped_config_streams_a_lora_and_trains_on_other_data_and_model(
 
 def run_main(rank: int, world_size: int, runs: list[list[str]]) -> list[int]:
     import torch.distributed as dist
-
     import train as program
 
     dist.destroy_process_group()

@@ -1,4 +1,5 @@
-"""The same config and global batch end in the same weights, whatever the launcher, sharder and number of ranks."""
+"""The same config and global batch end in the same weights, whatever the launcher, sharder and
+number of ranks."""
 
 from __future__ import annotations
 
@@ -27,7 +28,10 @@ LAUNCHES = {
     "fsdp2 on 2 ranks": [*TORCHRUN, "2", TRAIN, "--sharding", "fsdp2"],
     "fsdp2 on 4 ranks": [*TORCHRUN, "4", TRAIN, "--sharding", "fsdp2"],
     "hsdp on 2 ranks": [*TORCHRUN, "2", TRAIN, "--sharding", "hsdp"],
-    **{f"zero {stage} on 2 ranks": [*DEEPSPEED, str(ROOT / "ds_configs" / f"zero{stage}.json")] for stage in range(4)},
+    **{
+        f"zero {stage} on 2 ranks": [*DEEPSPEED, str(ROOT / "ds_configs" / f"zero{stage}.json")]
+        for stage in range(4)
+    },
 }
 LORA = ("ddp on 2 ranks", "fsdp2 on 2 ranks", "zero 2 on 2 ranks")
 FULL = (*LORA, "fsdp2 on 4 ranks")
@@ -35,7 +39,9 @@ FULL = (*LORA, "fsdp2 on 4 ranks")
 PORTS = iter(range(29610, 29700))
 
 
-def run(command: list[str], config: dict[str, Any], folder: Path) -> subprocess.CompletedProcess[str]:
+def run(
+    command: list[str], config: dict[str, Any], folder: Path
+) -> subprocess.CompletedProcess[str]:
     """Run the main job as a user would, in a process of its own."""
     folder.mkdir(parents=True, exist_ok=True)
     file = folder / "config.json"
@@ -46,8 +52,12 @@ def run(command: list[str], config: dict[str, Any], folder: Path) -> subprocess.
     env = {**os.environ, "PATH": f"{BIN}{os.pathsep}{os.environ['PATH']}"}
     done = subprocess.run(
         [*program, "--config", str(file), "--output-dir", str(folder / "out")],
-        capture_output=True, text=True, timeout=300, env=env, cwd=folder,
-    )  # fmt: skip
+        capture_output=True,
+        text=True,
+        timeout=300,
+        env=env,
+        cwd=folder,
+    )
     return done
 
 
@@ -63,8 +73,15 @@ def largest_difference(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -
 
 def as_lora(config: dict[str, Any]) -> dict[str, Any]:
     lora = {"type": "lora", "rank": 4, "alpha": 4}
-    return {**config, "training_method": "lora", "adapter": lora, "per_layer_lr": {
-        **{k: v for k, v in config["per_layer_lr"].items() if k != "no_decay"}, "lora_plus_ratio": 4}}  # fmt: skip
+    return {
+        **config,
+        "training_method": "lora",
+        "adapter": lora,
+        "per_layer_lr": {
+            **{k: v for k, v in config["per_layer_lr"].items() if k != "no_decay"},
+            "lora_plus_ratio": 4,
+        },
+    }
 
 
 def _but(labels: tuple[str, ...]) -> tuple[str, ...]:
@@ -76,7 +93,9 @@ def _but(labels: tuple[str, ...]) -> tuple[str, ...]:
     [
         pytest.param("full finetune", FULL, id="full finetune"),
         pytest.param("lora", LORA, id="lora"),
-        pytest.param("full finetune", _but(FULL), marks=pytest.mark.full, id="full finetune, others"),
+        pytest.param(
+            "full finetune", _but(FULL), marks=pytest.mark.full, id="full finetune, others"
+        ),
         pytest.param("lora", _but(LORA), marks=pytest.mark.full, id="lora, others"),
     ],
 )
@@ -114,15 +133,21 @@ def test_a_run_leaves_everything_it_promises(run_config: dict[str, Any], tmp_pat
     assert [r["step"] for r in rows] == [0, 1]
     assert proof["start"]["digest"] == proof["end"]["digest"] == plan["digest"]
     assert proof["start"]["parameters"] == len(plan["parameters"])
-    with safe_open(str(out / "final" / "diffusion_pytorch_model.safetensors"), framework="pt") as file:
+    with safe_open(
+        str(out / "final" / "diffusion_pytorch_model.safetensors"), framework="pt"
+    ) as file:
         assert file.metadata()["plan_digest"] == plan["digest"]
         assert set(file.keys()) == set(plan["parameters"])
     for picture in ("lr_grid.png", "samples/samples.png"):
         assert (out / picture).read_bytes().startswith(b"\x89PNG")
-    assert done.stdout.startswith("[per_layer_lr] model_type=wan strategy=cosine min_depth_factor=0.5 groups=")
+    assert done.stdout.startswith(
+        "[per_layer_lr] model_type=wan strategy=cosine min_depth_factor=0.5 groups="
+    )
 
 
-def test_exported_folders_load_with_diffusers_and_peft(run_config: dict[str, Any], tmp_path: Path) -> None:
+def test_exported_folders_load_with_diffusers_and_peft(
+    run_config: dict[str, Any], tmp_path: Path
+) -> None:
     from diffusers import WanTransformer3DModel
     from peft import PeftModel
 

@@ -1,7 +1,8 @@
 """A device that is as late, and as early, as the order of its queues allows.
 
-Copies to the device run when somebody waits for them, in order; the target is poisoned when they are asked for. Copies to
-the host run when the host waits for them. A copy into memory that compute still uses is a violation.
+Copies to the device run when somebody waits for them, in order; the target is poisoned when they
+are asked for. Copies to the host run when the host waits for them. A copy into memory that compute
+still uses is a violation.
 """
 
 from __future__ import annotations
@@ -36,7 +37,8 @@ class Adversary:
         self.violations: list[str] = []
         """Copies into memory that compute was not done with."""
         self._memory: dict[int, Tensor] = {}
-        """{storage: what was allocated}; a pending copy holds no view of it, as a real one does not."""
+        """{storage: what was allocated}; a pending copy holds no view of it, as a real one does
+        not."""
         self._queue: list[_Copy] = []
         self._lock = threading.RLock()
         self._clock: Any = None
@@ -50,7 +52,9 @@ class Adversary:
         self._memory[storage_key(memory)] = memory
         return memory
 
-    def upload(self, target: Tensor, source: Tensor, after: Any, then: Callable[[], None] | None) -> _Copy:
+    def upload(
+        self, target: Tensor, source: Tensor, after: Any, then: Callable[[], None] | None
+    ) -> _Copy:
         self._must_be_free(target, after)
         self.uploaded += source.nbytes
 
@@ -76,7 +80,9 @@ class Adversary:
 
     def download(self, target: Tensor, source: Tensor) -> _Copy:
         self.downloaded += source.nbytes
-        target.view(-1).view(torch.uint8).fill_(POISON) if target.is_contiguous() else target.fill_(float("nan"))
+        target.view(-1).view(torch.uint8).fill_(POISON) if target.is_contiguous() else target.fill_(
+            float("nan")
+        )
         return _Copy(lambda: target.copy_(source))
 
     def finish(self, event: _Copy) -> None:
@@ -124,4 +130,6 @@ class Adversary:
             return
         last = self._clock.touched.get(storage_key(target), 0)
         if after < last:
-            self.violations.append(f"slot overwritten behind point {after} of compute, which used it at {last}")
+            self.violations.append(
+                f"slot overwritten behind point {after} of compute, which used it at {last}"
+            )

@@ -1,7 +1,7 @@
 """Run a test's body in a process of its own.
 
-A process that has run a backward pass cannot fork ranks any more, `sim` must be registered before the first one, and a
-kernel's exception on it may end the process.
+A process that has run a backward pass cannot fork ranks any more, `sim` must be registered before
+the first one, and a kernel's exception on it may end the process.
 """
 
 from __future__ import annotations

@@ -86,7 +86,9 @@ class Toy(nn.Module):
                 return block(hidden_states=x)
             return block(State(x)).x if isinstance(block, DataclassBlock) else block(x)
 
-        return run(x) if self.reentrant is None else checkpoint(run, x, use_reentrant=self.reentrant)
+        return (
+            run(x) if self.reentrant is None else checkpoint(run, x, use_reentrant=self.reentrant)
+        )
 
 
 def toy_batch(step: int) -> dict[str, Tensor]:
@@ -166,7 +168,9 @@ def _checkpointed(model: Any, reentrant: bool | None) -> nn.Module:
 def add_lora(model: nn.Module, *targets: str) -> nn.Module:
     """Freeze the model and inject rank-2 adapters by PEFT, B not zero so that A moves too."""
     model.requires_grad_(False)
-    inject_adapter_in_model(LoraConfig(r=2, lora_alpha=4, target_modules=list(targets), init_lora_weights=False), model)
+    inject_adapter_in_model(
+        LoraConfig(r=2, lora_alpha=4, target_modules=list(targets), init_lora_weights=False), model
+    )
     return model
 
 

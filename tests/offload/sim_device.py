@@ -1,8 +1,10 @@
-"""`sim`: an accelerator without hardware. Tensors on it have values, but no CPU tensor can be mixed with them.
+"""`sim`: an accelerator without hardware. Tensors on it have values, but no CPU tensor can be mixed
+with them.
 
-Built on torch's Python backend for PrivateUse1 (private; written for torch 2.13): every storage on `sim` stands for a CPU
-buffer, every operator runs on those buffers. Views alias, `.data` may cross devices, autograd applies its device rules, and
-the bytes alive are known exactly. Import it before any backward pass of the process; exceptions of kernels may end it.
+Built on torch's Python backend for PrivateUse1 (private; written for torch 2.13): every storage on
+`sim` stands for a CPU buffer, every operator runs on those buffers. Views alias, `.data` may cross
+devices, autograd applies its device rules, and the bytes alive are known exactly. Import it before
+any backward pass of the process; exceptions of kernels may end it.
 """
 
 from __future__ import annotations
@@ -73,7 +75,9 @@ def _values(tensor: Tensor) -> Tensor:
     """The CPU tensor that a sim tensor stands for."""
     buffer = _buffers[tensor.untyped_storage()._cdata][1]
     view = torch.empty(0, dtype=tensor.dtype)
-    return view.set_(buffer.untyped_storage(), tensor.storage_offset(), tuple(tensor.shape), tensor.stride())
+    return view.set_(
+        buffer.untyped_storage(), tensor.storage_offset(), tuple(tensor.shape), tensor.stride()
+    )
 
 
 def _new(values: Tensor) -> Tensor:
@@ -88,7 +92,9 @@ def _new(values: Tensor) -> Tensor:
     Clock.touched.pop(storage._cdata, None)
     if len(_buffers) > _SWEEP_AT:
         _sweep()
-    return _AS_STRIDED.redispatch(_META, base, tuple(values.shape), values.stride(), values.storage_offset())
+    return _AS_STRIDED.redispatch(
+        _META, base, tuple(values.shape), values.stride(), values.storage_offset()
+    )
 
 
 def _run(op: Any, *args: Any, **kwargs: Any) -> Any:
@@ -98,7 +104,9 @@ def _run(op: Any, *args: Any, **kwargs: Any) -> Any:
     def lower(tensor: Tensor) -> Tensor:
         if tensor.device.type != NAME:
             if tensor.device.type == "cpu" and tensor.dim() > 0:
-                raise RuntimeError(f"{op}: Expected all tensors to be on the same device, but found cpu and sim")
+                raise RuntimeError(
+                    f"{op}: Expected all tensors to be on the same device, but found cpu and sim"
+                )
             return tensor
         pairs.append((tensor, _values(tensor)))
         return pairs[-1][1]
@@ -143,8 +151,12 @@ def _lift(out: Tensor, pairs: list[tuple[Tensor, Tensor]]) -> Tensor:
         if pointer != 0 and pointer == values.untyped_storage().data_ptr():
             base = tensor
             if out.dtype != tensor.dtype:
-                base = _VIEW_DTYPE.redispatch(_META, _AS_STRIDED.redispatch(_META, tensor, (8,), (1,), 0), out.dtype)
-            return _AS_STRIDED.redispatch(_META, base, tuple(out.shape), out.stride(), out.storage_offset())
+                base = _VIEW_DTYPE.redispatch(
+                    _META, _AS_STRIDED.redispatch(_META, tensor, (8,), (1,), 0), out.dtype
+                )
+            return _AS_STRIDED.redispatch(
+                _META, base, tuple(out.shape), out.stride(), out.storage_offset()
+            )
     return _new(out)
 
 
@@ -169,7 +181,9 @@ def _empty_strided(size: Any, stride: Any, *, dtype: Any = None, **_: Any) -> Te
 def _copy_from(source: Tensor, target: Tensor, non_blocking: bool = False) -> Tensor:
     if not Clock.paused:
         _tick(torch.ops.aten.add_.Tensor, [source, target])
-    (_values(target) if _on_sim(target) else target).copy_(_values(source) if _on_sim(source) else source)
+    (_values(target) if _on_sim(target) else target).copy_(
+        _values(source) if _on_sim(source) else source
+    )
     return target
 
 

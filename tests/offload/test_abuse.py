@@ -1,4 +1,5 @@
-"""Code around a streamed model that would train silently wrong: the resident numbers, or a clear error."""
+"""Code around a streamed model that would train silently wrong: the resident numbers, or a clear
+error."""
 
 from __future__ import annotations
 
@@ -14,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from dist_layerlr.errors import OffloadError
-from dist_layerlr.offload.handle import stream_on
+from dist_layerlr.offload.streaming import stream_on
 from models import MIN_NUMEL, WIDTH, Block, Toy, add_lora, toy_batch
 from training import Case, assert_equal, attach, backend_of, loss_of, make_optimizer, train, weights
 
@@ -94,7 +95,9 @@ def test_optimizers_that_step_during_backward_are_refused(device: str):
         with pytest.raises(OffloadError, match="Step after backward"):
             loss_of(model, FULL, 0, device).backward()
     before = weights(model)
-    with pytest.raises(OffloadError, match=r"blocks\.0\.attn\.to_q\.weight has a post-accumulate-grad hook"):
+    with pytest.raises(
+        OffloadError, match=r"blocks\.0\.attn\.to_q\.weight has a post-accumulate-grad hook"
+    ):
         attach(model, FULL, device)
     assert_equal(weights(model), before)
 
@@ -145,7 +148,9 @@ def test_adapters_merged_into_a_mapped_file_are_seen(device: str, tmp_path: Path
     save_file(plain.state_dict(), tmp_path / "model.safetensors")
     model = add_lora(plain, "to_q")
     x = toy_batch(0)["x"]
-    with stream_on(backend_of(device), model, LORA.policy(host="file"), files=tmp_path / "model.safetensors"):
+    with stream_on(
+        backend_of(device), model, LORA.policy(host="file"), files=tmp_path / "model.safetensors"
+    ):
         wanted = model(x).detach()
         for module in model.modules():
             if hasattr(module, "merge"):

@@ -1,4 +1,5 @@
-"""Streamed training equals resident training bit for bit, moves no byte too many, and leaves nothing behind."""
+"""Streamed training equals resident training bit for bit, moves no byte too many, and leaves
+nothing behind."""
 
 from __future__ import annotations
 
@@ -9,9 +10,20 @@ from typing import Any
 import pytest
 import torch
 
-from dist_layerlr.offload.handle import stream_on
+from dist_layerlr.offload.streaming import stream_on
 from forked import DEVICES
-from training import Case, assert_equal, backend_of, exact, identity, make_optimizer, moments, resident, train, weights
+from training import (
+    Case,
+    assert_equal,
+    backend_of,
+    exact,
+    identity,
+    make_optimizer,
+    moments,
+    resident,
+    train,
+    weights,
+)
 
 MATRIX = [
     Case(lora=lora, reentrant=reentrant, accumulation=accumulation, window=window, mode=mode)
@@ -21,7 +33,9 @@ MATRIX = [
 ]
 FAMILIES = [
     Case(family=family, lora=lora, reentrant=reentrant, accumulation=2, window=window)
-    for family, lora, reentrant, window in product(("wan", "ltx"), (True, False), (None, True, False), (1, 3))
+    for family, lora, reentrant, window in product(
+        ("wan", "ltx"), (True, False), (None, True, False), (1, 3)
+    )
 ]
 
 
@@ -41,7 +55,12 @@ COVERING["cuda"] = COVERING["cpu"]
 
 def _params(cases: list[Case]) -> list[Any]:
     return [
-        pytest.param(device, case, id=f"{device}-{case}", marks=() if case in COVERING[device] else pytest.mark.full)
+        pytest.param(
+            device,
+            case,
+            id=f"{device}-{case}",
+            marks=() if case in COVERING[device] else pytest.mark.full,
+        )
         for device in DEVICES
         for case in cases
     ]
@@ -60,10 +79,14 @@ def check(case: Case, device: str) -> None:
         assert identity(model, optimizer)[:2] == before
         at_rest = [p for n, p in model.named_parameters() if n in set(handle.streamed_names())]
         assert at_rest and all(p.device.type == "cpu" and p.grad is None for p in at_rest)
-        assert all(s.device == p.device for p in at_rest for s in optimizer.state.get(p, {}).values())
+        assert all(
+            s.device == p.device for p in at_rest for s in optimizer.state.get(p, {}).values()
+        )
 
     losses = train(model, optimizer, case, device, after_step=after_step)
-    assert losses == (wanted_losses if exact(case, device) else pytest.approx(wanted_losses, abs=1e-5))
+    assert losses == (
+        wanted_losses if exact(case, device) else pytest.approx(wanted_losses, abs=1e-5)
+    )
     check_traffic(case, handle, backend)
     handle.remove()
     assert identity(model, optimizer)[:2] == before
@@ -84,7 +107,9 @@ def check_traffic(case: Case, handle: Any, backend: Any) -> None:
         # Each pass turns round on the last `slots` units; frozen ones also stay for the next pass.
         cold, warm = 2 * count - slots, 2 * (count - slots)
         fetches = cold + (passes - 1) * (warm if case.lora else cold)
-        assert stats.total.fetches == fetches, f"{stats.total.fetches} fetches, {fetches} by formula"
+        assert stats.total.fetches == fetches, (
+            f"{stats.total.fetches} fetches, {fetches} by formula"
+        )
         assert len({u.host_bytes for u in units}) == 1
         assert stats.total.h2d_bytes == fetches * units[0].host_bytes
     if hasattr(backend, "uploaded"):

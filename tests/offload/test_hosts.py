@@ -1,4 +1,5 @@
-"""Where masters live: pinned arenas, pageable ones behind staging, safetensors files, 8-bit codes."""
+"""Where masters live: pinned arenas, pageable ones behind staging, safetensors files, 8-bit
+codes."""
 
 from __future__ import annotations
 
@@ -14,9 +15,9 @@ from torch import nn
 from adversary import Adversary
 from dist_layerlr.errors import ModelSourceError, OffloadError
 from dist_layerlr.offload import codec, round_trip
-from dist_layerlr.offload import handle as handle_module
-from dist_layerlr.offload.handle import stream_on
-from dist_layerlr.offload.store import ALIGNMENT, build, payload_bytes, slot_bytes
+from dist_layerlr.offload import streaming as handle_module
+from dist_layerlr.offload.masters import ALIGNMENT, build, payload_bytes, slot_bytes
+from dist_layerlr.offload.streaming import stream_on
 from dist_layerlr.offload.units import cut
 from models import BLOCKS, MIN_NUMEL, toy
 from training import (
@@ -35,14 +36,20 @@ from training import (
 LORA, FULL = Case(lora=True), Case(lora=False, accumulation=2)
 
 
-def assert_streams_like_resident(case: Case, device: str, backend: Any = None, files: Any = None, **policy: Any) -> Any:
+def assert_streams_like_resident(
+    case: Case, device: str, backend: Any = None, files: Any = None, **policy: Any
+) -> Any:
     """Returns the stats."""
     wanted, wanted_moments, losses = resident(case, device)
     model = case.model()
     optimizer = make_optimizer(model)
     before = identity(model, optimizer)[0]
     with stream_on(
-        backend or backend_of(device), model, case.policy(**policy), optimizer=optimizer, files=files
+        backend or backend_of(device),
+        model,
+        case.policy(**policy),
+        optimizer=optimizer,
+        files=files,
     ) as handle:
         assert train(model, optimizer, case, device) == (
             losses if exact(case, device) else pytest.approx(losses, abs=1e-5)
@@ -55,7 +62,9 @@ def assert_streams_like_resident(case: Case, device: str, backend: Any = None, f
 
 
 @pytest.mark.parametrize(
-    "device, case, units_in_pool", [("cpu", LORA, 1), ("cpu", FULL, 2), ("sim", FULL, 1), ("cuda", LORA, 2)], ids=str
+    "device, case, units_in_pool",
+    [("cpu", LORA, 1), ("cpu", FULL, 2), ("sim", FULL, 1), ("cuda", LORA, 2)],
+    ids=str,
 )
 def test_masters_beyond_the_pool_pass_through_staging_within_it(
     case: Case, units_in_pool: int, device: str, monkeypatch: pytest.MonkeyPatch
@@ -79,7 +88,9 @@ def test_pinned_arenas_have_the_exact_size_and_every_parameter_is_aligned(device
     exact = sum(-(-size // ALIGNMENT) * ALIGNMENT for size in sizes[:-1]) + sizes[-1]
     with stream_on(backend, model, case.policy()) as handle:
         assert [u.host_bytes for u in handle.units] == [exact] * BLOCKS
-        assert backend.most_locked == exact * BLOCKS + handle_module._grad_staging(cut(toy(), case.policy()))
+        assert backend.most_locked == exact * BLOCKS + handle_module._grad_staging(
+            cut(toy(), case.policy())
+        )
         for unit in handle._engine.units:
             assert unit.arena.nbytes == exact
             assert all(p.host.data_ptr() == unit.arena.data_ptr() + p.start for p in unit.pieces)
@@ -96,13 +107,17 @@ def test_layouts_other_than_rows_are_kept(device: str):
             self.proj = nn.Linear(8, 8)
             self.proj.weight = nn.Parameter(torch.randn(8, 16)[:, ::2])
 
-    model = nn.ModuleDict({"blocks": nn.ModuleList(Convolution() for _ in range(3))}).requires_grad_(False)
+    model = nn.ModuleDict(
+        {"blocks": nn.ModuleList(Convolution() for _ in range(3))}
+    ).requires_grad_(False)
     before = {n: (p.clone(), p.stride()) for n, p in model.named_parameters()}
     units = [build(c, None, None) for c in cut(model, Case().policy(min_numel=8))]
     for piece in (p for u in units for p in u.pieces):
         value, stride = before[piece.name]
         assert torch.equal(piece.host, value) and torch.equal(piece.value(), value)
-        assert piece.host.stride() == (stride if "attn" in piece.name else value.contiguous().stride())
+        assert piece.host.stride() == (
+            stride if "attn" in piece.name else value.contiguous().stride()
+        )
     assert units[0].device_bytes <= slot_bytes(cut(model, Case().policy(min_numel=8))[0])
 
 
@@ -134,7 +149,11 @@ def test_weights_that_train_live_in_memory_beside_the_file(device: str, files: P
     for streamed in (False, True):
         model = FULL.model()
         half(model)
-        handle = stream_on(backend_of(device), model, FULL.policy(host="file"), files=files) if streamed else None
+        handle = (
+            stream_on(backend_of(device), model, FULL.policy(host="file"), files=files)
+            if streamed
+            else None
+        )
         model = model if streamed else model.to(device)
         train(model, make_optimizer(model), FULL, device)
         if handle is not None:
@@ -159,7 +178,8 @@ def test_masters_in_files_take_no_memory_of_their_own(device: str, tmp_path: Pat
     with stream_on(backend_of(device), model, Case().policy(host="file"), files=tmp_path):
         freed = before - anonymous_kib()
     unit = side * side * 4 / 1024
-    # Four units leave memory; three slots, and up to three staging buffers that nobody wrote to yet, come.
+    # Four units leave memory; three slots, and up to three staging buffers that nobody wrote to
+    # yet, come.
     assert freed > 0.8 * unit
 
 
@@ -184,7 +204,9 @@ def test_files_that_do_not_hold_the_weights_are_refused(damage: str, device: str
         path.write_bytes(path.read_bytes()[:50])
         words = ("Cannot map", "model-0")
     elif damage == "shape":
-        model.blocks[2].attn.to_q.base_layer.weight = nn.Parameter(torch.zeros(12, 13), requires_grad=False)
+        model.blocks[2].attn.to_q.base_layer.weight = nn.Parameter(
+            torch.zeros(12, 13), requires_grad=False
+        )
     elif damage == "dtype":
         weight.data = weight.data.bfloat16()
     else:
@@ -235,7 +257,9 @@ def test_eight_bit_masters_train_like_a_resident_model_that_was_rounded_once(
 
 @pytest.mark.parametrize("form, bound", [("int8", 0.5 / 127), ("float8_e4m3fn", 1 / 16)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_rounding_errs_by_at_most_half_a_code_of_the_row(form: str, bound: float, dtype: torch.dtype):
+def test_rounding_errs_by_at_most_half_a_code_of_the_row(
+    form: str, bound: float, dtype: torch.dtype
+):
     torch.manual_seed(0)
     weight = (torch.randn(6, 5, 4) * torch.logspace(-6, 3, 6)[:, None, None]).to(dtype)
     weight[2] = 0
@@ -253,6 +277,8 @@ def test_codes_are_what_the_formula_says(form: str, largest: float):
     codes, scale = codec.encode(weight, form)
     assert scale.tolist() == [[torch.tensor(1.0 / largest).item()], [1.0]]
     assert codes.dtype == getattr(torch, form)
-    assert codes.float()[0, 0] == largest and codes.float()[0, 3] == 0 and not codes.float()[1].any()
+    assert (
+        codes.float()[0, 0] == largest and codes.float()[0, 3] == 0 and not codes.float()[1].any()
+    )
     vector, row = codec.encode(torch.tensor([2.0, 1.0]), form)
     assert vector.shape == (1, 2) and row.shape == (1, 1)

@@ -1,4 +1,5 @@
-"""Each private call of torch that streaming needs still does what it did. A failure here names the one that moved."""
+"""Each private call of torch that streaming needs still does what it did. A failure here names the
+one that moved."""
 
 from __future__ import annotations
 
@@ -84,7 +85,11 @@ def test_storage_uses_count_views_and_saved_tensors(device: str):
     alone = internals.storage_uses(memory)
     view = memory[2:4]
     assert internals.storage_uses(memory) == alone + 1
-    assert internals.storage_key(view) == internals.storage_key(memory) != internals.storage_key(memory.clone())
+    assert (
+        internals.storage_key(view)
+        == internals.storage_key(memory)
+        != internals.storage_key(memory.clone())
+    )
     weight = nn.Parameter(torch.zeros(4, 4, device=device), requires_grad=False)
     weight.data = memory.view(4, 4)
     x = torch.ones(2, 4, device=device, requires_grad=True)

@@ -1,4 +1,5 @@
-"""Every known way to get streaming wrong fails some test. Each mutant runs in a process of its own, on `sim`."""
+"""Every known way to get streaming wrong fails some test. Each mutant runs in a process of its own,
+on `sim`."""
 
 from __future__ import annotations
 
@@ -11,7 +12,7 @@ from torch import nn
 
 from dist_layerlr.offload import engine as engine_module
 from dist_layerlr.offload.engine import Engine
-from dist_layerlr.offload.grads import GradSink
+from dist_layerlr.offload.gradients import GradSink
 from dist_layerlr.offload.transfer import Fetcher
 from forked import in_fork
 from test_equality import check
@@ -74,7 +75,9 @@ def evict_behind_the_backward_hook() -> None:
     def hooked(self: Any, *args: Any) -> Any:
         yield from hook(self, *args)
         for index, unit in enumerate(self.units):
-            yield unit.module.register_full_backward_hook(lambda m, g, o, index=index: _evict(self, index))
+            yield unit.module.register_full_backward_hook(
+                lambda m, g, o, index=index: _evict(self, index)
+            )
 
     Engine.hook = hooked  # type: ignore[method-assign]
 
@@ -114,7 +117,9 @@ def rebind_instead_of_data() -> None:
         need(self, index)
         for piece in self.units[index].pieces:
             weight = piece.weight
-            weight.owner._parameters[weight.leaf] = nn.Parameter(weight.param.data, weight.param.requires_grad)
+            weight.owner._parameters[weight.leaf] = nn.Parameter(
+                weight.param.data, weight.param.requires_grad
+            )
 
     Engine.need = rebinding  # type: ignore[method-assign]
 
@@ -144,11 +149,23 @@ KILLED_BY: list[tuple[Mutant, str, Callable[[], None]]] = [
     (no_ready_wait, "equality", lambda: check(PLAIN, "sim")),
     (no_free_wait, "order of queues", lambda: check(PLAIN, "sim")),
     (free_event_behind_the_forward_only, "order of queues", lambda: check(PLAIN, "sim")),
-    (evict_behind_the_forward, "fetch count", lambda: check(Case(lora=True, reentrant=False), "sim")),
+    (
+        evict_behind_the_forward,
+        "fetch count",
+        lambda: check(Case(lora=True, reentrant=False), "sim"),
+    ),
     (evict_behind_the_backward_hook, "fetch count", lambda: check(PLAIN, "sim")),
     (no_saved_tensor_hooks, "no slot", lambda: two_forwards(LORA, "sim")),
-    (no_saved_tensor_hooks_and_no_look_at_who_refers_to_a_slot, "equality", lambda: two_forwards(LORA, "cpu")),
-    (saved_tensor_hooks_that_cover_a_checkpoint, "memory of a graph", lambda: check_memory_of_a_graph("sim", False)),
+    (
+        no_saved_tensor_hooks_and_no_look_at_who_refers_to_a_slot,
+        "equality",
+        lambda: two_forwards(LORA, "cpu"),
+    ),
+    (
+        saved_tensor_hooks_that_cover_a_checkpoint,
+        "memory of a graph",
+        lambda: check_memory_of_a_graph("sim", False),
+    ),
     (no_gradient_set_aside, "device of a gradient", lambda: check(FULL, "sim")),
     (no_end_of_backward, "gradients at rest", lambda: check(FULL, "sim")),
     (rebind_instead_of_data, "identity", lambda: check(FULL, "sim")),
@@ -169,7 +186,9 @@ SIGNS = {
 
 
 @pytest.mark.parametrize("mutant, sign, test", KILLED_BY, ids=[m.__name__ for m, _, _ in KILLED_BY])
-def test_a_mutant_is_found_by_the_check_that_is_meant_for_it(mutant: Mutant, sign: str, test: Callable[[], None]):
+def test_a_mutant_is_found_by_the_check_that_is_meant_for_it(
+    mutant: Mutant, sign: str, test: Callable[[], None]
+):
     def run() -> None:
         mutant()
         with contextlib.redirect_stderr(None):

@@ -20,19 +20,27 @@ from training import Case, assert_equal, attach, exact, loss_of, train, weights
 LORA, FULL = Case(lora=True), Case(lora=False)
 CONFIG = {
     "learning_rate": 1e-3,
-    "per_layer_lr": {"enabled": True, "component_lr": {"self_attn": 4e-3, "ffn": 2e-3}, "depth_strategy": "linear"},
+    "per_layer_lr": {
+        "enabled": True,
+        "component_lr": {"self_attn": 4e-3, "ffn": 2e-3},
+        "depth_strategy": "linear",
+    },
 }
 
 
 def _optimizer(plan: Any, model: nn.Module, emission: str) -> torch.optim.Optimizer:
-    return dist_layerlr.attach(plan, model, lambda groups: torch.optim.AdamW(groups), emission=emission)
+    return dist_layerlr.attach(
+        plan, model, lambda groups: torch.optim.AdamW(groups), emission=emission
+    )
 
 
 @pytest.mark.parametrize("emission", ["groups", "segmented"])
 @pytest.mark.parametrize("case", [LORA, FULL], ids=["lora", "full"])
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
 def test_the_proof_holds_before_during_and_after_streaming(case: Case, emission: str, device: str):
-    resident, streamed = (_proven(case, emission, device, streamed=streamed) for streamed in (False, True))
+    resident, streamed = (
+        _proven(case, emission, device, streamed=streamed) for streamed in (False, True)
+    )
     assert_equal(streamed, resident, exact=exact(case, device))
 
 
@@ -73,7 +81,9 @@ def _ddp(rank: int, world_size: int) -> Any:
         results.append({n: p.tolist() for n, p in weights(model).items()})
         if handle is not None:
             assert handle.stats().total.fetches == 2 * BLOCKS - 3 + 2 * 2 * (BLOCKS - 3)
-            with pytest.raises(OffloadError, match="DistributedDataParallel: stream the model first"):
+            with pytest.raises(
+                OffloadError, match="DistributedDataParallel: stream the model first"
+            ):
                 attach(wrapped, LORA, "cpu")
             handle.remove()
             assert "_ddp_params_and_buffers_to_ignore" not in vars(model)
@@ -92,8 +102,12 @@ def _refuse_sharded() -> None:
     mesh = init_device_mesh("cpu", (2,))
     model: Any = LORA.model()
     layer = model.blocks[1].attn.to_k
-    layer.weight = nn.Parameter(distribute_tensor(layer.weight.data, mesh, [Replicate()]), requires_grad=False)
-    with pytest.raises(OffloadError, match="blocks.1.attn.to_k.weight is a DTensor.*CPUOffloadPolicy"):
+    layer.weight = nn.Parameter(
+        distribute_tensor(layer.weight.data, mesh, [Replicate()]), requires_grad=False
+    )
+    with pytest.raises(
+        OffloadError, match="blocks.1.attn.to_k.weight is a DTensor.*CPUOffloadPolicy"
+    ):
         attach(model, LORA, "cpu")
     model = LORA.model()
     fully_shard(model.blocks[0], mesh=mesh)

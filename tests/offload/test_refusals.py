@@ -44,12 +44,24 @@ def _compiled(model: Any) -> None:
 NOTHING: Callable[[Any], None] = lambda model: None  # noqa: E731
 REFUSED: dict[str, tuple[Callable[[Any], None], dict[str, Any], list[str]]] = {
     "no layer is large": (NOTHING, {"min_numel": 10**6}, ["min_numel=1000000", "Lower min_numel"]),
-    "no module is large": (NOTHING, {"min_numel": 10**6, "mode": "layer"}, ["min_numel=1000000", "Lower"]),
-    "tied across blocks": (_tied, {}, ["blocks.1.attn.to_q.weight", "blocks.4.attn.to_q.weight", "Untie"]),
+    "no module is large": (
+        NOTHING,
+        {"min_numel": 10**6, "mode": "layer"},
+        ["min_numel=1000000", "Lower"],
+    ),
+    "tied across blocks": (
+        _tied,
+        {},
+        ["blocks.1.attn.to_q.weight", "blocks.4.attn.to_q.weight", "Untie"],
+    ),
     "ZeRO-3": (_zero, {}, ["blocks.2.attn.to_q.weight", "offload_param"]),
     "meta": (_meta, {}, ["blocks.2", "meta device", "Load its weights"]),
     "tensor subclass": (_subclass, {}, ["blocks.2.attn.to_q.weight", "TwoTensor"]),
-    "compiled call": (_compiled, {}, ["'blocks.2'", "block.forward = torch.compile(block.forward)"]),
+    "compiled call": (
+        _compiled,
+        {},
+        ["'blocks.2'", "block.forward = torch.compile(block.forward)"],
+    ),
     "no files": (lambda m: m.requires_grad_(False), {"host": "file"}, ["files=FOLDER"]),
 }
 
@@ -60,10 +72,18 @@ def test_a_model_that_cannot_be_streamed_is_refused_unchanged(name: str, device:
     damage, policy, words = REFUSED[name]
     model = toy()
     damage(model)
-    before, optimizer = [(p, p.data_ptr(), p.device) for p in model.parameters()], make_optimizer(model)
+    before, optimizer = (
+        [(p, p.data_ptr(), p.device) for p in model.parameters()],
+        make_optimizer(model),
+    )
     held = identity(model, optimizer)
     with pytest.raises(LayerLRError) as error:
-        stream(model, StreamPolicy(**{"min_numel": MIN_NUMEL, **policy}), device=device, optimizer=optimizer)
+        stream(
+            model,
+            StreamPolicy(**{"min_numel": MIN_NUMEL, **policy}),
+            device=device,
+            optimizer=optimizer,
+        )
     message = str(error.value)
     assert "\n" not in message and all(word in message for word in words), message
     assert all(p.data_ptr() == pointer and p.device == home for p, pointer, home in before)
@@ -82,7 +102,9 @@ def test_a_model_without_blocks_is_sent_to_layer_mode(device: str):
 
 @pytest.mark.parametrize("device", ["cpu"])
 def test_a_pool_smaller_than_one_block_says_how_large_it_must_be(device: str):
-    model = nn.ModuleDict({"blocks": nn.ModuleList(nn.ModuleDict({"attn": nn.Linear(600, 600)}) for _ in range(3))})
+    model = nn.ModuleDict(
+        {"blocks": nn.ModuleList(nn.ModuleDict({"attn": nn.Linear(600, 600)}) for _ in range(3))}
+    )
     model.requires_grad_(False)
     with pytest.raises(
         OffloadError, match=re.escape("pinned_pool_mb=1: smaller than what one unit (blocks.0)")
@@ -139,7 +161,9 @@ CHANGES: dict[str, tuple[Callable[[Any], Any], str]] = {
         "replaced",
     ),
     "swapped": (
-        lambda m: setattr(m.blocks[0].attn.to_q.base_layer, "weight", nn.Parameter(torch.zeros(12, 12))),
+        lambda m: setattr(
+            m.blocks[0].attn.to_q.base_layer, "weight", nn.Parameter(torch.zeros(12, 12))
+        ),
         "replaced",
     ),
     "unfrozen": (lambda m: m.requires_grad_(True), "unfrozen"),
@@ -148,7 +172,9 @@ CHANGES: dict[str, tuple[Callable[[Any], Any], str]] = {
 
 @pytest.mark.parametrize("name", CHANGES)
 @pytest.mark.parametrize("device", ["cpu"])
-def test_a_model_changed_under_a_running_stream_is_refused_at_its_next_forward(name: str, device: str):
+def test_a_model_changed_under_a_running_stream_is_refused_at_its_next_forward(
+    name: str, device: str
+):
     change, word = CHANGES[name]
     model = LORA.model()
     with attach(model, LORA, device):
@@ -184,7 +210,7 @@ def test_groups_that_lose_or_gain_parameters_are_noticed(device: str):
 @pytest.mark.parametrize("device", ["cpu"])
 def test_a_failure_half_way_gives_the_model_back(device: str):
     from adversary import Adversary
-    from dist_layerlr.offload.handle import stream_on
+    from dist_layerlr.offload.streaming import stream_on
 
     class Refusing(Adversary):
         def pin(self, tensor: torch.Tensor) -> None:

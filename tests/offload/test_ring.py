@@ -58,7 +58,11 @@ def test_forward_and_backward_load_two_times_what_does_not_fit(units: int, windo
         forward = sum(visit(ring, u, False) for u in range(units))
         return forward + sum(visit(ring, u, True) for u in reversed(range(units)))
 
-    assert [step() for _ in range(3)] == [2 * units - slots, 2 * (units - slots), 2 * (units - slots)]
+    assert [step() for _ in range(3)] == [
+        2 * units - slots,
+        2 * (units - slots),
+        2 * (units - slots),
+    ]
 
 
 def test_the_next_units_of_the_direction_are_loaded_ahead():
@@ -104,10 +108,16 @@ def test_a_transition_that_skips_a_state_is_refused(call: str):
         ("min_numel", 0, "integer >= 1"),
     ],
 )
-def test_a_policy_names_the_field_the_value_and_what_is_allowed(field: str, value: object, allowed: str):
+def test_a_policy_names_the_field_the_value_and_what_is_allowed(
+    field: str, value: object, allowed: str
+):
     with pytest.raises(ConfigError) as error:
         StreamPolicy(**{field: value})
-    assert field in str(error.value) and repr(value) in str(error.value) and allowed in str(error.value)
+    assert (
+        field in str(error.value)
+        and repr(value) in str(error.value)
+        and allowed in str(error.value)
+    )
 
 
 def test_files_and_eight_bits_exclude_each_other():

@@ -1,4 +1,5 @@
-"""What people do around a training step, streamed: the same result as resident, or a clear error."""
+"""What people do around a training step, streamed: the same result as resident, or a clear
+error."""
 
 from __future__ import annotations
 
@@ -13,8 +14,16 @@ import torch
 from torch import Tensor, nn
 
 from dist_layerlr.errors import OffloadError
-from dist_layerlr.offload.handle import Handle, stream_on
-from models import BLOCKS, Block, DataclassBlock, InnerCheckpointBlock, KeywordBlock, add_lora, toy_batch
+from dist_layerlr.offload.streaming import Handle, stream_on
+from models import (
+    BLOCKS,
+    Block,
+    DataclassBlock,
+    InnerCheckpointBlock,
+    KeywordBlock,
+    add_lora,
+    toy_batch,
+)
 from training import (
     Case,
     assert_equal,
@@ -35,7 +44,9 @@ ON_CPU = pytest.mark.parametrize("device", ["cpu", "cuda"])
 Script = Callable[[nn.Module, torch.optim.Optimizer, str], None]
 
 
-def compare(case: Case, device: str, script: Script, *, block: type[Block] = Block, **policy: Any) -> None:
+def compare(
+    case: Case, device: str, script: Script, *, block: type[Block] = Block, **policy: Any
+) -> None:
     """Run a script on the resident and on the streamed model."""
     results = []
     for streamed in (False, True):
@@ -73,7 +84,9 @@ def two_forwards(case: Case, device: str) -> None:
     compare(case, device, script)
 
 
-@pytest.mark.parametrize("device, case", [("cpu", LORA), ("cpu", FULL), ("sim", FULL), ("cuda", LORA)], ids=str)
+@pytest.mark.parametrize(
+    "device, case", [("cpu", LORA), ("cpu", FULL), ("sim", FULL), ("cuda", LORA)], ids=str
+)
 def test_two_forwards_and_a_preview_before_one_backward(case: Case, device: str):
     two_forwards(case, device)
 
@@ -120,7 +133,9 @@ class _Boom(Exception):
 @KINDS
 @pytest.mark.parametrize("where", ["forward", "backward"])
 @ON_CPU
-def test_an_exception_in_the_middle_of_a_step_leaves_a_usable_model(case: Case, where: str, device: str):
+def test_an_exception_in_the_middle_of_a_step_leaves_a_usable_model(
+    case: Case, where: str, device: str
+):
     armed: list[bool] = [False]
 
     def fail(*_: Any) -> None:
@@ -133,7 +148,9 @@ def test_an_exception_in_the_middle_of_a_step_leaves_a_usable_model(case: Case, 
         if where == "forward":
             blocks[3].mlp[1].register_forward_pre_hook(fail)
         else:
-            blocks[2].mlp[1].register_forward_hook(lambda m, a, out: out.register_hook(fail) and None)
+            blocks[2].mlp[1].register_forward_hook(
+                lambda m, a, out: out.register_hook(fail) and None
+            )
         armed[0] = True
         with pytest.raises(_Boom):
             loss_of(model, case, 1, device).backward()
@@ -164,12 +181,17 @@ def test_autocast_of_float32_weights_that_train_needs_its_cache_off(device: str)
     compare(FULL, device, script)
     model = FULL.model()
     with attach(model, FULL, device):
-        with torch.autocast(device, dtype=torch.bfloat16), pytest.raises(OffloadError, match="cache_enabled=False"):
+        with (
+            torch.autocast(device, dtype=torch.bfloat16),
+            pytest.raises(OffloadError, match="cache_enabled=False"),
+        ):
             loss_of(model, FULL, 0, device)
         loss_of(model, FULL, 0, device).backward()
 
 
-@pytest.mark.parametrize("case, how", [(LORA, "forward"), (FULL, "wrapper")], ids=["lora-forward", "full-wrapper"])
+@pytest.mark.parametrize(
+    "case, how", [(LORA, "forward"), (FULL, "wrapper")], ids=["lora-forward", "full-wrapper"]
+)
 @ON_CPU
 def test_compiled_blocks_train_as_resident(case: Case, how: str, device: str):
     def compiled(model: nn.Module) -> None:
@@ -276,7 +298,9 @@ def test_resident_blocks_stay_and_are_evenly_spaced(case: Case, count: Any, devi
 
 @KINDS
 @ON_CPU
-def test_clipping_schedules_and_the_fused_optimizer_work_on_what_streaming_leaves(case: Case, device: str):
+def test_clipping_schedules_and_the_fused_optimizer_work_on_what_streaming_leaves(
+    case: Case, device: str
+):
     results = []
     for streamed in (False, True):
         model = case.model()
@@ -317,7 +341,11 @@ def test_hooks_around_ours_get_what_is_not_streamed(device: str):
         packed.clear()
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
             loss_of(model, LORA, 0, device).backward()
-        names = {n for n, _ in model.named_parameters()} if handle is None else set(handle.streamed_names())
+        names = (
+            {n for n, _ in model.named_parameters()}
+            if handle is None
+            else set(handle.streamed_names())
+        )
         counts.append((len(packed), names))
         if handle is not None:
             handle.remove()
@@ -373,9 +401,13 @@ def check_memory_of_a_graph(device: str, reentrant: bool | None) -> None:
     assert streamed == alive
 
 
-@pytest.mark.parametrize("reentrant", [None, True, False], ids=["plain", "reentrant", "nonreentrant"])
+@pytest.mark.parametrize(
+    "reentrant", [None, True, False], ids=["plain", "reentrant", "nonreentrant"]
+)
 @pytest.mark.parametrize("device", ["sim"])
-def test_a_live_graph_keeps_no_weight_and_checkpoints_still_drop_activations(reentrant: bool | None, device: str):
+def test_a_live_graph_keeps_no_weight_and_checkpoints_still_drop_activations(
+    reentrant: bool | None, device: str
+):
     check_memory_of_a_graph(device, reentrant)
 
 

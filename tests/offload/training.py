@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 from adversary import Adversary
 from dist_layerlr.offload import Handle, StreamPolicy
-from dist_layerlr.offload.backend import Backend, Cuda
-from dist_layerlr.offload.handle import stream_on
+from dist_layerlr.offload.device import Backend, Cuda
+from dist_layerlr.offload.streaming import stream_on
 from models import FAMILIES, MIN_NUMEL, add_lora
 
 STEPS = 3
@@ -33,7 +33,8 @@ class Case:
     def __str__(self) -> str:
         kind = "lora" if self.lora else "full"
         recompute = {None: "plain", True: "reentrant", False: "nonreentrant"}[self.reentrant]
-        return f"{self.family}-{kind}-{recompute}-acc{self.accumulation}-window{self.window}-{self.mode}"
+        run = f"{self.family}-{kind}-{recompute}"
+        return f"{run}-acc{self.accumulation}-window{self.window}-{self.mode}"
 
     def model(self, **kwargs: Any) -> nn.Module:
         family = FAMILIES[self.family]
@@ -61,8 +62,12 @@ def make_optimizer(model: nn.Module) -> torch.optim.Optimizer:
 
 
 def loss_of(model: nn.Module, case: Case, step: int, device: str) -> Tensor:
-    """Mean square of the output, on a batch whose input needs a gradient, as reentrant checkpointing asks."""
-    batch = {k: v.to(device) if isinstance(v, Tensor) else v for k, v in FAMILIES[case.family].batch(step).items()}
+    """Mean square of the output, on a batch whose input needs a gradient, as reentrant
+    checkpointing asks."""
+    batch = {
+        k: v.to(device) if isinstance(v, Tensor) else v
+        for k, v in FAMILIES[case.family].batch(step).items()
+    }
     first = next(iter(batch))
     batch[first] = batch[first].requires_grad_()
     output = model(**batch)
@@ -98,7 +103,11 @@ def weights(model: nn.Module) -> dict[str, Tensor]:
 def moments(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
     """Optimizer state by name."""
     state = {n: optimizer.state[p] for n, p in model.named_parameters() if p in optimizer.state}
-    return {f"{n}.{key}": value.detach().cpu().clone() for n, held in state.items() for key, value in held.items()}
+    return {
+        f"{n}.{key}": value.detach().cpu().clone()
+        for n, held in state.items()
+        for key, value in held.items()
+    }
 
 
 def exact(case: Case, device: str) -> bool:
@@ -114,7 +123,9 @@ def assert_equal(got: dict[str, Tensor], wanted: dict[str, Tensor], *, exact: bo
     assert not differ, f"{len(differ)} of {len(wanted)} differ: {differ[:4]}"
 
 
-def resident(case: Case, device: str, **kwargs: Any) -> tuple[dict[str, Tensor], dict[str, Tensor], list[float]]:
+def resident(
+    case: Case, device: str, **kwargs: Any
+) -> tuple[dict[str, Tensor], dict[str, Tensor], list[float]]:
     """Weights, moments and losses of the model that stays on the device."""
     model = case.model(**kwargs).to(device)
     optimizer = make_optimizer(model)

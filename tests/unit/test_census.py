@@ -1,4 +1,5 @@
-"""The acceptance table: every name of the census files gets an acceptable component and the right block."""
+"""The acceptance table: every name of the census files gets an acceptable component and the right
+block."""
 
 from __future__ import annotations
 
@@ -30,7 +31,9 @@ def test_every_parameter_has_an_acceptable_component(file: str):
     assert entries.keys() == {row.name for row in census.rows(file)}
     wrong = {row.name: entries[row.name].component for row in census.rows(file)}
     wrong = {
-        row.name: (wrong[row.name], set(row.accept)) for row in census.rows(file) if wrong[row.name] not in row.accept
+        row.name: (wrong[row.name], set(row.accept))
+        for row in census.rows(file)
+        if wrong[row.name] not in row.accept
     }
     assert wrong == {}
 
@@ -76,8 +79,12 @@ def test_rfdetr_preset_gives_the_live_library_its_own_numbers():
     for row in rows:
         entry = entries[row["name"]]
         assert entry.lr == pytest.approx(float(row["lr_library"]), rel=1e-5), row["name"]
-        default = row["weight_decay_library"] == "default"  # the optimizer's, which the library's configs set to 1e-4
-        assert entry.weight_decay == (1e-4 if default else float(row["weight_decay_library"])), row["name"]
+        default = (
+            row["weight_decay_library"] == "default"
+        )  # the optimizer's, which the library's configs set to 1e-4
+        assert entry.weight_decay == (1e-4 if default else float(row["weight_decay_library"])), row[
+            "name"
+        ]
 
 
 def test_rfdetr_preset_leaves_weight_decay_to_the_optimizer_unless_told():
@@ -89,7 +96,8 @@ def test_rfdetr_preset_leaves_weight_decay_to_the_optimizer_unless_told():
 
 
 def test_rfdetr_seed_convention_is_the_quoted_rule_on_the_library_names():
-    """The seed's formula with its own numbers; layer ids as the library gives them, for 12 layers."""
+    """The seed's formula with its own numbers; layer ids as the library gives them, for 12
+    layers."""
     config = {"learning_rate": 1e-4, "per_layer_lr": {"enabled": True, "preset": "rfdetr"}}
     entries = build_plan(census.shapes("rfdetr_base"), config).entries
     ids = "layer_id_library_rule(.layer./embeddings)"

@@ -1,4 +1,5 @@
-"""Folders of checkpoints: a process that dies at any operation leaves the newest complete one, and no half one."""
+"""Folders of checkpoints: a process that dies at any operation leaves the newest complete one, and
+no half one."""
 
 from __future__ import annotations
 
@@ -55,9 +56,16 @@ def dying(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[int], None]]:
         return call
 
     for place, name in (
-        (Path, "mkdir"), (Path, "rename"), (Path, "replace"), (Path, "open"), (Path, "write_text"), (os, "fsync"),
-        (os, "rmdir"), (os, "unlink"), (os, "open"),
-    ):  # fmt: skip
+        (Path, "mkdir"),
+        (Path, "rename"),
+        (Path, "replace"),
+        (Path, "open"),
+        (Path, "write_text"),
+        (os, "fsync"),
+        (os, "rmdir"),
+        (os, "unlink"),
+        (os, "open"),
+    ):
         quick = (lambda _: None) if name == "fsync" else getattr(place, name)
         monkeypatch.setattr(place, name, counted(quick))
     yield lambda count: left.__setitem__(0, count)
@@ -128,12 +136,18 @@ def test_latest_takes_a_checkpoint_a_pointer_or_the_newest(tmp_path: Path) -> No
 
 
 MANIFEST = Manifest(
-    step=3, factor=0.5, digest="d", sharder="fsdp2", ranks=2, optimizer="AdamW", extra={"samples": 24},
+    step=3,
+    factor=0.5,
+    digest="d",
+    sharder="fsdp2",
+    ranks=2,
+    optimizer="AdamW",
+    extra={"samples": 24},
     parameters={
         "a.weight": Stored(shape=(2, 3), dtype="float32", trainable=True, aliases=("b.weight",)),
         "c": Stored(shape=(4,), dtype="float32", trainable=False),
     },
-)  # fmt: skip
+)
 
 
 def test_a_manifest_reads_back_and_any_changed_byte_is_seen(tmp_path: Path) -> None:
@@ -154,6 +168,8 @@ def test_another_model_is_told_by_names_and_shapes() -> None:
     assert model_problem(MANIFEST, same) is None
     assert model_problem(MANIFEST, {"b.weight": ((2, 3), ()), "c": ((4,), ())}) is None
     assert "it lacks d" in str(model_problem(MANIFEST, {**same, "d": ((1,), ())}))
-    assert "it has c, which the model does not have" in str(model_problem(MANIFEST, {"a.weight": same["a.weight"]}))
+    assert "it has c, which the model does not have" in str(
+        model_problem(MANIFEST, {"a.weight": same["a.weight"]})
+    )
     wrong = {**same, "c": ((5,), ())}
     assert model_problem(MANIFEST, wrong) == "c has shape (4,) in the checkpoint, (5,) in the model"

@@ -1,4 +1,5 @@
-"""The command line in process: every kind of MODEL, every bad input one line on stderr and status 2."""
+"""The command line in process: every kind of MODEL, every bad input one line on stderr and status
+2."""
 
 from __future__ import annotations
 
@@ -16,7 +17,7 @@ import pytest
 
 from dist_layerlr import build_plan
 from dist_layerlr.cli import main
-from dist_layerlr.sources import parse_shape, read_model
+from dist_layerlr.plan.read import parse_shape, read_model
 from tests import census
 
 CONFIG = {
@@ -27,8 +28,15 @@ CONFIG = {
         "default_lr": 1e-4,
     },
 }
-PARTS = {"attn1.to_q.weight": (4, 4), "attn2.to_q.weight": (4, 4), "ffn.net.2.weight": (8, 4), "norm1.weight": (4,)}
-TOY = {f"blocks.{i}.{part}": shape for i in range(3) for part, shape in PARTS.items()} | {"proj_out.weight": (2, 4)}
+PARTS = {
+    "attn1.to_q.weight": (4, 4),
+    "attn2.to_q.weight": (4, 4),
+    "ffn.net.2.weight": (8, 4),
+    "norm1.weight": (4,),
+}
+TOY = {f"blocks.{i}.{part}": shape for i in range(3) for part, shape in PARTS.items()} | {
+    "proj_out.weight": (2, 4)
+}
 
 
 @pytest.fixture
@@ -61,7 +69,9 @@ def write_sharded(folder: Path, shapes: dict, stem: str = "diffusion_pytorch_mod
         file = f"{stem}-0000{shard}-of-00002.safetensors"
         write_safetensors(folder / file, {name: shapes[name] for name in chosen})
         weight_map |= dict.fromkeys(chosen, file)
-    (folder / f"{stem}.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+    (folder / f"{stem}.safetensors.index.json").write_text(
+        json.dumps({"metadata": {}, "weight_map": weight_map})
+    )
 
 
 def plan_json(capsys, model: Path | str, config: str, *extra: str) -> dict:
@@ -76,7 +86,9 @@ def refused(capsys, *argv: object) -> str:
     assert main([str(a) for a in argv]) == 2
     shown = capsys.readouterr()
     lines = shown.err.splitlines()
-    assert shown.out == "" and len(lines) == 1 and lines[0].startswith("dist-layerlr: error: "), lines
+    assert shown.out == "" and len(lines) == 1 and lines[0].startswith("dist-layerlr: error: "), (
+        lines
+    )
     return lines[0]
 
 
@@ -86,7 +98,11 @@ def refused(capsys, *argv: object) -> str:
 def test_a_tsv_with_or_without_header_further_columns_and_gz(tmp_path: Path, config: str, capsys):
     expected = build_plan(TOY, CONFIG).digest
     wide = "name\tshape\tmore\n" + "".join(f"{line}\tx\ty\n" for line in tsv(TOY).splitlines())
-    for name, text in {"a.tsv": tsv(TOY), "b.tsv": wide, "c.txt": tsv(TOY).replace("\n", "\r\n") + "\n"}.items():
+    for name, text in {
+        "a.tsv": tsv(TOY),
+        "b.tsv": wide,
+        "c.txt": tsv(TOY).replace("\n", "\r\n") + "\n",
+    }.items():
         (tmp_path / name).write_text(text, newline="")
         assert plan_json(capsys, tmp_path / name, config)["digest"] == expected
     with gzip.open(tmp_path / "d.tsv.gz", "wt") as file:
@@ -113,7 +129,10 @@ def test_names_from_stdin(config: str, capsys, monkeypatch):
 
 def test_a_safetensors_file_is_read_by_its_header(tmp_path: Path, config: str, capsys):
     write_safetensors(tmp_path / "model.safetensors", TOY)
-    assert plan_json(capsys, tmp_path / "model.safetensors", config)["digest"] == build_plan(TOY, CONFIG).digest
+    assert (
+        plan_json(capsys, tmp_path / "model.safetensors", config)["digest"]
+        == build_plan(TOY, CONFIG).digest
+    )
 
 
 def test_a_folder_with_an_index_one_file_or_unlisted_shards(tmp_path: Path, config: str, capsys):
@@ -128,16 +147,26 @@ def test_a_folder_with_an_index_one_file_or_unlisted_shards(tmp_path: Path, conf
         assert plan_json(capsys, tmp_path / folder, config)["digest"] == expected
 
 
-def test_a_pipeline_with_one_transformer_has_bare_names_and_with_two_prefixed_ones(tmp_path: Path, config: str, capsys):
+def test_a_pipeline_with_one_transformer_has_bare_names_and_with_two_prefixed_ones(
+    tmp_path: Path, config: str, capsys
+):
     one, two = tmp_path / "one", tmp_path / "two"
     for folder in (one / "transformer", two / "transformer", two / "transformer_2"):
         write_sharded(folder, TOY)
     for folder in (one, two):
-        write_safetensors(folder / "vae" / "diffusion_pytorch_model.safetensors", {"vae.weight": (1,)})
+        write_safetensors(
+            folder / "vae" / "diffusion_pytorch_model.safetensors", {"vae.weight": (1,)}
+        )
     assert plan_json(capsys, one, config)["digest"] == build_plan(TOY, CONFIG).digest
     rows = plan_json(capsys, two, config)["parameters"]
-    assert rows.keys() == {f"{part}.{name}" for part in ("transformer", "transformer_2") for name in TOY}
-    assert {row["stack"] for row in rows.values()} == {"transformer.blocks", "transformer_2.blocks", None}
+    assert rows.keys() == {
+        f"{part}.{name}" for part in ("transformer", "transformer_2") for name in TOY
+    }
+    assert {row["stack"] for row in rows.values()} == {
+        "transformer.blocks",
+        "transformer_2.blocks",
+        None,
+    }
     assert {row["blocks"] for row in rows.values()} == {3, None}
 
 
@@ -153,7 +182,14 @@ def test_kohya_alphas_are_constants(tmp_path: Path):
 
 @pytest.mark.parametrize(
     ("text", "shape"),
-    [("4x8", (4, 8)), ("4,8", (4, 8)), ("(4, 8)", (4, 8)), ("[4, 8]", (4, 8)), ("(4,)", (4,)), ("8", (8,))]
+    [
+        ("4x8", (4, 8)),
+        ("4,8", (4, 8)),
+        ("(4, 8)", (4, 8)),
+        ("[4, 8]", (4, 8)),
+        ("(4,)", (4,)),
+        ("8", (8,)),
+    ]
     + [("", ()), ("-", ()), ("()", ()), ("[]", ()), (" 4 x 8 ", (4, 8)), ("0x3", (0, 3))],
 )
 def test_shapes_are_read_in_every_usual_spelling(text: str, shape: tuple[int, ...]):
@@ -173,21 +209,37 @@ def test_plan_prints_the_grid_json_or_csv(tmp_path: Path, config: str, capsys):
     (tmp_path / "m.tsv").write_text(tsv(TOY))
     assert main(["plan", str(tmp_path / "m.tsv"), "--config", config]) == 0
     text = capsys.readouterr().out
-    assert text.startswith("[per_layer_lr] model_type=toy strategy=linear") and "blocks.002.cross_attn" in text
+    assert (
+        text.startswith("[per_layer_lr] model_type=toy strategy=linear")
+        and "blocks.002.cross_attn" in text
+    )
     assert main(["plan", str(tmp_path / "m.tsv"), "--config", config, "--csv"]) == 0
     rows = list(csv.DictReader(io.StringIO(capsys.readouterr().out)))
     plan = build_plan(TOY, CONFIG)
     assert [row["name"] for row in rows] == list(plan.entries)
     for row, entry in zip(rows, plan.entries.values(), strict=True):
-        assert (float(row["lr"]), float(row["factor"]), int(row["numel"])) == (entry.lr, entry.factor, entry.numel)
-        assert (row["stack"], row["block"]) == ((entry.stack, str(entry.block)) if entry.stack else ("", ""))
+        assert (float(row["lr"]), float(row["factor"]), int(row["numel"])) == (
+            entry.lr,
+            entry.factor,
+            entry.numel,
+        )
+        assert (row["stack"], row["block"]) == (
+            (entry.stack, str(entry.block)) if entry.stack else ("", "")
+        )
 
 
 def test_explain_prints_one_parameter(tmp_path: Path, config: str, capsys):
     (tmp_path / "m.tsv").write_text(tsv(TOY))
-    assert main(["explain", str(tmp_path / "m.tsv"), "blocks.2.attn2.to_q.weight", "--config", config]) == 0
+    assert (
+        main(["explain", str(tmp_path / "m.tsv"), "blocks.2.attn2.to_q.weight", "--config", config])
+        == 0
+    )
     out = capsys.readouterr().out
-    assert out.startswith("blocks.2.attn2.to_q.weight\n") and "cross_attn" in out and "block 2 of 3" in out
+    assert (
+        out.startswith("blocks.2.attn2.to_q.weight\n")
+        and "cross_attn" in out
+        and "block 2 of 3" in out
+    )
 
 
 def test_plot_writes_a_picture(tmp_path: Path, config: str, capsys):
@@ -233,7 +285,8 @@ def test_bad_models_are_one_line_with_status_2(tmp_path: Path, config: str, caps
 
 
 @pytest.mark.parametrize(
-    "text", ["{", "{}", "[]", '{"weight_map": []}', '{"weight_map": {"a": 1}}', '{"weight_map": {}}']
+    "text",
+    ["{", "{}", "[]", '{"weight_map": []}', '{"weight_map": {"a": 1}}', '{"weight_map": {}}'],
 )
 def test_a_damaged_index_is_one_line_with_status_2(tmp_path: Path, config: str, capsys, text: str):
     (tmp_path / "model").mkdir()
@@ -249,8 +302,17 @@ def test_a_damaged_index_is_one_line_with_status_2(tmp_path: Path, config: str, 
         ('{"per_layer_lr": {"enabled": true, "default_lr": NaN}}', "default_lr=nan"),
         ('{"per_layer_lr": {"enabled": true, "default_lr": 1' + "0" * 400 + "}}", "default_lr"),
         ('{"per_layer_lr": {"enabled": true, "unmatched": "error"}}', "proj_out.weight"),
-        ('{"per_layer_lr": {"enabled": true, "regions": [{"match": "blocks.[3-0]", "lr": 1}]}}', "blocks.[3-0]"),
-        ('{"per_layer_lr": {"enabled": true, "patterns": [{"match": "blocks.[", "component": "ffn"}]}}', "blocks.["),
+        (
+            '{"per_layer_lr": {"enabled": true, "regions": [{"match": "blocks.[3-0]", "lr": 1}]}}',
+            "blocks.[3-0]",
+        ),
+        (
+            (
+                '{"per_layer_lr": {"enabled": true, "patterns": [{"match": "blocks.[", "component":'
+                ' "ffn"}]}}'
+            ),
+            "blocks.[",
+        ),
     ],
 )
 def test_bad_configs_are_one_line_with_status_2(tmp_path: Path, capsys, text: str, part: str):
@@ -259,19 +321,31 @@ def test_bad_configs_are_one_line_with_status_2(tmp_path: Path, capsys, text: st
     assert part in refused(capsys, "plan", tmp_path / "m.tsv", "--config", tmp_path / "bad.json")
 
 
-def test_missing_configs_and_unknown_names_are_one_line_with_status_2(tmp_path: Path, config: str, capsys):
+def test_missing_configs_and_unknown_names_are_one_line_with_status_2(
+    tmp_path: Path, config: str, capsys
+):
     (tmp_path / "m.tsv").write_text(tsv(TOY))
-    assert "nowhere.json" in refused(capsys, "plan", tmp_path / "m.tsv", "--config", tmp_path / "nowhere.json")
-    line = refused(capsys, "explain", tmp_path / "m.tsv", "blocks.2.attn2.to_k.weight", "--config", config)
+    assert "nowhere.json" in refused(
+        capsys, "plan", tmp_path / "m.tsv", "--config", tmp_path / "nowhere.json"
+    )
+    line = refused(
+        capsys, "explain", tmp_path / "m.tsv", "blocks.2.attn2.to_k.weight", "--config", config
+    )
     assert "Nearest: blocks.2.attn2.to_q.weight" in line
-    assert "nowhere" in refused(capsys, "plan", tmp_path / "m.tsv", "--config", config, "--base", tmp_path / "nowhere")
+    assert "nowhere" in refused(
+        capsys, "plan", tmp_path / "m.tsv", "--config", config, "--base", tmp_path / "nowhere"
+    )
 
 
-def test_a_picture_that_cannot_be_written_is_one_line_with_status_2(tmp_path: Path, config: str, capsys):
+def test_a_picture_that_cannot_be_written_is_one_line_with_status_2(
+    tmp_path: Path, config: str, capsys
+):
     pytest.importorskip("matplotlib", reason="needs the plot extra")
     (tmp_path / "m.tsv").write_text(tsv(TOY))
     for output in ("nowhere/grid.png", "grid.xyz"):
-        line = refused(capsys, "plot", tmp_path / "m.tsv", "--config", config, "--output", tmp_path / output)
+        line = refused(
+            capsys, "plot", tmp_path / "m.tsv", "--config", config, "--output", tmp_path / output
+        )
         assert output in line
 
 
@@ -289,12 +363,11 @@ def test_bad_flags_end_with_status_2(capsys):
 def test_importing_the_package_and_planning_leave_torch_alone(tmp_path: Path, config: str):
     (tmp_path / "m.tsv").write_text(tsv(TOY))
     code = (
-        "import sys, dist_layerlr\n"
-        "from dist_layerlr import build_plan, explain, grid, load_config, read_model, register_depth\n"
-        "from dist_layerlr.cli import main\n"
-        f"assert main(['plan', {str(tmp_path / 'm.tsv')!r}, '--config', {config!r}]) == 0\n"
-        "heavy = {'torch', 'numpy', 'deepspeed', 'accelerate', 'safetensors', 'matplotlib'} & set(sys.modules)\n"
-        "assert not heavy, heavy\n"
+        "import sys, dist_layerlr\nfrom dist_layerlr import build_plan, explain, grid,"
+        " load_config, read_model, register_depth\nfrom dist_layerlr.cli import main\nassert"
+        f" main(['plan', {str(tmp_path / 'm.tsv')!r}, '--config', {config!r}]) == 0\nheavy ="
+        " {'torch', 'numpy', 'deepspeed', 'accelerate', 'safetensors', 'matplotlib'} &"
+        " set(sys.modules)\nassert not heavy, heavy\n"
     )
     root = Path(__file__).resolve().parents[2]
     ran = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True)

@@ -1,4 +1,5 @@
-"""The configs and presets that ship are the seed's own: ``tests/seed_examples.json`` holds its JSON, untouched."""
+"""The configs and presets that ship are the seed's own: ``tests/seed_examples.json`` holds its
+JSON, untouched."""
 
 from __future__ import annotations
 
@@ -7,8 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from dist_layerlr import build_plan, load_config
-from dist_layerlr.presets import PRESETS
+from dist_layerlr import build_plan
+from dist_layerlr.plan import load_config
+from dist_layerlr.plan.presets import PRESETS
 from tests import census
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -39,11 +41,18 @@ def test_every_shipped_config_loads(name: str):
 
 @pytest.mark.parametrize("name", SEED["launch/configs"])
 def test_the_seeds_examples_ship_as_they_are(name: str):
-    assert json.loads((ROOT / "launch" / "configs" / name).read_text()) == SEED["launch/configs"][name]
+    assert (
+        json.loads((ROOT / "launch" / "configs" / name).read_text()) == SEED["launch/configs"][name]
+    )
 
 
 def test_every_family_of_the_seed_has_a_config():
-    assert set(SHIPPED) >= set(SEED["launch/configs"]) | {"wan22.json", "pixart.json", "sana.json", "rfdetr.json"}
+    assert set(SHIPPED) >= set(SEED["launch/configs"]) | {
+        "wan22.json",
+        "pixart.json",
+        "sana.json",
+        "rfdetr.json",
+    }
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -71,7 +80,9 @@ def test_the_presets_are_the_seeds_snippets():
 def test_a_preset_equals_its_snippet_written_out():
     for name, snippet in SEED["strategy guide"].items():
         short = load_config({"learning_rate": 1e-4, "per_layer_lr": {"preset": name}})
-        assert short == load_config({"learning_rate": 1e-4, "per_layer_lr": {"enabled": True, **snippet}})
+        assert short == load_config(
+            {"learning_rate": 1e-4, "per_layer_lr": {"enabled": True, **snippet}}
+        )
 
 
 def test_the_block_of_the_config_section_spells_out_the_defaults():

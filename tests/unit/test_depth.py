@@ -8,7 +8,7 @@ from itertools import product
 import pytest
 
 from dist_layerlr import build_plan, register_depth
-from dist_layerlr.depth import DEPTH_FUNCTIONS, DepthSettings, depth_factor
+from dist_layerlr.plan.depth import DEPTH_FUNCTIONS, DepthSettings, depth_factor
 from tests import census
 
 EXACT = 1e-12
@@ -33,7 +33,8 @@ def reference(strategy: str, idx: int, n: int, m: float, p: float = 0.5) -> floa
     return 1.0
 
 
-# N = 20, m = 0.3, blocks 0, 5, 10, 15, 19: worked out by hand from x = idx/19. The cosines are those of k*pi/19.
+# N = 20, m = 0.3, blocks 0, 5, 10, 15, 19: worked out by hand from x = idx/19. The cosines are
+# those of k*pi/19.
 COS_5, COS_10, COS_15 = 0.6772815716257410, -0.0825793454723323, -0.7891405093963936
 HAND = {
     "linear": [1.0, 1 - 3.5 / 19, 1 - 7 / 19, 1 - 10.5 / 19, 0.3],
@@ -93,12 +94,17 @@ def test_a_peak_at_an_end_makes_that_end_one(peak: float, first: float, last: fl
 
 def test_a_table_of_the_right_length_is_used_as_it_is():
     factors = (0.1, 0.9, 0.4, 2.0)
-    assert tuple(depth_factor(i, 4, settings("table", depth_table=factors)) for i in range(4)) == factors
+    assert (
+        tuple(depth_factor(i, 4, settings("table", depth_table=factors)) for i in range(4))
+        == factors
+    )
 
 
 def test_a_table_of_another_length_is_interpolated():
     chosen = settings("table", depth_table=(1.0, 0.5, 0.0))
-    assert [depth_factor(i, 5, chosen) for i in range(5)] == pytest.approx([1, 0.75, 0.5, 0.25, 0], abs=EXACT)
+    assert [depth_factor(i, 5, chosen) for i in range(5)] == pytest.approx(
+        [1, 0.75, 0.5, 0.25, 0], abs=EXACT
+    )
     assert [depth_factor(i, 2, chosen) for i in range(2)] == [1.0, 0.0]
 
 

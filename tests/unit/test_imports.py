@@ -1,9 +1,8 @@
-"""What may import what, read from the source.
+"""What may import what, read from the folders.
 
-``a <- b`` means that b may import a and anything left of it:
-errors <- names, depth, checks, schedule, patterns, checkpoint.folders <- stacks, components, presets, layer_decay, lora,
-checkpoint.manifest <- config <- plan <- matching, warn, report, sources, build, diff
-<- policy, ring and figures of offload <- offload.predict <- the torch side.
+``a <- b`` means that b may import a, and everything left of it:
+errors <- fields, files, ranks <- plan <- sharders, offload <- optim, weights <- proof, report
+<- checkpoint <- export <- cli. Folders that share a place do not know each other.
 """
 
 from __future__ import annotations
@@ -16,50 +15,46 @@ from pathlib import Path
 import pytest
 
 PACKAGE = Path(__file__).resolve().parents[2] / "dist_layerlr"
-LAYERS = (
+ORDER = (
     {"errors"},
-    {"names", "depth", "checks", "schedule", "patterns", "checkpoint.folders"},
-    {"stacks", "components", "presets", "layer_decay", "lora", "checkpoint.manifest"},
-    {"config"},
+    {"fields", "files", "ranks"},
     {"plan"},
-    {"matching", "warn", "report", "sources", "build", "diff"},
-    {"offload.policy", "offload.ring", "offload.figures"},
-    {"offload.predict"},
+    {"sharders", "offload"},
+    {"optim", "weights"},
+    {"proof", "report"},
+    {"checkpoint"},
+    {"export", "integrations"},
+    {"cli"},
 )
-WITHIN_LAYER = {("components", "stacks"), ("layer_decay", "stacks"), ("build", "warn"), ("build", "matching")}
-"""(importer, imported) that share a layer."""
-TOOLS = {"cli", "plot", "__init__"}
-"""Pure programs on top of the core."""
-PURE = set().union(*LAYERS) | TOOLS
-HEAVY = {"torch", "numpy", "deepspeed", "accelerate", "safetensors", "matplotlib", "transformers", "diffusers", "peft"}
+PLACE = {folder: place for place, folders in enumerate(ORDER) for folder in folders}
+PURE = ("errors", "fields", "files", "plan", "report", "cli", "__init__")
+"""Importing these imports the standard library and each other only."""
+DEEPSPEED = {"sharders.zero", "checkpoint.deepspeed", "optim.deepspeed"}
 
 
-def modules() -> dict[str, ast.Module]:
-    """{dotted name below the package: syntax tree}."""
-    found = {}
-    for path in sorted(PACKAGE.rglob("*.py")):
-        name = ".".join(path.relative_to(PACKAGE).with_suffix("").parts)
-        found[name] = ast.parse(path.read_text(encoding="utf-8"), str(path))
-    return found
+def module_name(path: Path) -> str:
+    parts = path.relative_to(PACKAGE).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" and len(parts) > 1 else parts)
 
 
-MODULES = modules()
+MODULES = {module_name(p): ast.parse(p.read_text(encoding="utf-8")) for p in PACKAGE.rglob("*.py")}
 
 
-def imports(tree: ast.AST, package: str) -> Iterator[str]:
-    """Full names of everything imported below a node."""
+def imports(tree: ast.AST) -> Iterator[str]:
+    """Every module imported below a node; ``from dist_layerlr import x`` is ``dist_layerlr.x``."""
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
-            base = package.rsplit(".", node.level - 1)[0] + "." if node.level else ""
-            origin = (base + (node.module or "")).strip(".")
-            inside = origin == "dist_layerlr" or origin.endswith(".adapters")
-            yield from ([f"{origin}.{alias.name}" for alias in node.names] if inside else [origin])
+            assert node.level == 0, "imports are absolute here"
+            inside = node.module == "dist_layerlr"
+            yield from (
+                [f"{node.module}.{a.name}" for a in node.names] if inside else [str(node.module)]
+            )
 
 
-def top_level(tree: ast.Module) -> ast.Module:
-    """The tree without functions and without ``if TYPE_CHECKING``: what runs on import."""
+def on_import(tree: ast.Module) -> ast.Module:
+    """What runs on import: no bodies of functions, nothing under ``if TYPE_CHECKING``."""
 
     class Strip(ast.NodeTransformer):
         def visit_FunctionDef(self, node):  # noqa: N802
@@ -68,72 +63,65 @@ def top_level(tree: ast.Module) -> ast.Module:
         visit_AsyncFunctionDef = visit_Lambda = visit_FunctionDef  # noqa: N815
 
         def visit_If(self, node):  # noqa: N802
-            return None if "TYPE_CHECKING" in ast.unparse(node.test) else self.generic_visit(node)
+            return None if ast.unparse(node.test) == "TYPE_CHECKING" else self.generic_visit(node)
 
     return Strip().visit(ast.parse(ast.unparse(tree)))
 
 
-def own(names: Iterator[str]) -> set[str]:
-    """Modules of this package among imported names."""
-    return {name.removeprefix("dist_layerlr.") for name in names if name.startswith("dist_layerlr.")}
+def folder(module: str) -> str:
+    return module.removeprefix("dist_layerlr.").partition(".")[0]
 
 
-def layer(module: str) -> int:
-    return next((i for i, members in enumerate(LAYERS) if module in members), len(LAYERS))
+@pytest.mark.parametrize("module", sorted(MODULES.keys() - {"__init__"}))
+def test_every_module_imports_its_own_folder_and_what_stands_left_of_it(module: str):
+    for name in imports(MODULES[module]):
+        if name.startswith("dist_layerlr.") and folder(name) not in (folder(module), "__version__"):
+            assert PLACE[folder(name)] < PLACE[folder(module)], f"{module} imports {name}"
 
 
-def package_of(module: str) -> str:
-    return ".".join(["dist_layerlr", *module.split(".")[:-1]])
+@pytest.mark.parametrize("module", sorted(m for m in MODULES if folder(m) in PURE))
+def test_pure_folders_import_the_standard_library_and_each_other_only(module: str):
+    for name in imports(on_import(MODULES[module])):
+        known = name.partition(".")[0] in sys.stdlib_module_names or folder(name) in (
+            *PURE,
+            "offload",
+            "checkpoint",
+        )
+        assert known, f"{module} imports {name}"
 
 
-def test_every_module_of_the_core_exists():
-    assert PURE <= MODULES.keys()
-
-
-@pytest.mark.parametrize("module", sorted(set().union(*LAYERS)))
-def test_the_core_imports_only_to_its_left(module: str):
-    for other in own(imports(MODULES[module], package_of(module))):
-        assert layer(other) < layer(module) or (module, other) in WITHIN_LAYER, f"{module} imports {other}"
-
-
-def test_every_exception_within_a_layer_is_used():
-    for module, other in WITHIN_LAYER:
-        assert other in own(imports(MODULES[module], package_of(module)))
-
-
-@pytest.mark.parametrize("module", sorted(PURE))
-def test_pure_modules_import_the_standard_library_and_each_other_only(module: str):
-    roots = {name.partition(".")[0] for name in imports(top_level(MODULES[module]), package_of(module))}
-    assert roots <= sys.stdlib_module_names | {"dist_layerlr"}
-    others = own(imports(top_level(MODULES[module]), package_of(module)))
-    assert others <= PURE | {"__version__"}
-
-
-@pytest.mark.parametrize("module", sorted(PURE - TOOLS))
-def test_the_core_names_no_framework_even_inside_functions(module: str):
-    roots = {name.partition(".")[0] for name in imports(MODULES[module], package_of(module))}
-    assert roots & HEAVY <= ({"safetensors"} if module == "sources" else set())
+@pytest.mark.parametrize("module", sorted(m for m in MODULES if folder(m) == "plan"))
+def test_the_plan_imports_the_standard_library_errors_fields_and_files_only(module: str):
+    names = {
+        name
+        for name in imports(MODULES[module])
+        if name.partition(".")[0] not in sys.stdlib_module_names
+    }
+    own = {name for name in names if name.startswith("dist_layerlr")}
+    assert {folder(name) for name in own} <= {"plan", "errors", "fields", "files"}
+    assert names - own <= ({"safetensors"} if module == "plan.read" else set())
 
 
 @pytest.mark.parametrize("module", sorted(MODULES))
-def test_deepspeed_appears_inside_functions_of_its_adapter_only(module: str):
-    assert "deepspeed" not in {n.partition(".")[0] for n in imports(top_level(MODULES[module]), package_of(module))}
-    if module != "adapters.zero":
-        assert "deepspeed" not in {n.partition(".")[0] for n in imports(MODULES[module], package_of(module))}
+def test_deepspeed_is_imported_inside_functions_of_its_own_modules_only(module: str):
+    roots = {name.partition(".")[0] for name in imports(on_import(MODULES[module]))}
+    assert "deepspeed" not in roots
+    if module not in DEEPSPEED:
+        assert "deepspeed" not in {name.partition(".")[0] for name in imports(MODULES[module])}
 
 
-@pytest.mark.parametrize(
-    "module", sorted(m for m in MODULES if m.startswith("adapters.") and not m.endswith("__init__"))
-)
-def test_adapters_know_each_other_through_base_only(module: str):
-    siblings = {m for m in own(imports(MODULES[module], package_of(module))) if m.startswith("adapters.")}
-    allowed = {m for m in MODULES if m.startswith("adapters.")} if module == "adapters.base" else {"adapters.base"}
-    assert {".".join(s.split(".")[:2]) for s in siblings} <= allowed
+def test_importing_the_package_the_plan_or_the_command_line_does_not_import_torch():
+    import subprocess
+
+    pure = "dist_layerlr, dist_layerlr.plan, dist_layerlr.report, dist_layerlr.cli"
+    code = f"import sys, {pure}; assert 'torch' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True)
 
 
 def test_the_walker_sees_what_it_should():
     tree = ast.parse(
-        "import torch\nfrom . import names\ndef f():\n    import numpy\nif TYPE_CHECKING:\n    import peft\n"
+        "import torch\nfrom dist_layerlr import ranks\n"
+        "def f():\n    import numpy\nif TYPE_CHECKING:\n    import peft\n"
     )
-    assert set(imports(tree, "dist_layerlr")) == {"torch", "dist_layerlr.names", "numpy", "peft"}
-    assert set(imports(top_level(tree), "dist_layerlr")) == {"torch", "dist_layerlr.names"}
+    assert set(imports(tree)) == {"torch", "dist_layerlr.ranks", "numpy", "peft"}
+    assert set(imports(on_import(tree))) == {"torch", "dist_layerlr.ranks"}

@@ -1,4 +1,5 @@
-"""Layer decay against the tables that other projects' own tests expect, and numbers from running their code."""
+"""Layer decay against the tables that other projects' own tests expect, and numbers from running
+their code."""
 
 from __future__ import annotations
 
@@ -8,21 +9,28 @@ from dataclasses import dataclass
 
 import pytest
 
-from dist_layerlr import ConfigError, ParamInfo, build_plan
-from dist_layerlr.depth import DepthSettings
-from dist_layerlr.layer_decay import layer_decay_factors
-from dist_layerlr.names import parse
-from dist_layerlr.stacks import StackMap
+from dist_layerlr import ConfigError, build_plan
+from dist_layerlr.plan import ParamInfo
+from dist_layerlr.plan.depth import DepthSettings
+from dist_layerlr.plan.layer_decay import layer_decay_factors
+from dist_layerlr.plan.names import parse
+from dist_layerlr.plan.stacks import StackMap
 
 MATRIX, VECTOR = (3, 3, 1, 1), (3,)
 
 
 def conv(name: str) -> list[ParamInfo]:
-    return [ParamInfo(name=f"{name}.weight", shape=MATRIX), ParamInfo(name=f"{name}.bias", shape=VECTOR)]
+    return [
+        ParamInfo(name=f"{name}.weight", shape=MATRIX),
+        ParamInfo(name=f"{name}.bias", shape=VECTOR),
+    ]
 
 
 def norm(name: str) -> list[ParamInfo]:
-    return [ParamInfo(name=f"{name}.weight", shape=VECTOR), ParamInfo(name=f"{name}.bias", shape=VECTOR)]
+    return [
+        ParamInfo(name=f"{name}.weight", shape=VECTOR),
+        ParamInfo(name=f"{name}.bias", shape=VECTOR),
+    ]
 
 
 def vector(name: str, *, trainable: bool = True) -> list[ParamInfo]:
@@ -34,7 +42,8 @@ def join(parts: Iterable[list[ParamInfo]]) -> list[ParamInfo]:
 
 
 def toy_vit(tokens: Iterable[str], layers: int, head: str) -> list[ParamInfo]:
-    """The toy of MMPretrain's and MMSegmentation's tests: tokens, then layers, then a head outside the backbone."""
+    """The toy of MMPretrain's and MMSegmentation's tests: tokens, then layers, then a head outside
+    the backbone."""
     return join(
         [
             *(vector(f"backbone.{token}") for token in tokens),
@@ -48,9 +57,15 @@ MMPRETRAIN = toy_vit(["cls_token", "pos_embed"], 2, "head")
 MMSEG = toy_vit(["cls_token", "patch_embed"], 3, "decode_head")
 CONVNEXT = join(
     [
-        *(vector(f"backbone.{name}") for name in ("cls_token", "mask_token", "pos_embed", "stem_norm")),
+        *(
+            vector(f"backbone.{name}")
+            for name in ("cls_token", "mask_token", "pos_embed", "stem_norm")
+        ),
         vector("backbone.lin", trainable=False),
-        *([*conv(f"backbone.stages.{i}.0.conv"), *norm(f"backbone.stages.{i}.0.bn")] for i in range(4)),
+        *(
+            [*conv(f"backbone.stages.{i}.0.conv"), *norm(f"backbone.stages.{i}.0.bn")]
+            for i in range(4)
+        ),
         norm("backbone.norm0"),
         norm("backbone.downsample_norm0"),
         norm("backbone.downsample_norm1"),
@@ -59,7 +74,18 @@ CONVNEXT = join(
     ]
 )
 
-STAGE_WISE = [(0, 128), (0, 1), (0.05, 64), (0, 64), (0.05, 32), (0, 32), (0.05, 16), (0, 16), (0.05, 8), (0, 8)]
+STAGE_WISE = [
+    (0, 128),
+    (0, 1),
+    (0.05, 64),
+    (0, 64),
+    (0.05, 32),
+    (0, 32),
+    (0.05, 16),
+    (0, 16),
+    (0.05, 8),
+    (0, 8),
+]
 LAYER_WISE = [*STAGE_WISE[:8], (0.05, 2), (0, 2)]
 LAST = [(0.05, 128), (0.05, 1)]
 MMSEG_GROUPS = [(0, 16), (0.05, 8), (0, 8), (0.05, 4), (0, 4), (0.05, 2), (0, 2), (0.05, 1), (0, 1)]
@@ -77,14 +103,18 @@ class Oracle:
 
 ORACLES = {
     "mmpretrain vit": Oracle(
-        model=MMPRETRAIN, convention="beit", groups=[(0, 8), (0.05, 4), (0, 4), (0.05, 2), (0, 2), (0.05, 1), (0, 1)]
+        model=MMPRETRAIN,
+        convention="beit",
+        groups=[(0, 8), (0.05, 4), (0, 4), (0.05, 2), (0, 2), (0.05, 1), (0, 1)],
     ),
     "mmseg beit and mae": Oracle(model=MMSEG, convention="beit", groups=MMSEG_GROUPS),
     "mmseg through mmdet": Oracle(model=MMSEG, convention="mmdet", groups=MMSEG_GROUPS),
     "mmdet convnext, stage-wise": Oracle(
         model=CONVNEXT, convention="mmdet_stage", num_layers=6, groups=STAGE_WISE + LAST
     ),
-    "mmdet convnext, layer-wise": Oracle(model=CONVNEXT, convention="mmdet", num_layers=6, groups=LAYER_WISE + LAST),
+    "mmdet convnext, layer-wise": Oracle(
+        model=CONVNEXT, convention="mmdet", num_layers=6, groups=LAYER_WISE + LAST
+    ),
 }
 # What the projects' tests call "bias_decay 0 and 1-d parameters 0": two ways to say it here.
 NO_DECAY = [["ndim<=1"], ["*.bias", "re:token$|pos_embed$|patch_embed$|norm|bn"]]
@@ -101,16 +131,23 @@ def factors(model: list[ParamInfo], settings: DepthSettings) -> dict[str, float]
 @pytest.mark.parametrize("case", ORACLES.values(), ids=ORACLES.keys())
 def test_scales_at_rate_two_are_those_of_the_projects_tests(case: Oracle):
     settings = DepthSettings(
-        depth_strategy="layer_decay", layer_decay=2.0, convention=case.convention, num_layers=case.num_layers
+        depth_strategy="layer_decay",
+        layer_decay=2.0,
+        convention=case.convention,
+        num_layers=case.num_layers,
     )
     got = factors(case.model, settings)
-    groups = dict.fromkeys((0.05 if len(i.shape) > 1 else 0, got[i.name]) for i in case.model if i.trainable)
+    groups = dict.fromkeys(
+        (0.05 if len(i.shape) > 1 else 0, got[i.name]) for i in case.model if i.trainable
+    )
     assert list(groups) == case.groups
 
 
 @pytest.mark.parametrize("no_decay", NO_DECAY, ids=["by true shape", "by name"])
 @pytest.mark.parametrize("case", ORACLES.values(), ids=ORACLES.keys())
-def test_plans_at_rate_one_half_have_the_projects_weight_decays_and_inverse_scales(case: Oracle, no_decay: list[str]):
+def test_plans_at_rate_one_half_have_the_projects_weight_decays_and_inverse_scales(
+    case: Oracle, no_decay: list[str]
+):
     block = {
         "enabled": True,
         "component_lr": {},
@@ -135,7 +172,14 @@ def test_plans_at_rate_one_half_have_the_projects_weight_decays_and_inverse_scal
 
 def vit(*extra: str, prefix: str = "") -> list[ParamInfo]:
     names = ["cls_token", "pos_embed", "patch_embed.proj.weight", "patch_embed.proj.bias"]
-    parts = ("norm1.weight", "attn.qkv.weight", "attn.proj.bias", "ls1.gamma", "mlp.fc1.weight", "mlp.fc2.weight")
+    parts = (
+        "norm1.weight",
+        "attn.qkv.weight",
+        "attn.proj.bias",
+        "ls1.gamma",
+        "mlp.fc1.weight",
+        "mlp.fc2.weight",
+    )
     names += [f"blocks.{i}.{part}" for i in range(12) for part in parts]
     names += ["norm.weight", "norm.bias", *extra]
     return [ParamInfo(name=prefix + name, shape=VECTOR) for name in names]
@@ -154,7 +198,12 @@ ROWS = {
         model=vit("head.weight", "head.bias"),
         rate=0.75,
         convention="timm",
-        expected={"cls_token": 0.023757, "patch_embed.": 0.023757, "pos_embed": 0.023757, "blocks.0.": 0.031676}
+        expected={
+            "cls_token": 0.023757,
+            "patch_embed.": 0.023757,
+            "pos_embed": 0.023757,
+            "blocks.0.": 0.031676,
+        }
         | {"blocks.11.": 0.75, "norm.": 0.75, "head.": 1.0},
     ),
     "timm .75, no head": Row(
@@ -173,21 +222,43 @@ ROWS = {
         model=vit("other_token"),
         rate=0.75,
         convention="timm",
-        expected={"cls_token": 0.023757, "blocks.0.": 0.031676, "blocks.11.": 0.75, "norm.": 0.75, "other_token": 1.0},
+        expected={
+            "cls_token": 0.023757,
+            "blocks.0.": 0.031676,
+            "blocks.11.": 0.75,
+            "norm.": 0.75,
+            "other_token": 1.0,
+        },
     ),
     "DINOv3 .9": Row(
         model=vit("storage_tokens", "mask_token", "head.weight"),
         rate=0.9,
         convention="dinov3",
-        expected={"cls_token": 0.254187, "storage_tokens": 0.254187, "mask_token": 0.254187, "pos_embed": 0.254187}
-        | {"patch_embed.": 0.050837, "blocks.0.": 0.28243, "blocks.11.": 0.9, "norm.": 1.0, "head.": 1.0},
+        expected={
+            "cls_token": 0.254187,
+            "storage_tokens": 0.254187,
+            "mask_token": 0.254187,
+            "pos_embed": 0.254187,
+        }
+        | {
+            "patch_embed.": 0.050837,
+            "blocks.0.": 0.28243,
+            "blocks.11.": 0.9,
+            "norm.": 1.0,
+            "head.": 1.0,
+        },
     ),
 }
 
 
 @pytest.mark.parametrize("row", ROWS.values(), ids=ROWS.keys())
 def test_vit_factors_are_those_of_the_projects_code(row: Row):
-    block = {"enabled": True, "component_lr": {}, "default_lr": 1.0, "depth_strategy": "layer_decay"}
+    block = {
+        "enabled": True,
+        "component_lr": {},
+        "default_lr": 1.0,
+        "depth_strategy": "layer_decay",
+    }
     block |= {"layer_decay": row.rate, "convention": row.convention, "unmatched": "default"}
     if row.convention == "dinov3":
         block["regions"] = [{"match": "patch_embed", "lr_multiplier": 0.2}]
@@ -201,11 +272,14 @@ def test_every_block_of_a_vit_is_one_rate_step_apart():
     for row in ROWS.values():
         got = factors(row.model, DepthSettings(layer_decay=row.rate, convention=row.convention))
         for k in range(11):
-            assert got[f"blocks.{k}.ls1.gamma"] == pytest.approx(row.rate * got[f"blocks.{k + 1}.ls1.gamma"], rel=1e-12)
+            assert got[f"blocks.{k}.ls1.gamma"] == pytest.approx(
+                row.rate * got[f"blocks.{k + 1}.ls1.gamma"], rel=1e-12
+            )
 
 
 def timm_layer_ids(names: list[str]) -> dict[str, int]:
-    """Layer ids by the group matcher of timm 1.0.31's VisionTransformer, and the top one; written from its regexes."""
+    """Layer ids by the group matcher of timm 1.0.31's VisionTransformer, and the top one; written
+    from its regexes."""
 
     def ordinal(name: str) -> tuple[float, ...]:
         if re.match(r"^cls_token|reg_token|pos_embed|patch_embed|norm_pre", name):
@@ -238,7 +312,9 @@ def test_the_timm_convention_is_timms_group_matcher(extra: tuple[str, ...]):
     got = factors(model, DepthSettings(layer_decay=0.75, convention="timm"))
     ids = timm_layer_ids([info.name for info in model])
     top = max(ids.values())
-    assert got == pytest.approx({name: 0.75 ** (top - layer) for name, layer in ids.items()}, rel=1e-12)
+    assert got == pytest.approx(
+        {name: 0.75 ** (top - layer) for name, layer in ids.items()}, rel=1e-12
+    )
 
 
 # RF-DETR, absolute learning rates
@@ -246,9 +322,14 @@ def test_the_timm_convention_is_timms_group_matcher(extra: tuple[str, ...]):
 
 def rfdetr(layers: int) -> list[ParamInfo]:
     encoder = "backbone.0.encoder.encoder."
-    names = [f"{encoder}embeddings.{part}" for part in ("cls_token", "position_embeddings", "patch_embeddings.weight")]
+    names = [
+        f"{encoder}embeddings.{part}"
+        for part in ("cls_token", "position_embeddings", "patch_embeddings.weight")
+    ]
     names += [
-        f"{encoder}encoder.layer.{i}.attention.attention.query.{k}" for i in range(layers) for k in ("weight", "bias")
+        f"{encoder}encoder.layer.{i}.attention.attention.query.{k}"
+        for i in range(layers)
+        for k in ("weight", "bias")
     ]
     names += [f"{encoder}layernorm.weight", "backbone.0.projector.stages.0.0.cv1.conv.weight"]
     names += [f"transformer.decoder.layers.{i}.self_attn.in_proj_weight" for i in range(3)]
@@ -260,18 +341,37 @@ ENCODER = "backbone.0.encoder.encoder."
 EMBED, FIRST, LAST_BLOCK, FINAL = (
     ENCODER + x for x in ("embeddings.", "encoder.layer.0.", "encoder.layer.11.", "layernorm.")
 )
-REST = {"transformer.decoder.": 7e-5, "backbone.0.projector.": 1e-4, "class_embed": 1e-4, "query_feat": 1e-4}
+REST = {
+    "transformer.decoder.": 7e-5,
+    "backbone.0.projector.": 1e-4,
+    "class_embed": 1e-4,
+    "query_feat": 1e-4,
+}
 RFDETR_ROWS = [
-    ("rfdetr", [2, 5, 8, 11], {EMBED: 4.04071e-6, FIRST: 5.05088e-6, LAST_BLOCK: 5.88e-5, FINAL: 7.35e-5}),
-    ("rfdetr", [3, 6, 9, 12], {EMBED: 3.23256e-6, FIRST: 4.04071e-6, LAST_BLOCK: 4.704e-5, FINAL: 7.35e-5}),
+    (
+        "rfdetr",
+        [2, 5, 8, 11],
+        {EMBED: 4.04071e-6, FIRST: 5.05088e-6, LAST_BLOCK: 5.88e-5, FINAL: 7.35e-5},
+    ),
+    (
+        "rfdetr",
+        [3, 6, 9, 12],
+        {EMBED: 3.23256e-6, FIRST: 4.04071e-6, LAST_BLOCK: 4.704e-5, FINAL: 7.35e-5},
+    ),
     # The seed's text: no factor lr_component_decay squared, L is the number of blocks.
     ("seed", None, {EMBED: 8.24634e-6, FIRST: 1.030792e-5, LAST_BLOCK: 1.2e-4, FINAL: 1.5e-4}),
-    ("seed", [3, 6, 9, 12], {EMBED: 6.59707e-6, FIRST: 8.24634e-6, LAST_BLOCK: 9.6e-5, FINAL: 1.5e-4}),
+    (
+        "seed",
+        [3, 6, 9, 12],
+        {EMBED: 6.59707e-6, FIRST: 8.24634e-6, LAST_BLOCK: 9.6e-5, FINAL: 1.5e-4},
+    ),
 ]
 
 
 @pytest.mark.parametrize(("convention", "indexes", "encoder"), RFDETR_ROWS)
-def test_rfdetr_rates_are_absolute(convention: str, indexes: list[int] | None, encoder: dict[str, float]):
+def test_rfdetr_rates_are_absolute(
+    convention: str, indexes: list[int] | None, encoder: dict[str, float]
+):
     block = {"enabled": True, "preset": "rfdetr", "convention": convention}
     if indexes:
         block["out_feature_indexes"] = indexes
@@ -284,8 +384,16 @@ def test_rfdetr_rates_are_absolute(convention: str, indexes: list[int] | None, e
 def test_rfdetr_regions_fit_the_names_of_transformers_too():
     encoder = "model.backbone.backbone."
     names = [f"{encoder}encoder.layer.{i}.attention.q_proj.weight" for i in range(2)]
-    names += [f"{encoder}embeddings.cls_token", f"{encoder}layernorm.weight", "model.backbone.projector.conv.weight"]
-    names += ["model.decoder.layers.0.mlp.fc1.weight", "model.enc_output.0.weight", "my_decoder.weight"]
+    names += [
+        f"{encoder}embeddings.cls_token",
+        f"{encoder}layernorm.weight",
+        "model.backbone.projector.conv.weight",
+    ]
+    names += [
+        "model.decoder.layers.0.mlp.fc1.weight",
+        "model.enc_output.0.weight",
+        "my_decoder.weight",
+    ]
     config = {"learning_rate": 1e-4, "per_layer_lr": {"enabled": True, "preset": "rfdetr"}}
     plan = build_plan([(name, VECTOR) for name in names], config)
     expected = [1.5e-4 * 0.8**2, 1.5e-4 * 0.8, 1.5e-4 * 0.8**3, 1.5e-4, 1e-4, 7e-5, 1e-4, 1e-4]
@@ -300,18 +408,26 @@ SPELLINGS = {
 
 @pytest.mark.parametrize("spelling", SPELLINGS)
 def test_the_seed_rule_reads_both_spellings_of_a_vit(spelling: str):
-    """The quoted function, on LW-DETR's names as it stands and on DINOv2's with the words changed."""
-    names = [*SPELLINGS[spelling], *(f"backbone.0.encoder.{spelling}.{k}.attn.qkv.weight" for k in range(4))]
+    """The quoted function, on LW-DETR's names as it stands and on DINOv2's with the words
+    changed."""
+    names = [
+        *SPELLINGS[spelling],
+        *(f"backbone.0.encoder.{spelling}.{k}.attn.qkv.weight" for k in range(4)),
+    ]
     names += ["backbone.0.norm.weight", "head.weight"]
     region = {"match": "backbone", "lr": 1e-3, "depth_strategy": "layer_decay", "layer_decay": 0.7}
     block = {"enabled": True, "component_lr": {}, "depth_strategy": "flat", "regions": [region]}
-    plan = build_plan([(name, VECTOR) for name in names], {"learning_rate": 1e-4, "per_layer_lr": block})
+    plan = build_plan(
+        [(name, VECTOR) for name in names], {"learning_rate": 1e-4, "per_layer_lr": block}
+    )
     expected = [*(1e-3 * 0.7**power for power in (5, 5, 4, 3, 2, 1, 0)), 1e-4]
     assert [e.lr for e in plan.entries.values()] == pytest.approx(expected, rel=1e-12)
 
 
 def test_residual_branches_of_the_seed_rule_are_not_decayed():
-    names = [f"backbone.blocks.{k}.attn.qkv.weight" for k in range(3)] + ["backbone.blocks.1.residual.attn.weight"]
+    names = [f"backbone.blocks.{k}.attn.qkv.weight" for k in range(3)] + [
+        "backbone.blocks.1.residual.attn.weight"
+    ]
     got = factors([ParamInfo(name=n, shape=VECTOR) for n in names], DepthSettings(layer_decay=0.5))
     assert list(got.values()) == [0.125, 0.25, 0.5, 1.0]
 

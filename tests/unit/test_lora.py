@@ -11,8 +11,9 @@ import pytest
 from peft import LoraConfig, get_peft_model, get_peft_model_state_dict
 from torch import nn
 
-from dist_layerlr import ConfigError, canonical_name
-from dist_layerlr.lora import adapter_of, kohya_alpha, kohya_name, peft_name
+from dist_layerlr import ConfigError
+from dist_layerlr.export.adapter_names import adapter_of, kohya_alpha, kohya_name, peft_name
+from dist_layerlr.plan import canonical_name
 from tests import census
 
 
@@ -27,13 +28,20 @@ class Toy(nn.Module):
 
 def adapted(adapter: str = "default", **settings: Any) -> Any:
     targets = ["words", "default", "conv"]
-    return get_peft_model(Toy(), LoraConfig(r=4, target_modules=targets, **settings), adapter_name=adapter)
+    return get_peft_model(
+        Toy(), LoraConfig(r=4, target_modules=targets, **settings), adapter_name=adapter
+    )
 
 
 @pytest.mark.parametrize("adapter", ["default", "style_norm"])
 @pytest.mark.parametrize(
     "settings",
-    [{}, {"use_dora": True}, {"modules_to_save": ["head"]}, {"lora_bias": False, "use_rslora": True}],
+    [
+        {},
+        {"use_dora": True},
+        {"modules_to_save": ["head"]},
+        {"lora_bias": False, "use_rslora": True},
+    ],
     ids=str,
 )
 def test_names_are_those_that_peft_saves(adapter: str, settings: dict[str, Any]) -> None:

@@ -1,4 +1,5 @@
-"""Names: wrappers undone by whole segments, adapters looked through, flattened spellings found in the base model."""
+"""Names: wrappers undone by whole segments, adapters looked through, flattened spellings found in
+the base model."""
 
 from __future__ import annotations
 
@@ -6,9 +7,11 @@ import random
 
 import pytest
 
-from dist_layerlr import ModelSourceError, build_plan, canonical_name
-from dist_layerlr.names import module_index, natural_key, parse, strip_common_module
-from dist_layerlr.patterns import compile_pattern
+from dist_layerlr import build_plan
+from dist_layerlr.errors import ModelSourceError
+from dist_layerlr.plan import canonical_name
+from dist_layerlr.plan.names import module_index, natural_key, parse, strip_common_module
+from dist_layerlr.plan.patterns import compile_pattern
 from tests import census
 
 CONFIG = census.CONFIG
@@ -19,9 +22,18 @@ CONFIG = census.CONFIG
     [
         ("blocks.0.attn.to_q.weight", "blocks.0.attn.to_q.weight"),
         ("_orig_mod.blocks.0.attn.to_q.weight", "blocks.0.attn.to_q.weight"),
-        ("_fsdp_wrapped_module.blocks.0._fsdp_wrapped_module.attn.to_q.weight", "blocks.0.attn.to_q.weight"),
-        ("blocks.0._checkpoint_wrapped_module._orig_mod.attn.to_q.weight", "blocks.0.attn.to_q.weight"),
-        ("base_model.model.blocks.0.attn.to_q.lora_A.default.weight", "blocks.0.attn.to_q.lora_A.default.weight"),
+        (
+            "_fsdp_wrapped_module.blocks.0._fsdp_wrapped_module.attn.to_q.weight",
+            "blocks.0.attn.to_q.weight",
+        ),
+        (
+            "blocks.0._checkpoint_wrapped_module._orig_mod.attn.to_q.weight",
+            "blocks.0.attn.to_q.weight",
+        ),
+        (
+            "base_model.model.blocks.0.attn.to_q.lora_A.default.weight",
+            "blocks.0.attn.to_q.lora_A.default.weight",
+        ),
         ("_orig_mod.base_model.model.blocks.0.x", "blocks.0.x"),
         ("base_model.model.base_model.model.x", "base_model.model.x"),
         # A user's own names that only look like a wrapper's.
@@ -45,7 +57,9 @@ def test_wrappers_at_random_places_are_undone():
     names = [row.name for row in rng.sample(census.rows("flux1_dev"), 100)]
     for name in names:
         segments = name.split(".")
-        for wrapper in rng.choices(["_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"], k=4):
+        for wrapper in rng.choices(
+            ["_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"], k=4
+        ):
             segments.insert(rng.randrange(len(segments)), wrapper)
         assert canonical_name(".".join(segments)) == name
         assert canonical_name(canonical_name(name)) == name
@@ -59,13 +73,25 @@ def test_wrappers_at_random_places_are_undone():
         ("blocks.0.attn.to_q.base_layer.weight", "blocks.0.attn.to_q", "weight", False, False),
         ("blocks.0.attn.to_q.lora_A.default.weight", "blocks.0.attn.to_q", "lora_A", True, False),
         ("blocks.0.attn.to_q.lora_B.default.weight", "blocks.0.attn.to_q", "lora_B", True, True),
-        ("blocks.0.attn.to_q.lora_A.style_norm.weight", "blocks.0.attn.to_q", "lora_A", True, False),
+        (
+            "blocks.0.attn.to_q.lora_A.style_norm.weight",
+            "blocks.0.attn.to_q",
+            "lora_A",
+            True,
+            False,
+        ),
         ("blocks.0.attn.to_q.lora_B.ff_attn2.weight", "blocks.0.attn.to_q", "lora_B", True, True),
         ("blocks.0.attn.to_q.lora_down.weight", "blocks.0.attn.to_q", "lora_down", True, False),
         ("blocks.0.attn.to_q.lora_up.weight", "blocks.0.attn.to_q", "lora_up", True, True),
         ("embed.lora_embedding_A.default", "embed", "lora_embedding_A", True, False),
         ("embed.lora_embedding_B.default", "embed", "lora_embedding_B", True, True),
-        ("b.to_q.lora_magnitude_vector.default.weight", "b.to_q", "lora_magnitude_vector", True, False),
+        (
+            "b.to_q.lora_magnitude_vector.default.weight",
+            "b.to_q",
+            "lora_magnitude_vector",
+            True,
+            False,
+        ),
         ("b.to_q.lokr_w1.default", "b.to_q", "lokr_w1", True, False),
         ("b.to_q.hada_w1_a.default", "b.to_q", "hada_w1_a", True, False),
         ("b.to_q.oft_R.default.weight", "b.to_q", "oft_R", True, False),
@@ -80,7 +106,12 @@ def test_wrappers_at_random_places_are_undone():
 )
 def test_parse_finds_the_base_module(name: str, owner: str, leaf: str, adapter: bool, lora_b: bool):
     path = parse(name)
-    assert (".".join(path.owner), path.leaf, path.is_adapter, path.is_lora_b) == (owner, leaf, adapter, lora_b)
+    assert (".".join(path.owner), path.leaf, path.is_adapter, path.is_lora_b) == (
+        owner,
+        leaf,
+        adapter,
+        lora_b,
+    )
 
 
 @pytest.mark.parametrize("prefix", ["bone_encoder", "road_net", "miss_token_embedder", "hra_tower"])
@@ -92,7 +123,9 @@ def test_a_module_that_is_called_like_an_adapter_is_still_a_module(prefix: str):
 def test_an_adapters_own_name_decides_nothing():
     for adapter in ("default", "style_norm", "attn2", "ff", "lora_A", "module"):
         names = {
-            f"blocks.{i}.{m}.lora_A.{adapter}.weight": (8, 64) for i in range(2) for m in ("attn1.to_q", "ffn.net.2")
+            f"blocks.{i}.{m}.lora_A.{adapter}.weight": (8, 64)
+            for i in range(2)
+            for m in ("attn1.to_q", "ffn.net.2")
         }
         entries = build_plan(names, CONFIG).entries
         assert [e.component for e in entries.values()] == ["self_attn", "ffn"] * 2
@@ -121,21 +154,35 @@ def test_every_flattened_adapter_name_is_found_in_its_base(model: str, style: st
     dotted = census.plan(f"{model}.lora").entries
     twins = {flatten(name, style): name for name in dotted}
     assert len(twins) == len(dotted)
-    flat = build_plan({name: dotted[twin].shape for name, twin in twins.items()}, CONFIG, base=base).entries
-    assert all((flat[name].cell, flat[name].lr) == (dotted[twin].cell, dotted[twin].lr) for name, twin in twins.items())
+    flat = build_plan(
+        {name: dotted[twin].shape for name, twin in twins.items()}, CONFIG, base=base
+    ).entries
+    assert all(
+        (flat[name].cell, flat[name].lr) == (dotted[twin].cell, dotted[twin].lr)
+        for name, twin in twins.items()
+    )
 
 
-@pytest.mark.parametrize("prefix", ["transformer.", "unet.", "diffusion_model.", "model.diffusion_model."])
+@pytest.mark.parametrize(
+    "prefix", ["transformer.", "unet.", "diffusion_model.", "model.diffusion_model."]
+)
 def test_a_pipeline_prefix_is_dropped_when_the_base_does_not_have_it(prefix: str):
     base = census.shapes("z_image")
     bare = census.plan("z_image.lora").entries
     names = {prefix + name: shape for name, shape in census.shapes("z_image.lora").items()}
     entries = build_plan(names, CONFIG, base=base).entries
-    assert all((entries[prefix + name].cell, entries[prefix + name].lr) == (e.cell, e.lr) for name, e in bare.items())
+    assert all(
+        (entries[prefix + name].cell, entries[prefix + name].lr) == (e.cell, e.lr)
+        for name, e in bare.items()
+    )
 
 
 def test_a_prefix_that_the_base_has_is_kept():
-    base = {f"{m}.blocks.{i}.attn1.to_q.weight": (4, 4) for m in ("transformer", "transformer_2") for i in range(3)}
+    base = {
+        f"{m}.blocks.{i}.attn1.to_q.weight": (4, 4)
+        for m in ("transformer", "transformer_2")
+        for i in range(3)
+    }
     lora = {f"transformer_2.blocks.{i}.attn1.to_q.lora_A.weight": (2, 4) for i in range(3)}
     entries = build_plan(lora, CONFIG, base=base).entries
     assert {e.stack for e in entries.values()} == {"transformer_2.blocks"}
@@ -156,14 +203,21 @@ def test_dotted_adapter_names_of_another_model_are_refused_like_flattened_ones()
 
 
 def test_an_adapter_of_one_model_is_not_lost_in_a_base_of_two():
-    """Wan 2.2's pipeline has two transformers: bare names fit both, and must not fall to default_lr unsaid."""
-    base = {f"{m}.blocks.{i}.attn1.to_q.weight": (4, 4) for m in ("transformer", "transformer_2") for i in range(3)}
+    """Wan 2.2's pipeline has two transformers: bare names fit both, and must not fall to default_lr
+    unsaid."""
+    base = {
+        f"{m}.blocks.{i}.attn1.to_q.weight": (4, 4)
+        for m in ("transformer", "transformer_2")
+        for i in range(3)
+    }
     with pytest.raises(ModelSourceError, match="the base model does not have"):
         build_plan({"blocks.0.attn1.to_q.lora_A.weight": (2, 4)}, CONFIG, base=base)
 
 
 def test_a_module_of_another_part_is_not_taken_for_a_namesake_in_the_base():
-    base = {f"blocks.{i}.attn1.to_q.weight": (4, 4) for i in range(2)} | {"norm_out.linear.weight": (4, 4)}
+    base = {f"blocks.{i}.attn1.to_q.weight": (4, 4) for i in range(2)} | {
+        "norm_out.linear.weight": (4, 4)
+    }
     with pytest.raises(ModelSourceError, match="the base model does not have"):
         build_plan({"blocks.9.extra.norm_out.linear.lora_A.weight": (2, 4)}, CONFIG, base=base)
 
@@ -179,9 +233,14 @@ def test_the_module_index_knows_both_spellings():
 
 def test_peft_copies_share_the_place_of_the_module_they_copy():
     model = {
-        f"blocks.{i}.attn1.to_q.{part}": (4, 4) for i in range(2) for part in ("base_layer.weight", "lora_A.x.weight")
+        f"blocks.{i}.attn1.to_q.{part}": (4, 4)
+        for i in range(2)
+        for part in ("base_layer.weight", "lora_A.x.weight")
     }
-    model |= {"blocks.1.norm1.original_module.weight": (4,), "blocks.1.norm1.modules_to_save.x.weight": (4,)}
+    model |= {
+        "blocks.1.norm1.original_module.weight": (4,),
+        "blocks.1.norm1.modules_to_save.x.weight": (4,),
+    }
     entries = build_plan(model, CONFIG).entries
     assert entries["blocks.1.norm1.modules_to_save.x.weight"].cell == ("blocks", 1, "norm")
     assert {e.component for n, e in entries.items() if "to_q" in n} == {"self_attn"}
@@ -189,7 +248,9 @@ def test_peft_copies_share_the_place_of_the_module_they_copy():
 
 def test_a_peft_model_plans_like_its_plain_names():
     plain = census.plan("z_image.lora")
-    prefixed = {f"base_model.model.{name}": shape for name, shape in census.shapes("z_image.lora").items()}
+    prefixed = {
+        f"base_model.model.{name}": shape for name, shape in census.shapes("z_image.lora").items()
+    }
     assert build_plan(prefixed, CONFIG, base=census.shapes("z_image")).digest == plain.digest
 
 
@@ -198,7 +259,15 @@ def test_a_peft_model_plans_like_its_plain_names():
 
 def test_natural_order_puts_two_before_ten():
     names = ["blocks.10.a", "blocks.2.a", "blocks.a", "a", "a2b10", "a2b9", ""]
-    assert sorted(names, key=natural_key) == ["", "a", "a2b9", "a2b10", "blocks.2.a", "blocks.10.a", "blocks.a"]
+    assert sorted(names, key=natural_key) == [
+        "",
+        "a",
+        "a2b9",
+        "a2b10",
+        "blocks.2.a",
+        "blocks.10.a",
+        "blocks.a",
+    ]
 
 
 def test_ddps_prefix_is_dropped_only_where_every_name_has_it():
@@ -214,7 +283,11 @@ def test_ddps_prefix_is_dropped_only_where_every_name_has_it():
 @pytest.mark.parametrize(
     ("pattern", "hits", "misses"),
     [
-        ("blocks.0", ["blocks.0", "blocks.0.attn.w"], ["blocks.01.w", "blocks.00", "my.blocks.0.w", "blocks"]),
+        (
+            "blocks.0",
+            ["blocks.0", "blocks.0.attn.w"],
+            ["blocks.01.w", "blocks.00", "my.blocks.0.w", "blocks"],
+        ),
         ("*.bias", ["a.bias", "a.b.bias"], ["bias", "a.bias_table"]),
         ("**.bias", ["bias", "a.b.bias"], ["a.xbias"]),
         ("blocks.*.attn", ["blocks.3.attn.to_q.w", "blocks.3.x.attn.w"], ["blocks.attn.w"]),

@@ -1,7 +1,8 @@
 """Optimizers of other libraries: which work with per-layer rates, and what the others are told.
 
-bitsandbytes and torchao are not in the `dev` extra: once installed, PEFT imports them in every process, which costs 1.5 s
-and warnings. Their tests run where somebody has installed them, and say so where not.
+bitsandbytes and torchao are not in the `dev` extra: once installed, PEFT imports them in every
+process, which costs 1.5 s and warnings. Their tests run where somebody has installed them, and say
+so where not.
 """
 
 from __future__ import annotations
@@ -17,13 +18,18 @@ import torch
 from torch import nn
 
 import dist_layerlr as dl
-from dist_layerlr.segmented import Segmented, Slice
+from dist_layerlr.optim.segmented import Segmented
+from dist_layerlr.sharders.base import Slice
 
 WIDTH = 64
 """Weights of 4,096 elements: the fewest for which both libraries quantise the state."""
 CONFIG = {
     "learning_rate": 3e-4,
-    "per_layer_lr": {"enabled": True, "unmatched": "default", "component_lr": {"self_attn": 4e-3, "ffn": 1e-3}},
+    "per_layer_lr": {
+        "enabled": True,
+        "unmatched": "default",
+        "component_lr": {"self_attn": 4e-3, "ffn": 1e-3},
+    },
 }
 Make = Callable[[Any], torch.optim.Optimizer]
 
@@ -39,11 +45,16 @@ def optional(package: str, kind: str) -> Make:
 
 
 WORKS: dict[str, Make] = {
-    **{f"bitsandbytes {k}": optional("bitsandbytes", k) for k in ("AdamW8bit", "AdamW32bit", "Lion8bit")},
+    **{
+        f"bitsandbytes {k}": optional("bitsandbytes", k)
+        for k in ("AdamW8bit", "AdamW32bit", "Lion8bit")
+    },
     **{f"torchao {k}": optional("torchao", k) for k in ("AdamW8bit", "AdamW4bit", "AdamWFp8")},
     "lion-pytorch Lion": lambda g: lion_pytorch.Lion(g, weight_decay=0.1),
 }
-QUANTISED = [name for name in WORKS if not ("32bit" in name or "Lion" in name and "8bit" not in name)]
+QUANTISED = [
+    name for name in WORKS if not ("32bit" in name or "Lion" in name and "8bit" not in name)
+]
 
 
 @pytest.fixture(autouse=True)
@@ -56,8 +67,13 @@ def without_a_compiler() -> Iterator[None]:
 
 def model() -> nn.Module:
     torch.manual_seed(0)
-    block = {"attn": nn.ModuleDict({"to_q": nn.Linear(WIDTH, WIDTH)}), "mlp": nn.Linear(WIDTH, WIDTH)}
-    return nn.ModuleDict({"blocks": nn.Sequential(nn.ModuleDict(block)), "head": nn.Linear(WIDTH, 4)})
+    block = {
+        "attn": nn.ModuleDict({"to_q": nn.Linear(WIDTH, WIDTH)}),
+        "mlp": nn.Linear(WIDTH, WIDTH),
+    }
+    return nn.ModuleDict(
+        {"blocks": nn.Sequential(nn.ModuleDict(block)), "head": nn.Linear(WIDTH, 4)}
+    )
 
 
 def train(net: nn.Module, make: Make, emission: str) -> dict[str, torch.Tensor]:
@@ -74,17 +90,25 @@ def train(net: nn.Module, make: Make, emission: str) -> dict[str, torch.Tensor]:
         dl.verify(plan, net, optimizer, factor=schedule.factor)
     if any(make is WORKS[name] for name in QUANTISED):
         state = optimizer.state[net.get_parameter("blocks.0.mlp.weight")]
-        assert any("OptimState" in type(s).__name__ or getattr(s, "dtype", None) == torch.uint8 for s in state.values())
+        assert any(
+            "OptimState" in type(s).__name__ or getattr(s, "dtype", None) == torch.uint8
+            for s in state.values()
+        )
     return {name: p.detach().clone() for name, p in net.named_parameters()}
 
 
 @pytest.mark.parametrize("name", WORKS)
 def test_it_trains_at_the_planned_rates_in_groups_and_segmented_alike(name: str) -> None:
-    groups, segmented = train(model(), WORKS[name], "groups"), train(model(), WORKS[name], "segmented")
+    groups, segmented = (
+        train(model(), WORKS[name], "groups"),
+        train(model(), WORKS[name], "segmented"),
+    )
     assert all(torch.equal(groups[n], segmented[n]) for n in groups)
     start = dict(model().named_parameters())
     moved = {n: float((groups[n] - start[n]).abs().median()) for n in groups}
-    assert moved["blocks.0.attn.to_q.weight"] / moved["blocks.0.mlp.weight"] == pytest.approx(4, rel=0.2)
+    assert moved["blocks.0.attn.to_q.weight"] / moved["blocks.0.mlp.weight"] == pytest.approx(
+        4, rel=0.2
+    )
 
 
 def flat(make: Make) -> Segmented:
@@ -93,7 +117,7 @@ def flat(make: Make) -> Segmented:
     owner = nn.Parameter(torch.cat([p.detach().reshape(-1) for p in parts.values()]))
     slices, offset = [], 0
     for name, param in parts.items():
-        slices.append(Slice(name=name, owner=owner, offset=offset, numel=param.numel()))
+        slices.append(Slice(name=name, start=0, owner=owner, offset=offset, numel=param.numel()))
         offset += param.numel()
     owner.grad = torch.ones_like(owner)
     return Segmented(dl.plan_model(net, CONFIG), [owner], make, slices)
@@ -102,17 +126,19 @@ def flat(make: Make) -> Segmented:
 @pytest.mark.parametrize("name", QUANTISED)
 def test_quantised_state_is_refused_where_names_share_a_flat_tensor(name: str) -> None:
     with pytest.raises(dl.ConfigError, match="quantised blocks.*DDP or FSDP2"):
-        dl.check_optimizer(flat(WORKS[name]))
+        dl.optim.check_optimizer(flat(WORKS[name]))
 
 
 def test_lion_steps_slices_of_a_flat_tensor() -> None:
     optimizer = flat(WORKS["lion-pytorch Lion"])
-    dl.check_optimizer(optimizer)
+    dl.optim.check_optimizer(optimizer)
     optimizer.step()
     assert optimizer.state[optimizer.param_groups[0]["params"][0]]["exp_avg"].ndim == 1
 
 
-def test_an_unknown_optimizer_whose_state_is_no_elementwise_one_is_stopped_at_its_first_step() -> None:
+def test_an_unknown_optimizer_whose_state_is_no_elementwise_one_is_stopped_at_its_first_step() -> (
+    None
+):
     class Rows(torch.optim.AdamW):
         def step(self, closure: Any = None) -> None:
             super().step(closure)
@@ -137,6 +163,8 @@ def test_quantised_state_is_not_saved_by_name(name: str, tmp_path: Path) -> None
     for param in net.parameters():
         param.grad = torch.ones_like(param)
     optimizer.step()
-    with pytest.raises(dl.CheckpointError, match="Cannot save 'exp_avg' of .*keeps state that is quantised"):
+    with pytest.raises(
+        dl.errors.CheckpointError, match="Cannot save 'exp_avg' of .*keeps state that is quantised"
+    ):
         dl.save_checkpoint(tmp_path / "root", plan, net, optimizer, step=1)
     assert not (tmp_path / "root").exists()

@@ -7,19 +7,24 @@ import re
 
 import pytest
 
-from dist_layerlr import (
-    ModelSourceError,
-    build_plan,
-    explain,
-    grid,
-)
+from dist_layerlr import build_plan
+from dist_layerlr.errors import ModelSourceError
+from dist_layerlr.report import explain, grid
 
 RATES = {"self_attn": 4e-4, "cross_attn": 2e-4, "ffn": 3e-4, "norm": 5e-5}
-PARTS = {"attn1.to_q.weight": (8, 8), "attn2.to_q.weight": (8, 8), "ffn.net.2.weight": (8, 8), "norm1.weight": (8,)}
+PARTS = {
+    "attn1.to_q.weight": (8, 8),
+    "attn2.to_q.weight": (8, 8),
+    "ffn.net.2.weight": (8, 8),
+    "norm1.weight": (8,),
+}
 
 
 def config(**block) -> dict:
-    return {"model_type": "toy", "per_layer_lr": {"enabled": True, "component_lr": RATES, "default_lr": 1e-4, **block}}
+    return {
+        "model_type": "toy",
+        "per_layer_lr": {"enabled": True, "component_lr": RATES, "default_lr": 1e-4, **block},
+    }
 
 
 def toy(blocks: int = 3, stack: str = "blocks") -> dict[str, tuple[int, ...]]:
@@ -36,33 +41,48 @@ def test_the_json_has_the_documented_shape():
     keys = ["component", "stack", "block", "blocks", "factor", "lr", "weight_decay", "numel"]
     assert all(list(row) == keys for row in data["parameters"].values())
     assert data["parameters"]["proj_out.weight"] == {
-        "component": "default", "stack": None, "block": None, "blocks": None,
-        "factor": 1.0, "lr": 1e-4, "weight_decay": 0.1, "numel": 32,
-    }  # fmt: skip
+        "component": "default",
+        "stack": None,
+        "block": None,
+        "blocks": None,
+        "factor": 1.0,
+        "lr": 1e-4,
+        "weight_decay": 0.1,
+        "numel": 32,
+    }
     inside = data["parameters"]["blocks.2.ffn.net.2.weight"]
     assert (inside["stack"], inside["block"], inside["blocks"]) == ("blocks", 2, 3)
     assert sum(g["params"] for g in data["groups"]) == len(plan.entries)
-    assert sum(g["numel"] for g in data["groups"]) == sum(r["numel"] for r in data["parameters"].values())
+    assert sum(g["numel"] for g in data["groups"]) == sum(
+        r["numel"] for r in data["parameters"].values()
+    )
 
 
 HEADER = re.compile(
-    r"^\[per_layer_lr\] model_type=\S+ strategy=\w+ min_depth_factor=[\d.]+ groups=\d+ total_params=\d+$"
+    r"^\[per_layer_lr\] model_type=\S+ strategy=\w+ min_depth_factor=[\d.]+ groups=\d+"
+    r" total_params=\d+$"
 )
 LINE = re.compile(r"^  ([\w.]+)\.(\d{3})\.(\w+)\s+lr=(\d\.\d{6})  params=(\d+)$")
 
 
 def test_the_grid_has_the_seeds_format():
-    shapes = {f"transformer_blocks.{i}.attn.to_{p}.weight": (8, 8) for i in range(12) for p in "qkv"}
+    shapes = {
+        f"transformer_blocks.{i}.attn.to_{p}.weight": (8, 8) for i in range(12) for p in "qkv"
+    }
     shapes |= {f"transformer_blocks.{i}.ff.linear_in.weight": (8, 8) for i in range(12)}
     lines = grid(build_plan(shapes, config())).splitlines()
     assert HEADER.match(lines[0]) and lines[0].endswith(f"total_params={len(shapes)}")
-    rows = [LINE.match(line) for line in lines[1:] if not line.startswith("[per_layer_lr] warning: ")]
+    rows = [
+        LINE.match(line) for line in lines[1:] if not line.startswith("[per_layer_lr] warning: ")
+    ]
     assert all(rows) and len(rows) == 24
     assert lines[1] == "  transformer_blocks.000.ffn                          lr=0.000300  params=1"
     assert lines[2] == "  transformer_blocks.000.self_attn                    lr=0.000400  params=3"
     for row in rows:
         factor = 1 - int(row[2]) / 11 * 0.7
-        assert float(row[4]) == pytest.approx({"ffn": 3e-4, "self_attn": 4e-4}[row[3]] * factor, abs=5.1e-7)
+        assert float(row[4]) == pytest.approx(
+            {"ffn": 3e-4, "self_attn": 4e-4}[row[3]] * factor, abs=5.1e-7
+        )
 
 
 def test_the_grid_ends_with_what_is_outside_blocks_and_the_warnings():
@@ -73,13 +93,16 @@ def test_the_grid_ends_with_what_is_outside_blocks_and_the_warnings():
 
 
 def test_a_plan_that_is_off_prints_one_line():
-    assert grid(build_plan(toy(), {"model_type": "wan", "learning_rate": 2e-4})) == (
-        "[per_layer_lr] model_type=wan off: flat lr=0.000200 total_params=14"
+    assert (
+        grid(build_plan(toy(), {"model_type": "wan", "learning_rate": 2e-4}))
+        == "[per_layer_lr] model_type=wan off: flat lr=0.000200 total_params=14"
     )
 
 
 def test_rates_too_small_for_six_decimals_keep_three_digits():
-    text = grid(build_plan(toy(1), config(component_lr={"ffn": 1.234e-6, "norm": 0.0}, default_lr=2.5e-5)))
+    text = grid(
+        build_plan(toy(1), config(component_lr={"ffn": 1.234e-6, "norm": 0.0}, default_lr=2.5e-5))
+    )
     assert "lr=1.234e-06" in text and "lr=0.000025" in text and "lr=0.000000  params=1" in text
 
 
@@ -88,12 +111,23 @@ def test_explain_gives_every_factor():
     text = explain(plan, "base_model.model.blocks.2.attn2.to_q.weight")
     lines = {line.strip().partition("  ")[0]: line for line in text.splitlines()}
     assert text.splitlines()[0] == "blocks.2.attn2.to_q.weight"
-    assert "8x8 (64 elements)" in lines["shape"] and "cross_attn: segment 'attn2'" in lines["component"]
-    assert "container 'blocks', block 2 of 3" in lines["place"] and lines["region"].endswith("blocks.2")
-    assert lines["base lr"].endswith("0.0002") and " 0.3 " in lines["depth factor"] and " 0.5 " in lines["multiplier"]
+    assert (
+        "8x8 (64 elements)" in lines["shape"]
+        and "cross_attn: segment 'attn2'" in lines["component"]
+    )
+    assert "container 'blocks', block 2 of 3" in lines["place"] and lines["region"].endswith(
+        "blocks.2"
+    )
+    assert (
+        lines["base lr"].endswith("0.0002")
+        and " 0.3 " in lines["depth factor"]
+        and " 0.5 " in lines["multiplier"]
+    )
     assert lines["lr"].split()[-1] == "3e-05" and lines["weight decay"].endswith("the optimizer's")
 
 
 def test_explain_of_an_unknown_name_offers_the_nearest():
-    with pytest.raises(ModelSourceError, match=r"'blocks.2.attn2.to_k.weight'.*blocks.2.attn2.to_q.weight"):
+    with pytest.raises(
+        ModelSourceError, match=r"'blocks.2.attn2.to_k.weight'.*blocks.2.attn2.to_q.weight"
+    ):
         explain(build_plan(toy(), config()), "blocks.2.attn2.to_k.weight")

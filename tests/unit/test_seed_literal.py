@@ -1,4 +1,5 @@
-"""The seed's pattern table, taken literally with cross attention first, against ours on the models that it names."""
+"""The seed's pattern table, taken literally with cross attention first, against ours on the models
+that it names."""
 
 from __future__ import annotations
 
@@ -8,10 +9,12 @@ from functools import cache
 
 import pytest
 
-from dist_layerlr.plan import PlanEntry
+from dist_layerlr.plan.entries import PlanEntry
 from tests import census
 
-FILES = [file for file in census.files() if not file.endswith(".kohya")]  # the literals do not fit flattened names
+FILES = [
+    file for file in census.files() if not file.endswith(".kohya")
+]  # the literals do not fit flattened names
 MODELS_THE_SEED_DOES_NOT_NAME = ("llama31_8b", "dinov2_base", "rfdetr_base")
 
 Allowance = Callable[[str, PlanEntry], bool]
@@ -19,7 +22,9 @@ Allowance = Callable[[str, PlanEntry], bool]
 
 def _of(family: str, pattern: str) -> Allowance:
     """Rows of one family whose name has ``pattern``, inside a block."""
-    return lambda file, e: file.startswith(family) and e.stack is not None and re.search(pattern, e.name) is not None
+    return lambda file, e: (
+        file.startswith(family) and e.stack is not None and re.search(pattern, e.name) is not None
+    )
 
 
 ALLOWED: dict[str, Allowance] = {
@@ -37,7 +42,9 @@ ALLOWED: dict[str, Allowance] = {
     "a detector's attention and linear layers are named otherwise": _of(
         "rfdetr_base", r"\.(self_attn|cross_attn|linear[12]|attention)\b"
     ),
-    "a detector's batch norms are called bn": lambda file, e: file == "rfdetr_base" and ".bn." in e.name,
+    "a detector's batch norms are called bn": lambda file, e: (
+        file == "rfdetr_base" and ".bn." in e.name
+    ),
 }
 
 
@@ -45,12 +52,18 @@ ALLOWED: dict[str, Allowance] = {
 def differences(file: str) -> tuple[PlanEntry, ...]:
     """Entries whose component is not the literal one."""
     entries = census.plan(file).entries
-    return tuple(entries[r.name] for r in census.rows(file) if entries[r.name].component != r.seed_literal)
+    return tuple(
+        entries[r.name] for r in census.rows(file) if entries[r.name].component != r.seed_literal
+    )
 
 
 @pytest.mark.parametrize("file", FILES)
 def test_components_are_the_seeds_but_for_the_listed_exceptions(file: str):
-    stray = [e.name for e in differences(file) if not any(allowed(file, e) for allowed in ALLOWED.values())]
+    stray = [
+        e.name
+        for e in differences(file)
+        if not any(allowed(file, e) for allowed in ALLOWED.values())
+    ]
     assert stray == []
 
 
@@ -68,5 +81,13 @@ def test_no_row_needs_two_exceptions(reason: str):
 
 def test_most_models_that_the_seed_names_need_no_exception():
     clean = {file for file in FILES if not differences(file)}
-    assert {"flux2_klein_4b", "sd15", "sd15.lora", "sdxl", "qwen_image", "chroma1_hd", "hunyuan_video"} <= clean
+    assert {
+        "flux2_klein_4b",
+        "sd15",
+        "sd15.lora",
+        "sdxl",
+        "qwen_image",
+        "chroma1_hd",
+        "hunyuan_video",
+    } <= clean
     assert not clean & set(MODELS_THE_SEED_DOES_NOT_NAME)

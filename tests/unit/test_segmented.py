@@ -1,4 +1,5 @@
-"""One group outside, per-name rates inside: equal to ordinary groups, for any elementwise optimizer."""
+"""One group outside, per-name rates inside: equal to ordinary groups, for any elementwise
+optimizer."""
 
 from __future__ import annotations
 
@@ -12,7 +13,8 @@ import torch
 from torch import nn
 
 import dist_layerlr as dl
-from dist_layerlr.segmented import Segmented, Slice
+from dist_layerlr.optim.segmented import Segmented
+from dist_layerlr.sharders.base import Slice
 
 CONFIG: dict[str, Any] = {
     "learning_rate": 3e-4,
@@ -50,7 +52,9 @@ class Block(nn.Module):
 
 def model() -> nn.Module:
     torch.manual_seed(0)
-    return nn.ModuleDict({"blocks": nn.Sequential(Block(), Block(), Block()), "head": nn.Linear(5, 1)})
+    return nn.ModuleDict(
+        {"blocks": nn.Sequential(Block(), Block(), Block()), "head": nn.Linear(5, 1)}
+    )
 
 
 def gradients(net: Any, step: int) -> None:
@@ -60,11 +64,15 @@ def gradients(net: Any, step: int) -> None:
         param.grad = torch.randn(param.shape, generator=generator)
 
 
-def train(emission: str, make: Callable[..., torch.optim.Optimizer], steps: int = 20) -> dict[str, torch.Tensor]:
+def train(
+    emission: str, make: Callable[..., torch.optim.Optimizer], steps: int = 20
+) -> dict[str, torch.Tensor]:
     net = model()
     plan = dl.plan_model(net, CONFIG)
     optimizer = dl.attach(plan, net, make, emission=emission)
-    schedule = dl.PlanSchedule(optimizer, dl.Schedule(kind="cosine", warmup_steps=2, total_steps=steps))
+    schedule = dl.PlanSchedule(
+        optimizer, dl.Schedule(kind="cosine", warmup_steps=2, total_steps=steps)
+    )
     for step in range(steps):
         gradients(net, step)
         optimizer.step()
@@ -84,13 +92,15 @@ GAP = 3
 """Elements of padding, or of a frozen parameter, between names of a flat tensor."""
 
 
-def flat_optimizer(net: nn.Module, make: Callable[..., torch.optim.Optimizer], gap: int = GAP) -> Segmented:
+def flat_optimizer(
+    net: nn.Module, make: Callable[..., torch.optim.Optimizer], gap: int = GAP
+) -> Segmented:
     """As a sharder does it: one flat tensor, here with a gap after every name."""
     plan = dl.plan_model(net, CONFIG)
     slices, parts, offset = [], [], 0
     flat = nn.Parameter(torch.empty(sum(p.numel() + gap for p in net.parameters())))
     for name, param in net.named_parameters():
-        slices.append(Slice(name=name, owner=flat, offset=offset, numel=param.numel()))
+        slices.append(Slice(name=name, start=0, owner=flat, offset=offset, numel=param.numel()))
         parts += [param.detach().reshape(-1), torch.full((gap,), 9.0)]
         offset += param.numel() + gap
     flat.data = torch.cat(parts)
@@ -105,11 +115,15 @@ def flat_gradient(net: nn.Module, gap: int = GAP) -> torch.Tensor:
     return torch.cat([torch.cat([p.grad.reshape(-1), torch.ones(gap)]) for p in net.parameters()])  # type: ignore[union-attr]
 
 
-def train_flat(make: Callable[..., torch.optim.Optimizer], gap: int = GAP, steps: int = 20) -> dict[str, torch.Tensor]:
+def train_flat(
+    make: Callable[..., torch.optim.Optimizer], gap: int = GAP, steps: int = 20
+) -> dict[str, torch.Tensor]:
     net = model()
     optimizer = flat_optimizer(net, make, gap)
     flat = flat_of(optimizer)
-    schedule = dl.PlanSchedule(optimizer, dl.Schedule(kind="cosine", warmup_steps=2, total_steps=steps))
+    schedule = dl.PlanSchedule(
+        optimizer, dl.Schedule(kind="cosine", warmup_steps=2, total_steps=steps)
+    )
     for step in range(steps):
         gradients(net, step)
         flat.grad = flat_gradient(net, gap)
@@ -129,7 +143,8 @@ def train_flat(make: Callable[..., torch.optim.Optimizer], gap: int = GAP, steps
 def test_a_flat_tensor_cut_into_slices_trains_like_its_parts(name: str, gap: int) -> None:
     trained, reference = train_flat(OPTIMIZERS[name], gap), train("groups", OPTIMIZERS[name])
     for param, tensor in trained.items():
-        # A fused kernel computes the last few elements of a tensor in scalar code, which rounds differently.
+        # A fused kernel computes the last few elements of a tensor in scalar code, which rounds
+        # differently.
         torch.testing.assert_close(tensor, reference[param], rtol=5e-7, atol=1e-8)
 
 
@@ -153,11 +168,14 @@ def test_settings_other_than_the_rate_may_differ_by_group() -> None:
     groups, segmented, flat = train("groups", make), train("segmented", make), train_flat(make)
     assert all(torch.equal(groups[n], segmented[n]) for n in groups)
     assert all(torch.allclose(groups[n], flat[n], rtol=5e-7, atol=1e-8) for n in groups)
-    assert not torch.allclose(groups["blocks.0.norm.weight"], plain["blocks.0.norm.weight"], rtol=1e-3)
+    assert not torch.allclose(
+        groups["blocks.0.norm.weight"], plain["blocks.0.norm.weight"], rtol=1e-3
+    )
 
 
 def test_a_gradient_that_first_comes_later_counts_its_own_steps() -> None:
-    """The fused kernel shares step counters; a name without state must not make others count twice."""
+    """The fused kernel shares step counters; a name without state must not make others count
+    twice."""
 
     def late(emission: str) -> dict[str, torch.Tensor]:
         net = model()
@@ -175,17 +193,28 @@ def test_a_gradient_that_first_comes_later_counts_its_own_steps() -> None:
 
 
 def test_a_flat_tensor_whose_gradient_first_comes_later_leaves_shared_counters_right() -> None:
-    """The slices of a flat tensor share a counter; torch's own step, which makes the late state, counts every slice."""
+    """The slices of a flat tensor share a counter; torch's own step, which makes the late state,
+    counts every slice."""
     net, late_from = model(), 3
     plan = dl.plan_model(net, CONFIG)
     names = [n for n, _ in net.named_parameters()]
     halves = [names[: len(names) // 2], names[len(names) // 2 :]]
     flats, slices = [], []
     for half in halves:
-        flats.append(nn.Parameter(torch.cat([net.get_parameter(n).detach().reshape(-1) for n in half])))
+        flats.append(
+            nn.Parameter(torch.cat([net.get_parameter(n).detach().reshape(-1) for n in half]))
+        )
         offset = 0
         for name in half:
-            slices.append(Slice(name=name, owner=flats[-1], offset=offset, numel=net.get_parameter(name).numel()))
+            slices.append(
+                Slice(
+                    name=name,
+                    start=0,
+                    owner=flats[-1],
+                    offset=offset,
+                    numel=net.get_parameter(name).numel(),
+                )
+            )
             offset += slices[-1].numel
     sliced = Segmented(plan, flats, OPTIMIZERS["AdamW fused"], slices)
     groups = dl.attach(plan, net, OPTIMIZERS["AdamW fused"], emission="groups")
@@ -232,8 +261,10 @@ def test_the_sharder_sees_one_group_and_no_scheduler_can_flatten_the_rates() -> 
     assert len(optimizer.param_groups) == 1
     for group in optimizer.param_groups:
         group["lr"] = group["initial_lr"] * 0.25  # what any scheduler can do to it
-    live = dl.read_back(net, optimizer)
-    assert {n: p.lr for n, p in live.items()} == pytest.approx({n: 0.25 * e.lr for n, e in plan.entries.items()})
+    live = dl.optim.read_back(net, optimizer)
+    assert {n: p.lr for n, p in live.items()} == pytest.approx(
+        {n: 0.25 * e.lr for n, e in plan.entries.items()}
+    )
 
 
 def test_state_is_saved_on_the_outer_tensors_and_loads_into_the_slices() -> None:
@@ -263,7 +294,9 @@ def test_memory_besides_the_state_does_not_grow_with_the_elements() -> None:
     def elements() -> int:
         gc.collect()
         storages = {
-            t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in gc.get_objects() if _is_tensor(t)
+            t.untyped_storage().data_ptr(): t.untyped_storage().nbytes()
+            for t in gc.get_objects()
+            if _is_tensor(t)
         }
         return sum(storages.values())
 
@@ -319,7 +352,7 @@ def test_reapply_after_a_load_puts_the_outer_multiplier_back_too() -> None:
         group["lr"] = group["initial_lr"] * 0.25  # saved in the middle of a schedule
     second = dl.attach(plan, net, OPTIMIZERS["AdamW"], emission="segmented")
     second.load_state_dict(copy.deepcopy(first.state_dict()))
-    dl.reapply(plan, net, second, factor=0.5)
+    dl.proof.reapply(plan, net, second, factor=0.5)
     dl.verify(plan, net, second, factor=0.5)
     gradients(net, 0)
     with dl.effect_check(plan, net, second, factor=0.5) as observed:

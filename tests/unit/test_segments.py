@@ -1,4 +1,5 @@
-"""Element ranges against brute force: torch.chunk for rows, a map of every element's owner for flat tensors."""
+"""Element ranges against brute force: torch.chunk for rows, a map of every element's owner for flat
+tensors."""
 
 from __future__ import annotations
 
@@ -13,7 +14,13 @@ import pytest
 import torch
 
 from dist_layerlr import build_plan
-from dist_layerlr.segments import Range, dim0_range, flat_ranges, zero3_partition, zero3_range
+from dist_layerlr.sharders.ranges import (
+    Range,
+    dim0_range,
+    flat_ranges,
+    zero3_partition,
+    zero3_range,
+)
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 SHAPES = [(1,), (2,), (5,), (8,), (1, 7), (3, 4), (7, 2, 3), (16, 1), (9, 5)]
@@ -38,7 +45,9 @@ def assert_tiles(numel: int, ranges: list[Range]) -> None:
 
 @pytest.mark.parametrize("world", WORLDS)
 @pytest.mark.parametrize("shape", SHAPES)
-def test_dim0_ranges_are_the_rows_that_torch_chunk_gives(shape: tuple[int, ...], world: int) -> None:
+def test_dim0_ranges_are_the_rows_that_torch_chunk_gives(
+    shape: tuple[int, ...], world: int
+) -> None:
     numbered = torch.arange(prod(shape)).reshape(shape)
     chunks = [c.flatten().tolist() for c in torch.chunk(numbered, world, dim=0)]
     chunks += [[] for _ in range(world - len(chunks))]
@@ -64,7 +73,9 @@ def test_zero3_ranges_are_the_padded_partitions_without_padding(numel: int, worl
 @pytest.mark.parametrize("align", [1, 2, 4])
 @pytest.mark.parametrize("world", WORLDS)
 @pytest.mark.parametrize("numels", FLATS)
-def test_flat_ranges_give_every_element_to_the_rank_that_owns_it(numels: list[int], world: int, align: int) -> None:
+def test_flat_ranges_give_every_element_to_the_rank_that_owns_it(
+    numels: list[int], world: int, align: int
+) -> None:
     flat = [(i, e) for i, numel in enumerate(numels) for e in range(numel)]
     while len(flat) % (align * world):
         flat.append((-1, 0))
@@ -92,17 +103,34 @@ def test_empty_shards_lie_at_the_end_and_count_nothing() -> None:
     assert flat_ranges([2, 6], 2, 1) == [(0, 0), (2, 4)]
 
 
-NAMES = {f"blocks.{i}.{part}": shape for i in range(3) for part, shape in {
-    "attn1.to_q.weight": (6, 5), "ffn.net.0.proj.weight": (7, 3), "norm1.weight": (5,)}.items()}  # fmt: skip
-CONFIG = {"per_layer_lr": {"enabled": True, "component_lr": {"self_attn": 4e-4, "ffn": 1e-4}, "default_lr": 1e-5}}
+NAMES = {
+    f"blocks.{i}.{part}": shape
+    for i in range(3)
+    for part, shape in {
+        "attn1.to_q.weight": (6, 5),
+        "ffn.net.0.proj.weight": (7, 3),
+        "norm1.weight": (5,),
+    }.items()
+}
+CONFIG = {
+    "per_layer_lr": {
+        "enabled": True,
+        "component_lr": {"self_attn": 4e-4, "ffn": 1e-4},
+        "default_lr": 1e-5,
+    }
+}
 
 
 @pytest.mark.parametrize("sharding", ["fsdp2", "fsdp1_flat", "zero1", "zero2", "zero3"])
-def test_simulation_proves_a_small_model_on_more_ranks_than_rows(simulate: ModuleType, sharding: str) -> None:
+def test_simulation_proves_a_small_model_on_more_ranks_than_rows(
+    simulate: ModuleType, sharding: str
+) -> None:
     plan = build_plan({**NAMES, "proj_out.weight": (11,)}, CONFIG)
     ledger = simulate.simulate(plan, sharding, 16)
     assert sum(ledger.per_rank) == 3 * (30 + 21 + 5) + 11
-    assert ledger.per_lr == {lr: sum(e.numel for e in plan.entries.values() if e.lr == lr) for lr in ledger.per_lr}
+    assert ledger.per_lr == {
+        lr: sum(e.numel for e in plan.entries.values() if e.lr == lr) for lr in ledger.per_lr
+    }
     assert ledger.ranges + ledger.empty == 16 * len(plan.entries)
 
 
@@ -136,8 +164,16 @@ def test_simulation_runs_from_the_command_line(
     config = tmp_path / "config.json"
     config.write_text(json.dumps(CONFIG))
     shared = ["--config", str(config), "--output-dir", str(tmp_path)]
-    assert simulate.main(["--model", str(names), "--sharding", "zero1", "--world-size", "4", *shared]) == 0
-    assert "proved: every element exactly once at exactly one learning rate" in capsys.readouterr().out
+    assert (
+        simulate.main(["--model", str(names), "--sharding", "zero1", "--world-size", "4", *shared])
+        == 0
+    )
+    assert (
+        "proved: every element exactly once at exactly one learning rate" in capsys.readouterr().out
+    )
     written = json.loads((tmp_path / "simulate_tiny.tsv_zero1_4.json").read_text())
-    assert written["ranks"] == 4 and sum(r["elements"] for r in written["per_lr"]) == written["elements"]
+    assert (
+        written["ranks"] == 4
+        and sum(r["elements"] for r in written["per_lr"]) == written["elements"]
+    )
     assert simulate.main(["--model", "no_such_model", "--sharding", "fsdp2", *shared]) == 1

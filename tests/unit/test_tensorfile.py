@@ -1,4 +1,5 @@
-"""Parts of safetensors files: what we read is what the library wrote, and the other way round; exports are whole."""
+"""Parts of safetensors files: what we read is what the library wrote, and the other way round;
+exports are whole."""
 
 from __future__ import annotations
 
@@ -13,20 +14,32 @@ from huggingface_hub import split_torch_state_dict_into_shards
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from dist_layerlr import ConfigError, ModelSourceError
-from dist_layerlr.publish import publish, split
-from dist_layerlr.tensorfile import DTYPES, Entry, file_order, stored_tensors, write
+from dist_layerlr import ConfigError
+from dist_layerlr.errors import ModelSourceError
+from dist_layerlr.export.folder import publish, split
+from dist_layerlr.weights.tensorfile import DTYPES, Entry, file_order, stored_tensors, write
 
 
 def tensors() -> dict[str, torch.Tensor]:
     """One of each dtype, odd sizes, a scalar and an empty one."""
     generator = torch.Generator().manual_seed(0)
-    made = {name: (100 * torch.rand(3, 5, generator=generator)).to(dtype) for name, dtype in DTYPES.items()}
-    return {**made, "scalar": torch.tensor(2.5), "empty": torch.empty(0, 4), "odd": torch.arange(7, dtype=torch.uint8)}
+    made = {
+        name: (100 * torch.rand(3, 5, generator=generator)).to(dtype)
+        for name, dtype in DTYPES.items()
+    }
+    return {
+        **made,
+        "scalar": torch.tensor(2.5),
+        "empty": torch.empty(0, 4),
+        "odd": torch.arange(7, dtype=torch.uint8),
+    }
 
 
 def entries(state: dict[str, torch.Tensor]) -> list[Entry]:
-    return [Entry(name=name, shape=tuple(value.shape), dtype=value.dtype) for name, value in state.items()]
+    return [
+        Entry(name=name, shape=tuple(value.shape), dtype=value.dtype)
+        for name, value in state.items()
+    ]
 
 
 def same(a: torch.Tensor, b: torch.Tensor) -> bool:
@@ -50,21 +63,34 @@ def test_the_library_reads_what_is_written_here(tmp_path: Path) -> None:
     state = tensors()
     order = file_order(entries(state))
     asked = []
-    write(tmp_path / "m.safetensors", order, lambda e: asked.append(e.name) or state[e.name], {"step": "3"})
+    write(
+        tmp_path / "m.safetensors",
+        order,
+        lambda e: asked.append(e.name) or state[e.name],
+        {"step": "3"},
+    )
     assert asked == [entry.name for entry in order]
     with safe_open(str(tmp_path / "m.safetensors"), framework="pt") as file:
         assert file.metadata() == {"step": "3"}
     read = load_file(tmp_path / "m.safetensors")
     assert read.keys() == state.keys() and all(same(read[name], state[name]) for name in state)
     stored = stored_tensors(tmp_path / "m.safetensors").values()
-    assert all(place.offset % place.dtype.itemsize == 0 for place in stored)  # older versions view the file in place
+    assert all(
+        place.offset % place.dtype.itemsize == 0 for place in stored
+    )  # older versions view the file in place
 
 
 def test_a_dtype_that_the_format_lacks_is_refused_by_name(tmp_path: Path) -> None:
     with pytest.raises(
-        ConfigError, match=r"Cannot write 'freqs': it is torch\.complex128, which safetensors files cannot"
+        ConfigError,
+        match=r"Cannot write 'freqs': it is torch\.complex128, which safetensors files cannot",
     ):
-        write(tmp_path / "m", [Entry(name="freqs", shape=(2,), dtype=torch.complex128)], lambda _: torch.zeros(2), {})
+        write(
+            tmp_path / "m",
+            [Entry(name="freqs", shape=(2,), dtype=torch.complex128)],
+            lambda _: torch.zeros(2),
+            {},
+        )
 
 
 def test_a_tensor_is_cast_to_what_the_header_says(tmp_path: Path) -> None:
@@ -89,7 +115,12 @@ def test_a_file_that_shrinks_or_goes_after_its_header_was_read_is_named(tmp_path
 STATE = {f"w{i}": torch.full((10, 10), float(i)) for i in range(5)}
 
 
-def put(folder: Path, state: dict[str, torch.Tensor], file_bytes: int, texts: dict[str, str] | None = None) -> None:
+def put(
+    folder: Path,
+    state: dict[str, torch.Tensor],
+    file_bytes: int,
+    texts: dict[str, str] | None = None,
+) -> None:
     files = split(entries(state), "model", file_bytes)
     publish(folder, "model", files, lambda entry: state[entry.name], {"format": "pt"}, texts or {})
 
@@ -100,11 +131,17 @@ def names(folder: Path) -> set[str]:
 
 def test_files_are_split_and_named_as_huggingface_does_it(tmp_path: Path) -> None:
     put(tmp_path, STATE, 900)
-    wanted = split_torch_state_dict_into_shards(STATE, filename_pattern="model{suffix}.safetensors", max_shard_size=900)
+    wanted = split_torch_state_dict_into_shards(
+        STATE, filename_pattern="model{suffix}.safetensors", max_shard_size=900
+    )
     index = json.loads((tmp_path / "model.safetensors.index.json").read_text())
     assert index == {"metadata": wanted.metadata, "weight_map": wanted.tensor_to_filename}
     assert names(tmp_path) == {*wanted.filename_to_tensors, "model.safetensors.index.json"}
-    read = {name: value for file in wanted.filename_to_tensors for name, value in load_file(tmp_path / file).items()}
+    read = {
+        name: value
+        for file in wanted.filename_to_tensors
+        for name, value in load_file(tmp_path / file).items()
+    }
     assert all(torch.equal(read[name], STATE[name]) for name in STATE)
 
 

@@ -9,13 +9,12 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from dist_layerlr import checks
+from dist_layerlr import fields
 from dist_layerlr.errors import ConfigError
-
-from .base import Dataset
+from launch.trainer.data.base import Dataset
 
 if TYPE_CHECKING:
-    from ..families.base import Family
+    from launch.trainer.families.base import Family
 
 # Imported only when asked for: each kind has its own dependencies.
 KINDS: dict[str, str] = {
@@ -28,31 +27,41 @@ def open_dataset(options: Mapping[str, Any]) -> Dataset:
     """Open the dataset of a config's ``data`` block: ``kind`` and that kind's own fields.
 
     Raises:
-        ConfigError: unknown kind or field (names the nearest), missing field, or a value out of range.
+        ConfigError: unknown kind or field (names the nearest), missing field, or a value out of
+            range.
     """
-    kind = checks.one_of(lambda: tuple(KINDS))("data.kind", options.get("kind"))
+    kind = fields.one_of(lambda: tuple(KINDS))("data.kind", options.get("kind"))
     module, name = KINDS[kind].split(":")
     dataset_class = getattr(import_module(f".{module}", __name__), name)
-    fields = {key: value for key, value in options.items() if key != "kind"}
-    _check_fields(kind, fields, inspect.signature(dataset_class).parameters)
-    dataset: Dataset = dataset_class(**fields)
+    settings = {key: value for key, value in options.items() if key != "kind"}
+    _check_settings(kind, settings, inspect.signature(dataset_class).parameters)
+    dataset: Dataset = dataset_class(**settings)
     return dataset
 
 
 def check_dataset(data: Dataset, family: Family, model_config: Mapping[str, Any]) -> None:
-    """Refuse a dataset that the model cannot take: every sample's shapes where they are known, else the first sample.
+    """Refuse a dataset that the model cannot take: every sample's shapes where they are known, else
+    the first sample.
 
     Raises:
         ModelSourceError: label, field, shape found and shape needed.
     """
     shapes = getattr(data, "shapes", None)
     for i in range(len(data) if shapes is not None else 1):
-        sample = data[i] if shapes is None else {k: torch.empty(s, device="meta") for k, s in shapes(i).items()}
+        sample = (
+            data[i]
+            if shapes is None
+            else {k: torch.empty(s, device="meta") for k, s in shapes(i).items()}
+        )
         family.check_sample(model_config, sample, data.name(i))
 
 
-def _check_fields(kind: str, fields: Mapping[str, Any], allowed: Mapping[str, inspect.Parameter]) -> None:
-    checks.known_keys(f"data of kind {kind!r}", fields, allowed)
+def _check_settings(
+    kind: str, settings: Mapping[str, Any], allowed: Mapping[str, inspect.Parameter]
+) -> None:
+    fields.known_keys(f"data of kind {kind!r}", settings, allowed)
     for key, parameter in allowed.items():
-        if parameter.default is inspect.Parameter.empty and key not in fields:
-            raise ConfigError(f"Missing key data.{key}. Kind {kind!r} needs it; add it to the data block.")
+        if parameter.default is inspect.Parameter.empty and key not in settings:
+            raise ConfigError(
+                f"Missing key data.{key}. Kind {kind!r} needs it; add it to the data block."
+            )

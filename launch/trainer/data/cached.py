@@ -1,7 +1,7 @@
 """A data set of latents and prompt embeddings encoded beforehand, one safetensors file per sample.
 
-Only headers are read when the data set is made, so a wrong file stops the run before any weight is loaded.
-``launch/cache_latents.py`` writes such folders.
+Only headers are read when the data set is made, so a wrong file stops the run before any weight is
+loaded. ``launch/cache_latents.py`` writes such folders.
 """
 
 from __future__ import annotations
@@ -44,7 +44,8 @@ def read_header(path: Path) -> SampleHeader:
     """Read and check the header of one sample file.
 
     Raises:
-        ModelSourceError: the file is damaged, lacks a field, or a field has the wrong number of dims or type.
+        ModelSourceError: the file is damaged, lacks a field, or a field has the wrong number of
+            dims or type.
     """
     shapes: dict[str, tuple[int, ...]] = {}
     dtypes: dict[str, str] = {}
@@ -54,7 +55,8 @@ def read_header(path: Path) -> SampleHeader:
             for field in _ALLOWED_DIMS:
                 if field not in keys:
                     raise ModelSourceError(
-                        f"{path}: no field {field!r}; found {sorted(keys)}, need {list(_ALLOWED_DIMS)}; {_REWRITE}."
+                        f"{path}: no field {field!r}; found {sorted(keys)}, need"
+                        f" {list(_ALLOWED_DIMS)}; {_REWRITE}."
                     )
                 view = file.get_slice(field)
                 shapes[field], dtypes[field] = tuple(view.get_shape()), view.get_dtype()
@@ -71,17 +73,20 @@ class CachedDataset:
     """Samples of a folder, in the sorted order of their relative paths; sub-folders are included.
 
     Example:
-        ``CachedDataset("cache")[0]`` is ``{"latents": (C, F, H, W), "prompt_embeds": (L, D)}``, float32 on the CPU.
+        ``CachedDataset("cache")[0]`` is ``{"latents": (C, F, H, W), "prompt_embeds": (L, D)}``,
+        float32 on the CPU.
     """
 
     def __init__(self, folder: str) -> None:
         """Read every header and check that all samples agree.
 
         Args:
-            folder: holds ``.safetensors`` files, each with ``latents`` (C, F, H, W) and ``prompt_embeds`` (L, D).
+            folder: holds ``.safetensors`` files, each with ``latents`` (C, F, H, W) and
+                ``prompt_embeds`` (L, D).
 
         Raises:
-            ModelSourceError: the folder is missing or empty, a file is damaged or lacks a field, or shapes differ.
+            ModelSourceError: the folder is missing or empty, a file is damaged or lacks a field, or
+                shapes differ.
         """
         self.folder = Path(folder)
         self._headers = [read_header(path) for path in _sample_files(self.folder)]
@@ -92,15 +97,19 @@ class CachedDataset:
         return len(self._headers)
 
     def __getitem__(self, index: int) -> dict[str, Tensor]:
-        """Load sample ``index``: ``latents`` (C, F, H, W) and ``prompt_embeds`` (L, D), float32 on the CPU.
+        """Load sample ``index``: ``latents`` (C, F, H, W) and ``prompt_embeds`` (L, D), float32 on
+        the CPU.
 
         Raises:
-            ModelSourceError: the file changed or went away since the data set was made, or holds NaN or infinity.
+            ModelSourceError: the file changed or went away since the data set was made, or holds
+                NaN or infinity.
         """
         header = self._headers[index]
         try:
             with safe_open(header.path, framework="pt") as file:
-                sample = {field: file.get_tensor(field).to(torch.float32) for field in _ALLOWED_DIMS}
+                sample = {
+                    field: file.get_tensor(field).to(torch.float32) for field in _ALLOWED_DIMS
+                }
         except (SafetensorError, OSError) as error:
             raise _damaged(header.path, error) from error
         for field, tensor in sample.items():
@@ -122,8 +131,8 @@ def _sample_files(folder: Path) -> list[Path]:
     if not folder.is_dir():
         what = "is a file" if folder.exists() else "does not exist"
         raise ModelSourceError(
-            f"Invalid data folder {str(folder)!r}: it {what}; need a folder of .safetensors samples; "
-            "make one with `python launch/cache_latents.py`."
+            f"Invalid data folder {str(folder)!r}: it {what}; need a folder of .safetensors"
+            " samples; make one with `python launch/cache_latents.py`."
         )
     files = [path for path in folder.rglob("*.safetensors") if path.is_file()]
     if not files:
@@ -135,13 +144,21 @@ def _sample_files(folder: Path) -> list[Path]:
 
 
 def _check_field(path: Path, field: str, shape: tuple[int, ...], dtype: str) -> None:
-    """Refuse a field with the wrong number of dims, an empty axis, or a type that is not floating point."""
+    """Refuse a field with the wrong number of dims, an empty axis, or a type that is not floating
+    point.
+    """
     if len(shape) not in _ALLOWED_DIMS[field]:
-        raise ModelSourceError(f"{path}: {field} has shape {shape}, need {_AXES[field]}; {_REWRITE}.")
+        raise ModelSourceError(
+            f"{path}: {field} has shape {shape}, need {_AXES[field]}; {_REWRITE}."
+        )
     if 0 in shape:
-        raise ModelSourceError(f"{path}: {field} has shape {shape}, need every axis >= 1; {_REWRITE}.")
+        raise ModelSourceError(
+            f"{path}: {field} has shape {shape}, need every axis >= 1; {_REWRITE}."
+        )
     if dtype not in _FLOATS:
-        raise ModelSourceError(f"{path}: {field} has type {dtype}, need one of {', '.join(_FLOATS)}; {_REWRITE}.")
+        raise ModelSourceError(
+            f"{path}: {field} has type {dtype}, need one of {', '.join(_FLOATS)}; {_REWRITE}."
+        )
 
 
 def _check_same_shapes(first: SampleHeader, other: SampleHeader) -> None:
@@ -149,8 +166,9 @@ def _check_same_shapes(first: SampleHeader, other: SampleHeader) -> None:
     for field, shape in first.shapes.items():
         if other.shapes[field] != shape:
             raise ModelSourceError(
-                f"{other.path}: {field} has shape {other.shapes[field]}, need {shape} as in {first.path}; "
-                "encode all samples with one --frames, --height, --width and --max-tokens."
+                f"{other.path}: {field} has shape {other.shapes[field]}, need {shape} as in"
+                f" {first.path}; encode all samples with one --frames, --height, --width and"
+                " --max-tokens."
             )
 
 
@@ -159,11 +177,13 @@ def _check_loaded(header: SampleHeader, field: str, tensor: Tensor) -> None:
     found = tuple(tensor.shape)
     if (_with_frames(found) if field == LATENTS else found) != header.shapes[field]:
         raise ModelSourceError(
-            f"{header.path}: {field} now has shape {found}, need {header.shapes[field]} as when the run began; "
-            "do not rewrite samples during a run."
+            f"{header.path}: {field} now has shape {found}, need {header.shapes[field]} as when the"
+            " run began; do not rewrite samples during a run."
         )
     if not bool(torch.isfinite(tensor).all()):
-        raise ModelSourceError(f"{header.path}: {field} holds NaN or infinity, need finite numbers; {_REWRITE}.")
+        raise ModelSourceError(
+            f"{header.path}: {field} holds NaN or infinity, need finite numbers; {_REWRITE}."
+        )
 
 
 def _with_frames(shape: tuple[int, ...]) -> tuple[int, ...]:
@@ -174,4 +194,6 @@ def _with_frames(shape: tuple[int, ...]) -> tuple[int, ...]:
 def _damaged(path: Path, error: Exception) -> ModelSourceError:
     """Word the error for a file that safetensors cannot read."""
     reason = (str(error).splitlines() or [type(error).__name__])[0]
-    return ModelSourceError(f"{path}: not a readable safetensors file ({reason}); need a whole file; {_REWRITE}.")
+    return ModelSourceError(
+        f"{path}: not a readable safetensors file ({reason}); need a whole file; {_REWRITE}."
+    )

@@ -1,12 +1,14 @@
-"""Moving digits: short clips of real handwriting that need no download, for the quickstart and the tests.
+"""Moving digits: short clips of real handwriting that need no download, for the quickstart and the
+tests.
 
-The scans are scikit-learn's bundled ``load_digits`` (8x8 pixels, real people's digits). One of them bounces about a
-dark square canvas. There is no text encoder: each of the 14 words below has a fixed random embedding, and a prompt such
-as "seven backslash" is the two embeddings of its words. (One word would do no good: attention over a single key has no
-gradient for its queries and keys.)
+The scans are scikit-learn's bundled ``load_digits`` (8x8 pixels, real people's digits). One of them
+bounces about a dark square canvas. There is no text encoder: each of the 14 words below has a fixed
+random embedding, and a prompt such as "seven backslash" is the two embeddings of its words. (One
+word would do no good: attention over a single key has no gradient for its queries and keys.)
 
-A path word says along which line the digit moves but not which way. Video transformers with rotary positions know only
-how far apart two frames are, so one this small cannot be told by a prompt which end of a clip comes first.
+A path word says along which line the digit moves but not which way. Video transformers with rotary
+positions know only how far apart two frames are, so one this small cannot be told by a prompt which
+end of a clip comes first.
 """
 
 from __future__ import annotations
@@ -18,7 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dist_layerlr import checks
+from dist_layerlr import fields
 from dist_layerlr.errors import ConfigError
 
 DIGIT_WORDS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
@@ -64,9 +66,11 @@ class MovingDigits:
     speed: int = 1
     """Pixels per frame along each axis that the path follows, 1 to 8."""
     starts: int = 1
-    """Starting places along each axis, 1 to 64, whole steps from the edge behind the digit; 1 means that edge."""
+    """Starting places along each axis, 1 to 64, whole steps from the edge behind the digit; 1 means
+    that edge."""
     scans_per_digit: int = 3
-    """Different scans of each digit in use, 1 to 174. A few minutes on a CPU suffice for a few of them."""
+    """Different scans of each digit in use, 1 to 174. A few minutes on a CPU suffice for a few of
+    them."""
     text_dim: int = 32
     """Width of the word embeddings, 4 to 4096; equals the model's ``text_dim``."""
     seed: int = 0
@@ -77,14 +81,15 @@ class MovingDigits:
         for field, low, high in _RANGES:
             value = getattr(self, field)
             if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
-                raise checks.invalid(f"data.{field}", value, f"an integer in [{low}, {high}]")
+                raise fields.invalid(f"data.{field}", value, f"an integer in [{low}, {high}]")
 
     def __len__(self) -> int:
         """Return the number of clips."""
         return self.clips
 
     def __getitem__(self, index: int) -> dict[str, Tensor]:
-        """Return ``latents`` (1, F, H, W) in [-1, 1], -1 the dark background, and ``prompt_embeds`` (2, text_dim).
+        """Return ``latents`` (1, F, H, W) in [-1, 1], -1 the dark background, and ``prompt_embeds``
+        (2, text_dim).
 
         Raises:
             IndexError: ``index`` is not in [0, len).
@@ -93,7 +98,10 @@ class MovingDigits:
         canvas = torch.full((1, self.frames, self.canvas, self.canvas), -1.0)
         picture = torch.from_numpy(_scans()[0][clip.scan]) / 8 - 1  # (8, 8)
         for frame in range(self.frames):
-            top, left = (self._bounce(at, by, frame) for at, by in zip(clip.start, clip.velocity, strict=True))
+            top, left = (
+                self._bounce(at, by, frame)
+                for at, by in zip(clip.start, clip.velocity, strict=True)
+            )
             canvas[0, frame, top : top + SCAN, left : left + SCAN] = picture
         words = [VOCABULARY.index(word) for word in self.name(index).split()]
         return {"latents": canvas, "prompt_embeds": _embeddings(self.seed, self.text_dim)[words]}
@@ -116,10 +124,18 @@ class MovingDigits:
         scans = np.flatnonzero(_scans()[1] == digit)[: self.scans_per_digit]
         path, way = str(random.choice(list(PATHS))), int(random.choice((-1, 1)))
         (top, down), (left, right) = (self._line(sign * way, random) for sign in PATHS[path])
-        return Clip(digit=digit, path=path, scan=int(random.choice(scans)), start=(top, left), velocity=(down, right))
+        return Clip(
+            digit=digit,
+            path=path,
+            scan=int(random.choice(scans)),
+            start=(top, left),
+            velocity=(down, right),
+        )
 
     def _line(self, sign: int, random: np.random.Generator) -> tuple[int, int]:
-        """Draw a start on one axis, whole steps from the edge behind it (centred if sign is 0), and its velocity."""
+        """Draw a start on one axis, whole steps from the edge behind it (centred if sign is 0), and
+        its velocity.
+        """
         room = self.canvas - SCAN
         places = min(self.starts, max(room // self.speed, 1))
         start = self.speed * int(random.integers(places))
@@ -152,7 +168,9 @@ def _scans() -> tuple[np.ndarray, np.ndarray]:
     try:
         from sklearn.datasets import load_digits
     except ImportError as error:
-        raise ConfigError("data.kind='digits' needs scikit-learn. Install the train extra.") from error
+        raise ConfigError(
+            "data.kind='digits' needs scikit-learn. Install the train extra."
+        ) from error
     bundle = load_digits()
     return bundle.images.astype(np.float32), bundle.target
 

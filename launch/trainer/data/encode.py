@@ -1,4 +1,6 @@
-"""Frozen VAEs and text encoders: loaded from local folders, and run on one clip or caption at a time."""
+"""Frozen VAEs and text encoders: loaded from local folders, and run on one clip or caption at a
+time.
+"""
 
 from __future__ import annotations
 
@@ -12,8 +14,7 @@ import torch
 from torch import Tensor
 
 from dist_layerlr.errors import ConfigError, ModelSourceError
-
-from .blame import blame
+from launch.trainer.blame import blame
 
 IMAGE_VAES = ("AutoencoderKL",)
 VIDEO_VAES = ("AutoencoderKLWan", "AutoencoderKLQwenImage")
@@ -50,27 +51,33 @@ class VaeLayout:
 
     def latent_size(self, size: ClipSize) -> tuple[int, int, int]:
         """Frames, height and width of the latents of a clip."""
-        return (size.frames - 1) // self.temporal + 1, size.height // self.spatial, size.width // self.spatial
+        return (
+            (size.frames - 1) // self.temporal + 1,
+            size.height // self.spatial,
+            size.width // self.spatial,
+        )
 
 
 def check_size(size: ClipSize, layout: VaeLayout) -> None:
     """Refuse a size that the VAE cannot encode without loss at the edges.
 
     Raises:
-        ConfigError: height or width is no multiple of the VAE's factor, or the frame count does not fit.
+        ConfigError: height or width is no multiple of the VAE's factor, or the frame count does not
+            fit.
     """
     for flag, value in (("--height", size.height), ("--width", size.width)):
         if value % layout.spatial or value <= 0:
             below = max(layout.spatial, value // layout.spatial * layout.spatial)
             raise ConfigError(
-                f"Invalid {flag}={value}: must be a multiple of {layout.spatial} for {layout.class_name}; "
-                f"set --height and --width, for example {flag} {below}."
+                f"Invalid {flag}={value}: must be a multiple of {layout.spatial} for"
+                f" {layout.class_name}; set --height and --width, for example {flag} {below}."
             )
     if (size.frames - 1) % layout.temporal:
         fits = (size.frames - 1) // layout.temporal * layout.temporal + 1
         raise ConfigError(
-            f"Invalid --frames={size.frames}: must be {layout.temporal}k+1 (1, {layout.temporal + 1}, "
-            f"{2 * layout.temporal + 1}, ...) for {layout.class_name}; set --frames {fits}."
+            f"Invalid --frames={size.frames}: must be {layout.temporal}k+1 (1,"
+            f" {layout.temporal + 1}, {2 * layout.temporal + 1}, ...) for {layout.class_name}; set"
+            f" --frames {fits}."
         )
 
 
@@ -83,8 +90,8 @@ def check_tokens(max_tokens: int, encoder: Any) -> None:
     limit = getattr(encoder.config, "max_position_embeddings", None)
     if limit is not None and max_tokens > limit:
         raise ConfigError(
-            f"Invalid --max-tokens={max_tokens}: must be in [1, {limit}] for {type(encoder).__name__}; "
-            f"set --max-tokens {limit}."
+            f"Invalid --max-tokens={max_tokens}: must be in [1, {limit}] for"
+            f" {type(encoder).__name__}; set --max-tokens {limit}."
         )
 
 
@@ -95,12 +102,14 @@ def load_vae(folder: Path, dtype: torch.dtype, device: str) -> torch.nn.Module:
     """Load a diffusers VAE from a local folder, in eval mode.
 
     Raises:
-        ModelSourceError: the folder, its config or its weights are missing or damaged, or the class is not supported.
+        ModelSourceError: the folder, its config or its weights are missing or damaged, or the class
+            is not supported.
     """
     class_name = str(_read_config(folder, "--vae").get("_class_name"))
     if class_name not in IMAGE_VAES + VIDEO_VAES:
         raise ModelSourceError(
-            f"Invalid --vae {str(folder)!r}: class {class_name}; can encode with {', '.join(IMAGE_VAES + VIDEO_VAES)}."
+            f"Invalid --vae {str(folder)!r}: class {class_name}; can encode with"
+            f" {', '.join(IMAGE_VAES + VIDEO_VAES)}."
         )
     import diffusers
 
@@ -112,18 +121,28 @@ def load_vae(folder: Path, dtype: torch.dtype, device: str) -> torch.nn.Module:
 def vae_layout(vae: Any) -> VaeLayout:
     """Read factors and latent normalisation from the config of a VAE.
 
-    Image VAEs: ``(z - shift_factor) * scaling_factor``. Video VAEs: ``(z - latents_mean) / latents_std``.
+    Image VAEs: ``(z - shift_factor) * scaling_factor``. Video VAEs: ``(z - latents_mean) /
+    latents_std``.
     """
     config, class_name = vae.config, type(vae).__name__
     if class_name in VIDEO_VAES:
         spatial = 2 ** len(config.temperal_downsample) * (config.get("patch_size") or 1)
         temporal = 2 ** sum(config.temperal_downsample)
         mean, scale = _per_channel(config.latents_mean), 1.0 / _per_channel(config.latents_std)
-        return VaeLayout(class_name=class_name, video=True, spatial=spatial, temporal=temporal, mean=mean, scale=scale)
+        return VaeLayout(
+            class_name=class_name,
+            video=True,
+            spatial=spatial,
+            temporal=temporal,
+            mean=mean,
+            scale=scale,
+        )
     mean = _per_channel(config.get("latents_mean") or [config.get("shift_factor") or 0.0])
     scale = config.scaling_factor / _per_channel(config.get("latents_std") or [1.0])
     spatial = 2 ** (len(config.block_out_channels) - 1)
-    return VaeLayout(class_name=class_name, video=False, spatial=spatial, temporal=1, mean=mean, scale=scale)
+    return VaeLayout(
+        class_name=class_name, video=False, spatial=spatial, temporal=1, mean=mean, scale=scale
+    )
 
 
 def load_tokenizer(folder: Path) -> Any:
@@ -138,33 +157,47 @@ def load_tokenizer(folder: Path) -> Any:
     with blame(f"Invalid --tokenizer {str(folder)!r}: cannot be loaded", step):
         tokenizer = AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
     if tokenizer.pad_token_id is None:
-        raise ModelSourceError(f"Invalid --tokenizer {str(folder)!r}: no pad_token; set it in tokenizer_config.json.")
+        raise ModelSourceError(
+            f"Invalid --tokenizer {str(folder)!r}: no pad_token; set it in tokenizer_config.json."
+        )
     return tokenizer
 
 
 def find_tokenizer(text_encoder: Path) -> Path:
-    """Guess the tokenizer folder: the text encoder's own, or ``tokenizer*`` beside it as diffusers lays it out."""
+    """Guess the tokenizer folder: the text encoder's own, or ``tokenizer*`` beside it as diffusers
+    lays it out.
+    """
     beside = text_encoder.with_name(text_encoder.name.replace("text_encoder", "tokenizer"))
-    return beside if not (text_encoder / "tokenizer_config.json").is_file() and beside.is_dir() else text_encoder
+    return (
+        beside
+        if not (text_encoder / "tokenizer_config.json").is_file() and beside.is_dir()
+        else text_encoder
+    )
 
 
 def load_text_encoder(folder: Path, dtype: torch.dtype, device: str) -> torch.nn.Module:
-    """Load the transformers text encoder that the config names in ``architectures[0]``, in eval mode.
+    """Load the transformers text encoder that the config names in ``architectures[0]``, in eval
+    mode.
 
     Raises:
-        ModelSourceError: the folder, its config or its weights are missing or damaged, or it is no plain encoder.
+        ModelSourceError: the folder, its config or its weights are missing or damaged, or it is no
+            plain encoder.
     """
     import transformers
 
     class_name = str((_read_config(folder, "--text-encoder").get("architectures") or [None])[0])
-    if not class_name.endswith(("EncoderModel", "TextModel")) or not hasattr(transformers, class_name):
+    if not class_name.endswith(("EncoderModel", "TextModel")) or not hasattr(
+        transformers, class_name
+    ):
         raise ModelSourceError(
-            f"Invalid --text-encoder {str(folder)!r}: architectures[0] is {class_name}; need an encoder-only class "
-            "such as UMT5EncoderModel, T5EncoderModel or CLIPTextModel."
+            f"Invalid --text-encoder {str(folder)!r}: architectures[0] is {class_name}; need an"
+            " encoder-only class such as UMT5EncoderModel, T5EncoderModel or CLIPTextModel."
         )
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
-    encoder: torch.nn.Module = _load_whole(getattr(transformers, class_name), folder, dtype, "--text-encoder")
+    encoder: torch.nn.Module = _load_whole(
+        getattr(transformers, class_name), folder, dtype, "--text-encoder"
+    )
     return encoder.to(device)
 
 
@@ -176,7 +209,9 @@ def _load_whole(cls: Any, folder: Path, dtype: torch.dtype, flag: str) -> Any:
         options = {"torch_dtype": dtype, "local_files_only": True, "output_loading_info": True}
         model, info = cls.from_pretrained(str(folder), **options)
     if missing := sorted(info["missing_keys"]):
-        raise ModelSourceError(f"{where} {len(missing)} weights of {cls.__name__} missing, first {missing[0]}; {step}.")
+        raise ModelSourceError(
+            f"{where} {len(missing)} weights of {cls.__name__} missing, first {missing[0]}; {step}."
+        )
     return model.eval().requires_grad_(False)
 
 
@@ -185,7 +220,8 @@ def _read_config(folder: Path, flag: str) -> dict[str, Any]:
     path = folder / "config.json"
     if not path.is_file():
         raise ModelSourceError(
-            f"Invalid {flag} {str(folder)!r}: no config.json there; give the model's own sub-folder, such as MODEL/vae."
+            f"Invalid {flag} {str(folder)!r}: no config.json there; give the model's own"
+            " sub-folder, such as MODEL/vae."
         )
     with blame(f"{path}: not a JSON object", "download it again"):
         return dict(json.loads(path.read_text(encoding="utf-8")))
@@ -225,7 +261,9 @@ def encode_latents(vae: Any, layout: VaeLayout, clip: Tensor) -> Tensor:
 
 @torch.inference_mode()
 def encode_caption(encoder: Any, tokenizer: Any, caption: str, max_tokens: int) -> Tensor:
-    """Encode one caption, padded or cut to ``max_tokens``; rows of padding are 0, as Wan and T5 models expect.
+    """Encode one caption, padded or cut to ``max_tokens``.
+
+    Rows of padding are 0, as Wan and T5 models expect.
 
     CLIP models were trained on the encoder's output at padding, so for those it is kept.
 
@@ -246,7 +284,9 @@ def encode_caption(encoder: Any, tokenizer: Any, caption: str, max_tokens: int) 
     )
     keep_padding = type(encoder).__name__.startswith("CLIP")
     mask = None if keep_padding else tokens.attention_mask.to(encoder.device)
-    hidden = encoder(input_ids=tokens.input_ids.to(encoder.device), attention_mask=mask).last_hidden_state[0]
+    hidden = encoder(
+        input_ids=tokens.input_ids.to(encoder.device), attention_mask=mask
+    ).last_hidden_state[0]
     if mask is not None:
         hidden = hidden.masked_fill(mask[0, :, None] == 0, 0.0)
     return _finite(hidden.to("cpu", torch.float32), f"--text-encoder {type(encoder).__name__}")
@@ -259,5 +299,7 @@ def count_tokens(tokenizer: Any, caption: str) -> int:
 
 def _finite(tensor: Tensor, origin: str) -> Tensor:
     if not bool(torch.isfinite(tensor).all()):
-        raise ModelSourceError(f"{origin} gave NaN or infinity; run again with --dtype bf16 or fp32.")
+        raise ModelSourceError(
+            f"{origin} gave NaN or infinity; run again with --dtype bf16 or fp32."
+        )
     return tensor

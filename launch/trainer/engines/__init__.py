@@ -4,20 +4,23 @@ from __future__ import annotations
 
 from torch import nn
 
-from dist_layerlr.plan import Plan
-
-from ..options import RunOptions
-from ..runtime import Runtime
-from .base import Engine
+from dist_layerlr.plan.entries import Plan
+from launch.trainer.engines.base import Engine
+from launch.trainer.options import RunOptions
+from launch.trainer.runtime import Runtime
 
 SHARDINGS = ("none", "ddp", "fsdp1", "fsdp1_flat", "fsdp2", "hsdp")
 ZERO = "zero"
 
 
 def build_engine(
-    sharding: str, model: nn.Module, plan: Plan, options: RunOptions, runtime: Runtime,
+    sharding: str,
+    model: nn.Module,
+    plan: Plan,
+    options: RunOptions,
+    runtime: Runtime,
     deepspeed_config: str | None,
-) -> Engine:  # fmt: skip
+) -> Engine:
     """Wrap the meta model, load its weights into place, and build its optimizer from the plan.
 
     Args:
@@ -29,10 +32,10 @@ def build_engine(
         deepspeed_config: JSON file, with ZERO.
     """
     if sharding == ZERO:
-        from .zero import ZeroEngine
+        from launch.trainer.engines.zero import ZeroEngine
 
         assert deepspeed_config is not None
         return ZeroEngine(model, plan, options, runtime, deepspeed_config)
-    from .native import NativeEngine
+    from launch.trainer.engines.native import NativeEngine
 
     return NativeEngine(sharding, model, plan, options, runtime)

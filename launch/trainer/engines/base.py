@@ -12,9 +12,8 @@ from torch import Tensor, nn
 from dist_layerlr.checkpoint.load import Restored
 from dist_layerlr.checkpoint.save import Saving
 from dist_layerlr.offload import Prediction
-from dist_layerlr.proof import Proof
-
-from ..options import RunOptions, TrainOptions
+from dist_layerlr.proof.verify import Proof
+from launch.trainer.options import RunOptions, TrainOptions
 
 
 class Engine(Protocol):
@@ -24,7 +23,10 @@ class Engine(Protocol):
     """What is called in the forward pass."""
 
     def micro_step(self, *, last: bool) -> AbstractContextManager[None]:
-        """Context of one forward and backward; only the last of a step needs to synchronise gradients."""
+        """Context of one forward and backward.
+
+        Only the last of a step needs to synchronise gradients.
+        """
         ...
 
     def backward(self, loss: Tensor) -> None:
@@ -32,9 +34,12 @@ class Engine(Protocol):
         ...
 
     def step(self, factor: float, *, observed: dict[str, float] | None = None) -> float:
-        """Step at plan x ``factor`` and clear gradients. Returns the global gradient norm before clipping.
+        """Step at plan x ``factor`` and clear gradients.
 
-        With ``observed``, the rate at which the step really moved each parameter is checked and filled in.
+        Returns the global gradient norm before clipping.
+
+        With ``observed``, the rate at which the step really moved each parameter is checked and
+        filled in.
         """
         ...
 
@@ -43,11 +48,17 @@ class Engine(Protocol):
         ...
 
     def predict(self, tokens: int, micro_steps: int, options: RunOptions) -> Prediction | None:
-        """Cost of a step of microbatches of ``tokens`` while streaming; None where nothing is streamed."""
+        """Cost of a step of microbatches of ``tokens`` while streaming.
+
+        None where nothing is streamed.
+        """
         ...
 
     def traffic(self) -> dict[str, int]:
-        """Bytes and copies since the last call, for the metrics; empty where nothing is streamed."""
+        """Bytes and copies since the last call, for the metrics.
+
+        Empty where nothing is streamed.
+        """
         ...
 
     def save(self, root: Path, step: int, extra: Mapping[str, Any], train: TrainOptions) -> Saving:

@@ -16,28 +16,29 @@ from dist_layerlr import (
     clip_grad_norm,
     effect_check,
     load_checkpoint,
-    materialize,
     save_checkpoint,
-    scale_lrs,
     verify,
 )
 from dist_layerlr.checkpoint.load import Restored
 from dist_layerlr.checkpoint.save import Saving
 from dist_layerlr.offload import Handle, Prediction, StreamPolicy, stream
-from dist_layerlr.plan import Plan
-from dist_layerlr.proof import Proof
-
-from ..options import OptimizerOptions, RunOptions, TrainOptions
-from ..runtime import Runtime
-from ..weights import load_base
-from .streaming import STREAMED, hold_in_bf16
-from .wrap import WRAPS, blocks_of, replicate
+from dist_layerlr.optim import scale_lrs
+from dist_layerlr.plan.entries import Plan
+from dist_layerlr.proof.verify import Proof
+from dist_layerlr.sharders import materialize
+from launch.trainer.engines.offload import STREAMED, hold_in_bf16
+from launch.trainer.engines.sharding import WRAPS, blocks_of, replicate
+from launch.trainer.options import OptimizerOptions, RunOptions, TrainOptions
+from launch.trainer.runtime import Runtime
+from launch.trainer.weights import load_base
 
 
 class NativeEngine:
     """A wrapped model and a torch optimizer that is attached to it."""
 
-    def __init__(self, sharding: str, model: nn.Module, plan: Plan, options: RunOptions, runtime: Runtime):
+    def __init__(
+        self, sharding: str, model: nn.Module, plan: Plan, options: RunOptions, runtime: Runtime
+    ):
         self._plan, self._clip, self._sharding = plan, options.train.grad_clip, sharding
         self._handle: Handle | None = None
         if options.stream is not None and sharding in STREAMED:
@@ -46,20 +47,35 @@ class NativeEngine:
         self.model = WRAPS[sharding](model, plan, options, runtime)
         load_base(self.model, options)
         self.model.train()
-        self.optimizer = attach(plan, self.model, lambda groups: make_optimizer(groups, options.optimizer))
+        self.optimizer = attach(
+            plan, self.model, lambda groups: make_optimizer(groups, options.optimizer)
+        )
 
-    def _stream(self, model: nn.Module, options: RunOptions, policy: StreamPolicy, runtime: Runtime) -> None:
-        """Load to the host, attach, stream, and only then let DDP see what is left on the device."""
+    def _stream(
+        self, model: nn.Module, options: RunOptions, policy: StreamPolicy, runtime: Runtime
+    ) -> None:
+        """Load to the host, attach, stream, and only then let DDP see what is left on the
+        device.
+        """
         if options.train.dtype == "bf16":
             hold_in_bf16(blocks_of(model, self._plan))
         materialize(model, torch.device("cpu"))
         load_base(model, options)
         model.train()
         self.optimizer = attach(
-            self._plan, model, lambda groups: make_optimizer(groups, options.optimizer), emission="groups"
+            self._plan,
+            model,
+            lambda groups: make_optimizer(groups, options.optimizer),
+            emission="groups",
         )
         self._handle = runtime.agree(
-            lambda: stream(model, policy, optimizer=self.optimizer, device=runtime.device, files=options.model_path)
+            lambda: stream(
+                model,
+                policy,
+                optimizer=self.optimizer,
+                device=runtime.device,
+                files=options.model_path,
+            )
         )
         if self._sharding == "ddp":
             self._handle.exclude_from_ddp()
@@ -114,16 +130,31 @@ class NativeEngine:
 
     def load(self, path: Path) -> Restored:
         """Continue from a checkpoint."""
-        restored: Restored = load_checkpoint(path, self._plan, self.model, self.optimizer, factor=1.0)
+        restored: Restored = load_checkpoint(
+            path, self._plan, self.model, self.optimizer, factor=1.0
+        )
         return restored
 
 
 def save(
-    plan: Plan, model: nn.Module, optimizer: Any, root: Path, step: int, extra: Mapping[str, Any], train: TrainOptions
+    plan: Plan,
+    model: nn.Module,
+    optimizer: Any,
+    root: Path,
+    step: int,
+    extra: Mapping[str, Any],
+    train: TrainOptions,
 ) -> Saving:
     """Write a checkpoint as the training config wants it."""
     saving: Saving = save_checkpoint(
-        root, plan, model, optimizer, step=step, extra=extra, keep=train.keep, background=train.background_save
+        root,
+        plan,
+        model,
+        optimizer,
+        step=step,
+        extra=extra,
+        keep=train.keep,
+        background=train.background_save,
     )
     return saving
 
@@ -141,10 +172,18 @@ def observe(
     observed.update(rates)
 
 
-def make_optimizer(groups: list[dict[str, Any]], options: OptimizerOptions) -> torch.optim.Optimizer:
+def make_optimizer(
+    groups: list[dict[str, Any]], options: OptimizerOptions
+) -> torch.optim.Optimizer:
     """Build the optimizer that the config names on the plan's groups."""
     if options.kind == "sgd":
-        return torch.optim.SGD(groups, lr=0.0, momentum=options.momentum, weight_decay=options.weight_decay)
-    settings: dict[str, Any] = {"betas": options.betas, "eps": options.eps, "weight_decay": options.weight_decay}
+        return torch.optim.SGD(
+            groups, lr=0.0, momentum=options.momentum, weight_decay=options.weight_decay
+        )
+    settings: dict[str, Any] = {
+        "betas": options.betas,
+        "eps": options.eps,
+        "weight_decay": options.weight_decay,
+    }
     # One pass over memory on CPU and CUDA alike: see benchmarks/step_cost.py.
     return torch.optim.AdamW(groups, lr=0.0, fused=True, **settings)

@@ -1,7 +1,8 @@
-"""``memory.stagehand`` under each sharder: blocks streamed by us, or the sharder's own offload with the same window.
+"""``memory.stagehand`` under each sharder: blocks streamed by us, or the sharder's own offload with
+the same window.
 
-One process and DDP stream. FSDP2 and ZeRO-3 own their parameters' storage, so they offload themselves, told how far ahead
-to fetch. The others cannot fetch a block at a time.
+One process and DDP stream. FSDP2 and ZeRO-3 own their parameters' storage, so they offload
+themselves, told how far ahead to fetch. The others cannot fetch a block at a time.
 """
 
 from __future__ import annotations
@@ -14,8 +15,7 @@ from torch import nn
 
 from dist_layerlr.errors import ConfigError
 from dist_layerlr.offload import StreamPolicy
-
-from ..options import FULL, RunOptions
+from launch.trainer.options import FULL, RunOptions
 
 STREAMED = ("none", "ddp")
 DELEGATED = ("fsdp2", "hsdp")
@@ -26,7 +26,9 @@ _FOLLOWED = {"prefetch_window", "pinned_pool_mb"}
 
 
 def check_streaming(options: RunOptions, sharding: str) -> None:
-    """Refuse a sharder that cannot do what ``memory.stagehand`` asks for; ZeRO stages are checked with the ds_config.
+    """Refuse a sharder that cannot do what ``memory.stagehand`` asks for.
+
+    ZeRO stages are checked with the ds_config.
 
     Raises:
         ConfigError: names the sharder and what to pass instead.
@@ -34,7 +36,9 @@ def check_streaming(options: RunOptions, sharding: str) -> None:
     if options.stream is None:
         return
     if sharding == "ddp" and options.training_method == FULL:
-        raise _refused("--sharding ddp in a full finetune", "its gradient reduction needs them on the device")
+        raise _refused(
+            "--sharding ddp in a full finetune", "its gradient reduction needs them on the device"
+        )
     if sharding not in (*STREAMED, *DELEGATED, "zero"):
         raise _refused(f"--sharding {sharding}", "it keeps flat parameters on the device")
     if sharding not in STREAMED:
@@ -47,15 +51,16 @@ def _check_delegated(policy: StreamPolicy, sharding: str) -> None:
         given, default = getattr(policy, field), getattr(plain, field)
         if given != default:
             raise ConfigError(
-                f"Invalid memory.stagehand.{field}={given!r} with {sharding}, whose own offload takes "
-                f"{' and '.join(sorted(_FOLLOWED))} only: remove it, or train with --sharding none or ddp."
+                f"Invalid memory.stagehand.{field}={given!r} with {sharding}, whose own offload"
+                f" takes {' and '.join(sorted(_FOLLOWED))} only: remove it, or train with"
+                " --sharding none or ddp."
             )
 
 
 def _refused(what: str, why: str) -> ConfigError:
     return ConfigError(
-        f"Invalid memory.stagehand.enabled=True with {what}: {why}. Pass --sharding none, ddp (LoRA) or fsdp2, or "
-        "--deepspeed_config ds_configs/zero3.json; or set it to false."
+        f"Invalid memory.stagehand.enabled=True with {what}: {why}. Pass --sharding none, ddp"
+        " (LoRA) or fsdp2, or --deepspeed_config ds_configs/zero3.json; or set it to false."
     )
 
 
@@ -92,8 +97,11 @@ def move_buffers(model: nn.Module, device: torch.device) -> None:
         buffer.data = buffer.data.to(device)
 
 
-def offload_zero(zero: Mapping[str, Any], policy: StreamPolicy, block_numel: int, path: str) -> dict[str, Any]:
-    """A ``zero_optimization`` block that keeps parameters on the host and holds a ring of blocks on the device.
+def offload_zero(
+    zero: Mapping[str, Any], policy: StreamPolicy, block_numel: int, path: str
+) -> dict[str, Any]:
+    """A ``zero_optimization`` block that keeps parameters on the host and holds a ring of blocks on
+    the device.
 
     Args:
         zero: as in the ds_config; its own offload devices stay.
@@ -106,7 +114,9 @@ def offload_zero(zero: Mapping[str, Any], policy: StreamPolicy, block_numel: int
     """
     stage = zero.get("stage", 0)
     if stage != ZERO_STAGE:
-        raise _refused(f"{path} (ZeRO stage {stage})", "stages below 3 keep whole parameters on the device")
+        raise _refused(
+            f"{path} (ZeRO stage {stage})", "stages below 3 keep whole parameters on the device"
+        )
     host = {"device": "cpu", "pin_memory": torch.cuda.is_available()}
     return {
         "offload_param": host,

@@ -1,4 +1,7 @@
-"""Put a meta-device model under torch's own sharders, its memory there but not yet filled. One function per sharder."""
+"""Put a meta-device model under torch's own sharders, its memory there but not yet filled.
+
+One function per sharder.
+"""
 
 from __future__ import annotations
 
@@ -10,13 +13,12 @@ from typing import Any
 import torch
 from torch import nn
 
-from dist_layerlr import materialize
-from dist_layerlr.plan import Plan
-
-from ..families import get_family
-from ..options import RunOptions
-from ..runtime import Runtime
-from .streaming import move_buffers, offload_fsdp2, prefetch_fsdp2
+from dist_layerlr.plan.entries import Plan
+from dist_layerlr.sharders import materialize
+from launch.trainer.engines.offload import move_buffers, offload_fsdp2, prefetch_fsdp2
+from launch.trainer.families import get_family
+from launch.trainer.options import RunOptions
+from launch.trainer.runtime import Runtime
 
 Wrap = Callable[[nn.Module, Plan, RunOptions, Runtime], nn.Module]
 
@@ -49,7 +51,9 @@ def fsdp2(model: nn.Module, plan: Plan, options: RunOptions, runtime: Runtime) -
 def hsdp(model: nn.Module, plan: Plan, options: RunOptions, runtime: Runtime) -> nn.Module:
     """``fully_shard`` inside a node, replicated over nodes; on one node, over two halves of it."""
     local = int(os.environ.get("LOCAL_WORLD_SIZE", runtime.world_size))
-    replicas = runtime.world_size // local if local < runtime.world_size else 2 - runtime.world_size % 2
+    replicas = (
+        runtime.world_size // local if local < runtime.world_size else 2 - runtime.world_size % 2
+    )
     shape = (replicas, runtime.world_size // replicas)
     return _fully_shard(model, plan, options, runtime, shape, ("replicate", "shard"))
 
@@ -75,9 +79,13 @@ WRAPS: dict[str, Wrap] = {
 
 
 def _fully_shard(
-    model: nn.Module, plan: Plan, options: RunOptions, runtime: Runtime, shape: tuple[int, ...],
+    model: nn.Module,
+    plan: Plan,
+    options: RunOptions,
+    runtime: Runtime,
+    shape: tuple[int, ...],
     names: tuple[str, ...],
-) -> nn.Module:  # fmt: skip
+) -> nn.Module:
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
 
@@ -106,7 +114,9 @@ def _flatten(
     units = {id(m) for m in blocks_of(model, plan)}
     if not use_orig_params:
         units |= {id(m) for m in _trainable_leaves(model)}
-        units |= {id(model.get_submodule(path)) for path in get_family(options.model_type).flat_units}
+        units |= {
+            id(model.get_submodule(path)) for path in get_family(options.model_type).flat_units
+        }
     return FullyShardedDataParallel(
         model,
         auto_wrap_policy=CustomPolicy(lambda module: id(module) in units),
@@ -129,5 +139,9 @@ def blocks_of(model: nn.Module, plan: Plan) -> list[nn.Module]:
     blocks: list[nn.Module] = []
     for stack in stacks:
         container: Any = model.get_submodule(stack)
-        blocks += list(container.children()) if isinstance(container, (nn.ModuleList, nn.Sequential)) else [container]
+        blocks += (
+            list(container.children())
+            if isinstance(container, (nn.ModuleList, nn.Sequential))
+            else [container]
+        )
     return blocks

@@ -12,38 +12,32 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dist_layerlr import (
-    attach,
-    bind,
-    check_ds_config,
-    checks,
-    load_checkpoint,
-    materialize,
-    partition_empty,
-    scale_lrs,
-    verify,
-)
+from dist_layerlr import attach, bind, fields, load_checkpoint, verify
 from dist_layerlr.checkpoint.load import Restored
 from dist_layerlr.checkpoint.save import Saving
-from dist_layerlr.config import read_json
 from dist_layerlr.errors import ConfigError
 from dist_layerlr.offload import Prediction
-from dist_layerlr.plan import Plan
-from dist_layerlr.proof import Proof
-
-from ..options import RunOptions, TrainOptions
-from ..runtime import Runtime
-from ..weights import load_base
-from .native import make_optimizer, observe, save
-from .streaming import offload_zero
-from .wrap import blocks_of
+from dist_layerlr.optim import check_ds_config, scale_lrs
+from dist_layerlr.plan.config import read_json
+from dist_layerlr.plan.entries import Plan
+from dist_layerlr.proof.verify import Proof
+from dist_layerlr.sharders import materialize, partition_empty
+from launch.trainer.engines.native import make_optimizer, observe, save
+from launch.trainer.engines.offload import offload_zero
+from launch.trainer.engines.sharding import blocks_of
+from launch.trainer.options import RunOptions, TrainOptions
+from launch.trainer.runtime import Runtime
+from launch.trainer.weights import load_base
 
 STAGES = (0, 1, 2, 3)
 _BLOCKS = ("zero_optimization", "bf16", "fp16", "optimizer", "scheduler")
 
 
 class ZeroEngine:
-    """A DeepSpeed engine around a client optimizer. Batch sizes and clipping come from the training config."""
+    """A DeepSpeed engine around a client optimizer.
+
+    Batch sizes and clipping come from the training config.
+    """
 
     def __init__(
         self,
@@ -55,8 +49,13 @@ class ZeroEngine:
     ):
         import deepspeed
 
-        largest = max((sum(p.numel() for p in block.parameters()) for block in blocks_of(model, plan)), default=0)
-        config = runtime.agree(lambda: read_zero_config(config_file, options, runtime.world_size, block_numel=largest))
+        largest = max(
+            (sum(p.numel() for p in block.parameters()) for block in blocks_of(model, plan)),
+            default=0,
+        )
+        config = runtime.agree(
+            lambda: read_zero_config(config_file, options, runtime.world_size, block_numel=largest)
+        )
         _quiet()
         if config.get("zero_optimization", {}).get("stage", 0) == 3:
             with _worded(config_file):
@@ -64,16 +63,25 @@ class ZeroEngine:
         else:
             materialize(model, runtime.device)
         model.train()
-        optimizer = attach(plan, model, lambda groups: make_optimizer(groups, options.optimizer), emission="segmented")
+        optimizer = attach(
+            plan,
+            model,
+            lambda groups: make_optimizer(groups, options.optimizer),
+            emission="segmented",
+        )
         self._plan = plan
         with _worded(config_file):
             with contextlib.redirect_stdout(None):
-                self.model = deepspeed.initialize(model=model, optimizer=optimizer, config=config)[0]
+                self.model = deepspeed.initialize(model=model, optimizer=optimizer, config=config)[
+                    0
+                ]
         bind(plan, self.model)
         load_base(self.model, options)
 
     def micro_step(self, *, last: bool) -> AbstractContextManager[None]:
-        """Tell the engine where a step ends, so that it steps when told and not by its own count."""
+        """Tell the engine where a step ends, so that it steps when told and not by its own
+        count.
+        """
         self.model.set_gradient_accumulation_boundary(is_boundary=last)
         return nullcontext()
 
@@ -112,7 +120,9 @@ class ZeroEngine:
         return restored
 
 
-def read_zero_config(path: str, options: RunOptions, world_size: int, *, block_numel: int = 0) -> dict[str, Any]:
+def read_zero_config(
+    path: str, options: RunOptions, world_size: int, *, block_numel: int = 0
+) -> dict[str, Any]:
     """Read a ds_config and fill in what the training config decides.
 
     Args:
@@ -122,36 +132,45 @@ def read_zero_config(path: str, options: RunOptions, world_size: int, *, block_n
         block_numel: parameters of the largest block, for ``memory.stagehand``.
 
     Raises:
-        ConfigError: settings that would take the plan's rates over, or that contradict the training config.
+        ConfigError: settings that would take the plan's rates over, or that contradict the training
+            config.
     """
     config = read_json(path)
     for block in _BLOCKS:
-        given = checks.mapping(f"{path}: {block}", config.get(block, {}))
-        checks.boolean(f"{path}: {block}.enabled", given.get("enabled", False))
+        given = fields.mapping(f"{path}: {block}", config.get(block, {}))
+        fields.boolean(f"{path}: {block}.enabled", given.get("enabled", False))
     stage = config.get("zero_optimization", {}).get("stage", 0)
-    checks.one_of(lambda: tuple(map(str, STAGES)))(f"{path}: zero_optimization.stage", str(stage))
+    fields.one_of(lambda: tuple(map(str, STAGES)))(f"{path}: zero_optimization.stage", str(stage))
     with _worded(path, "zero_optimization"):
         from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
 
         DeepSpeedZeroConfig(**config.get("zero_optimization", {}))
     if config.get("bf16", {}).get("enabled") and options.train.dtype != "bf16":
-        raise ConfigError(f"Invalid {path}: bf16.enabled=true needs train.dtype='bf16', got {options.train.dtype!r}.")
+        raise ConfigError(
+            f"Invalid {path}: bf16.enabled=true needs train.dtype='bf16', got"
+            f" {options.train.dtype!r}."
+        )
     share = options.train.global_batch // world_size
     micro = options.train.micro_batch or share
-    filled = {"train_micro_batch_size_per_gpu": micro, "gradient_accumulation_steps": share // micro}
+    filled = {
+        "train_micro_batch_size_per_gpu": micro,
+        "gradient_accumulation_steps": share // micro,
+    }
     filled["train_batch_size"] = options.train.global_batch
     for key, value in filled.items():
         if config.get(key, value) not in (value, "auto"):
             raise ConfigError(
-                f"Invalid {path}: {key}={config[key]}, but train.global_batch needs {value}. Remove the key."
+                f"Invalid {path}: {key}={config[key]}, but train.global_batch needs {value}. Remove"
+                " the key."
             )
     clip = options.train.grad_clip
     if config.get("gradient_clipping", 0) not in (0, clip, "auto"):
         raise ConfigError(
-            f"Invalid {path}: gradient_clipping={config['gradient_clipping']}, but train.grad_clip={clip} decides. "
-            "Set it to 0, or to the same."
+            f"Invalid {path}: gradient_clipping={config['gradient_clipping']}, but"
+            f" train.grad_clip={clip} decides. Set it to 0, or to the same."
         )
-    # A torch optimizer is what the plan was attached to; DeepSpeed would otherwise insist on its own for offload.
+    # A torch optimizer is what the plan was attached to; DeepSpeed would otherwise insist on its
+    # own for offload.
     fixed = {"zero_allow_untested_optimizer": True, "zero_force_ds_cpu_optimizer": False}
     complete = {**config, **filled, **fixed, "gradient_clipping": clip}
     if options.stream is not None:
@@ -176,14 +195,19 @@ def _worded(path: str, block: str | None = None) -> Iterator[None]:
 
 
 def _quiet() -> None:
-    """No progress lines, no warnings about DeepSpeed's own calls, no compiling of what is not needed."""
+    """No progress lines, no warnings about DeepSpeed's own calls, no compiling of what is not
+    needed.
+    """
     import logging
 
     import deepspeed
     from deepspeed.utils import logger
 
     logger.setLevel(logging.WARNING)
-    warnings.filterwarnings("ignore", message=r"`torch\.distributed\.\w+` is deprecated", category=FutureWarning)
+    warnings.filterwarnings(
+        "ignore", message=r"`torch\.distributed\.\w+` is deprecated", category=FutureWarning
+    )
     if not torch.cuda.is_available():
-        # gloo needs no shared-memory op; building it takes 40 s and a compiler. Read in deepspeed 0.19.8.
+        # gloo needs no shared-memory op; building it takes 40 s and a compiler. Read in deepspeed
+        # 0.19.8.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from dist_layerlr import checks
-
-from .base import Family
-from .wan import Wan
+from dist_layerlr import fields
+from launch.trainer.families.base import Family
+from launch.trainer.families.wan import Wan
 
 FAMILIES: dict[str, Family] = {
     "wan": Wan(),
@@ -20,5 +19,7 @@ def get_family(model_type: str) -> Family:
     """
     if model_type in FAMILIES:
         return FAMILIES[model_type]
-    hint = checks.suggestion(model_type, FAMILIES) or " Plans of other models: `dist-layerlr plan`."
-    raise checks.invalid("model_type", model_type, f"one of {', '.join(sorted(FAMILIES))} to be trained here", hint)
+    hint = fields.suggestion(model_type, FAMILIES) or " Plans of other models: `dist-layerlr plan`."
+    raise fields.invalid(
+        "model_type", model_type, f"one of {', '.join(sorted(FAMILIES))} to be trained here", hint
+    )

@@ -31,17 +31,22 @@ class Family(Protocol):
 
     @property
     def flat_units(self) -> tuple[str, ...]:
-        """Modules whose ``parameters()`` the forward reads: each becomes a flat FSDP1 unit, else it would see none."""
+        """Modules whose ``parameters()`` the forward reads: each becomes a flat FSDP1 unit, else it
+        would see none.
+        """
         ...
 
-    def velocity(self, model: nn.Module, noisy: Tensor, timestep: Tensor, batch: Mapping[str, Tensor]) -> Tensor:
+    def velocity(
+        self, model: nn.Module, noisy: Tensor, timestep: Tensor, batch: Mapping[str, Tensor]
+    ) -> Tensor:
         """Call the model, however wrapped, and return the velocity (B, C, F, H, W).
 
         Args:
             model: the model or its DDP, FSDP or DeepSpeed wrapper.
             noisy: (B, C, F, H, W), on the model's device and in its input dtype.
             timestep: (B,) in [0, 1000].
-            batch: stacked data samples; ``prompt_embeds`` (B, L, D) like ``noisy`` in device and dtype.
+            batch: stacked data samples; ``prompt_embeds`` (B, L, D) like ``noisy`` in device and
+                dtype.
         """
         ...
 
@@ -50,7 +55,10 @@ class Family(Protocol):
         ...
 
     def check_sample(
-        self, model_config: Mapping[str, Any], sample: Mapping[str, Tensor], label: str = "data sample"
+        self,
+        model_config: Mapping[str, Any],
+        sample: Mapping[str, Tensor],
+        label: str = "data sample",
     ) -> None:
         """Refuse a data sample that the model cannot take.
 

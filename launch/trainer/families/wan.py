@@ -10,7 +10,9 @@ from torch import Tensor, nn
 
 from dist_layerlr.errors import ModelSourceError
 
-_ATTENTION = tuple(f"{attn}.{proj}" for attn in ("attn1", "attn2") for proj in ("to_q", "to_k", "to_v", "to_out.0"))
+_ATTENTION = tuple(
+    f"{attn}.{proj}" for attn in ("attn1", "attn2") for proj in ("to_q", "to_k", "to_v", "to_out.0")
+)
 
 
 class Wan:
@@ -28,10 +30,15 @@ class Wan:
         model_class: type[nn.Module] = WanTransformer3DModel
         return model_class
 
-    def velocity(self, model: nn.Module, noisy: Tensor, timestep: Tensor, batch: Mapping[str, Tensor]) -> Tensor:
+    def velocity(
+        self, model: nn.Module, noisy: Tensor, timestep: Tensor, batch: Mapping[str, Tensor]
+    ) -> Tensor:
         """Return the velocity (B, C, F, H, W); see ``Family.velocity``."""
         output: tuple[Tensor, ...] = model(
-            hidden_states=noisy, timestep=timestep, encoder_hidden_states=batch["prompt_embeds"], return_dict=False
+            hidden_states=noisy,
+            timestep=timestep,
+            encoder_hidden_states=batch["prompt_embeds"],
+            return_dict=False,
         )
         return output[0]
 
@@ -41,9 +48,13 @@ class Wan:
         return prod(size // step for size, step in sizes)
 
     def check_sample(
-        self, model_config: Mapping[str, Any], sample: Mapping[str, Tensor], label: str = "data sample"
+        self,
+        model_config: Mapping[str, Any],
+        sample: Mapping[str, Tensor],
+        label: str = "data sample",
     ) -> None:
-        """Refuse a sample with the wrong channels, a size the patches do not tile, or another text encoder's width.
+        """Refuse a sample with the wrong channels, a size the patches do not tile, or another text
+        encoder's width.
 
         Raises:
             ModelSourceError: label, field, shape found and shape needed.
@@ -53,7 +64,13 @@ class Wan:
         prompt = _field(sample, "prompt_embeds", 2, "(L, D)", label)
         width = model_config["text_dim"]
         if prompt[0] < 1 or prompt[1] != width:
-            raise _misfit(label, "prompt_embeds", prompt, f"(L, {width}) with L >= 1", "use the model's text encoder")
+            raise _misfit(
+                label,
+                "prompt_embeds",
+                prompt,
+                f"(L, {width}) with L >= 1",
+                "use the model's text encoder",
+            )
 
 
 def _check_text_to_video(model_config: Mapping[str, Any]) -> None:
@@ -61,8 +78,9 @@ def _check_text_to_video(model_config: Mapping[str, Any]) -> None:
     channels, out_channels = model_config["in_channels"], model_config.get("out_channels")
     if out_channels not in (None, channels) or model_config.get("image_dim") is not None:
         raise ModelSourceError(
-            f"model_path holds an image-to-video Wan (in_channels={channels}, out_channels={out_channels}, "
-            f"image_dim={model_config.get('image_dim')}). Only text-to-video is trained here; use a T2V model."
+            f"model_path holds an image-to-video Wan (in_channels={channels},"
+            f" out_channels={out_channels}, image_dim={model_config.get('image_dim')}). Only"
+            " text-to-video is trained here; use a T2V model."
         )
 
 
@@ -70,26 +88,39 @@ def _check_latents(model_config: Mapping[str, Any], shape: tuple[int, ...], labe
     channels, patch = model_config["in_channels"], tuple(model_config["patch_size"])
     if len(patch) != 3 or not all(isinstance(step, int) and step >= 1 for step in patch):
         raise ModelSourceError(
-            f"Invalid patch_size={list(patch)} in config.json of model_path: must be 3 integers >= 1."
+            f"Invalid patch_size={list(patch)} in config.json of model_path: must be 3 integers"
+            " >= 1."
         )
     longest = model_config.get("rope_max_seq_len", 1024)
     fits = all(
-        size > 0 and size % step == 0 and size // step <= longest for size, step in zip(shape[1:], patch, strict=True)
+        size > 0 and size % step == 0 and size // step <= longest
+        for size, step in zip(shape[1:], patch, strict=True)
     )
     if shape[0] != channels or not fits:
-        needed = f"({channels}, F, H, W) with F, H, W multiples of {patch}, at most {longest} patches each"
+        needed = (
+            f"({channels}, F, H, W) with F, H, W multiples of {patch}, at most {longest} patches"
+            " each"
+        )
         raise _misfit(label, "latents", shape, needed, "use the model's own VAE, or crop the clips")
 
 
-def _field(sample: Mapping[str, Tensor], field: str, ndim: int, layout: str, label: str) -> tuple[int, ...]:
+def _field(
+    sample: Mapping[str, Tensor], field: str, ndim: int, layout: str, label: str
+) -> tuple[int, ...]:
     """Return the shape of ``sample[field]``, which must be there with ``ndim`` dimensions."""
     if field not in sample:
-        raise ModelSourceError(f"{label}: {field} is missing. Needed: a tensor {layout}; found {sorted(sample)}.")
+        raise ModelSourceError(
+            f"{label}: {field} is missing. Needed: a tensor {layout}; found {sorted(sample)}."
+        )
     shape = tuple(sample[field].shape)
     if len(shape) != ndim:
         raise _misfit(label, field, shape, layout, "store samples without a batch dimension")
     return shape
 
 
-def _misfit(label: str, field: str, found: tuple[int, ...], needed: str, step: str) -> ModelSourceError:
-    return ModelSourceError(f"{label}: {field} has shape {found}. This model needs {needed}; {step}.")
+def _misfit(
+    label: str, field: str, found: tuple[int, ...], needed: str, step: str
+) -> ModelSourceError:
+    return ModelSourceError(
+        f"{label}: {field} has shape {found}. This model needs {needed}; {step}."
+    )

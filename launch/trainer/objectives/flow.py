@@ -1,8 +1,9 @@
 """Flow matching for any model family: noise, timesteps and targets, and a plain Euler sampler.
 
-The path is the straight line ``x_sigma = (1 - sigma) * x + sigma * noise`` and the model learns its velocity
-``noise - x``. Everything random about a training sample derives from (seed, sample number) and nothing else, where the
-sample number is ``step * global_batch + position``: the same run on 1 or N ranks sees the same noise.
+The path is the straight line ``x_sigma = (1 - sigma) * x + sigma * noise`` and the model learns its
+velocity ``noise - x``. Everything random about a training sample derives from (seed, sample number)
+and nothing else, where the sample number is ``step * global_batch + position``: the same run on 1
+or N ranks sees the same noise.
 """
 
 from __future__ import annotations
@@ -13,10 +14,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from dist_layerlr import checks
+from dist_layerlr import fields
 
 TIMESTEPS = 1000.0
-"""The timestep of pure noise: ``timestep = sigma * TIMESTEPS``, as Wan and most flow models count."""
+"""The timestep of pure noise: ``timestep = sigma * TIMESTEPS``, as Wan and most flow models
+count."""
 
 _TRAIN_SHIFT = 1.5
 """Bends the training sigmas a little towards noise, where a clip's layout is decided."""
@@ -39,7 +41,9 @@ class FlowBatch:
 
 
 def mix_seed(*numbers: int) -> int:
-    """Mix integers into one seed in [0, 2**63), the same on every machine, rank and Python version."""
+    """Mix integers into one seed in [0, 2**63), the same on every machine, rank and Python
+    version.
+    """
     state = 0x9E3779B97F4A7C15
     for number in numbers:
         # The finaliser of splitmix64: neighbouring numbers give unrelated seeds.
@@ -50,7 +54,9 @@ def mix_seed(*numbers: int) -> int:
     return state >> 1
 
 
-def make_flow_batch(latents: Tensor, sample_numbers: Sequence[int] | Tensor, seed: int) -> FlowBatch:
+def make_flow_batch(
+    latents: Tensor, sample_numbers: Sequence[int] | Tensor, seed: int
+) -> FlowBatch:
     """Put each sample at its own random place on the path to noise.
 
     Args:
@@ -63,12 +69,17 @@ def make_flow_batch(latents: Tensor, sample_numbers: Sequence[int] | Tensor, see
     """
     numbers = [int(number) for number in sample_numbers]
     assert len(numbers) == len(latents), f"{len(numbers)} sample numbers for {len(latents)} samples"
-    draws = [_draw(tuple(latents.shape[1:]), mix_seed(seed, _TRAIN_STREAM, number)) for number in numbers]
+    draws = [
+        _draw(tuple(latents.shape[1:]), mix_seed(seed, _TRAIN_STREAM, number)) for number in numbers
+    ]
     noise = torch.stack([noise for noise, _ in draws]).to(latents.device)  # (B, C, F, H, W)
     sigma = torch.stack([sigma for _, sigma in draws]).to(latents.device)  # (B,)
     clean, share = latents.float(), sigma.view(-1, *[1] * (latents.ndim - 1))
     return FlowBatch(
-        noisy=(1 - share) * clean + share * noise, target=noise - clean, sigma=sigma, timestep=sigma * TIMESTEPS
+        noisy=(1 - share) * clean + share * noise,
+        target=noise - clean,
+        sigma=sigma,
+        timestep=sigma * TIMESTEPS,
     )
 
 
@@ -113,9 +124,9 @@ def euler_sigmas(steps: int, shift: float = 1.0) -> list[float]:
         ConfigError: ``steps`` or ``shift`` is out of range.
     """
     if steps < 1:
-        raise checks.invalid("samples.steps", steps, "an integer >= 1")
+        raise fields.invalid("samples.steps", steps, "an integer >= 1")
     if not shift > 0:
-        raise checks.invalid("samples.shift", shift, "a number > 0")
+        raise fields.invalid("samples.shift", shift, "a number > 0")
     return [_bend(1 - index / steps, shift) for index in range(steps + 1)]
 
 
@@ -124,7 +135,9 @@ def _bend(sigma: float, shift: float) -> float:
 
 
 def _draw(shape: tuple[int, ...], seed: int) -> tuple[Tensor, Tensor]:
-    """Return standard normal noise of ``shape`` and a bent logit-normal sigma (a scalar tensor), both on the CPU."""
+    """Return standard normal noise of ``shape`` and a bent logit-normal sigma (a scalar tensor),
+    both on the CPU.
+    """
     # Always the CPU generator: CUDA draws differ between cards and between batch shapes.
     generator = torch.Generator().manual_seed(seed)
     sigma = _bend(torch.randn((), generator=generator).sigmoid().item(), _TRAIN_SHIFT)

@@ -1,0 +1,4 @@
+"""Files for other programs: diffusers, transformers, PEFT and kohya's, under original names."""
+
+from dist_layerlr.export.export import export_checkpoint as export_checkpoint
+from dist_layerlr.export.export import export_weights as export_weights

@@ -1,0 +1,90 @@
+"""Build the optimizer of a plan.
+
+This is the one place that chooses ordinary parameter groups or segments.
+"""
+
+from __future__ import annotations
+
+from torch import nn
+from torch.optim import Optimizer
+
+from dist_layerlr import fields
+from dist_layerlr.errors import PlanMismatch
+from dist_layerlr.optim.groups import build_groups, split_by_mesh
+from dist_layerlr.optim.segmented import MakeOptimizer, Segmented
+from dist_layerlr.optim.validate import check_optimizer
+from dist_layerlr.plan.entries import Plan
+from dist_layerlr.ranks import together
+from dist_layerlr.sharders import Layout, Sharder, sharder_of
+
+GROUPS, SEGMENTED, AUTO = "groups", "segmented", "auto"
+EMISSIONS = (AUTO, GROUPS, SEGMENTED)
+
+
+def attach(plan: Plan, model: nn.Module, make: MakeOptimizer, *, emission: str = AUTO) -> Optimizer:
+    """Build an optimizer that trains every parameter at the plan's rate, whatever shards the model.
+
+    ``optimizer = attach(plan, model, lambda groups: torch.optim.AdamW(groups,
+    weight_decay=0.01))``. Call it after FSDP or DDP has wrapped the model, and before
+    ``deepspeed.initialize``. Collective: call it on all ranks.
+
+    Args:
+        plan: made from the same model before it was wrapped.
+        model: plain, DDP, FSDP1 (``use_orig_params`` True or False) or FSDP2.
+        make: groups -> optimizer; each group has ``params``, absolute ``lr``, ``initial_lr``,
+            ``name``, and ``weight_decay`` where the plan gives one.
+        emission: `groups` (ordinary parameter groups), `segmented` (one group outside, rates
+            applied on slices; give it when DeepSpeed follows, then call ``bind``), or `auto`:
+            segmented under DDP, FSDP1 and FSDP2, where it is at least as fast
+            (benchmarks/step_cost.py); groups on a bare model, which may be wrapped later.
+
+    Raises:
+        PlanMismatch: the model's trainable parameters are not those of the plan, or it is a
+            DeepSpeed engine already.
+        ConfigError: an optimizer that cannot train these parameters at several rates (see
+            ``check_optimizer``).
+    """
+    fields.one_of(lambda: EMISSIONS)("emission", emission)
+    with together(plan.digest):
+        sharder = sharder_of(model)
+        optimizer = _build(plan, sharder, make, _in_segments(sharder.layout, emission))
+        check_optimizer(optimizer, model)
+    return optimizer
+
+
+def bind(plan: Plan, engine: nn.Module) -> None:
+    """Tell a segmented optimizer where DeepSpeed put its parameters.
+
+    Call it after ``deepspeed.initialize``. Collective.
+
+    Raises:
+        PlanMismatch: on all ranks alike: the engine's optimizer is not segmented, or names differ
+            from the plan's.
+        ConfigError: an optimizer that cannot step slices (see ``check_optimizer``).
+    """
+    with together(plan.digest):
+        found = sharder_of(engine).pieces(None)
+        if not isinstance(found.optimizer, Segmented):
+            raise PlanMismatch(
+                "bind() needs a segmented optimizer, the engine has"
+                f" {type(found.optimizer).__name__}. Build it with attach(plan, model, make,"
+                " emission='segmented') before deepspeed.initialize."
+            )
+        found.optimizer.bind(found.pieces)
+        check_optimizer(found.optimizer, engine)
+
+
+def _in_segments(layout: Layout, emission: str) -> bool:
+    # Flat tensors cannot be told apart by groups. A bare model may yet go to DeepSpeed or
+    # Accelerate, which replace its parameters: only a model that is wrapped already gets segments
+    # without being asked.
+    return layout.flat or emission == SEGMENTED or (emission == AUTO and layout.name != "none")
+
+
+def _build(plan: Plan, sharder: Sharder, make: MakeOptimizer, in_segments: bool) -> Optimizer:
+    slices = sharder.slices()
+    if in_segments:
+        owners = {id(s.owner): s.owner for s in slices}
+        return Segmented(plan, owners.values(), make, slices)
+    groups = build_groups(plan, {s.name: s.owner for s in slices})
+    return make([part for group in groups for part in split_by_mesh(group)])

@@ -1,0 +1,114 @@
+"""Read the live optimizer: which name is stepped by which group, at which rate, with which
+state.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+from torch import Tensor, nn
+
+from dist_layerlr.optim.groups import LR, WEIGHT_DECAY
+from dist_layerlr.optim.segmented import Segmented
+from dist_layerlr.sharders import Pieces, Sharder, sharder_of
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LiveParam:
+    """How this rank's optimizer trains one parameter."""
+
+    lr: float
+    weight_decay: float
+    numel: int
+    """Elements that this rank steps; 0 for an empty shard."""
+    replicas: int = 1
+    """Number of ranks that step each element."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StateSpan:
+    """Optimizer state of one span of a parameter."""
+
+    start: int
+    """First element in the flattened, unsharded parameter."""
+    tensors: Mapping[str, Tensor]
+    """State by key: flat tensors as long as the span, or scalars (``step``)."""
+
+
+def live_pieces(sharder: Sharder, optimizer: Any = None) -> Pieces:
+    """What is really stepped, with the groups whose rates are in force.
+
+    A segmented optimizer's outer group holds no planned rate: its inner groups do, and only bound
+    slices are stepped.
+    """
+    found = sharder.pieces(optimizer)
+    if not isinstance(found.optimizer, Segmented) or found.optimizer.inner is None:
+        return found
+    segmented = found.optimizer
+    groups = segmented.groups_by_name()
+    pieces = [
+        replace(piece, group=groups[piece.name])
+        for piece in found.pieces
+        if piece.name in groups and (segmented.steps(piece) or not piece.numel)
+    ]
+    return replace(found, pieces=pieces)
+
+
+def read_back(model: nn.Module, optimizer: Any = None) -> dict[str, LiveParam]:
+    """{canonical name: lr, weight decay, local elements} of this rank, from the live optimizer and
+    shards.
+    """
+    return live_params(live_pieces(sharder_of(model), optimizer))
+
+
+def optimizer_state(model: nn.Module, optimizer: Any = None) -> dict[str, list[StateSpan]]:
+    """{canonical name: this rank's optimizer state}, wherever the sharder keeps it.
+
+    Never runs a step to create it.
+
+    Tensors are views where the layout allows; a name is absent before its first step.
+    """
+    found = live_pieces(sharder_of(model), optimizer)
+    result: dict[str, list[StateSpan]] = {}
+    for piece in found.pieces:
+        held = found.optimizer.state.get(piece.owner, {}) if found.optimizer is not None else {}
+        tensors = {
+            key: value if value.ndim == 0 else piece.of(value)
+            for key, value in held.items()
+            if isinstance(value, Tensor)
+        }
+        if tensors:
+            result.setdefault(piece.name, []).append(StateSpan(start=piece.start, tensors=tensors))
+    return result
+
+
+def live_params(found: Pieces) -> dict[str, LiveParam]:
+    """{canonical name: live rate, weight decay, local elements}.
+
+    Pieces of one name are added up.
+    """
+    live: dict[str, LiveParam] = {}
+    for piece in found.pieces:
+        before = live.get(piece.name)
+        live[piece.name] = LiveParam(
+            lr=float(piece.group[LR]),
+            weight_decay=float(piece.group.get(WEIGHT_DECAY, 0.0)),
+            numel=piece.numel + (before.numel if before else 0),
+            replicas=piece.replicas,
+        )
+    return live
+
+
+def repeated(found: Pieces) -> list[str]:
+    """Names with two pieces that overlap: stepped twice."""
+    seen: dict[str, list[tuple[int, int]]] = {}
+    twice: dict[str, None] = {}
+    for piece in found.pieces:
+        end = piece.start + piece.numel
+        for start, stop in seen.setdefault(piece.name, []):
+            if max(start, piece.start) < min(stop, end) or (start, stop) == (piece.start, end):
+                twice[piece.name] = None
+        seen[piece.name].append((piece.start, end))
+    return list(twice)

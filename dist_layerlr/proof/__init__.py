@@ -1,0 +1,10 @@
+"""The proof: on every rank, each trainable name is stepped once, live, whole, at the plan's
+rate.
+"""
+
+from dist_layerlr.proof.effect import effect_check as effect_check
+from dist_layerlr.proof.reapply import check_manifest as check_manifest
+from dist_layerlr.proof.reapply import manifest as manifest
+from dist_layerlr.proof.reapply import reapply as reapply
+from dist_layerlr.proof.verify import Proof as Proof
+from dist_layerlr.proof.verify import verify as verify

@@ -1,0 +1,5 @@
+"""Weights: read from safetensors files straight into shards, and gathered from them."""
+
+from dist_layerlr.weights.gather import find_not_finite as find_not_finite
+from dist_layerlr.weights.load import check_pretrained as check_pretrained
+from dist_layerlr.weights.load import load_pretrained as load_pretrained

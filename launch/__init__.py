@@ -1,0 +1,3 @@
+"""The trainer: scripts to run from a checkout, and the package ``launch.trainer`` that they
+share.
+"""
