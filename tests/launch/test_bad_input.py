@@ -15,11 +15,11 @@ from typing import Any
 
 import pytest
 import torch
-import train
 from safetensors.torch import save_file
 
 from dist_layerlr import fields
 from dist_layerlr.errors import ConfigError, ModelSourceError
+from launch import train
 from launch.trainer.cli import complain
 from launch.trainer.families import get_family
 from launch.trainer.loop import sample_index

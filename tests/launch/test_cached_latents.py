@@ -23,9 +23,8 @@ from torch import Tensor
 pytest.importorskip("diffusers", reason="needs the train extra")
 pytest.importorskip("transformers", reason="needs the train extra")
 
-import cache_latents
-
 from dist_layerlr.errors import ConfigError, ModelSourceError
+from launch import cache_latents
 from launch.trainer.data.cached import CachedDataset, read_header
 
 WORDS = ["a", "red", "blue", "square", "moves", "left", "right"]

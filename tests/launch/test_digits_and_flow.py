@@ -5,12 +5,12 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-import make_tiny_wan
 import numpy as np
 import pytest
 import torch
 
 from dist_layerlr.errors import ConfigError, ModelSourceError
+from launch import make_tiny_wan
 from launch.trainer.data import open_dataset
 from launch.trainer.data.digits import DIGIT_WORDS, PATHS, SCAN, MovingDigits
 from launch.trainer.families import FAMILIES, get_family

@@ -13,9 +13,9 @@ from typing import Any
 
 import pytest
 import torch
-import train
 
 from dist_layerlr.errors import ConfigError
+from launch import train
 from launch.trainer.metrics import MetricsFile
 from launch.trainer.outputs import _check_finite, open_output_dir
 from launch.trainer.runtime import Diverged

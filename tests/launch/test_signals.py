@@ -15,9 +15,9 @@ from typing import Any
 
 import psutil
 import pytest
-import train
 from safetensors import safe_open
 
+from launch import train
 from ranks import run_ranks
 
 ROOT = Path(__file__).resolve().parent.parent.parent
