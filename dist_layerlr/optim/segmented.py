@@ -200,7 +200,7 @@ class Segmented(Optimizer):
 
 
 def _base_lr(plan: Plan) -> float:
-    """The outer group's rate: what schedulers and logs show. Never 0, since factors are its ratio."""
+    """The outer group's rate, which schedulers and logs show. Never 0: factors are ratios to it."""
     settings = plan.config.per_layer_lr
     chosen = settings.default_lr if settings.enabled else plan.config.flat_lr
     return chosen or max((group.lr for group in plan.groups), default=1.0) or 1.0
