@@ -43,7 +43,7 @@ class Adversary:
         self._lock = threading.RLock()
         self._clock: Any = None
         if device == "sim":
-            import sim_device
+            from tests.support import sim_device
 
             self._clock = sim_device.Clock
 

@@ -18,7 +18,7 @@ from pathlib import Path
 from dist_layerlr import build_plan
 from dist_layerlr.plan.entries import Plan
 
-FOLDER = Path(__file__).parent / "census"
+FOLDER = Path(__file__).parent.parent / "census"
 UNETS = ("sd15", "sdxl")
 """Models whose depth is one ordered stack: their block and count are the trunk columns."""
 

@@ -32,7 +32,8 @@ from dist_layerlr import attach, bind, clip_grad_norm, plan_model
 from dist_layerlr.optim import check_ds_config
 from dist_layerlr.plan import canonical_name
 from dist_layerlr.sharders.model import unwrap
-from parity import GLOBAL_BATCH, Block, Frozen, Recipe, Weights
+from tests.support.parity import GLOBAL_BATCH, Recipe, Weights
+from tests.support.toys import Frozen, TwoNormBlock
 
 bf16_optimizer.see_memory_usage = lambda *_, **__: None  # collects garbage for every group
 Wrap = Callable[[Any], Any]
@@ -45,7 +46,7 @@ def fsdp1(
         model,
         use_orig_params=not flat,
         sharding_strategy=ShardingStrategy[strategy],
-        auto_wrap_policy=more.pop("policy", ModuleWrapPolicy({Block, Frozen})),
+        auto_wrap_policy=more.pop("policy", ModuleWrapPolicy({TwoNormBlock, Frozen})),
         device_id=torch.device("cpu"),
         **more,
     )

@@ -12,83 +12,11 @@ from peft import LoraConfig, inject_adapter_in_model
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-WIDTH, HIDDEN, BLOCKS = 12, 20, 6
+from tests.support.toys import Block, Toy
+
+BLOCKS = 6
 MIN_NUMEL = 100
 """Streams the toys' weight matrices; biases, norms and rank-2 adapters are smaller."""
-
-
-@dataclass
-class State:
-    """What the dataclass blocks pass on."""
-
-    x: Tensor
-
-
-class Attention(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.to_q = nn.Linear(WIDTH, WIDTH)
-        self.to_k = nn.Linear(WIDTH, WIDTH, bias=False)
-        self.to_out = nn.Linear(WIDTH, WIDTH)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.to_out(torch.tanh(self.to_q(x)) * torch.sigmoid(self.to_k(x)))
-
-
-class Block(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.norm = nn.LayerNorm(WIDTH)
-        self.attn = Attention()
-        self.mlp = nn.Sequential(nn.Linear(WIDTH, HIDDEN), nn.GELU(), nn.Linear(HIDDEN, WIDTH))
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = x + self.attn(self.norm(x))
-        return x + self.mlp(x)
-
-
-class KeywordBlock(Block):
-    def forward(self, *, hidden_states: Tensor) -> Tensor:  # type: ignore[override]
-        return super().forward(hidden_states)
-
-
-class DataclassBlock(Block):
-    def forward(self, state: State) -> State:  # type: ignore[override]
-        return State(super().forward(state.x))
-
-
-class InnerCheckpointBlock(Block):
-    """Checkpoints a part of itself, so that recomputation does not call the block."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        return checkpoint(super().forward, x, use_reentrant=False)
-
-
-class Toy(nn.Module):
-    """Six blocks; ``reentrant`` None: no checkpointing."""
-
-    def __init__(self, block: type[Block] = Block, reentrant: bool | None = None):
-        super().__init__()
-        self.emb = nn.Linear(7, WIDTH)
-        self.blocks = nn.ModuleList([block() for _ in range(BLOCKS)])
-        self.head = nn.Linear(WIDTH, 3)
-        self.reentrant = reentrant
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = self.emb(x)
-        for block in self.blocks:
-            x = self.call(block, x)
-        return self.head(x)
-
-    def call(self, block: nn.Module, x: Tensor) -> Tensor:
-        def run(x: Tensor) -> Tensor:
-            if isinstance(block, KeywordBlock):
-                return block(hidden_states=x)
-            return block(State(x)).x if isinstance(block, DataclassBlock) else block(x)
-
-        return (
-            run(x) if self.reentrant is None else checkpoint(run, x, use_reentrant=self.reentrant)
-        )
 
 
 def toy_batch(step: int) -> dict[str, Tensor]:
@@ -98,7 +26,7 @@ def toy_batch(step: int) -> dict[str, Tensor]:
 
 def toy(block: type[Block] = Block, reentrant: bool | None = None) -> nn.Module:
     torch.manual_seed(0)
-    return Toy(block, reentrant)
+    return Toy(BLOCKS, block, reentrant)
 
 
 def wan(reentrant: bool | None = None) -> nn.Module:

@@ -9,26 +9,27 @@ from __future__ import annotations
 import multiprocessing as mp
 import os
 import signal
-import traceback
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 
+from tests.support.cases import attempt
+
 DEVICES = ("cpu", "sim", "cuda")
 DEADLINE_S = 120.0
-Outcome = tuple[str, str]
-"""("passed" | "failed" | "skipped", text)."""
 
 
-def in_fork(body: Callable[[], Any], device: str) -> Outcome:
-    """Run ``body`` in a forked process on which ``device`` exists."""
+def in_fork(body: Callable[[], Any], device: str) -> tuple[str, str]:
+    """Run ``body`` in a forked process on which ``device`` exists; return (kind, text)."""
     receive, send = mp.Pipe(duplex=False)
     child = os.fork()
     if child == 0:
         receive.close()
-        send.send(_attempt(body, device))
+        outcome = attempt(_body, body, device)
+        # What a body returns stays here: it may hold tensors, whose storages are not sent.
+        send.send((outcome.kind, outcome.text))
         os._exit(0)
     send.close()
     try:
@@ -42,16 +43,10 @@ def in_fork(body: Callable[[], Any], device: str) -> Outcome:
         os.waitpid(child, 0)
 
 
-def _attempt(body: Callable[[], Any], device: str) -> Outcome:
-    try:
-        torch.manual_seed(0)
-        if device == "sim":
-            import sim_device  # noqa: F401
-        if device == "cuda" and not torch.cuda.is_available():
-            return "skipped", "no CUDA device"
-        body()
-    except pytest.skip.Exception as reason:
-        return "skipped", str(reason)
-    except BaseException:
-        return "failed", traceback.format_exc()
-    return "passed", ""
+def _body(body: Callable[[], Any], device: str) -> None:
+    torch.manual_seed(0)
+    if device == "sim":
+        from tests.support import sim_device  # noqa: F401  registers the device
+    if device == "cuda" and not torch.cuda.is_available():
+        pytest.skip("no CUDA device")
+    body()

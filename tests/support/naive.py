@@ -1,25 +1,18 @@
-"""A small transformer, the groups a user would write for it by hand, and many cases in one set of
-ranks."""
+"""The groups that a user would write by hand for `toys.Toy`, and what its training really did."""
 
 from __future__ import annotations
 
-import tempfile
-import traceback
-from collections.abc import Callable, Iterable
-from datetime import timedelta
-from pathlib import Path
-from typing import Any, NamedTuple
+from collections.abc import Iterable
+from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
 
-from ranks import run_ranks
+from dist_layerlr import Plan, attach, plan_model
+from tests.support.toys import Toy
 
-# Odd on purpose: no size divides by two ranks.
-WIDTH, HIDDEN, BLOCKS = 19, 37, 3
 RATES = {"self_attn": 4e-3, "ffn": 1e-3, "default": 3e-4}
 BLOCK = {
     "enabled": True,
@@ -28,51 +21,13 @@ BLOCK = {
     "depth_strategy": "flat",
     "unmatched": "default",
 }
-DEADLINE_S = 300.0  # for all cases of a file; they need 20 on idle cores
 CONFIG = {"per_layer_lr": BLOCK}
 """The same three rates that `naive_groups` gives to an unwrapped model."""
 
 
-class Attention(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.to_q = nn.Linear(WIDTH, WIDTH)
-        self.to_k = nn.Linear(WIDTH, WIDTH, bias=False)
-        self.to_out = nn.Linear(WIDTH, WIDTH)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.to_out(torch.tanh(self.to_q(x)) * torch.sigmoid(self.to_k(x)))
-
-
-class Block(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.norm = nn.LayerNorm(WIDTH)
-        self.attn = Attention()
-        self.mlp = nn.Sequential(nn.Linear(WIDTH, HIDDEN), nn.GELU(), nn.Linear(HIDDEN, WIDTH))
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        x = x + self.attn(self.norm(x))
-        return x + self.mlp(x)
-
-
-class Model(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.emb = nn.Linear(7, WIDTH)
-        self.blocks = nn.ModuleList([Block() for _ in range(BLOCKS)])
-        self.head = nn.Linear(WIDTH, 3)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        x = self.emb(x)
-        for block in self.blocks:
-            x = block(x)
-        return self.head(x)
-
-
-def make_model() -> Model:
+def make_model(blocks: int = 3) -> Toy:
     torch.manual_seed(0)
-    return Model()
+    return Toy(blocks)
 
 
 def config(**changes: Any) -> dict[str, Any]:
@@ -178,111 +133,12 @@ def farthest(a: Weights, b: Weights) -> float:
     return max(movement(a, b).values())
 
 
-class At(NamedTuple):
-    """Where a case runs."""
-
-    rank: int
-    world_size: int
-    folder: Path
-    """Empty, the same on all ranks."""
+def step_on_filled_grads(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    fill_grads(model)
+    optimizer.step()
+    optimizer.zero_grad()
 
 
-Body = Callable[[At], None]
-Outcome = tuple[str, str]
-"""("passed" | "failed" | "skipped" | "not run", text)."""
-
-
-class Outcomes:
-    """What became of each case on each rank."""
-
-    def __init__(self, by_rank: list[dict[str, Outcome]]):
-        self._by_rank = by_rank
-
-    def settle(self, name: str) -> None:
-        """Fail or skip as the ranks did."""
-        found = [(rank, *outcomes[name]) for rank, outcomes in enumerate(self._by_rank)]
-        for rank, kind, text in found:
-            if kind in ("failed", "not run"):
-                pytest.fail(f"{kind} on rank {rank}\n{text}", pytrace=False)
-        for _, kind, text in found:
-            if kind == "skipped":
-                pytest.skip(text)
-
-
-class Cases:
-    """Functions that become one test each, but run in one set of ranks.
-
-    >>> cases = Cases()
-    >>> @cases
-    ... def test_that_something_holds(at: At) -> None: ...
-    >>> @pytest.fixture(scope="module")
-    ... def outcomes(request): return cases.run(request)
-    """
-
-    def __init__(self, world_size: int = 2, before: Callable[[], None] | None = None):
-        self._world_size = world_size
-        self._before = before
-        self._bodies: dict[str, Body] = {}
-
-    def __call__(self, body: Body) -> Callable[[Outcomes], None]:
-        """Register a body, and return the test that reports it."""
-        name = body.__name__
-        self._bodies[name] = body
-
-        def test(outcomes: Outcomes) -> None:
-            outcomes.settle(name)
-
-        test.__name__ = test.__qualname__ = name
-        test.__module__ = body.__module__
-        return test
-
-    def run(self, request: pytest.FixtureRequest) -> Outcomes:
-        """Run the selected cases on fresh ranks."""
-        chosen = {
-            item.name
-            for item in request.session.items
-            if getattr(item, "module", None) is request.module
-        }
-        names = [name for name in self._bodies if name in chosen]
-        with tempfile.TemporaryDirectory() as folder:
-            return Outcomes(
-                run_ranks(self._on_rank, self._world_size, names, folder, deadline_s=DEADLINE_S)
-            )
-
-    def _on_rank(
-        self, rank: int, world_size: int, names: list[str], folder: str
-    ) -> dict[str, Outcome]:
-        if self._before is not None:
-            self._before()
-        outcomes: dict[str, Outcome] = {}
-        for name in names:
-            at = At(rank, world_size, Path(folder) / name)
-            at.folder.mkdir(exist_ok=True)
-            outcomes[name] = _attempt(self._bodies[name], at)
-            if not _together(name, at, outcomes[name][0]):
-                gone = ("not run", f"the ranks parted in {name}")
-                return {**{n: gone for n in names}, **outcomes}
-        return outcomes
-
-
-def _attempt(body: Body, at: At) -> Outcome:
-    try:
-        body(at)
-    except pytest.skip.Exception as reason:
-        return "skipped", str(reason)
-    except BaseException:
-        return "failed", traceback.format_exc()
-    return "passed", ""
-
-
-def _together(name: str, at: At, kind: str) -> bool:
-    """Whether all ranks ended this case alike; if not, their next collectives would not fit
-    together."""
-    store = dist.distributed_c10d._get_default_store()
-    store.set(f"case/{name}/{at.rank}", kind)
-    keys = [f"case/{name}/{rank}" for rank in range(at.world_size)]
-    try:
-        store.wait(keys, timedelta(seconds=15))
-    except RuntimeError:  # the other rank waits in a collective of this case, or is gone
-        return False
-    return len({store.get(key) for key in keys}) == 1
+def planned(model: nn.Module, rule: Any = CONFIG) -> tuple[Plan, torch.optim.Optimizer]:
+    plan = plan_model(model, rule)
+    return plan, attach(plan, model, adamw)

@@ -8,13 +8,10 @@ hand here.
 from __future__ import annotations
 
 import functools
-import gc
 import re
-import traceback
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
-from datetime import timedelta
 from typing import Any, NamedTuple, Protocol
 
 import peft
@@ -26,9 +23,10 @@ from torch import nn
 
 from dist_layerlr import Plan, PlanSchedule, Schedule, verify
 from dist_layerlr.optim import check_scheduler, read_back
-from ranks import run_ranks
+from tests.support.cases import At, Outcomes, items_of, run_bodies
+from tests.support.toys import Transformer
 
-WIDTH, HIDDEN, STEPS, GLOBAL_BATCH = 19, 37, 5, 8
+STEPS, GLOBAL_BATCH = 5, 8
 RATES = {"self_attn": 4e-3, "ffn": 1e-3, "norm": 2e-3, "default": 3e-4}
 DEPTH = (1.0, 0.75, 0.5)
 LORA_PLUS, DECAY = 4.0, 0.1
@@ -46,53 +44,6 @@ ADAMW, SGD, LORA = 5e-6, 1e-7, 1e-5
 """Largest difference of any element of any parameter after 5 steps that counts as the same
 training, fp32."""
 Weights = dict[str, torch.Tensor]
-
-
-class Attention(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.to_q = nn.Linear(WIDTH, WIDTH)
-        self.to_k = nn.Linear(WIDTH, WIDTH, bias=False)
-        self.to_out = nn.Linear(WIDTH, WIDTH)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.to_out(torch.tanh(self.to_q(x)) * torch.sigmoid(self.to_k(x)))
-
-
-class Block(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.norm1, self.norm2 = nn.LayerNorm(WIDTH), nn.LayerNorm(WIDTH)
-        self.attn1 = Attention()
-        self.ffn = nn.Sequential(nn.Linear(WIDTH, HIDDEN), nn.GELU(), nn.Linear(HIDDEN, WIDTH))
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        x = x + self.attn1(self.norm1(x))
-        return x + self.ffn(self.norm2(x))
-
-
-class Frozen(nn.Linear):
-    """A class of its own, so that FSDP1 can flatten it alone."""
-
-
-class Transformer(nn.Module):
-    """No size divides by two ranks; ``gate`` leaves all but one rank without a shard."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.patch = nn.Linear(7, WIDTH)
-        self.still = Frozen(WIDTH, WIDTH).requires_grad_(False)
-        self.tie_a, self.tie_b = nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, WIDTH)
-        self.tie_b.weight = self.tie_a.weight
-        self.gate = nn.Parameter(torch.full((1,), 0.3))
-        self.blocks = nn.ModuleList([Block() for _ in DEPTH])
-        self.last = nn.Linear(WIDTH, 3)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        x = self.tie_b(torch.tanh(self.tie_a(self.still(self.patch(x)))))
-        for block in self.blocks:
-            x = block(x)
-        return self.last(x * self.gate)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -320,69 +271,29 @@ class Case(NamedTuple):
     def id(self) -> str:
         return f"{self.name}, {self.ranks} rank{'s' if self.ranks > 1 else ''}"
 
-
-Outcome = Measured | str
-"""A measurement, or the traceback."""
+    def body(self, at: At) -> Measured:
+        return self.run()
 
 
 def run_cases(
     cases: list[Case], request: pytest.FixtureRequest, before: Callable[[], None] | None = None
-) -> dict[str, list[Outcome]]:
-    """{id: outcome by rank} of the selected cases: one set of ranks for each number of ranks."""
-    items = [
-        i
-        for i in request.session.items
-        if isinstance(i, pytest.Function) and i.module is request.module
-    ]
+) -> dict[int, Outcomes]:
+    """{number of ranks: outcomes} of the selected cases, one set of ranks for each number."""
     chosen = {
-        i.callspec.params["case"].id
-        for i in items
-        if hasattr(i, "callspec") and "case" in i.callspec.params
+        item.callspec.params["case"].id
+        for item in items_of(request)
+        if hasattr(item, "callspec") and "case" in item.callspec.params
     }
-    outcomes: dict[str, list[Outcome]] = {}
+    outcomes: dict[int, Outcomes] = {}
     for ranks in sorted({case.ranks for case in cases if case.id in chosen}):
-        mine = [case for case in cases if case.ranks == ranks and case.id in chosen]
-        by_rank = run_ranks(_on_rank, ranks, mine, before, deadline_s=300.0)
-        outcomes.update({case.id: [found[case.id] for found in by_rank] for case in mine})
+        mine = {c.id: c.body for c in cases if c.ranks == ranks and c.id in chosen}
+        outcomes[ranks] = run_bodies(mine, ranks, before)
     return outcomes
 
 
-def _on_rank(
-    rank: int, world_size: int, cases: list[Case], before: Callable[[], None] | None
-) -> dict[str, Outcome]:
-    gc.freeze()  # DeepSpeed collects garbage often, and the parent's imports are most of the heap
-    if before is not None:
-        before()
-    outcomes: dict[str, Outcome] = {}
-    for case in cases:
-        try:
-            outcomes[case.id] = case.run()
-        except Exception:
-            outcomes[case.id] = traceback.format_exc()
-        if not _together(case.id, isinstance(outcomes[case.id], Measured)):
-            rest = {c.id: f"not run: the ranks parted in {case.id!r}" for c in cases}
-            return {**rest, **outcomes}
-    return outcomes
-
-
-def _together(name: str, good: bool) -> bool:
-    """Whether all ranks ended a case alike; if not, their next collectives would not fit
-    together."""
-    store = dist.distributed_c10d._get_default_store()
-    store.set(f"{name}/{dist.get_rank()}", str(good))
-    keys = [f"{name}/{rank}" for rank in range(dist.get_world_size())]
-    try:
-        store.wait(keys, timedelta(seconds=15))
-    except RuntimeError:
-        return False
-    return len({store.get(key) for key in keys}) == 1
-
-
-def check(case: Case, outcomes: list[Outcome]) -> None:
+def check(case: Case, outcomes: dict[int, Outcomes]) -> None:
     """All ranks measured alike, and below the bar."""
-    for rank, outcome in enumerate(outcomes):
-        if not isinstance(outcome, Measured):
-            pytest.fail(f"{case.id}: rank {rank}\n{outcome}", pytrace=False)
+    for rank, outcome in enumerate(outcomes[case.ranks].settle(case.id)):
         text = (
             f"{case.id}: {outcome.worst:.2e} at {outcome.name} (moved {outcome.moved:.1e}, bar"
             f" {outcome.bar:.1e})"

@@ -9,11 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from adversary import Adversary
 from dist_layerlr.offload import Handle, StreamPolicy
 from dist_layerlr.offload.device import Backend, Cuda
 from dist_layerlr.offload.streaming import stream_on
-from models import FAMILIES, MIN_NUMEL, add_lora
+from tests.support.adversary import Adversary
+from tests.support.families import FAMILIES, MIN_NUMEL, add_lora
 
 STEPS = 3
 RATES = (4e-3, 3e-3, 2e-3, 1e-3, 7e-4, 5e-4, 3e-4)

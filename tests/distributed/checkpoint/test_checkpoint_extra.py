@@ -23,7 +23,7 @@ from dist_layerlr import (
     save_checkpoint,
 )
 from dist_layerlr.errors import CheckpointError
-from ranks import run_ranks
+from tests.support.ranks import run_ranks
 
 Make = Callable[[torch.optim.Optimizer], Any]
 SCHEDULERS: dict[str, Make] = {

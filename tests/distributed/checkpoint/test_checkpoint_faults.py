@@ -23,9 +23,9 @@ from dist_layerlr.checkpoint.rng import read_rng
 from dist_layerlr.errors import CheckpointError, ConfigError
 from dist_layerlr.optim import optimizer_state
 from dist_layerlr.sharders import sharder_of
-from drivers import Native, fsdp1, fsdp1_flat, fsdp2
-from parity import Recipe, micro_batches
-from ranks import run_ranks
+from tests.support.drivers import Native, fsdp1, fsdp1_flat, fsdp2
+from tests.support.parity import Recipe, micro_batches
+from tests.support.ranks import run_ranks
 
 TOLD = r"is damaged or incomplete: .*, at (weight|optim|rng)\."
 

@@ -19,8 +19,8 @@ from dist_layerlr import PlanSchedule, Schedule, load_checkpoint, save_checkpoin
 from dist_layerlr.checkpoint import folders
 from dist_layerlr.checkpoint.manifest import read_manifest, read_sealed
 from dist_layerlr.checkpoint.storage import INDEX, broken, read_index
-from drivers import Native, fsdp2
-from parity import Recipe, Weights, micro_batches
+from tests.support.drivers import Native, fsdp2
+from tests.support.parity import Recipe, Weights, micro_batches
 
 RANKS, KEEP = 2, 2
 LONGEST_S = 0.5

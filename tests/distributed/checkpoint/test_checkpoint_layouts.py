@@ -23,9 +23,9 @@ from torch.nn.parallel import DistributedDataParallel as DDP
 
 from dist_layerlr import PlanSchedule, Schedule, load_checkpoint, save_checkpoint
 from dist_layerlr.optim import optimizer_state
-from drivers import SHARDERS, Native, Zero, fsdp1, fsdp2, start_deepspeed
-from parity import Driver, Recipe, Weights, micro_batches
-from ranks import run_ranks
+from tests.support.drivers import SHARDERS, Native, Zero, fsdp1, fsdp2, start_deepspeed
+from tests.support.parity import Driver, Recipe, Weights, micro_batches
+from tests.support.ranks import run_ranks
 
 HALF, SOON, WHOLE = 5, 6, 10
 """Steps done at the save, where the default run compares layouts, and in the end."""

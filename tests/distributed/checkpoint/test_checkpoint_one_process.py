@@ -16,7 +16,7 @@ from torch import nn
 from dist_layerlr import Plan, attach, load_checkpoint, plan_model, save_checkpoint
 from dist_layerlr.checkpoint import folders
 from dist_layerlr.errors import CheckpointError, ConfigError, PlanMismatch
-from ranks import run_ranks
+from tests.support.ranks import run_ranks
 
 
 @dataclass

@@ -18,19 +18,19 @@ from accelerate.utils import DistributedType
 from dist_layerlr import PlanMismatch, attach, bind, plan_model
 from dist_layerlr.optim import check_sharding
 from dist_layerlr.plan import canonical_name
-from drivers import Native, ds_config, fsdp1, fsdp1_flat, start_deepspeed, whole
-from parity import (
+from tests.support.cases import Outcome
+from tests.support.drivers import Native, ds_config, fsdp1, fsdp1_flat, start_deepspeed, whole
+from tests.support.parity import (
     GLOBAL_BATCH,
-    Block,
     Case,
     Measured,
-    Outcome,
     Recipe,
     Weights,
     check,
     measure,
     run_cases,
 )
+from tests.support.toys import Block
 
 SHARED = (AcceleratorState._shared_state, PartialState._shared_state)
 

@@ -19,18 +19,18 @@ from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecision, MixedPrecis
 from torch.distributed.fsdp import FullyShardedDataParallel as FSDP
 from torch.distributed.fsdp.wrap import CustomPolicy, ModuleWrapPolicy
 
-from drivers import SHARDERS, Native, Wrap, fsdp1, fsdp1_flat, fsdp2
-from parity import (
+from tests.support.cases import Outcome
+from tests.support.drivers import SHARDERS, Native, Wrap, fsdp1, fsdp1_flat, fsdp2
+from tests.support.parity import (
     Case,
-    Frozen,
     Measured,
-    Outcome,
     Recipe,
     check,
     measure,
     no_worse_than_flat,
     run_cases,
 )
+from tests.support.toys import Frozen
 
 
 def fsdp1_hybrid(model: nn.Module, *, flat: bool) -> FSDP:

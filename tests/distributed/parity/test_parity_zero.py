@@ -8,8 +8,17 @@ from typing import Any
 
 import pytest
 
-from drivers import Zero, start_deepspeed
-from parity import Case, Measured, Outcome, Recipe, check, measure, no_worse_than_flat, run_cases
+from tests.support.cases import Outcome
+from tests.support.drivers import Zero, start_deepspeed
+from tests.support.parity import (
+    Case,
+    Measured,
+    Recipe,
+    check,
+    measure,
+    no_worse_than_flat,
+    run_cases,
+)
 
 STAGES = (0, 1, 2, 3)
 CPU = {"device": "cpu"}

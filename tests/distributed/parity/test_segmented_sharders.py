@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from ranks import run_ranks
+from tests.support.ranks import run_ranks
 
 STEPS = 20
 NATIVE = ("ddp", "fsdp1", "fsdp1 flat", "fsdp2")

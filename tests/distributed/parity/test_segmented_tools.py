@@ -22,8 +22,10 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
 import dist_layerlr as dl
-from drivers import need_cpu_adam, start_deepspeed
-from toy import CONFIG, At, Block, Cases, Outcomes, backward, farthest, make_model
+from tests.support.cases import At, Cases, Outcomes
+from tests.support.drivers import need_cpu_adam, start_deepspeed
+from tests.support.naive import CONFIG, backward, farthest, make_model
+from tests.support.toys import Block
 
 STEPS = 3
 cases = Cases(before=start_deepspeed)
@@ -186,7 +188,7 @@ def engine(
 def drive(made: Any, rank: int, steps: range) -> None:
     import torch.nn.functional as F
 
-    from toy import batch
+    from tests.support.naive import batch
 
     for step in steps:
         x, y = batch(step, rank)

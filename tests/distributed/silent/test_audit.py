@@ -18,9 +18,18 @@ from torch.distributed.tensor import DTensor
 from dist_layerlr import Plan, PlanMismatch, plan_model, verify
 from dist_layerlr.optim import read_back
 from dist_layerlr.sharders import sharder_of
-from drivers import SHARDERS, Native, Zero, ds_config, fsdp1, fsdp1_flat, fsdp2, start_deepspeed
-from parity import Recipe
-from toy import At, Cases, Outcomes
+from tests.support.cases import At, Cases, Outcomes
+from tests.support.drivers import (
+    SHARDERS,
+    Native,
+    Zero,
+    ds_config,
+    fsdp1,
+    fsdp1_flat,
+    fsdp2,
+    start_deepspeed,
+)
+from tests.support.parity import Recipe
 
 cases = Cases(before=start_deepspeed)
 RECIPE = Recipe()

@@ -15,9 +15,9 @@ from torch import nn
 
 import dist_layerlr
 from dist_layerlr import PlanMismatch, effect_check, plan_model
-from drivers import SHARDERS, Native, Zero, fsdp2, start_deepspeed
-from parity import Recipe, batch, micro_batches
-from toy import At, Cases, Outcomes
+from tests.support.cases import At, Cases, Outcomes
+from tests.support.drivers import SHARDERS, Native, Zero, fsdp2, start_deepspeed
+from tests.support.parity import Recipe, batch, micro_batches
 
 cases = Cases(before=start_deepspeed)
 FACTOR = 0.5

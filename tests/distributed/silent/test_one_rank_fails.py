@@ -14,9 +14,9 @@ import torch.distributed as dist
 import dist_layerlr
 from dist_layerlr.errors import ConfigError, LayerLRError, PlanMismatch
 from dist_layerlr.sharders.plain import PlainSharder
-from drivers import SHARDERS, Native, Zero, fsdp2, start_deepspeed
-from parity import LAYERED, Recipe
-from toy import At, Cases, Outcomes
+from tests.support.cases import At, Cases, Outcomes
+from tests.support.drivers import SHARDERS, Native, Zero, fsdp2, start_deepspeed
+from tests.support.parity import LAYERED, Recipe
 
 SOON_S = 30.0
 cases = Cases(before=start_deepspeed)

@@ -25,13 +25,10 @@ from torch.nn.parallel import DistributedDataParallel as DDP
 
 import dist_layerlr
 from dist_layerlr.errors import ConfigError, PlanMismatch
-from toy import (
+from tests.support.cases import At, Cases, Outcomes
+from tests.support.naive import (
     CONFIG,
     RATES,
-    At,
-    Block,
-    Cases,
-    Outcomes,
     adamw,
     backward,
     batch,
@@ -39,6 +36,7 @@ from toy import (
     make_model,
     naive_groups,
 )
+from tests.support.toys import Block
 
 
 def quiet() -> None:

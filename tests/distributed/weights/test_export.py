@@ -31,9 +31,9 @@ from dist_layerlr.cli import main
 from dist_layerlr.export.export import choose
 from dist_layerlr.plan.entries import Plan
 from dist_layerlr.weights.gather import LiveWeights
-from drivers import ds_config, start_deepspeed
-from parity import Recipe
-from ranks import run_ranks
+from tests.support.drivers import ds_config, start_deepspeed
+from tests.support.parity import Recipe
+from tests.support.ranks import run_ranks
 
 SHARDERS = ("none", "fsdp2", "fsdp1_flat", "zero1", "zero3")
 BLOCK = {

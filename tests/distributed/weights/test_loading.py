@@ -20,9 +20,9 @@ from dist_layerlr.errors import ModelSourceError
 from dist_layerlr.sharders import materialize, partition_empty, sharder_of
 from dist_layerlr.weights import check_pretrained, load_pretrained
 from dist_layerlr.weights.tensorfile import Stored
-from drivers import SHARDERS, ds_config, fsdp2, start_deepspeed
-from parity import Recipe
-from ranks import run_ranks
+from tests.support.drivers import SHARDERS, ds_config, fsdp2, start_deepspeed
+from tests.support.parity import Recipe
+from tests.support.ranks import run_ranks
 
 BF16 = {"bf16": {"enabled": True}}
 OFFLOAD = {"zero": {"offload_param": {"device": "cpu"}, "offload_optimizer": {"device": "cpu"}}}

@@ -17,9 +17,10 @@ from torch.distributed.tensor import Shard
 
 from dist_layerlr.errors import PlanMismatch
 from dist_layerlr.sharders import sharder_of
-from drivers import SHARDERS, Native, Wrap, Zero, fsdp1, fsdp2, start_deepspeed
-from parity import Recipe, Transformer, Weights
-from ranks import run_ranks
+from tests.support.drivers import SHARDERS, Native, Wrap, Zero, fsdp1, fsdp2, start_deepspeed
+from tests.support.parity import Recipe, Weights
+from tests.support.ranks import run_ranks
+from tests.support.toys import Transformer
 
 BF16 = {"bf16": {"enabled": True}}
 OFFLOAD = {"zero": {"offload_optimizer": {"device": "cpu"}}, "zero_force_ds_cpu_optimizer": False}

@@ -18,7 +18,7 @@ import pytest
 from dist_layerlr import build_plan
 from dist_layerlr.cli import main
 from dist_layerlr.plan.read import parse_shape, read_model
-from tests import census
+from tests.support import census
 
 CONFIG = {
     "model_type": "toy",
@@ -369,7 +369,7 @@ def test_importing_the_package_and_planning_leave_torch_alone(tmp_path: Path, co
         " {'torch', 'numpy', 'deepspeed', 'accelerate', 'safetensors', 'matplotlib'} &"
         " set(sys.modules)\nassert not heavy, heavy\n"
     )
-    root = Path(__file__).resolve().parents[2]
+    root = Path(__file__).resolve().parents[3]
     ran = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True)
     assert ran.returncode == 0, ran.stderr
     assert ran.stdout.startswith("[per_layer_lr] model_type=toy")

@@ -14,7 +14,7 @@ from torch import nn
 from dist_layerlr import ConfigError
 from dist_layerlr.export.adapter_names import adapter_of, kohya_alpha, kohya_name, peft_name
 from dist_layerlr.plan import canonical_name
-from tests import census
+from tests.support import census
 
 
 class Toy(nn.Module):

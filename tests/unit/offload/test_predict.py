@@ -21,7 +21,7 @@ from dist_layerlr.offload.predict import (
     spread,
 )
 
-CENSUS = Path(__file__).resolve().parents[1] / "census"
+CENSUS = Path(__file__).resolve().parents[2] / "census"
 H200 = Machine(gb_s=50, tflops=450)
 RTX4090 = Machine(gb_s=24, tflops=100)
 RTX3090 = Machine(gb_s=24, tflops=55)

@@ -22,7 +22,7 @@ from dist_layerlr.sharders.ranges import (
     zero3_range,
 )
 
-ROOT = Path(__file__).resolve().parent.parent.parent
+ROOT = Path(__file__).resolve().parents[3]
 SHAPES = [(1,), (2,), (5,), (8,), (1, 7), (3, 4), (7, 2, 3), (16, 1), (9, 5)]
 WORLDS = [1, 2, 3, 4, 5, 8, 13]
 FLATS = [[1], [5], [3, 4], [1, 1, 1], [7, 2, 11], [16, 16], [13, 1, 1, 29, 2], [2, 60, 3]]

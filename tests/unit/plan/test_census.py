@@ -6,7 +6,7 @@ from __future__ import annotations
 import pytest
 
 from dist_layerlr import build_plan
-from tests import census
+from tests.support import census
 
 RFDETR = {
     "learning_rate": 1e-4,

@@ -11,9 +11,9 @@ import pytest
 from dist_layerlr import build_plan
 from dist_layerlr.plan import load_config
 from dist_layerlr.plan.presets import PRESETS
-from tests import census
+from tests.support import census
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[3]
 SEED = json.loads((ROOT / "tests" / "seed_examples.json").read_text())
 SHIPPED = sorted(path.name for path in (ROOT / "launch" / "configs").glob("*.json"))
 MODELS = {

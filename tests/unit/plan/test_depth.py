@@ -9,7 +9,7 @@ import pytest
 
 from dist_layerlr import build_plan, register_depth
 from dist_layerlr.plan.depth import DEPTH_FUNCTIONS, DepthSettings, depth_factor
-from tests import census
+from tests.support import census
 
 EXACT = 1e-12
 

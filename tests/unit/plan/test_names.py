@@ -12,7 +12,7 @@ from dist_layerlr.errors import ModelSourceError
 from dist_layerlr.plan import canonical_name
 from dist_layerlr.plan.names import module_index, natural_key, parse, strip_common_module
 from dist_layerlr.plan.patterns import compile_pattern
-from tests import census
+from tests.support import census
 
 CONFIG = census.CONFIG
 

@@ -10,7 +10,7 @@ from functools import cache
 import pytest
 
 from dist_layerlr.plan.entries import PlanEntry
-from tests import census
+from tests.support import census
 
 FILES = [
     file for file in census.files() if not file.endswith(".kohya")
