@@ -26,7 +26,7 @@ from launch.trainer.loop import sample_index
 from launch.trainer.options import load_options
 from launch.trainer.runtime import Runtime, check_launch, is_shared
 from launch.trainer.weights import empty_model
-from ranks import run_ranks
+from tests.support.ranks import run_ranks
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 Config = dict[str, Any]

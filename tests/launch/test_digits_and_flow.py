@@ -16,7 +16,7 @@ from launch.trainer.data.digits import DIGIT_WORDS, PATHS, SCAN, MovingDigits
 from launch.trainer.families import FAMILIES, get_family
 from launch.trainer.objectives.flow import euler_sigmas, make_flow_batch, mix_seed, sample
 from launch.trainer.samples import _short, draw_samples
-from ranks import run_ranks
+from tests.support.ranks import run_ranks
 
 TINY = [
     "--layers",

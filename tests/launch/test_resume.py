@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 
 from dist_layerlr.checkpoint.manifest import read_manifest
 from launch import train
-from ranks import run_ranks
+from tests.support.ranks import run_ranks
 
 FINAL = Path("final/diffusion_pytorch_model.safetensors")
 Call = list[str]

@@ -18,7 +18,7 @@ import pytest
 from safetensors import safe_open
 
 from launch import train
-from ranks import run_ranks
+from tests.support.ranks import run_ranks
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 TRAIN = str(ROOT / "launch" / "train.py")

@@ -28,7 +28,7 @@ from launch.trainer.metrics import MetricsFile
 from launch.trainer.options import RunOptions, load_options
 from launch.trainer.runtime import Runtime
 from launch.trainer.weights import empty_model
-from ranks import run_ranks
+from tests.support.ranks import run_ranks
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 BLOCKS, WINDOW = 6, 2
