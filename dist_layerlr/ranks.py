@@ -65,9 +65,7 @@ def world_size() -> int:
 
 
 def transport_device() -> torch.device:
-    """Where a tensor must be for the default group to send it: NCCL alone takes only its own
-    device.
-    """
+    """Where a tensor must be to travel by the default group: NCCL takes its own device only."""
     if not in_group() or "cpu" in dist.get_backend_config():
         return torch.device("cpu")
     return torch.device("cuda", torch.cuda.current_device())
@@ -115,6 +113,7 @@ def _attempt(work: Callable[[], Result]) -> tuple[Result | None, LayerLRError | 
         return None, error
     except Exception as error:
         failure = CheckpointError(f"Rank {rank()}: {type(error).__name__}: {error}")
+        # Only the message travels to other ranks; this rank's own log shows the traceback.
         failure.__cause__ = error
         return None, failure
 
@@ -142,6 +141,7 @@ def together(digest: str) -> Iterator[list[Problem]]:
     except Exception as error:
         failure = error
         problems[:] = [("error", f"{type(error).__name__}: {error}")]
+    # Every rank comes here, whatever happened to it: no other rank may wait in vain.
     heard = everyone((digest, len(problems), problems[:SHOWN]))
     if failure is not None and all(h == heard[0] for h in heard):
         raise failure

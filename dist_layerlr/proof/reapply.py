@@ -1,6 +1,4 @@
-"""After a load: the plan's rates go back on by name, and a checkpoint of another layout is refused
-before it is read.
-"""
+"""After a load: put the plan's rates back by name, and refuse checkpoints of another layout."""
 
 from __future__ import annotations
 
@@ -17,8 +15,10 @@ from dist_layerlr.sharders import Pieces, sharder_of
 
 
 def reapply(plan: Plan, model: nn.Module, optimizer: Any = None, *, factor: float = 1.0) -> None:
-    """Write the plan's lr, initial_lr and weight decay over whatever a checkpoint put into the live
-    groups. By name.
+    """Write the plan's lr, initial_lr and weight decay into the live groups, by name. Collective.
+
+    Call it after every load: a checkpoint puts the rates of its own plan there. ``factor`` is the
+    schedule's multiplier to put in force.
 
     Raises:
         PlanMismatch: on all ranks alike, when one group steps names with different planned rates.
@@ -36,13 +36,13 @@ def reapply(plan: Plan, model: nn.Module, optimizer: Any = None, *, factor: floa
                     f"{piece.name} and {first.name} share a group but have different planned rates"
                 )
                 problems.append(("layout", text))
+    # Only now, when no rank has a problem, is anything written.
     _unshare_steps(found)
     for group, entry in chosen.values():
         write_group(group, entry.lr, entry.weight_decay, factor)
     if isinstance(found.optimizer, Segmented):
-        scale_lrs(
-            found.optimizer, factor
-        )  # the outer group multiplies the inner ones at every step
+        # The outer group's multiplier is put on the inner groups again at every step.
+        scale_lrs(found.optimizer, factor)
 
 
 def _unshare_steps(found: Pieces) -> None:

@@ -1,5 +1,4 @@
-"""What a sharder answers about one model: the spans of named parameters that this rank holds, and
-what steps them.
+"""What a sharder answers about one model: which spans of its parameters this rank holds.
 
 Rates, element counts, optimizer state and observed updates all follow from these answers, the same
 way for every sharder. A sharder is bound to a model and knows no optimizer of this project:
@@ -161,9 +160,7 @@ class Sharder(ABC):
 
     @abstractmethod
     def weights(self) -> list[Weight]:
-        """List what this rank holds of every parameter, frozen ones included, and of every
-        persistent buffer.
-        """
+        """List what this rank holds of every parameter and every persistent buffer."""
 
     def true_weights(self) -> list[Weight]:
         """``weights``, with fp32 masters in place of what is made from them.
@@ -173,20 +170,21 @@ class Sharder(ABC):
         return self.weights()
 
     def refresh(self, optimizer: Any = None) -> None:  # noqa: B027 - most sharders keep no copies
-        """Bring every copy that the sharder keeps in line with the weights, and with the masters
-        where it has them.
+        """Bring the copies that the sharder keeps in line with the weights, or with its masters.
 
         Collective. Call it after writing into ``weights`` or ``pieces``.
         """
+
+    def reshard(self) -> None:  # noqa: B027 - most sharders never take the trained tensors away
+        """Put the tensors that an optimizer steps back where the model shows them."""
 
 
 def local(tensor: Tensor) -> Tensor:
     """This rank's part, without autograd and without DTensor dispatch afterwards."""
     if not isinstance(tensor, DTensor):
         return tensor
-    with (
-        torch.no_grad()
-    ):  # Otherwise each call records an autograd node, which takes twice the time.
+    # Outside no_grad each call records an autograd node, which takes twice the time.
+    with torch.no_grad():
         return tensor.to_local()
 
 
