@@ -6,18 +6,14 @@ import ast
 import re
 import sys
 from collections.abc import Iterator
-from importlib.metadata import packages_distributions
+from importlib.metadata import files
 from pathlib import Path
 
 import pytest
-
-if sys.version_info >= (3, 11):
-    import tomllib
-else:
-    import tomli as tomllib
+import tomli
 
 ROOT = Path(__file__).resolve().parents[2]
-PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+PROJECT = tomli.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
 FOLDERS = {
     "dist_layerlr": ("plot",),
     "launch": ("train", "plot"),
@@ -31,15 +27,15 @@ TOOLS = {"ruff", "mypy", "pre-commit"}
 """Declared to be run, not imported."""
 
 
-def normal(name: str) -> str:
-    """A distribution's name as indexes compare it."""
-    return re.sub(r"[-_.]+", "-", name).lower()
-
-
 def declared(*extras: str) -> set[str]:
+    """Names of distributions, without ranges and markers."""
     lines = [*PROJECT["dependencies"], *(line for e in extras for line in PROJECT["optional-dependencies"][e])]
-    # A requirement starts with the name; what follows is a range or a marker.
-    return {normal(re.match(r"[\w.-]+", line)[0]) for line in lines}  # type: ignore[index]
+    return {re.split(r"[^\w.-]", line)[0] for line in lines}
+
+
+def modules_of(distribution: str) -> set[str]:
+    """Top-level names that an installed distribution is imported by."""
+    return {Path(file).parts[0].removesuffix(".py") for file in files(distribution) or ()}
 
 
 def imported(tree: ast.AST) -> Iterator[str]:
@@ -63,21 +59,15 @@ def third_party(folder: str) -> set[str]:
     return names - sys.stdlib_module_names - ours() - {name for where, name in OPTIONAL if where == folder}
 
 
-DISTRIBUTIONS = {module: {normal(d) for d in names} for module, names in packages_distributions().items()}
-
-
 @pytest.mark.parametrize("folder", FOLDERS)
 def test_every_import_of_a_folder_is_declared(folder: str) -> None:
-    allowed = declared(*FOLDERS[folder])
-    # tomli is installed below Python 3.11 only, where its name is the distribution's.
-    undeclared = [m for m in third_party(folder) if not DISTRIBUTIONS.get(m, {normal(m)}) & allowed]
-    assert sorted(undeclared) == []
+    allowed = set().union(*map(modules_of, declared(*FOLDERS[folder])))
+    assert sorted(third_party(folder) - allowed) == []
 
 
 def test_every_declared_package_is_imported_or_is_a_tool() -> None:
     modules = set().union(*map(third_party, FOLDERS))
-    used = {d for module in modules for d in DISTRIBUTIONS.get(module, {normal(module)})}
-    assert sorted(declared(*PROJECT["optional-dependencies"]) - used - TOOLS) == []
+    assert [d for d in sorted(declared(*PROJECT["optional-dependencies"]) - TOOLS) if not modules_of(d) & modules] == []
 
 
 def test_the_walker_sees_imports_inside_functions_and_skips_relative_ones() -> None:
