@@ -28,9 +28,10 @@ lock() {
     <<< "$resolved" >> "$file"
 }
 
-# Each agrees with the one before it, because setuptools is in all of them.
-TRAIN=(pyproject.toml --extra train --extra plot --constraint requirements/build.txt)
+TRAIN=(pyproject.toml --extra train --extra plot)
+# setuptools is in all of them: what is installed must not move what has just built it.
+BUILT=(--constraint requirements/build.txt)
 lock build.txt --group build
-lock quickstart.txt "${TRAIN[@]}" - <<< "$TORCH"
-lock test.txt "${TRAIN[@]}" --extra dev - <<< "$TORCH"
+lock quickstart.txt "${TRAIN[@]}" "${BUILT[@]}" - <<< "$TORCH"
+lock test.txt "${TRAIN[@]}" "${BUILT[@]}" --extra dev - <<< "$TORCH"
 lock oldest.txt "${TRAIN[@]}" --extra dev --resolution lowest-direct
