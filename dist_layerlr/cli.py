@@ -223,7 +223,7 @@ def _run_export(args: argparse.Namespace) -> Output:
     import torch
 
     from dist_layerlr.export.export import export_checkpoint
-    from dist_layerlr.plan.config import read_json
+    from dist_layerlr.files import read_json
 
     dtypes = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
     files = export_checkpoint(

@@ -15,7 +15,6 @@ only what is missing.
 from __future__ import annotations
 
 import argparse
-import os
 import re
 import sys
 from collections.abc import Iterable, Sequence
@@ -30,6 +29,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from dist_layerlr.errors import ConfigError, LayerLRError, ModelSourceError
+from dist_layerlr.files import whole_file
 from launch.trainer.blame import blame
 from launch.trainer.cli import Parser, complain
 from launch.trainer.data.cached import CAPTION, LATENTS, PROMPT_EMBEDS, CachedDataset, read_header
@@ -223,17 +223,11 @@ def write_sample(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str
     Raises:
         ModelSourceError: the folder cannot be written to.
     """
-    partial = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with blame(f"{path}: cannot be written", "free space or choose another --output"):
-            save_file(
-                {field: tensor.contiguous() for field, tensor in tensors.items()},
-                partial,
-                metadata=metadata,
-            )
-            os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
+    whole = {field: tensor.contiguous() for field, tensor in tensors.items()}
+    with blame(f"{path}: cannot be written", "free space or choose another --output"):
+        # Several of these programs may fill one folder.
+        with whole_file(path, shared=True) as partial:
+            save_file(whole, partial, metadata=metadata)
 
 
 def check_written(

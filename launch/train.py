@@ -155,8 +155,8 @@ def _train_and_save(
     stop: StopFlag,
     checkpoint: Path | None,
 ) -> None:
+    from dist_layerlr.files import write_json, write_text
     from launch.trainer import outputs
-    from launch.trainer.files import write_json, write_text
     from launch.trainer.loop import Position, train
     from launch.trainer.metrics import MetricsFile
     from launch.trainer.resume import finish_saving, is_own, restore, saver

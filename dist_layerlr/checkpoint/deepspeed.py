@@ -10,9 +10,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from dist_layerlr.checkpoint.folders import write_durably
 from dist_layerlr.checkpoint.manifest import damaged
 from dist_layerlr.errors import CheckpointError
+from dist_layerlr.files import write_text
 from dist_layerlr.plan.entries import Plan
 from dist_layerlr.proof.reapply import check_manifest, manifest, reapply
 from dist_layerlr.ranks import alike, everyone
@@ -64,7 +64,7 @@ def save_deepspeed(folder: str | Path, plan: Plan, engine: Any, *, tag: str, **m
     def write() -> None:
         if engine.global_rank == 0:
             ranks[0]["files"] = _sizes(Path(folder) / tag)
-            write_durably(Path(folder) / tag / NAMES, json.dumps(ranks))
+            write_text(Path(folder) / tag / NAMES, json.dumps(ranks))
 
     alike(write)
 

@@ -7,12 +7,12 @@ like no checkpoint either.
 
 from __future__ import annotations
 
-import os
 import re
 import shutil
 from pathlib import Path
 
 from dist_layerlr.errors import CheckpointError
+from dist_layerlr.files import sync_folder, write_text
 
 MANIFEST = "checkpoint.json"
 """Its presence tells a checkpoint from a folder of checkpoints."""
@@ -48,8 +48,7 @@ def commit(hidden: Path, *, keep: int | None = None) -> Path:
     sync_folder(hidden)
     hidden.rename(final)
     sync_folder(root)
-    write_durably(root / (POINTER + ".tmp"), final.name + "\n")
-    (root / (POINTER + ".tmp")).replace(root / POINTER)
+    write_text(root / POINTER, final.name + "\n")
     sync_folder(root)
     others = [folder for folder in complete(root) if folder != final]
     replaced = [folder for folder in others if step_of(folder) == step_of(final)]
@@ -115,23 +114,6 @@ def step_of(folder: Path) -> int:
     """Optimizer step in a checkpoint's name; -1 for another name."""
     match = _NAME.fullmatch(folder.name)
     return int(match[1]) if match else -1
-
-
-def write_durably(path: Path, text: str) -> None:
-    """Write a file and wait until it is on disk."""
-    with path.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def sync_folder(folder: Path) -> None:
-    """Wait until the entries of a folder are on disk."""
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 def _free_name(root: Path, step: int) -> str:

@@ -13,8 +13,9 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from dist_layerlr.checkpoint.folders import MANIFEST, write_durably
+from dist_layerlr.checkpoint.folders import MANIFEST
 from dist_layerlr.errors import CheckpointError
+from dist_layerlr.files import write_text
 
 FORMAT = 1
 SHOWN = 5
@@ -66,7 +67,7 @@ class Manifest:
         """Write ``checkpoint.json`` to disk."""
         content = {"format": FORMAT, **asdict(self), "extra": packed(self.extra)}
         text = json.dumps({"crc32": zlib.crc32(_canonical(content)), "content": content}, indent=1)
-        write_durably(folder / MANIFEST, text + "\n")
+        write_text(folder / MANIFEST, text + "\n")
 
     def name_of(self, name: str, aliases: tuple[str, ...] = ()) -> str | None:
         """The saved name of a live parameter, which may be tied under another.

@@ -24,6 +24,7 @@ from dist_layerlr.checkpoint.live import describe, look, saved_runs
 from dist_layerlr.checkpoint.manifest import Manifest, packed, unpacked
 from dist_layerlr.checkpoint.storage import INDEX, Index, ShardWriter
 from dist_layerlr.errors import CheckpointError, ConfigError, LayerLRError
+from dist_layerlr.files import write_text
 from dist_layerlr.optim.validate import check_scheduler, torch_scheduler
 from dist_layerlr.plan.diff import PLAN_FILE
 from dist_layerlr.plan.entries import Plan
@@ -206,7 +207,7 @@ def _complete(hidden: Path, manifest: Manifest, plan: Plan, index: Index, keep: 
         )
     crcs = {}
     for name, text in ((PLAN_FILE, plan.to_json() + "\n"), (INDEX, index.to_json() + "\n")):
-        folders.write_durably(hidden / name, text)
+        write_text(hidden / name, text)
         crcs[name] = zlib.crc32(text.encode())
     manifest.with_files(crcs).write(hidden)
     folders.commit(hidden, keep=keep)

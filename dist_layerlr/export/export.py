@@ -22,10 +22,10 @@ from dist_layerlr.export import adapter_names
 from dist_layerlr.export.folder import FILE_BYTES, publish, split
 from dist_layerlr.export.saved import SavedWeights
 from dist_layerlr.plan.entries import Shape
+from dist_layerlr.plan.names import base_name
 from dist_layerlr.ranks import alike
 from dist_layerlr.sharders.model import unwrap
 from dist_layerlr.weights.gather import LiveWeights
-from dist_layerlr.weights.load import checkpoint_name
 from dist_layerlr.weights.tensorfile import Entry
 
 DIFFUSERS, TRANSFORMERS, PEFT, KOHYA = "diffusers", "transformers", "peft", "kohya"
@@ -200,7 +200,7 @@ def choose(
                 f"Cannot export adapter {adapters[0]!r} as {format} weights: use format peft or"
                 " kohya."
             )
-        names = {checkpoint_name(name): name for name in table}
+        names = {base_name(name): name for name in table}
         return Export(
             entries=_entries(names, table, dtype),
             names=names,

@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from dist_layerlr.checkpoint.folders import sync_folder, write_durably
+from dist_layerlr.files import sync_folder, write_text
 from dist_layerlr.weights.tensorfile import Entry, file_order, write
 
 FILE_BYTES = 5 * 10**9
@@ -70,7 +70,7 @@ def publish(
             **({f"{stem}.safetensors.index.json": _index(files)} if len(files) > 1 else {}),
         }
         for name, text in more.items():
-            write_durably(staging / name, text)
+            write_text(staging / name, text)
         _replace(staging, folder, stem)
     finally:
         shutil.rmtree(staging, ignore_errors=True)

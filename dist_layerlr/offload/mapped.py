@@ -12,7 +12,7 @@ from torch import Tensor
 
 from dist_layerlr.errors import OffloadError
 from dist_layerlr.offload.units import Cut
-from dist_layerlr.plan.names import canonical_name, parse
+from dist_layerlr.plan.names import base_name, canonical_name
 from dist_layerlr.plan.read import checkpoint_files
 
 _COMPARED = 256
@@ -66,8 +66,7 @@ def _index(files: str | Path | Iterable[str | Path]) -> dict[str, Path]:
 def _mapped(name: str, param: Tensor, where: dict[str, Path]) -> Tensor:
     from safetensors import safe_open
 
-    path = parse(canonical_name(name))
-    base = ".".join((*path.owner, path.leaf))
+    base = base_name(canonical_name(name))
     file = where.get(base)
     if file is None:
         raise OffloadError(

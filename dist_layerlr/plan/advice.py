@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from dist_layerlr.errors import UnmatchedParams
-from dist_layerlr.plan.components import DEFAULT, NORM
 from dist_layerlr.plan.config import Config
 from dist_layerlr.plan.entries import PlanEntry, total_numel
+from dist_layerlr.plan.name_rules import DEFAULT, NORM
 
 MATRIX_NORM_SHARE = 0.05
 """Share of elements above which norm-labelled matrices are worth a warning."""

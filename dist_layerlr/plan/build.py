@@ -10,11 +10,12 @@ from typing import Any
 
 from dist_layerlr.errors import ModelSourceError
 from dist_layerlr.plan.advice import check_plan
-from dist_layerlr.plan.components import DEFAULT, Label, ParamView, classify, has_custom_rules
+from dist_layerlr.plan.components import Label, ParamView, classify, has_custom_rules
 from dist_layerlr.plan.config import BLOCK, Config, PatternRule, PerLayerLR, Region, load_config
 from dist_layerlr.plan.depth import LAYER_DECAY, DepthSettings, depth_factor
 from dist_layerlr.plan.entries import ParamInfo, Plan, PlanEntry, Shape
 from dist_layerlr.plan.layer_decay import layer_decay_factors
+from dist_layerlr.plan.name_rules import DEFAULT
 from dist_layerlr.plan.names import ParamPath, canonical_name, module_index, parse
 from dist_layerlr.plan.rules import Rules
 from dist_layerlr.plan.stacks import Location, StackMap

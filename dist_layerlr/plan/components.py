@@ -1,50 +1,38 @@
 """Which component a parameter is: self_attn, cross_attn, ffn, norm, else default.
 
-First rule that hits wins.
-
-Rules look at whole segments of the path below the block. Cross attention is asked before self
-attention, because the bare ``to_q`` of an adapter would otherwise swallow every ``attn2.to_q``.
+The first rule that hits wins. Rules look at whole segments of the path below the block; the words
+they look for are the tables of ``name_rules``. Cross attention is asked before self attention,
+because the bare ``to_q`` of an adapter would otherwise swallow every ``attn2.to_q``.
 """
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from dist_layerlr.plan.stacks import is_attention
+from dist_layerlr.plan import name_rules
+from dist_layerlr.plan.name_rules import (
+    CONV,
+    CROSS_ATTN,
+    DEFAULT,
+    EMBED,
+    FFN,
+    FUSED,
+    HEAD,
+    MODULATION,
+    NORM,
+    SELF_ATTN,
+    NameRule,
+    is_attention,
+)
 
-SELF_ATTN, CROSS_ATTN, FFN, NORM, DEFAULT = "self_attn", "cross_attn", "ffn", "norm", "default"
 COMPONENTS = (SELF_ATTN, CROSS_ATTN, FFN, NORM)
-FINE_COMPONENTS = ("modulation", "embed", "head", "conv", "fused")
+FINE_COMPONENTS = (MODULATION, EMBED, HEAD, CONV, FUSED)
 
-_NORM_CLASS = re.compile(r"(?<!Ada)(Layer|RMS|Group|Batch|Instance)Norm(\dd)?$|^Norm$")
-_NORM = re.compile(r"norm(?!als?(_|$))|^ln(_\w+|\d*)$|^bn\d*$", re.IGNORECASE)
+# A norm's own tensors, next to its statistics; any other name below a norm is a matrix of AdaLN.
+_NORM_LEAVES = frozenset({"weight", "bias", "gamma", "beta", "scale"})
+# Classes that hold a matrix whatever they are called: `norm1.linear` is no norm.
 _MATRIX_CLASSES = frozenset({"Linear", "Conv1d", "Conv2d", "Conv3d", "Embedding"})
-_CROSS_LEAF = re.compile(r"^(add_\w+_proj|to_add_out|to_added_\w+|to_(q|k|v|out)_t)$")
-_CROSS = re.compile(
-    r"^ff_context$|^txt_attn|(^|_)attn2$|(^|_)cross_?attn|cross_?attention|^encoder_attn|_to_\w+_attn$|^EncDecAttention$"
-    r"|^multihead_attn$",
-    re.IGNORECASE,
-)
-_FFN = re.compile(
-    r"(^|_)(ff|ffn|mlp|mlps|ff_in)$|^ff_[it]$|^feed_?forward|^DenseReluDense$|^intermediate$|^(gate|up|down)_proj$|^experts$"
-    r"|^block_sparse_moe$"
-)
-_FFN_BESIDE_ATTENTION = re.compile(r"^(linear[12]|fc[12]|output)$")
-_MODULATION = re.compile(
-    r"modulation|scale_shift|^adaln|(^|_)ada_?ln|(^|_)mod$|^time_proj$|^distilled_guidance_layer$",
-    re.I,
-)
-_EMBED = re.compile(
-    r"embed|^(proj|conv|img|txt|x|audio_proj)_in$|_token$|_tokens$|^caption_projection$|^(shared|wte|wpe)$|^audio_caption",
-    re.I,
-)
-_HEAD = re.compile(
-    r"^(proj_out|audio_proj_out|conv_out|lm_head|heads?|classifier|score|final_layer|all_final_layer)$|_head$"
-)
-_CONV = re.compile(r"conv|^resnets$|samplers$")
-_FUSED_LEAF = re.compile(r"^to_qkv_mlp")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -78,6 +66,8 @@ class Label:
     """The rule that hit, for `explain`."""
     is_norm: bool = False
     """Whether the tensor is a norm's own weight or bias, whatever component it is given."""
+    row: NameRule | None = None
+    """The row of ``name_rules`` that decided, if one did."""
 
 
 Rule = Callable[[ParamView], str | None]
@@ -86,8 +76,9 @@ _CUSTOM_COMPONENTS: set[str] = set()
 
 
 def register_component_rule(rule: Rule, *, components: tuple[str, ...] = ()) -> None:
-    """Ask ``rule`` before the built-in ones: ``register_component_rule(lambda p: "ffn" if "moe" in
-    p.path else None)``.
+    """Ask a rule of the user's before the built-in ones.
+
+    ``register_component_rule(lambda p: "ffn" if "moe" in p.path else None)``
 
     Args:
         rule: returns a component or None. Rules registered later are asked later; a config's
@@ -105,8 +96,9 @@ def known_components() -> set[str]:
 
 
 def has_custom_rules() -> bool:
-    """Whether a Python rule is registered (it may look at whole names, so labels cannot be shared
-    between blocks).
+    """Whether a rule of the user's is registered.
+
+    It may look at whole names, so labels cannot be shared between equal blocks.
     """
     return bool(_CUSTOM_RULES)
 
@@ -124,85 +116,106 @@ def classify(view: ParamView) -> Label:
         label = _block_label(view)
     if label is not None:
         return label
-    return Label(component=DEFAULT, fine=_fine_label(view), rule="no component rule names it")
+    fine, row = _fine_label(view)
+    return Label(component=DEFAULT, fine=fine, rule="no component rule names it", row=row)
 
 
 def _norm_label(view: ParamView) -> Label | None:
-    if view.owner_class is not None and _NORM_CLASS.search(view.owner_class):
-        return Label(component=NORM, rule=f"owner module is a {view.owner_class}", is_norm=True)
-    named = [s for s in view.path if _NORM.search(s)]
+    """A norm's own weight or bias, or a matrix that stands below a module called a norm."""
+    if view.owner_class is not None:
+        rule = name_rules.NORM_CLASSES.first(view.owner_class)
+        if rule is not None:
+            why = f"owner module is a {view.owner_class}"
+            return Label(component=NORM, rule=why, is_norm=True, row=rule)
+    named = [segment for segment in view.path if name_rules.NORMS.first(segment)]
     if not named:
         return None
-    owner = view.path[-2] if view.path[-1].isdigit() and len(view.path) > 1 else view.path[-1]
-    plain = view.leaf in ("weight", "bias", "gamma", "beta", "scale")
-    if owner == named[-1] and plain and view.owner_class not in _MATRIX_CLASSES:
-        return Label(component=NORM, rule=f"segment {owner!r} names a norm", is_norm=True)
-    return Label(
-        component=NORM,
-        fine="modulation",
-        rule=f"segment {named[-1]!r} names a norm, the tensor is a matrix in it",
-    )
+    # `norms.3.weight` belongs to the norm `norms`: the index is a list's, not a module's name.
+    in_list = view.path[-1].isdigit() and len(view.path) > 1
+    owner = view.path[-2] if in_list else view.path[-1]
+    holds_matrix = view.owner_class in _MATRIX_CLASSES
+    rule = name_rules.NORMS.first(named[-1])
+    if owner == named[-1] and view.leaf in _NORM_LEAVES and not holds_matrix:
+        why = f"segment {owner!r} names a norm"
+        return Label(component=NORM, rule=why, is_norm=True, row=rule)
+    why = f"segment {named[-1]!r} names a norm, the tensor is a matrix in it"
+    return Label(component=NORM, fine=MODULATION, rule=why, row=rule)
 
 
 def _block_label(view: ParamView) -> Label | None:
+    """Attention or feed-forward, inside a block."""
     leaf_module = view.path[-1] if view.path else ""
-    if _FUSED_LEAF.match(leaf_module):
-        return Label(
-            component=SELF_ATTN,
-            fine="fused",
-            rule=f"segment {leaf_module!r} fuses attention and mlp",
-        )
+    fused = name_rules.FUSED_LEAF.first(leaf_module)
+    if fused is not None:
+        why = f"segment {leaf_module!r} fuses attention and mlp"
+        return Label(component=SELF_ATTN, fine=FUSED, rule=why, row=fused)
     label = _cross_label(view, leaf_module) or _self_label(view, leaf_module)
     if label is not None:
         return label
     for segment in view.path:
-        if _FFN.search(segment):
-            return Label(component=FFN, rule=f"segment {segment!r} names a feed-forward")
-    beside = any(is_attention(s) for s in view.siblings)
-    if beside and any(_FFN_BESIDE_ATTENTION.match(s) for s in view.path):
-        return Label(component=FFN, rule="linear layer beside an attention module")
+        rule = name_rules.FEED_FORWARD.first(segment)
+        if rule is not None:
+            why = f"segment {segment!r} names a feed-forward"
+            return Label(component=FFN, rule=why, row=rule)
+    rule = name_rules.FFN_BESIDE_ATTENTION.first_of(view.path)
+    if rule is not None and any(is_attention(sibling) for sibling in view.siblings):
+        return Label(component=FFN, rule="linear layer beside an attention module", row=rule)
     return None
 
 
 def _cross_label(view: ParamView, leaf_module: str) -> Label | None:
-    if _CROSS_LEAF.match(leaf_module):
-        return Label(
-            component=CROSS_ATTN, rule=f"segment {leaf_module!r} projects the other stream"
-        )
+    rule = name_rules.CROSS_LEAF.first(leaf_module)
+    if rule is not None:
+        why = f"segment {leaf_module!r} projects the other stream"
+        return Label(component=CROSS_ATTN, rule=why, row=rule)
     for segment in view.path:
+        # SD 3.5 medium calls its second self attention `attn2`; UNets and Wan, whose `attn2` reads
+        # the prompt, call the first one `attn1`.
         if segment == "attn2" and "attn" in view.siblings and "attn1" not in view.siblings:
-            return Label(
-                component=SELF_ATTN,
-                rule="'attn2' beside a plain 'attn' and no 'attn1' attends to itself",
-            )
-        if _CROSS.search(segment):
-            return Label(component=CROSS_ATTN, rule=f"segment {segment!r} names cross attention")
+            why = "'attn2' beside a plain 'attn' and no 'attn1' attends to itself"
+            return Label(component=SELF_ATTN, rule=why)
+        rule = name_rules.CROSS.first(segment)
+        if rule is not None:
+            why = f"segment {segment!r} names cross attention"
+            return Label(component=CROSS_ATTN, rule=why, row=rule)
     return None
 
 
 def _self_label(view: ParamView, leaf_module: str) -> Label | None:
-    found = next((s for s in view.path if is_attention(s) and s != "attentions"), None)
-    if found is None:
-        return None
-    fused = leaf_module == "to_out" and "to_qkv_mlp_proj" in view.siblings
-    return Label(
-        component=SELF_ATTN,
-        fine="fused" if fused else None,
-        rule=f"segment {found!r} names self attention",
-    )
+    for segment in view.path:
+        # A UNet's `attentions` lists whole transformers, whose norms and feed-forwards are not
+        # attention.
+        if segment == "attentions" or not is_attention(segment):
+            continue
+        # Flux 2's single blocks: the output projection of the fused matrix is fused too.
+        fused = leaf_module == "to_out" and "to_qkv_mlp_proj" in view.siblings
+        return Label(
+            component=SELF_ATTN,
+            fine=FUSED if fused else None,
+            rule=f"segment {segment!r} names self attention",
+            row=name_rules.ATTENTION.first(segment),
+        )
+    return None
 
 
-def _fine_label(view: ParamView) -> str | None:
+def _fine_label(view: ParamView) -> tuple[str | None, NameRule | None]:
+    """The fine component of a parameter that no component takes, and the row that says so."""
     segments = (*view.path, view.leaf)
-    if any(_MODULATION.search(s) for s in segments):
-        return "modulation"
+    modulation = name_rules.MODULATIONS.first_of(segments)
+    if modulation is not None:
+        return MODULATION, modulation
     if view.inside:
         last = view.path[-1] if view.path else ""
-        if (last == "proj_out" and "proj_mlp" in view.siblings) or (last in ("linear1", "linear2")):
-            return "fused"
-        return "conv" if any(_CONV.search(s) for s in view.path) else None
-    if any(_HEAD.search(s) for s in segments):
-        return "head"
-    if any(_EMBED.search(s) for s in segments):
-        return "embed"
-    return "conv" if any(_CONV.search(s) for s in segments) else None
+        # Flux's single blocks: `proj_out` ends attention and feed-forward together; the original
+        # repository calls the two fused matrices `linear1` and `linear2`.
+        if (last == "proj_out" and "proj_mlp" in view.siblings) or last in ("linear1", "linear2"):
+            return FUSED, None
+        # Heads and embeddings are looked for outside blocks only, and a leaf is no convolution.
+        rule = name_rules.CONVS.first_of(view.path)
+    else:
+        rule = (
+            name_rules.HEADS.first_of(segments)
+            or name_rules.EMBEDS.first_of(segments)
+            or name_rules.CONVS.first_of(segments)
+        )
+    return (None, None) if rule is None else (rule.label, rule)

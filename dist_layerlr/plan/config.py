@@ -6,7 +6,6 @@ Every error names the field, the value, what is allowed, and the nearest key whe
 from __future__ import annotations
 
 import inspect
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -15,6 +14,7 @@ from typing import Any
 
 from dist_layerlr import fields
 from dist_layerlr.errors import ConfigError
+from dist_layerlr.files import read_json
 from dist_layerlr.plan.components import known_components
 from dist_layerlr.plan.depth import DEPTH_FUNCTIONS, LAYER_DECAY, DepthSettings
 from dist_layerlr.plan.layer_decay import CONVENTIONS
@@ -169,39 +169,6 @@ def load_config(source: str | Path | Mapping[str, Any] | Config) -> Config:
     return Config(
         model_type=model_type, learning_rate=rate, per_layer_lr=_read_block(raw.get(BLOCK), rate)
     )
-
-
-def read_json(path: str | Path) -> dict[str, Any]:
-    """Read a JSON object from a file, refusing duplicate keys.
-
-    Raises:
-        ConfigError: missing file, not JSON, not an object, or a key given twice.
-    """
-
-    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        seen: dict[str, Any] = {}
-        for key, value in pairs:
-            if key in seen:
-                raise ConfigError(
-                    f"Invalid config file {str(path)!r}: key {key!r} is given twice. Keep one."
-                )
-            seen[key] = value
-        return seen
-
-    try:
-        loaded = json.loads(Path(path).read_text(encoding="utf-8"), object_pairs_hook=unique)
-    except OSError as error:
-        raise ConfigError(f"Cannot read config file {str(path)!r}: {error.strerror}.") from None
-    except ConfigError:
-        raise
-    except (ValueError, RecursionError) as error:
-        raise ConfigError(f"Invalid config file {str(path)!r}: not JSON ({error}).") from None
-    if not isinstance(loaded, dict):
-        raise ConfigError(
-            f"Invalid config file {str(path)!r}: must hold a JSON object, got"
-            f" {type(loaded).__name__}."
-        )
-    return loaded
 
 
 def _read_block(raw: object, learning_rate: float | None) -> PerLayerLR:

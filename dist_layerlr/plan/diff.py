@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from dist_layerlr.errors import ModelSourceError
-from dist_layerlr.plan.config import read_json
+from dist_layerlr.files import read_json
 from dist_layerlr.plan.entries import Plan, cell_name
 from dist_layerlr.plan.names import natural_key
 

@@ -1,28 +1,26 @@
-"""ViT layer decay: ``rate ** (top - layer_id)``, slow at the embeddings and first blocks, 1.0 at
-the head.
+"""ViT layer decay: ``rate ** (top - layer_id)``, slow at the embeddings, 1.0 at the head.
 
 Projects number layers differently; each numbering is a convention. L is the number of blocks.
 
-=============
-==================================================================================================
-seed           pos_embed, patch_embed, embeddings 0; block k -> k+1; rest L+1. As detectron2 and
-LW-DETR. rfdetr         as seed, L = out_feature_indexes[-1] + 1 (give it as num_layers). As
-RF-DETR's live code. beit           as seed, class and mask tokens 0 too. As BEiT, EVA, MAE,
-MMPretrain, MMSegmentation. dinov3         as beit, storage and register tokens 0 too. As DINOv2 and
-DINOv3. timm           final norm joins the last block; a model without a head shifts up by one. As
-timm's group matcher. mmdet          ConvNeXt layer-wise over stages, else as beit. As MMDetection
-(needs num_layers). mmdet_stage    ConvNeXt stage-wise. As MMDetection (needs num_layers).
-=============
-==================================================================================================
+- ``seed``: pos_embed, patch_embed and embeddings are layer 0, block k is k + 1, the rest L + 1. As
+  detectron2 and LW-DETR.
+- ``rfdetr``: as seed, L = out_feature_indexes[-1] + 1 (give it as num_layers). As RF-DETR's code.
+- ``beit``: as seed, class and mask tokens 0 too. As BEiT, EVA, MAE, MMPretrain, MMSegmentation.
+- ``dinov3``: as beit, storage and register tokens 0 too. As DINOv2 and DINOv3.
+- ``timm``: the final norm joins the last block; a model without a head shifts up by one. As timm's
+  group matcher.
+- ``mmdet``: ConvNeXt layer-wise over its stages, else as beit. As MMDetection (needs num_layers).
+- ``mmdet_stage``: ConvNeXt stage-wise. As MMDetection (needs num_layers).
 """
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Sequence
 
 from dist_layerlr.errors import ConfigError
+from dist_layerlr.plan import name_rules
 from dist_layerlr.plan.depth import DepthSettings
+from dist_layerlr.plan.name_rules import NameRules
 from dist_layerlr.plan.names import ParamPath
 from dist_layerlr.plan.stacks import Location
 
@@ -30,14 +28,13 @@ Member = tuple[ParamPath, Location | None]
 LayerId = Callable[[ParamPath, Location | None, int], int]
 """(path, location, L) -> layer id in 0..L+1."""
 
-_EMBEDDINGS = r"^(pos_embed|patch_embed|embeddings$|position_embedding|patch_embedding"
-_SEED_EMBEDDINGS = re.compile(_EMBEDDINGS + ")")
-_BEIT_EMBEDDINGS = re.compile(_EMBEDDINGS + "|cls_token$|mask_token$)")
-_TIMM_EMBEDDINGS = re.compile(r"^cls_token|reg_token|pos_embed|patch_embed|norm_pre|^embeddings$")
-_DINO_EMBEDDINGS = re.compile(
-    _EMBEDDINGS + "|cls_token$|mask_token$|storage_tokens$|register_tokens$|reg_token$)"
-)
-_FINAL_NORM = re.compile(r"^(norm(?!_pre)|layernorm)")
+_SEED_EMBEDDINGS = name_rules.VIT_EMBEDDINGS
+_BEIT_EMBEDDINGS = NameRules(*_SEED_EMBEDDINGS.rules, *name_rules.CLASS_TOKENS.rules)
+_DINO_EMBEDDINGS = NameRules(*_BEIT_EMBEDDINGS.rules, *name_rules.REGISTER_TOKENS.rules)
+# MMDetection's layer ids of a ConvNeXt: its four downsampling layers, and its four stages, of which
+# the third is long and has three blocks to a layer.
+_MMDET_DOWNSAMPLE = (0, 2, 3)
+_MMDET_STAGES = (1, 2)
 
 
 def layer_decay_factors(members: Sequence[Member], settings: DepthSettings) -> list[float]:
@@ -65,18 +62,22 @@ def layer_decay_factors(members: Sequence[Member], settings: DepthSettings) -> l
             " plus 1)."
         )
     layer_id = CONVENTIONS[settings.convention]
-    floor = settings.min_depth_factor or 0.0
     ids, tops = [], []
     for path, loc in members:
+        # Several stacks of one scope (two encoders) have an L each, unless the user gives it.
         count = settings.num_layers or (loc.blocks if loc is not None else layers)
         auxiliary = loc is not None and loc.auxiliary
         ids.append(count + 1 if auxiliary else layer_id(path, loc, count))
         tops.append(count + 1)
-    if settings.convention == "timm" and not any(i == t for i, t in zip(ids, tops, strict=True)):
+    at_the_top = [layer == top for layer, top in zip(ids, tops, strict=True)]
+    # timm gives factor 1 to the last layer that exists: without a head that is the final norm's.
+    if settings.convention == "timm" and not any(at_the_top):
         tops = [top - 1 for top in tops]
-    return [
-        max(floor, decay(i, top, settings.layer_decay)) for i, top in zip(ids, tops, strict=True)
-    ]
+    floor = settings.min_depth_factor or 0.0
+    factors = []
+    for layer, top in zip(ids, tops, strict=True):
+        factors.append(max(floor, decay(layer, top, settings.layer_decay)))
+    return factors
 
 
 def decay(layer_id: int, top: int, rate: float) -> float:
@@ -84,11 +85,14 @@ def decay(layer_id: int, top: int, rate: float) -> float:
     return float(rate ** (top - layer_id))
 
 
-def _numbered(embeddings: re.Pattern[str]) -> LayerId:
+def _numbered(embeddings: NameRules) -> LayerId:
+    """Layer ids of a ViT whose layer 0 is what a table names."""
+
     def layer_id(path: ParamPath, loc: Location | None, layers: int) -> int:
+        # detectron2 adds residual branches to a pretrained ViT; they are new and not slowed.
         if loc is not None and "residual" not in path.owner:
             return loc.block + 1
-        if any(embeddings.search(segment) for segment in (*path.owner, path.leaf)):
+        if embeddings.first_of((*path.owner, path.leaf)) is not None:
             return 0
         return layers + 1
 
@@ -96,11 +100,11 @@ def _numbered(embeddings: re.Pattern[str]) -> LayerId:
 
 
 _beit = _numbered(_BEIT_EMBEDDINGS)
-_timm_numbered = _numbered(_TIMM_EMBEDDINGS)
+_timm_numbered = _numbered(name_rules.TIMM_EMBEDDINGS)
 
 
 def _timm(path: ParamPath, loc: Location | None, layers: int) -> int:
-    if loc is None and _FINAL_NORM.search((*path.owner, path.leaf)[0]):
+    if loc is None and name_rules.FINAL_NORMS.first((*path.owner, path.leaf)[0]) is not None:
         return layers
     return _timm_numbered(path, loc, layers)
 
@@ -117,9 +121,9 @@ def _stage(path: ParamPath, container: str) -> tuple[int, int] | None:
 def _mmdet(path: ParamPath, loc: Location | None, layers: int) -> int:
     down, stage = _stage(path, "downsample_layers"), _stage(path, "stages")
     if down is not None:
-        return (0, 2, 3, layers)[down[0]]
+        return (*_MMDET_DOWNSAMPLE, layers)[down[0]]
     if stage is not None:
-        return (1, 2, 3 + stage[1] // 3, layers)[stage[0]]
+        return (*_MMDET_STAGES, 3 + stage[1] // 3, layers)[stage[0]]
     return _beit(path, loc, layers)
 
 

@@ -54,6 +54,11 @@ class ParamPath:
     is_adapter: bool = False
     is_lora_b: bool = False
 
+    @property
+    def base_name(self) -> str:
+        """Owner and leaf in one, as the base checkpoint spells them."""
+        return ".".join((*self.owner, self.leaf))
+
 
 def canonical_name(name: str) -> str:
     """Undo every wrapper, by whole segments.
@@ -100,6 +105,14 @@ def parse(name: str, modules: FlatIndex | None = None) -> ParamPath:
     return ParamPath(
         owner=path, leaf=leaf, is_adapter=tail is not None, is_lora_b=leaf in _ADAPTER_B
     )
+
+
+def base_name(name: str) -> str:
+    """The name of a tensor in the base checkpoint, which knows no adapter.
+
+    ``blocks.0.to_q.base_layer.weight`` -> ``blocks.0.to_q.weight``
+    """
+    return parse(name).base_name
 
 
 def module_index(paths: Iterable[ParamPath]) -> dict[str, tuple[str, ...]]:

@@ -18,7 +18,7 @@ class Rules:
 
     def __init__(self, infos: Sequence[ParamInfo], paths: Sequence[ParamPath]):
         self._infos = infos
-        self._resolved = [".".join((*p.owner, p.leaf)) for p in paths]
+        self._resolved = [path.base_name for path in paths]
         self.notes: list[str] = []
         """What a user should know: rules that an earlier one hides, or that meet frozen parameters
         only."""

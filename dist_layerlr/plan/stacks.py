@@ -9,29 +9,23 @@ parameters count too: a LoRA on a few blocks does not make the model shallower.
 
 from __future__ import annotations
 
-import re
 from collections import defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
+from dist_layerlr.plan.name_rules import PLAIN_STACKS, STACKS, NameRules, is_attention
 from dist_layerlr.plan.names import ParamPath
 
 Segments = tuple[str, ...]
 
-_ATTENTION = re.compile(r"(^|_)(attn|attention|attentions|crossattn)\d*($|_)|Attention$|^qkv$")
-
-STACK_NAMES = frozenset(
-    "transformer_blocks single_transformer_blocks double_blocks single_blocks joint_blocks"
-    " double_stream_blocks single_stream_blocks down_blocks up_blocks input_blocks output_blocks"
-    " refiner_blocks vace_blocks".split()
-)
-"""Stacks even when no child holds an attention-named segment (original Flux ``single_blocks``)."""
-PLAIN_STACK_NAMES = frozenset("blocks block layers layer stages h resblocks".split())
-"""Stacks only in a model that has none by the other rules (a ConvNeXt, an MLP mixer)."""
+# A UNet's stages in forward order, as diffusers and as CompVis call them. The middle one has no
+# index in its name, and is registered last although it runs second.
 UNET_STAGES = (
     ("down_blocks", "mid_block", "up_blocks"),
     ("input_blocks", "middle_block", "output_blocks"),
 )
+# Side branches run beside the trunk (Wan's vace_blocks) or before it (refiner stacks of Z-Image and
+# HunyuanVideo), so the trunk's depth says nothing about them.
 AUXILIARY_WORDS = frozenset({"refiner", "vace"})
 """A stack with one of these words in its path does not lie on the trunk."""
 
@@ -61,7 +55,7 @@ class _Container:
     first_seen: int
     children: set[int] = field(default_factory=set)
     attention_children: set[int] = field(default_factory=set)
-
+    """Children that hold an attention-named segment."""
     is_middle: bool = False
     """A UNet's middle stage: one block, whatever lies in it."""
 
@@ -70,36 +64,27 @@ class _Container:
         return 1 if self.is_middle else max(self.children) + 1
 
 
-def is_attention(segment: str) -> bool:
-    """Whether a segment names an attention module (`attn1`, `audio_attn2`, `SelfAttention`,
-    `attentions`).
-    """
-    return _ATTENTION.search(segment) is not None
-
-
 class StackMap:
     """Answers ``locate(path)`` for one model."""
 
     def __init__(self, paths: Iterable[ParamPath]):
+        """Find the stacks of a model from the paths of ALL its parameters, in the model's order."""
         containers = _find_containers(paths)
         stacks = _choose_stacks(containers)
-        self._stages = _unet_stages(containers)
-        self._locations = _number_blocks(stacks, self._stages, containers)
+        self._middles = _unet_middles(containers)
+        self._locations = _number_blocks(stacks, self._middles, containers)
 
     def locate(self, path: ParamPath) -> Location | None:
         """The block of a parameter, or None outside blocks."""
         owner = path.owner
         for i, segment in enumerate(owner):
+            key: tuple[Segments, int | None] | None = None
             if segment.isdecimal():
-                found = self._locations.get((owner[:i], int(segment)))
-            else:
-                found = (
-                    self._locations.get((owner[: i + 1], None))
-                    if owner[: i + 1] in self._stages
-                    else None
-                )
-            if found is not None:
-                return found
+                key = (owner[:i], int(segment))
+            elif owner[: i + 1] in self._middles:
+                key = (owner[: i + 1], None)
+            if key is not None and key in self._locations:
+                return self._locations[key]
         return None
 
 
@@ -107,15 +92,12 @@ def _find_containers(paths: Iterable[ParamPath]) -> dict[Segments, _Container]:
     """Every integer-keyed container, plus UNet middle stages, which are one block without a key."""
     containers: dict[Segments, _Container] = {}
     middles = {stages[1] for stages in UNET_STAGES}
-    attention: dict[str, bool] = {}
     for order, path in enumerate(paths):
         owner = path.owner
         keyed = [i for i, segment in enumerate(owner) if segment.isdecimal()]
         last_attention = -1
         for i, segment in enumerate(owner):
-            if segment not in attention:
-                attention[segment] = is_attention(segment)
-            if attention[segment]:
+            if is_attention(segment):
                 last_attention = i
             if segment in middles:
                 middle = containers.setdefault(owner[: i + 1], _Container(order))
@@ -125,42 +107,60 @@ def _find_containers(paths: Iterable[ParamPath]) -> dict[Segments, _Container]:
             container = containers.setdefault(owner[:i], _Container(order))
             child = int(owner[i])
             container.children.add(child)
+            # The attention must lie below the child, not above: in `attn.to_out.0` the list is
+            # part of the attention.
             if last_attention > i:
                 container.attention_children.add(child)
     return containers
 
 
 def _choose_stacks(containers: dict[Segments, _Container]) -> list[Segments]:
-    """The outermost containers that qualify; nothing nested in a stack is a stack."""
-    many = [path for path, c in containers.items() if len(c.attention_children) >= 2]
+    """The outermost containers that qualify; nothing nested in a stack is a stack.
+
+    Three kinds are asked in turn: containers with two or more attention children and those of a
+    known name; then containers with one attention child, where no stack is near; then, in a model
+    without any stack so far, containers of a plain name such as ``layers``.
+    """
+    many = [path for path, found in containers.items() if len(found.attention_children) >= 2]
+    # A pipeline saved as a list of models (`0.layers.1...`): each member has stacks of its own, so
+    # the list itself is none.
     if () in many and any(len(path) > 1 for path in many):
-        many.remove(())  # a list of models, each with stacks of its own
-    named = [path for path in containers if path and path[-1] in STACK_NAMES]
-    chosen = _outermost(many + named)
+        many.remove(())
+    chosen = _outermost(many + _named(containers, STACKS))
+
+    chosen_set = set(chosen)
     above = {path[:i] for path in chosen for i in range(len(path))}
-    single = [p for p, c in containers.items() if len(c.attention_children) == 1 and p not in above]
-    single = [p for p in single if not any(p[:i] in set(chosen) for i in range(len(p)))]
+    single = []
+    for path, found in containers.items():
+        inside = any(path[:i] in chosen_set for i in range(len(path)))
+        if len(found.attention_children) == 1 and path not in above and not inside:
+            single.append(path)
     chosen = _outermost(chosen + single)
-    if not chosen:
-        chosen = _outermost([path for path in containers if path and path[-1] in PLAIN_STACK_NAMES])
-    return chosen
+    return chosen or _outermost(_named(containers, PLAIN_STACKS))
+
+
+def _named(containers: dict[Segments, _Container], names: NameRules) -> list[Segments]:
+    """Containers whose own name is in a table."""
+    return [path for path in containers if path and names.first(path[-1]) is not None]
 
 
 def _outermost(paths: list[Segments]) -> list[Segments]:
+    """Paths that lie below no other, without repeats."""
     candidates = set(paths)
-    return [p for p in dict.fromkeys(paths) if not any(p[:i] in candidates for i in range(len(p)))]
+    kept = []
+    for path in dict.fromkeys(paths):
+        if not any(path[:i] in candidates for i in range(len(path))):
+            kept.append(path)
+    return kept
 
 
-def _unet_stages(containers: dict[Segments, _Container]) -> set[Segments]:
-    """Middle stages that stand beside a down or an up stage."""
+def _unet_middles(containers: dict[Segments, _Container]) -> set[Segments]:
+    """Middle stages that stand beside a down or an up stage: a lone `mid_block` is no UNet's."""
     middles: set[Segments] = set()
     for down, middle, up in UNET_STAGES:
         for path in containers:
-            if (
-                path
-                and path[-1] == middle
-                and {path[:-1] + (down,), path[:-1] + (up,)} & containers.keys()
-            ):
+            beside = {path[:-1] + (down,), path[:-1] + (up,)}
+            if path and path[-1] == middle and beside & containers.keys():
                 middles.add(path)
     return middles
 
@@ -168,34 +168,46 @@ def _unet_stages(containers: dict[Segments, _Container]) -> set[Segments]:
 def _number_blocks(
     stacks: list[Segments], middles: set[Segments], containers: dict[Segments, _Container]
 ) -> dict[tuple[Segments, int | None], Location]:
-    stacks = [s for s in stacks if not any(s[:i] in middles for i in range(len(s) + 1))] + list(
-        middles
-    )
+    """Give every block its place; a middle stage is keyed by None, for it has no index."""
+    # Lists inside a middle stage (its resnets) are no stacks: the whole stage is one block.
+    outside = [s for s in stacks if not any(s[:i] in middles for i in range(len(s) + 1))]
     trunks: dict[Segments, list[Segments]] = defaultdict(list)
-    for stack in stacks:
-        trunks[stack[:-1] if not _is_auxiliary(stack) else stack].append(stack)
+    for stack in [*outside, *middles]:
+        # Stacks under one parent run one after the other and form a trunk; a branch stands alone.
+        trunks[stack if _is_auxiliary(stack) else stack[:-1]].append(stack)
     locations: dict[tuple[Segments, int | None], Location] = {}
     for members in trunks.values():
         members.sort(key=lambda s: (_forward_rank(s[-1] if s else ""), containers[s].first_seen))
-        total = sum(containers[s].length for s in members)
-        is_unet = any(s in middles for s in members)
-        start = 0
-        together = ", ".join(".".join(s) for s in members)
-        for stack in members:
-            count = containers[stack].length
-            for i in [0] if stack in middles else containers[stack].children:
-                locations[(stack, None if stack in middles else i)] = Location(
-                    stack=".".join(stack),
-                    block=start + i if is_unet else i,
-                    blocks=total if is_unet else count,
-                    trunk_block=start + i,
-                    trunk_blocks=total,
-                    auxiliary=_is_auxiliary(stack),
-                    panel=together if is_unet else ".".join(stack),
-                    depth=len(stack) + (stack not in middles),
-                )
-            start += count
+        _number_trunk(members, middles, containers, locations)
     return locations
+
+
+def _number_trunk(
+    members: list[Segments],
+    middles: set[Segments],
+    containers: dict[Segments, _Container],
+    locations: dict[tuple[Segments, int | None], Location],
+) -> None:
+    """Number the blocks of stacks that run one after the other, in this order."""
+    total = sum(containers[stack].length for stack in members)
+    is_unet = any(stack in middles for stack in members)
+    together = ", ".join(".".join(stack) for stack in members)
+    start = 0
+    for stack in members:
+        count = containers[stack].length
+        is_middle = stack in middles
+        for i in [0] if is_middle else containers[stack].children:
+            locations[(stack, None if is_middle else i)] = Location(
+                stack=".".join(stack),
+                block=start + i if is_unet else i,
+                blocks=total if is_unet else count,
+                trunk_block=start + i,
+                trunk_blocks=total,
+                auxiliary=_is_auxiliary(stack),
+                panel=together if is_unet else ".".join(stack),
+                depth=len(stack) + (0 if is_middle else 1),
+            )
+        start += count
 
 
 def _is_auxiliary(stack: Segments) -> bool:
@@ -203,10 +215,9 @@ def _is_auxiliary(stack: Segments) -> bool:
 
 
 def _forward_rank(name: str) -> int:
-    """Order of siblings in the forward pass where it differs from registration (a UNet registers
-    mid last).
-    """
+    """Order of siblings in the forward pass, where it differs from the order of registration."""
     for stages in UNET_STAGES:
         if name in stages:
             return stages.index(name)
+    # Flux runs its double blocks first, whatever order a checkpoint lists them in.
     return 1 if name.startswith("single_") else 0

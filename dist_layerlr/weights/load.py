@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from dist_layerlr.errors import ModelSourceError
 from dist_layerlr.plan.entries import Shape
-from dist_layerlr.plan.names import canonical_name, parse
+from dist_layerlr.plan.names import base_name, canonical_name, parse
 from dist_layerlr.plan.read import checkpoint_files
 from dist_layerlr.ranks import alike
 from dist_layerlr.sharders import Weight, sharder_of
@@ -74,14 +74,6 @@ def check_pretrained(model: nn.Module, source: Source, *, fresh: bool = False) -
     _match(model, sharder_of(model).weights(), source, fresh)
 
 
-def checkpoint_name(name: str) -> str:
-    """Name in the base checkpoint: ``blocks.0.to_q.base_layer.weight`` ->
-    ``blocks.0.to_q.weight``.
-    """
-    path = parse(name)
-    return ".".join((*path.owner, path.leaf))
-
-
 Matched = list[tuple[Weight, Stored | None]]
 """None: an adapter's own."""
 
@@ -94,7 +86,7 @@ def _match(model: nn.Module, weights: list[Weight], source: Source, fresh: bool)
         if parse(weight.name).is_adapter and fresh:
             matched.append((weight, None))
             continue
-        names = [checkpoint_name(name) for name in (weight.name, *weight.aliases)]
+        names = [base_name(name) for name in (weight.name, *weight.aliases)]
         used.update(names)
         found = next((stored[name] for name in names if name in stored), None)
         if found is None:

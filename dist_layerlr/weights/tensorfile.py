@@ -9,7 +9,6 @@ of the two itself. The format: 8 bytes of header length, a JSON header ``{name: 
 from __future__ import annotations
 
 import json
-import os
 import struct
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -21,6 +20,7 @@ import torch
 from torch import Tensor
 
 from dist_layerlr.errors import ConfigError, ModelSourceError
+from dist_layerlr.files import whole_file
 from dist_layerlr.plan.entries import Shape
 from dist_layerlr.plan.read import read_header
 
@@ -153,17 +153,10 @@ def write(
     Raises:
         OSError: no room, no rights. The temporary file is removed.
     """
-    temporary = path.with_name(path.name + ".tmp")
-    try:
-        with temporary.open("wb") as file:
-            file.write(header(entries, metadata))
-            for entry in entries:
-                _append(file, fetch(entry), entry)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with whole_file(path) as temporary, temporary.open("wb") as file:
+        file.write(header(entries, metadata))
+        for entry in entries:
+            _append(file, fetch(entry), entry)
 
 
 def header(entries: Sequence[Entry], metadata: Mapping[str, str]) -> bytes:

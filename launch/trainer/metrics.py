@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from launch.trainer.files import write_text
+from dist_layerlr.files import write_text
 
 
 class MetricsFile:

@@ -11,9 +11,10 @@ from typing import Any
 
 from dist_layerlr import fields
 from dist_layerlr.errors import ConfigError
+from dist_layerlr.files import read_json
 from dist_layerlr.offload import StreamPolicy
 from dist_layerlr.optim.schedule import KINDS, Schedule
-from dist_layerlr.plan.config import Config, load_config, read_json
+from dist_layerlr.plan.config import Config, load_config
 from launch.trainer.families import get_family
 
 LORA, FULL = "lora", "fine_tune"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import json
 import shutil
 from pathlib import Path
@@ -74,7 +75,7 @@ def test_a_failed_write_leaves_nothing_behind(tmp_path: Path, monkeypatch):
     def full_disk(*_: object) -> None:
         raise OSError("No space left on device")
 
-    monkeypatch.setattr(cache_latents.os, "replace", full_disk)
+    monkeypatch.setattr(os, "replace", full_disk)
     with pytest.raises(
         ModelSourceError, match="cannot be written .No space left on device.; free space"
     ):

@@ -14,8 +14,8 @@ import torch
 import torch.distributed as dist
 
 from dist_layerlr import plan_model
+from dist_layerlr.files import read_json
 from dist_layerlr.optim import check_ds_config
-from dist_layerlr.plan.config import read_json
 from dist_layerlr.sharders import sharder_of
 from dist_layerlr.sharders.ranges import flat_ranges
 from dist_layerlr.weights.gather import LiveWeights

@@ -16,9 +16,9 @@ from dist_layerlr import attach, bind, fields, load_checkpoint, verify
 from dist_layerlr.checkpoint.load import Restored
 from dist_layerlr.checkpoint.save import Saving
 from dist_layerlr.errors import ConfigError
+from dist_layerlr.files import read_json
 from dist_layerlr.offload import Prediction
 from dist_layerlr.optim import check_ds_config, scale_lrs
-from dist_layerlr.plan.config import read_json
 from dist_layerlr.plan.entries import Plan
 from dist_layerlr.proof.verify import Proof
 from dist_layerlr.sharders import materialize, partition_empty

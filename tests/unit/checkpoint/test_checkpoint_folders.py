@@ -15,12 +15,13 @@ import pytest
 from dist_layerlr.checkpoint import folders
 from dist_layerlr.checkpoint.manifest import Manifest, Stored, model_problem, read_manifest
 from dist_layerlr.errors import CheckpointError
+from dist_layerlr.files import write_text
 
 
 def save(root: Path, step: int, keep: int | None = None) -> Path:
     hidden = folders.begin(root, step)
     (hidden / "data").write_text(f"{step}")
-    folders.write_durably(hidden / folders.MANIFEST, json.dumps({"step": step}))
+    write_text(hidden / folders.MANIFEST, json.dumps({"step": step}))
     return folders.commit(hidden, keep=keep)
 
 
@@ -62,6 +63,7 @@ def dying(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[int], None]]:
         (Path, "open"),
         (Path, "write_text"),
         (os, "fsync"),
+        (os, "replace"),
         (os, "rmdir"),
         (os, "unlink"),
         (os, "open"),
