@@ -19,6 +19,7 @@ from dist_layerlr.optim.readback import live_pieces
 from dist_layerlr.plan.entries import Plan
 from dist_layerlr.ranks import together
 from dist_layerlr.sharders import Piece, sharder_of
+from dist_layerlr.sharders.base import sample
 
 SAMPLES = 64
 """Elements looked at per piece: the check costs O(names), not O(elements)."""
@@ -54,7 +55,7 @@ def effect_check(
     sharder = sharder_of(model)
     before = live_pieces(sharder, optimizer)
     pieces = [p for p in before.pieces if p.numel]
-    weights = [_sample(p, p.owner).clone() for p in pieces]
+    weights = [_sample(p, p.owner) for p in pieces]
     observed: dict[str, float] = {}
     with _gradients(pieces, before.optimizer) as gradients:
         yield observed
@@ -93,9 +94,7 @@ def _gradients(pieces: list[Piece], optimizer: Any) -> Iterator[dict[int, Tensor
     taken: dict[int, Tensor] = {}
 
     def take(*_: Any) -> None:
-        taken.update(
-            {id(p): _sample(p, p.owner.grad).clone() for p in pieces if p.owner.grad is not None}
-        )
+        taken.update({id(p): _sample(p, p.owner.grad) for p in pieces if p.owner.grad is not None})
 
     handle = (
         optimizer.register_step_pre_hook(take)
@@ -119,9 +118,7 @@ def rate_scale(lr: float) -> float:
 
 def _sample(piece: Piece, tensor: Tensor) -> Tensor:
     """Up to SAMPLES evenly spaced elements, float64, on the CPU."""
-    values = piece.of(tensor)
-    step = max(1, values.numel() // SAMPLES)
-    return values[::step][:SAMPLES].double().cpu()
+    return sample(piece.of(tensor), SAMPLES).double().cpu()
 
 
 def _direction(piece: Piece, optimizer: Any, old: Tensor, gradient: Tensor | None) -> Tensor | None:
