@@ -8,10 +8,10 @@ from typing import Any
 
 from torch import nn
 
+from dist_layerlr.files import read_json
 from dist_layerlr.optim import attach, bind, check_ds_config
 from dist_layerlr.optim.segmented import MakeOptimizer
 from dist_layerlr.plan import Plan
-from dist_layerlr.plan.config import read_json
 
 
 def initialize_deepspeed(

@@ -19,6 +19,7 @@ from dist_layerlr.optim.readback import factor_in_force, live_pieces
 from dist_layerlr.plan.entries import Plan
 from dist_layerlr.ranks import together
 from dist_layerlr.sharders import Piece, sharder_of
+from dist_layerlr.sharders.base import sample
 
 SAMPLES = 64
 """Elements looked at per piece: the check costs O(names), not O(elements)."""
@@ -56,7 +57,7 @@ def effect_check(
     before = live_pieces(sharder, optimizer)
     multiplier = factor_in_force(before) if factor is None else factor
     pieces = [p for p in before.pieces if p.numel]
-    weights = [_sample(p, p.owner).clone() for p in pieces]
+    weights = [_sample(p, p.owner) for p in pieces]
     observed: dict[str, float] = {}
     with _gradients(pieces, before.optimizer) as gradients:
         yield observed
@@ -116,9 +117,7 @@ def rate_scale(lr: float) -> float:
 
 def _sample(piece: Piece, tensor: Tensor) -> Tensor:
     """Up to SAMPLES evenly spaced elements, float64, on the CPU."""
-    values = piece.of(tensor)
-    step = max(1, values.numel() // SAMPLES)
-    return values[::step][:SAMPLES].double().cpu()
+    return sample(piece.of(tensor), SAMPLES).double().cpu()
 
 
 def _direction(piece: Piece, optimizer: Any, old: Tensor, gradient: Tensor | None) -> Tensor | None:

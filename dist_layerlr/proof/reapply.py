@@ -62,7 +62,7 @@ def _unshare_steps(found: Pieces) -> None:
             seen.add(step.data_ptr())
 
 
-def manifest(plan: Plan, model: nn.Module, optimizer: Any = None) -> dict[str, Any]:
+def group_layout(plan: Plan, model: nn.Module, optimizer: Any = None) -> dict[str, Any]:
     """Describe which run of which parameter sits where in this rank's optimizer.
 
     JSON-ready; store it with a checkpoint.
@@ -76,7 +76,7 @@ def manifest(plan: Plan, model: nn.Module, optimizer: Any = None) -> dict[str, A
     return {"digest": plan.digest, "groups": list(groups.values())}
 
 
-def check_manifest(
+def check_group_layout(
     saved: dict[str, Any], plan: Plan, model: nn.Module, optimizer: Any = None
 ) -> None:
     """Refuse to load a positional checkpoint into another layout.
@@ -87,7 +87,7 @@ def check_manifest(
         PlanMismatch: on all ranks alike, naming what moved.
     """
     with together(plan.digest) as problems:
-        problems += _moved(saved["groups"], manifest(plan, model, optimizer)["groups"])
+        problems += _moved(saved["groups"], group_layout(plan, model, optimizer)["groups"])
 
 
 def _moved(saved: list[list[Any]], live: list[list[Any]]) -> list[Problem]:

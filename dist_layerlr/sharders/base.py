@@ -86,16 +86,27 @@ class Piece(Slice):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Weight(Span):
-    """What this rank holds of one parameter, trained or frozen, or of one persistent buffer."""
+class HeldSpan(Span):
+    """A span, and the memory in which this rank holds its elements."""
 
-    aliases: tuple[str, ...] = ()
-    """Other names of the same tensor; ``name`` is the first one."""
     tensor: Tensor
     """Flat, local, the live storage itself, ``numel`` elements. See ``home``."""
     home: Tensor | None = None
     """Set where the layout has no flat view (channels_last ...): ``tensor`` is a copy of this live
     tensor."""
+
+    def write_home(self) -> None:
+        """Call after writing into ``tensor``: copies it to ``home``, if there is one."""
+        if self.home is not None:
+            self.home.copy_(self.tensor.view(self.home.shape))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Weight(HeldSpan):
+    """What this rank holds of one parameter, trained or frozen, or of one persistent buffer."""
+
+    aliases: tuple[str, ...] = ()
+    """Other names of the same tensor; ``name`` is the first one."""
     shape: tuple[int, ...]
     """Of the whole tensor."""
     trainable: bool = False
@@ -109,11 +120,6 @@ class Weight(Span):
     def dtype(self) -> torch.dtype:
         """As stored here; ZeRO's low-precision copies are bf16 or fp16."""
         return self.tensor.dtype
-
-    def write_home(self) -> None:
-        """Call after writing into ``tensor``: copies it to ``home``, if there is one."""
-        if self.home is not None:
-            self.home.copy_(self.tensor.view(self.home.shape))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -186,6 +192,20 @@ def local(tensor: Tensor) -> Tensor:
     # Outside no_grad each call records an autograd node, which takes twice the time.
     with torch.no_grad():
         return tensor.to_local()
+
+
+def sample_places(numel: int, count: int) -> list[int]:
+    """At most ``count`` evenly spaced positions in ``numel`` elements, the first and last included.
+
+    Checkpoints hold values at these positions: another formula could not compare them.
+    """
+    count = min(count, numel)
+    return [i * (numel - 1) // max(count - 1, 1) for i in range(count)]
+
+
+def sample(tensor: Tensor, count: int) -> Tensor:
+    """A copy of the elements of a flat tensor at ``sample_places``."""
+    return tensor[sample_places(tensor.numel(), count)]
 
 
 def innermost(optimizer: Any) -> Any:
