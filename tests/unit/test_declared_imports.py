@@ -52,9 +52,8 @@ def imported(tree: ast.AST) -> Iterator[str]:
 
 
 def ours() -> set[str]:
-    """Names under which files and folders of this repository are imported."""
-    paths = [path for folder in FOLDERS for path in (ROOT / folder).rglob("*.py")]
-    return {*FOLDERS, *(path.stem for path in paths), *(path.parent.name for path in paths)}
+    """Names under which this repository is imported: its folders, and scripts beside each other."""
+    return {*FOLDERS, *(path.stem for path in (ROOT / "benchmarks").glob("*.py"))}
 
 
 def third_party(folder: str) -> set[str]:

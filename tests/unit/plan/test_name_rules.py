@@ -10,7 +10,7 @@ from dist_layerlr.plan.entries import ParamInfo
 from dist_layerlr.plan.name_rules import NameRule, NameRules, is_attention
 from dist_layerlr.plan.names import parse
 from dist_layerlr.plan.stacks import StackMap
-from tests import census
+from tests.support import census
 
 TABLES = {name: value for name, value in vars(name_rules).items() if isinstance(value, NameRules)}
 EMBEDDINGS = ("VIT_EMBEDDINGS", "CLASS_TOKENS", "REGISTER_TOKENS", "TIMM_EMBEDDINGS", "FINAL_NORMS")
