@@ -11,7 +11,6 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
-from test_world_size_invariance import TORCHRUN, TRAIN, as_lora, largest_difference, run, weights
 
 from dist_layerlr import plan_model
 from dist_layerlr.errors import ConfigError
@@ -28,6 +27,14 @@ from launch.trainer.metrics import MetricsFile
 from launch.trainer.options import RunOptions, load_options
 from launch.trainer.runtime import Runtime
 from launch.trainer.weights import empty_model
+from tests.launch.test_world_size_invariance import (
+    TORCHRUN,
+    TRAIN,
+    as_lora,
+    largest_difference,
+    run,
+    weights,
+)
 from tests.support.ranks import run_ranks
 
 ROOT = Path(__file__).resolve().parent.parent.parent

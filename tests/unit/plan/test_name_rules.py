@@ -32,7 +32,7 @@ def rows(*tables: str):
 
 
 def twins(example: str) -> list[str]:
-    """The example in block 0 and in block 1, each beside a self attention: a model of two blocks."""
+    """The example in blocks 0 and 1, each beside a self attention: a model of two blocks."""
     segments = example.split(".")
     key = next((i for i, segment in enumerate(segments) if segment.isdecimal()), None)
     if key is None:
