@@ -9,7 +9,7 @@ UV ?= uv==0.13.9
 # The release that the project is developed on. Every other package is locked at its newest allowed release.
 TORCH ?= torch==2.13.0
 
-.PHONY: test lint lock wheel docs
+.PHONY: test lint shape lock wheel docs
 
 test:
 	PYTHON=$(PYTHON) VENV=$(VENV) bash tests/run.sh $(ARGS)
@@ -19,6 +19,10 @@ lint:
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/mypy
+
+shape:
+	bash requirements/install.sh requirements/test.txt $(VENV)
+	$(VENV)/bin/python .ci/shape.py
 
 lock:
 	$(PYTHON) -m venv .venv-lock
