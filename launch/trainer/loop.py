@@ -156,7 +156,7 @@ def _accumulate(job: Job, begin: Position, step: int) -> float:
         with job.engine.micro_step(last=part == parts - 1):
             with autocast(runtime.device, job.options):
                 loss = job.family.objective.loss(job.engine.model, batch, numbers, settings.seed)
-            # Outside autocast, as torch asks for: backward runs in the dtypes of forward.
+            # Outside autocast: backward runs in the dtypes that forward chose.
             mean = loss / parts
             job.engine.backward(mean)
         total += mean.item()

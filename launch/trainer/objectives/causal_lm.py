@@ -37,7 +37,8 @@ class NextToken:
         each = cross_entropy(found, wanted, ignore_index=IGNORED, reduction="none")  # (B, L - 1)
         # At least 1: a sequence without targets costs 0 and not 0 / 0.
         targets = (wanted != IGNORED).sum(1).clamp(min=1)
-        return (each.sum(1) / targets).mean()
+        mean: Tensor = (each.sum(1) / targets).mean()
+        return mean
 
     def generate(self, model: nn.Module, batch: Batch, seed: int, steps: int) -> Tensor | None:
         """Return None: text is not drawn."""
