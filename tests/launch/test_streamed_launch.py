@@ -20,8 +20,10 @@ from launch import make_tiny_wan
 from launch.trainer.data import open_dataset
 from launch.trainer.engines import build_engine
 from launch.trainer.engines.offload import check_streaming
+from launch.trainer.engines.sharding import SHARDINGS
 from launch.trainer.engines.zero import read_zero_config
 from launch.trainer.families import get_family
+from launch.trainer.job import Job
 from launch.trainer.loop import train
 from launch.trainer.metrics import MetricsFile
 from launch.trainer.options import RunOptions, load_options
@@ -71,16 +73,24 @@ def train_one(
     sharding: str, options: RunOptions, runtime: Runtime, folder: Path, ds_config: Path | None
 ) -> Result:
     """Train as launch/train.py does, in this process."""
-    check_streaming(options, sharding)
+    check_streaming(options, SHARDINGS[sharding])
     family = get_family(options.model_type)
     model = empty_model(family, options)
     plan = plan_model(model, options.plan)
-    engine = build_engine(
-        sharding, model, plan, options, runtime, None if ds_config is None else str(ds_config)
-    )
+    config_file = None if ds_config is None else str(ds_config)
+    engine = build_engine(SHARDINGS[sharding], model, plan, options, runtime, config_file)
     engine.prove(1.0)
     metrics = MetricsFile(folder / f"{sharding}-{options.stream is not None}-{runtime.rank}.jsonl")
-    outcome = train(engine, family, open_dataset(options.data), options, runtime, metrics)
+    job = Job(
+        engine=engine,
+        family=family,
+        data=open_dataset(options.data),
+        plan=plan,
+        options=options,
+        runtime=runtime,
+        folder=folder,
+    )
+    outcome = train(job, metrics)
     proof = engine.prove(outcome.last_factor)
     source = LiveWeights(engine.model)
     fetched = {name: source.fetch(name) for name, held in source.table.items() if held.trainable}
@@ -217,7 +227,7 @@ def test_a_sharder_that_cannot_offload_as_asked_says_what_to_do(
 ) -> None:
     options = load_options(write_config(with_stagehand(run_config, {**STAGEHAND, **edit})))
     with pytest.raises(ConfigError) as caught:
-        check_streaming(options, sharding)
+        check_streaming(options, SHARDINGS[sharding])
     assert all(word in str(caught.value) for word in words) and "\n" not in str(caught.value)
 
 
