@@ -58,9 +58,7 @@ class StreamPolicy:
 
     @property
     def slots(self) -> int:
-        """Units that the device holds at a time: the current one, the window, and the one
-        before.
-        """
+        """Units that the device holds at a time: the current one, the window, the one before."""
         return self.prefetch_window + 2
 
 
@@ -68,11 +66,10 @@ def _or(word: object, check: fields.Check) -> fields.Check:
     """Accept one special value, else ask ``check``."""
 
     def either(path: str, value: object) -> Any:
-        return (
-            value
-            if value is word or value == word and isinstance(value, str)
-            else check(path, value)
-        )
+        # Compared only as a string: an array would compare element by element.
+        if value is word or (isinstance(value, str) and value == word):
+            return value
+        return check(path, value)
 
     return either
 
