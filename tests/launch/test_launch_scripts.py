@@ -56,7 +56,7 @@ def call(
         ["bash", str(LAUNCH / script), *sharder, *args],
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=900,
         cwd=cwd,
         env={**clean, "PATH": path, "PYTHON": sys.executable, **env},
     )

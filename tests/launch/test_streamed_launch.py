@@ -29,17 +29,9 @@ from launch.trainer.metrics import MetricsFile
 from launch.trainer.options import RunOptions, load_options
 from launch.trainer.runtime import Runtime
 from launch.trainer.weights import empty_model
-from tests.launch.test_world_size_invariance import (
-    TORCHRUN,
-    TRAIN,
-    as_lora,
-    largest_difference,
-    run,
-    weights,
-)
+from tests.support.jobs import ROOT, as_lora, call_of, largest_difference, run_in_ranks, weights
 from tests.support.ranks import run_ranks
 
-ROOT = Path(__file__).resolve().parent.parent.parent
 BLOCKS, WINDOW = 6, 2
 STAGEHAND = {"enabled": True, "pinned_pool_mb": 64, "prefetch_window": WINDOW}
 OURS = {**STAGEHAND, "min_numel": 1000}
@@ -163,10 +155,10 @@ def test_ddp_with_a_streamed_base_ends_in_the_weights_of_the_resident_run(
     ]
     resident, alone, from_file = run_ranks(on_one_rank, 1, configs, tmp_path)[0]
     assert difference(resident, alone) == difference(resident, from_file) == 0.0
-    done = run([*TORCHRUN, "2", TRAIN, "--sharding", "ddp"], streamed, tmp_path / "ddp")
-    assert done.returncode == 0, done.stderr
-    assert "verified on 2 ranks (ddp)" in done.stdout
-    assert f"streaming {BLOCKS} of {BLOCKS} units through {WINDOW + 2} slots" in done.stdout
+    (done,) = run_in_ranks(2, [call_of(streamed, tmp_path / "ddp", "--sharding", "ddp")])
+    assert done.status == 0, done.complaint
+    assert "verified on 2 ranks (ddp)" in done.said
+    assert f"streaming {BLOCKS} of {BLOCKS} units through {WINDOW + 2} slots" in done.said
     final = {name: torch.from_numpy(value) for name, value in resident["weights"].items()}
     assert largest_difference(saved_names(final), weights(tmp_path / "ddp")) <= 1e-6
     rows = [

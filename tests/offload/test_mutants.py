@@ -18,7 +18,8 @@ from dist_layerlr.offload.gradients import GradSink
 from dist_layerlr.offload.saved import SavedTensors
 from dist_layerlr.offload.transfer import Fetcher
 from tests.offload.test_equality import check
-from tests.offload.test_semantics import LORA, check_memory_of_a_graph, two_forwards
+from tests.offload.test_limits import check_memory_of_a_graph
+from tests.offload.test_semantics import LORA, two_forwards
 from tests.support.forked import in_fork
 from tests.support.training import Case
 

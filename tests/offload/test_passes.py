@@ -5,11 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 from torch import nn
-from training import Case, attach, loss_of
 
 from dist_layerlr.errors import OffloadError
 from dist_layerlr.offload import engine as engine_module
 from dist_layerlr.offload.engine import _TRANSITIONS, Engine, Pass, Trigger
+from tests.support.training import Case, attach, loss_of
 
 LORA, FULL = Case(lora=True), Case(lora=False)
 
