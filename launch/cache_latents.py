@@ -89,6 +89,7 @@ def check_written(
     Raises:
         ModelSourceError: the file is damaged or differs.
     """
+    # From the header alone: a second call over thousands of files takes seconds.
     header = read_header(path)
     found: dict[str, Any] = {key: header.metadata.get(key) for key in metadata}
     found["latents (F, H, W)"], found["max-tokens"] = (
@@ -182,14 +183,17 @@ def encode_all(args: argparse.Namespace) -> int:
     missing = _missing(samples, args, layout.latent_size(size), max_tokens)
     if not missing:
         return 0
+    # After the check of what is there: a second call with nothing to do loads no text encoder.
     encoder = load_text_encoder(args.text_encoder, DTYPES[args.dtype], args.device)
     check_tokens(max_tokens, encoder)
+    # Counted before encoding and said after it, below the progress bar.
     cut = [sample for sample in missing if count_tokens(tokenizer, sample.caption) > max_tokens]
     for sample in tqdm(missing, unit="sample", disable=None):
         tensors = {
             LATENTS: encode_latents(vae, layout, load_clip(sample.frames, size.height, size.width)),
             PROMPT_EMBEDS: encode_caption(encoder, tokenizer, sample.caption, max_tokens),
         }
+        # The models' own dtype need not be the stored one: image VAEs may force float32.
         tensors = {field: tensor.to(DTYPES[args.dtype]) for field, tensor in tensors.items()}
         write_sample(_output_file(args, sample), tensors, _metadata(args, sample))
     _warn_cut(cut, max_tokens)

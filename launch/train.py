@@ -15,26 +15,17 @@ SIGTERM: the step is finished, a checkpoint and the weights are saved, status 0.
 
 from __future__ import annotations
 
-import argparse
 import os
 import sys
 import traceback
 from collections.abc import Sequence
 
 try:
-    from dist_layerlr.errors import ConfigError, LayerLRError
+    from dist_layerlr.errors import LayerLRError
     from dist_layerlr.ranks import RankFailure, is_shared
-    from launch.trainer.cli import Parser, complain
-    from launch.trainer.engines.offload import check_streaming
-    from launch.trainer.engines.sharding import (
-        NONE,
-        SHARDINGS,
-        ZERO,
-        Sharding,
-        check_accelerate_env,
-        check_launch,
-    )
+    from launch.trainer.cli import complain
     from launch.trainer.options import load_options
+    from launch.trainer.request import make_request, parse_args
     from launch.trainer.runtime import Diverged, start, stop
 except ModuleNotFoundError as error:
     # Nothing of the project can be imported, so this line cannot come from the project.
@@ -44,28 +35,20 @@ except ModuleNotFoundError as error:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the job. Returns the exit status."""
-    args = _parser().parse_args(argv)
+    args = parse_args(argv, __doc__)
     try:
         options = load_options(args.config, args.set, args.max_steps)
-        sharding = _sharding(args)
+        request = make_request(args)
         if not args.plan_only:
-            # Before ranks meet: they all see the same input, so each ends by itself.
-            check_accelerate_env(sharding)
-            check_launch(sharding, options.train.global_batch)
-            check_streaming(options, sharding)
-        runtime = start(alone=args.plan_only or sharding.alone)
-        # Late, because it imports diffusers' and PEFT's dependencies: a wrong flag ends sooner.
+            # Before ranks meet: they all see the same input, so each can end by itself.
+            request.check(options)
+        runtime = start(alone=args.plan_only or request.sharding.alone)
+        # Late, because it takes seconds to import: a wrong flag ends sooner.
         from launch.trainer import job
 
         if args.plan_only:
             job.print_plan(options, runtime)
         else:
-            request = job.Request(
-                sharding=sharding,
-                deepspeed_config=args.deepspeed_config,
-                output_dir=args.output_dir,
-                resume=args.resume,
-            )
             job.run(request, options, runtime)
         runtime.barrier()
         return 0
@@ -77,40 +60,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 1 if isinstance(error, Diverged) else 2
     finally:
         stop()
-
-
-def _parser() -> argparse.ArgumentParser:
-    form = argparse.RawDescriptionHelpFormatter
-    parser = Parser(prog="train.py", description=__doc__, formatter_class=form)
-    add = parser.add_argument
-    add("--config", required=True, metavar="FILE", help="training config (JSON)")
-    names = [name for name, row in SHARDINGS.items() if not row.by_deepspeed]
-    add("--sharding", choices=names, help="how ranks share the model (default: none)")
-    add("--deepspeed_config", metavar="FILE", help="train under DeepSpeed with this ds_config")
-    add("--output-dir", default="runs/latest", metavar="DIR", help="default: runs/latest")
-    add(
-        "--resume",
-        metavar="latest|PATH",
-        help="continue from the newest checkpoint of --output-dir, if any, or from PATH",
-    )
-    add("--max-steps", type=int, metavar="N", help="overrides train.steps")
-    add("--set", action="append", default=[], metavar="A.B=C", help="override one config value")
-    add("--plan-only", action="store_true", help="print the grid and stop")
-    # The deepspeed launcher adds it; ranks read LOCAL_RANK instead.
-    add("--local_rank", type=int, default=0, help=argparse.SUPPRESS)
-    return parser
-
-
-def _sharding(args: argparse.Namespace) -> Sharding:
-    """Return the row that the flags ask for."""
-    if args.deepspeed_config is None:
-        return NONE if args.sharding is None else SHARDINGS[args.sharding]
-    if args.sharding is not None:
-        raise ConfigError(
-            "Invalid --sharding with --deepspeed_config: DeepSpeed shards the model. Pass one of"
-            " them."
-        )
-    return ZERO
 
 
 def _leave(status: int) -> None:

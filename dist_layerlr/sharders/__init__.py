@@ -13,4 +13,5 @@ from dist_layerlr.sharders.base import Weight as Weight
 from dist_layerlr.sharders.choose import sharder_of as sharder_of
 from dist_layerlr.sharders.model import materialize as materialize
 from dist_layerlr.sharders.model import plan_model as plan_model
+from dist_layerlr.sharders.model import unwrap as unwrap
 from dist_layerlr.sharders.zero import partition_empty as partition_empty

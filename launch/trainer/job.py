@@ -14,19 +14,19 @@ from dist_layerlr.offload import Prediction
 from dist_layerlr.plan import Plan
 from dist_layerlr.ranks import alike
 from dist_layerlr.report import grid
-from dist_layerlr.sharders.model import unwrap
+from dist_layerlr.sharders import unwrap
 from dist_layerlr.weights import check_pretrained
 from launch.trainer import outputs
 from launch.trainer.data import check_dataset, open_dataset
 from launch.trainer.data.base import Dataset
 from launch.trainer.engines import build_engine
 from launch.trainer.engines.base import Engine
-from launch.trainer.engines.sharding import Sharding
 from launch.trainer.families import get_family
 from launch.trainer.families.base import Family
 from launch.trainer.loop import micro_batch_size, train
 from launch.trainer.metrics import MetricsFile
 from launch.trainer.options import RunOptions
+from launch.trainer.request import Request
 from launch.trainer.resume import (
     adapt_plan,
     choose_checkpoint,
@@ -57,18 +57,6 @@ class Job:
     """This rank."""
     folder: Path
     """Output folder of the run; only rank 0 writes into it."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Request:
-    """What the command line says beside the training config."""
-
-    sharding: Sharding
-    deepspeed_config: str | None = None
-    """JSON file, if DeepSpeed shards."""
-    output_dir: str
-    resume: str | None = None
-    """`latest` or a path; None: start from the beginning."""
 
 
 def print_plan(options: RunOptions, runtime: Runtime) -> None:
@@ -127,6 +115,7 @@ def _train_and_save(job: Job, stop: StopFlag, checkpoint: Path | None) -> None:
     """Continue or begin, prove, train, prove again, and write the results. Collective."""
     runtime = job.runtime
     begin = Position() if checkpoint is None else restore(job, checkpoint)
+    # After a checkpoint was loaded, which may have overwritten rates.
     proof = alike(lambda: job.engine.prove(1.0))
     runtime.say(proof.line())
     prediction = _predict(job)
@@ -146,6 +135,7 @@ def _train_and_save(job: Job, stop: StopFlag, checkpoint: Path | None) -> None:
         finish_saving()
         raise
     finish_saving()
+    # Again, because DeepSpeed, a scheduler or an optimizer may have changed rates on the way.
     after = alike(lambda: job.engine.prove(outcome.last_factor))
     weights = outputs.save_weights(job, outcome.steps)
     if runtime.is_main:
@@ -156,6 +146,7 @@ def _train_and_save(job: Job, stop: StopFlag, checkpoint: Path | None) -> None:
 
 def _open_files(job: Job, begin: Position, *, kept: bool) -> MetricsFile:
     """Write the plan and open metrics.jsonl; remove an earlier run's files unless ``kept``."""
+    # Only now, when nothing can be refused any more: bad input must not cost the earlier results.
     if not kept:
         outputs.remove_previous_run(job.folder)
     write_text(job.folder / "plan.json", job.plan.to_json() + "\n")
@@ -169,7 +160,9 @@ def _predict(job: Job) -> Prediction | None:
     world_size = job.runtime.world_size
     micro = micro_batch_size(job.options, world_size)
     micro_steps = job.options.train.global_batch // world_size // micro
-    tokens = micro * job.family.tokens(model.config, job.data[0])
+    # The first sample that is read at all: if it is damaged on one rank, all must hear of it.
+    first = alike(lambda: job.data[0])
+    tokens = micro * job.family.tokens(model.config, first)
     return job.engine.predict(tokens, micro_steps, job.options)
 
 

@@ -52,13 +52,16 @@ def open_output_dir(path: str | Path, model_path: str, *, probe: bool) -> Path:
             is trained lies in it.
     """
     folder = Path(path)
+    # remove_previous_run would delete the model before it is read.
     if (folder / "final").resolve() == Path(model_path).resolve():
         raise ConfigError(
             f"Invalid --output-dir {str(path)!r}: model_path is its final/. Choose another folder."
         )
     try:
+        # Every rank, because on several machines each may have a disk of its own.
         folder.mkdir(parents=True, exist_ok=True)
         if probe:
+            # The lock first: probing must not disturb another run's files.
             _lock(folder)
             _probe(folder)
     except OSError as error:
@@ -91,6 +94,7 @@ def _lock(folder: Path) -> None:
 
 def _probe(folder: Path) -> None:
     """Write and remove a file wherever the run will write, and look for folders in the way."""
+    # Folders that do not exist yet can be made if their parent takes a file.
     for place in (folder, folder / "samples", folder / "final", folder / CHECKPOINTS):
         if place == folder or place.exists():
             (place / ".probe").write_text("")
@@ -168,6 +172,7 @@ def draw_generated(job: Job) -> Path | None:
     if count == 0:
         return None
     batch = alike(lambda: job.family.collate([job.data[index] for index in range(count)]))
+    # Dropout and the like are for training; generate() runs the forward pass alone.
     model.eval()
     with torch.no_grad(), autocast(device, options):
         made = job.family.objective.generate(

@@ -90,6 +90,7 @@ class CachedDataset:
         """
         self.folder = Path(folder)
         self._headers = [read_header(path) for path in _sample_files(self.folder)]
+        # Until batches are sorted by size, all samples of a folder must stack.
         for header in self._headers[1:]:
             _check_same_shapes(self._headers[0], header)
 
@@ -181,6 +182,7 @@ def _check_loaded(header: SampleHeader, field: str, tensor: Tensor) -> None:
             f"{header.path}: {field} now has shape {found}, need {header.shapes[field]} as when the"
             " run began; do not rewrite samples during a run."
         )
+    # One NaN in a batch makes every gradient NaN; the loss would not say which file it was.
     if not bool(torch.isfinite(tensor).all()):
         raise ModelSourceError(
             f"{header.path}: {field} holds NaN or infinity, need finite numbers; {_REWRITE}."

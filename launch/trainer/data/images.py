@@ -49,6 +49,7 @@ def find_samples(folder: Path) -> list[Source]:
         raise ModelSourceError(
             f"Invalid --input {str(folder)!r}: not a folder; give the folder of images or clips."
         )
+    # Hidden files, such as macOS's ._cat.png, are no images.
     entries = sorted(path for path in folder.iterdir() if not path.name.startswith("."))
     samples = [_image_sample(path) for path in entries if _is_image(path)]
     samples += [_clip_sample(path) for path in entries if path.is_dir()]
@@ -97,6 +98,7 @@ def common_size(samples: Sequence[Source], height: int | None, width: int | None
                 f" {len(first.frames)}; all need the same number; set --frames, and keep images and"
                 " clips in separate folders."
             )
+    # All headers are read even if --height is given: a damaged file is found before any encoding.
     sizes = {path: image_size(path) for sample in samples for path in sample.frames}
     if height is not None and width is not None:
         return ClipSize(frames=len(first.frames), height=height, width=width)
@@ -135,6 +137,7 @@ def load_clip(paths: Sequence[Path], height: int, width: int) -> Tensor:
 
 def _load_frame(path: Path, height: int, width: int) -> Tensor:
     with blame(f"{path}: not a readable image", "replace or remove it"), Image.open(path) as image:
+        # As the camera held it, which is how image_size() counts.
         image = ImageOps.exif_transpose(image).convert("RGB")
         if image.size != (width, height):
             image = ImageOps.fit(image, (width, height), method=Image.Resampling.LANCZOS)

@@ -107,6 +107,7 @@ class NativeEngine:
         # A bound of infinity only measures the norm.
         norm = clip_grad_norm(self.model, self._clip or float("inf"))
         scale_lrs(self.optimizer, factor)
+        # Around the step alone: clipping and the schedule are done before weights are compared.
         with observe(self._plan, self.model, self.optimizer, factor, observed):
             self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
@@ -172,6 +173,7 @@ def make_optimizer(
         return torch.optim.SGD(
             groups, lr=0.0, momentum=options.momentum, weight_decay=options.weight_decay
         )
+    # lr is a default for groups that name none, and the plan's groups all do: 0 would show it.
     settings: dict[str, Any] = {
         "betas": options.betas,
         "eps": options.eps,

@@ -77,7 +77,9 @@ class Sharding:
 _FLAT = "it keeps flat parameters on the device"
 _FSDP1 = "--use_fsdp --fsdp_version 1"
 _FSDP2 = "--use_fsdp --fsdp_version 2"
+# Names are spelled as the library, the command line, run.sh and the tests spell them.
 _ROWS = (
+    # One process has no gradients to reduce and no launcher to wait for.
     Sharding(name="none", wrap=wrap.whole, launcher=None, stagehand=Stagehand.STREAMS),
     Sharding(
         name="ddp",
@@ -137,6 +139,7 @@ def check_launch(sharding: Sharding, global_batch: int) -> None:
             ranks cannot share.
     """
     world = launched_world_size()
+    # RANK and not WORLD_SIZE: torchrun with a single rank is a launcher too.
     if not sharding.alone and "RANK" not in os.environ:
         raise ConfigError(
             f"Invalid {sharding.flag}: it needs a launcher. Start it with: {sharding.launcher}"
@@ -166,6 +169,7 @@ def check_accelerate_env(sharding: Sharding) -> None:
     told = _told_accelerate()
     if told is None or sharding.accelerate == told:
         return
+    # Megatron has no row: then the only way out is another launch.
     same = [row for row in _ROWS if row.accelerate == told]
     choice = "Launch"
     if same:

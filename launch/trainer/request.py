@@ -1,0 +1,87 @@
+"""The command line of ``launch/train.py``, and what it asks for beside the training config."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from dist_layerlr.errors import ConfigError
+from launch.trainer.cli import Parser
+from launch.trainer.engines.offload import check_streaming
+from launch.trainer.engines.sharding import (
+    NONE,
+    SHARDINGS,
+    ZERO,
+    Sharding,
+    check_accelerate_env,
+    check_launch,
+)
+from launch.trainer.options import RunOptions
+
+
+@dataclass(frozen=True, kw_only=True)
+class Request:
+    """What the command line says beside the training config."""
+
+    sharding: Sharding
+    deepspeed_config: str | None = None
+    """JSON file, if DeepSpeed shards."""
+    output_dir: str
+    resume: str | None = None
+    """`latest` or a path; None: start from the beginning."""
+
+    def check(self, options: RunOptions) -> None:
+        """Refuse a launcher, batch or offload that does not fit the sharder.
+
+        Raises:
+            ConfigError: names the flag or field, and what to pass instead.
+        """
+        check_accelerate_env(self.sharding)
+        check_launch(self.sharding, options.train.global_batch)
+        check_streaming(options, self.sharding)
+
+
+def parse_args(argv: Sequence[str] | None, description: str | None) -> argparse.Namespace:
+    """Read the command line; a bad one ends the program with status 2."""
+    form = argparse.RawDescriptionHelpFormatter
+    parser = Parser(prog="train.py", description=description, formatter_class=form)
+    add = parser.add_argument
+    add("--config", required=True, metavar="FILE", help="training config (JSON)")
+    names = [name for name, row in SHARDINGS.items() if not row.by_deepspeed]
+    add("--sharding", choices=names, help="how ranks share the model (default: none)")
+    add("--deepspeed_config", metavar="FILE", help="train under DeepSpeed with this ds_config")
+    add("--output-dir", default="runs/latest", metavar="DIR", help="default: runs/latest")
+    add(
+        "--resume",
+        metavar="latest|PATH",
+        help="continue from the newest checkpoint of --output-dir, if any, or from PATH",
+    )
+    add("--max-steps", type=int, metavar="N", help="overrides train.steps")
+    add("--set", action="append", default=[], metavar="A.B=C", help="override one config value")
+    add("--plan-only", action="store_true", help="print the grid and stop")
+    # The deepspeed launcher adds it; ranks read LOCAL_RANK instead.
+    add("--local_rank", type=int, default=0, help=argparse.SUPPRESS)
+    return parser.parse_args(argv)
+
+
+def make_request(args: argparse.Namespace) -> Request:
+    """Find the sharder that the flags ask for.
+
+    Raises:
+        ConfigError: They ask for two.
+    """
+    if args.deepspeed_config is not None and args.sharding is not None:
+        raise ConfigError(
+            "Invalid --sharding with --deepspeed_config: DeepSpeed shards the model. Pass one of"
+            " them."
+        )
+    sharding = NONE if args.sharding is None else SHARDINGS[args.sharding]
+    if args.deepspeed_config is not None:
+        sharding = ZERO
+    return Request(
+        sharding=sharding,
+        deepspeed_config=args.deepspeed_config,
+        output_dir=args.output_dir,
+        resume=args.resume,
+    )
