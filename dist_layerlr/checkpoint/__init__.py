@@ -1,4 +1,4 @@
-"""Checkpoints keyed by canonical name, that any layout loads. See docs/checkpoints.md.
+"""Checkpoints keyed by canonical name, which any layout loads. See docs/checkpoints.md.
 
 Importing this package does not import torch: the command line compares folders by their files
 alone.
@@ -13,20 +13,22 @@ if TYPE_CHECKING:
     from dist_layerlr.checkpoint.deepspeed import load_deepspeed as load_deepspeed
     from dist_layerlr.checkpoint.deepspeed import save_deepspeed as save_deepspeed
     from dist_layerlr.checkpoint.load import Restored as Restored
-    from dist_layerlr.checkpoint.load import find_checkpoint as find_checkpoint
     from dist_layerlr.checkpoint.load import load_checkpoint as load_checkpoint
-    from dist_layerlr.checkpoint.load import resume_plan as resume_plan
+    from dist_layerlr.checkpoint.resume import find_checkpoint as find_checkpoint
+    from dist_layerlr.checkpoint.resume import resume_plan as resume_plan
     from dist_layerlr.checkpoint.save import Saving as Saving
+    from dist_layerlr.checkpoint.save import finish_background_save as finish_background_save
     from dist_layerlr.checkpoint.save import save_checkpoint as save_checkpoint
 
 _MODULE_OF = {
     "load_deepspeed": "deepspeed",
     "save_deepspeed": "deepspeed",
     "Restored": "load",
-    "find_checkpoint": "load",
+    "find_checkpoint": "resume",
     "load_checkpoint": "load",
-    "resume_plan": "load",
+    "resume_plan": "resume",
     "Saving": "save",
+    "finish_background_save": "save",
     "save_checkpoint": "save",
 }
 

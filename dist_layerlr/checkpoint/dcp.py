@@ -1,9 +1,12 @@
-"""What torch.distributed.checkpoint is told to store: runs of elements of flattened, unsharded
-tensors.
+"""What torch.distributed.checkpoint is told to store: spans of flattened, unsharded tensors.
 
-Every layout holds such runs, whatever wraps the model, so any of them loads what any other has
-saved. Planning across ranks, dropping replicas and finding which saved run overlaps which live one
-is DCP's.
+Every layout holds such spans, whatever wraps the model, so any of them loads what any other has
+saved. DCP plans across ranks, drops replicas, and finds which saved span overlaps which live one.
+
+torch 2.14 has a protocol for the same idea, ``torch.distributed.checkpoint.protocol.
+CheckpointableTensor``: ``global_shape``, ``global_offsets``, ``local_offsets`` and ``local_sizes``
+on a plain tensor. A ``StoredSpan`` is its one-dimensional case: ``(size,)``, ``(start,)``, ``(0,)``
+and ``(numel,)``. When 2.14 is the oldest torch that is supported, the two planners below can go.
 """
 
 from __future__ import annotations
@@ -34,56 +37,51 @@ from torch.distributed.checkpoint.planner import (
 from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
 
 from dist_layerlr.errors import CheckpointError
+from dist_layerlr.sharders.base import HeldSpan
 
 Scalars = dict[str, dict[str, tuple[float, str | None]]]
 """{name: {state key: (value, dtype of the tensor that held it, or None for a plain number)}}."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Run:
-    """Elements [start, start + len) of the flattened tensor that is stored as ``key``."""
+class StoredSpan(HeldSpan):
+    """A span of a tensor in the checkpoint, and the memory that is saved or filled.
 
-    key: str
-    start: int
+    ``name`` is the tensor's key in the checkpoint: ``weight.FQN``, ``optim.FQN.STATE_KEY``,
+    ``sample.FQN`` or ``rng.RANK``.
+    """
+
     size: int
     """Elements of the whole tensor."""
-    tensor: Tensor
-    """Flat and local."""
-    home: Tensor | None = None
-    """Where ``tensor`` has to be copied after a load, if it is no view."""
 
     @property
     def place(self) -> str:
-        """Unique on a rank."""
-        return f"{self.key}@{self.start}"
+        """Unique on a rank: a rank may hold several spans of one tensor."""
+        return f"{self.name}@{self.start}"
 
     @property
     def chunk(self) -> ChunkStorageMetadata:
         """As DCP describes it."""
         return ChunkStorageMetadata(
-            offsets=torch.Size([self.start]), sizes=torch.Size([self.tensor.numel()])
+            offsets=torch.Size([self.start]), sizes=torch.Size([self.numel])
         )
-
-    def settle(self) -> None:
-        """Call after a load."""
-        if self.home is not None:
-            self.home.copy_(self.tensor.view(self.home.shape))
 
 
 class SavePlanner(DefaultSavePlanner):
-    """Stores runs, and a few numbers for each name along with the index."""
+    """Stores spans, and a few numbers for each name along with the index."""
 
-    def __init__(self, runs: Sequence[Run], scalars: Scalars):
+    def __init__(self, spans: Sequence[StoredSpan], scalars: Scalars):
         super().__init__(flatten_state_dict=False, flatten_sharded_tensors=False)
-        self._runs, self._scalars = runs, scalars
+        self._spans, self._scalars = spans, scalars
 
     def create_local_plan(self) -> SavePlan:
-        """One shard for each run."""
-        self.plan = SavePlan([_write_item(run) for run in self._runs], planner_data=self._scalars)
+        """One shard for each span."""
+        items = [_write_item(span) for span in self._spans]
+        self.plan = SavePlan(items, planner_data=self._scalars)
         return self.plan
 
     def create_global_plan(self, all_plans: list[SavePlan]) -> tuple[list[SavePlan], Metadata]:
-        """Replicas dropped, numbers of all ranks merged.
+        """Drop replicas and merge the numbers of all ranks.
 
         Raises:
             CheckpointError: two ranks disagree about a number, as after steps that skipped a rank.
@@ -99,71 +97,75 @@ class SavePlanner(DefaultSavePlanner):
         return plans, replace(metadata, planner_data=merged)
 
     def lookup_object(self, index: MetadataIndex) -> Any:
-        """The tensor of a run; a staged copy in a background save."""
+        """The tensor of a span.
+
+        It is taken from ``state_dict``, not from the span, because in a background save DCP has
+        put copies on the host there, while training changes the span's own memory.
+        """
         assert index.offset is not None
         return self.state_dict[f"{index.fqn}@{index.offset[0]}"]
 
 
-def _write_item(run: Run) -> WriteItem:
+def _write_item(span: StoredSpan) -> WriteItem:
     return WriteItem(
-        index=MetadataIndex(run.key, torch.Size([run.start])),
+        index=MetadataIndex(span.name, torch.Size([span.start])),
         type=WriteItemType.SHARD,
         tensor_data=TensorWriteData(
-            chunk=run.chunk,
-            properties=TensorProperties(dtype=run.tensor.dtype),
-            size=torch.Size([run.size]),
+            chunk=span.chunk,
+            properties=TensorProperties(dtype=span.tensor.dtype),
+            size=torch.Size([span.size]),
         ),
     )
 
 
 class LoadPlanner(DefaultLoadPlanner):
-    """Fills runs from whatever runs were saved."""
+    """Fills spans from whatever spans were saved."""
 
-    def __init__(self, runs: Sequence[Run]):
+    def __init__(self, spans: Sequence[StoredSpan]):
         super().__init__(flatten_state_dict=False, flatten_sharded_tensors=False)
-        self._runs = {run.place: run for run in runs}
-        assert len(self._runs) == len(runs), "two runs of one place: only the last would be read"
+        self._spans = {span.place: span for span in spans}
+        self._distinct = len(self._spans) == len(spans)
 
     def create_local_plan(self) -> LoadPlan:
         """Reads of all that overlaps.
 
         Raises:
-            CheckpointError: a run is not covered by what was saved.
+            CheckpointError: a span is not covered by what was saved.
         """
+        # Asserted here, not in __init__, because DCP agrees over ranks on what this raises.
+        assert self._distinct, "two spans of one place: only the last would be read"
         assert self.metadata is not None
         saved: Mapping[str, Any] = self.metadata.state_dict_metadata
         items: list[ReadItem] = []
-        for run in self._runs.values():
-            found = (
-                create_read_items_for_chunk_list(run.key, saved[run.key], [run.chunk])
-                if run.key in saved
-                else []
-            )
+        for span in self._spans.values():
+            found: list[ReadItem] = []
+            if span.name in saved:
+                found = create_read_items_for_chunk_list(span.name, saved[span.name], [span.chunk])
+            # DCP itself leaves elements that nobody saved as they are, without a word.
             covered = sum(item.lengths[0] for item in found)
-            if covered != run.tensor.numel():
+            if covered != span.numel:
                 raise CheckpointError(
-                    f"The checkpoint holds {covered} of the {run.tensor.numel()} elements of"
-                    f" {run.key} from {run.start} on. It was not written whole; resume from another"
-                    " one."
+                    f"The checkpoint holds {covered} of the {span.numel} elements of {span.name}"
+                    f" from {span.start} on. It was not written whole; resume from another one."
                 )
             items += found
         return LoadPlan(items)
 
     def resolve_tensor(self, read_item: ReadItem) -> Tensor:
-        """The elements of a run that one read fills."""
+        """The elements of a span that one read fills: a view, so that the file is read in place."""
         index = read_item.dest_index
         assert index.offset is not None
-        run = self._runs[f"{index.fqn}@{index.offset[0]}"]
-        return run.tensor.narrow(0, read_item.dest_offsets[0], read_item.lengths[0])
+        span = self._spans[f"{index.fqn}@{index.offset[0]}"]
+        return span.tensor.narrow(0, read_item.dest_offsets[0], read_item.lengths[0])
 
 
 def sizes(metadata: Metadata) -> dict[str, tuple[int, torch.dtype]]:
     """{key: (elements, dtype)} of everything stored."""
-    return {
-        key: (row.size[0], row.properties.dtype)
-        for key, row in metadata.state_dict_metadata.items()
-        if isinstance(row, TensorStorageMetadata)
-    }
+    found: dict[str, tuple[int, torch.dtype]] = {}
+    for key, row in metadata.state_dict_metadata.items():
+        if isinstance(row, TensorStorageMetadata):
+            found[key] = (row.size[0], row.properties.dtype)
+    return found
 
 
 def accept_one_process() -> None:

@@ -1,7 +1,4 @@
-"""DeepSpeed engines: their counters and loss scale.
-
-And their own checkpoints, guarded by our name manifest.
-"""
+"""DeepSpeed engines: their counters and loss scale, and their own checkpoints, guarded by names."""
 
 from __future__ import annotations
 
@@ -10,14 +7,18 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from dist_layerlr.checkpoint.manifest import damaged
+from dist_layerlr import fields
+from dist_layerlr.checkpoint.folders import MANIFEST
+from dist_layerlr.checkpoint.manifest import Manifest
+from dist_layerlr.checkpoint.schema import checked, damaged, finite
 from dist_layerlr.errors import CheckpointError
 from dist_layerlr.files import write_text
 from dist_layerlr.plan.entries import Plan
 from dist_layerlr.proof.reapply import check_group_layout, group_layout, reapply
-from dist_layerlr.ranks import alike, everyone
+from dist_layerlr.ranks import alike, everyone, world_size
 
 NAMES = "dist_layerlr_names.json"
+"""The group layout of every rank, beside DeepSpeed's own files."""
 _COUNTERS = ("global_steps", "global_samples", "micro_steps", "skipped_steps")
 _SCALE = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
 
@@ -33,6 +34,25 @@ def engine_state(model: Any) -> dict[str, Any]:
     }
 
 
+def check_engine_state(folder: Path, manifest: Manifest) -> None:
+    """Refuse a saved state that ``restore_engine`` could not set, or that names other attributes.
+
+    Raises:
+        CheckpointError: naming ``checkpoint.json`` and the field.
+    """
+    state = manifest.sharder_state
+    if not state:
+        return
+    with checked(folder / MANIFEST):
+        fields.known_keys("content.sharder_state", state, ("counters", "scale"))
+        for key, names in (("counters", _COUNTERS), ("scale", _SCALE)):
+            where = f"content.sharder_state.{key}"
+            values = fields.mapping(where, state.get(key))
+            fields.known_keys(where, values, names)
+            for name, value in values.items():
+                finite(f"{where}.{name}", value)
+
+
 def restore_engine(model: Any, state: Mapping[str, Any]) -> None:
     """Inverse of ``engine_state``.
 
@@ -40,16 +60,18 @@ def restore_engine(model: Any, state: Mapping[str, Any]) -> None:
     """
     if not hasattr(model, "zero_optimization_stage") or not state:
         return
+    # The names were checked by check_engine_state: setattr must not take any name from a file.
     for name, value in state["counters"].items():
         setattr(model, name, value)
     scaler = _scaler(model)
     for name, value in state["scale"].items():
+        # A static scaler has fewer attributes than the dynamic one that may have been saved.
         if hasattr(scaler, name):
             setattr(scaler, name, value)
 
 
 def save_deepspeed(folder: str | Path, plan: Plan, engine: Any, *, tag: str, **more: Any) -> None:
-    """``engine.save_checkpoint`` with a manifest of names beside it. Collective.
+    """``engine.save_checkpoint`` with the layout of its groups by name beside it. Collective.
 
     Args:
         folder: DeepSpeed's ``save_dir``.
@@ -59,7 +81,8 @@ def save_deepspeed(folder: str | Path, plan: Plan, engine: Any, *, tag: str, **m
         **more: further arguments of ``save_checkpoint``.
     """
     engine.save_checkpoint(str(folder), tag=tag, **more)
-    ranks = everyone(group_layout(plan, engine))  # all have written by now
+    # This is collective: when it returns, every rank has written its files, whose sizes follow.
+    ranks = everyone(group_layout(plan, engine))
 
     def write() -> None:
         if engine.global_rank == 0:
@@ -72,8 +95,7 @@ def save_deepspeed(folder: str | Path, plan: Plan, engine: Any, *, tag: str, **m
 def load_deepspeed(
     folder: str | Path, plan: Plan, engine: Any, *, tag: str, factor: float = 1.0, **more: Any
 ) -> Any:
-    """``engine.load_checkpoint``, but only into the layout it was saved from, and with the plan's
-    rates after it.
+    """``engine.load_checkpoint`` into the layout it was saved from, with the plan's rates after it.
 
     DeepSpeed matches by position: other groups of the same size would be filled with each other's
     weights. Load ``save_checkpoint``'s own format into another layout.
@@ -90,12 +112,13 @@ def load_deepspeed(
         DeepSpeed's client state.
 
     Raises:
-        CheckpointError: no manifest, another number of ranks, or a file that is missing or of
+        CheckpointError: no such layout, another number of ranks, or a file that is missing or of
             another length.
         PlanMismatch: names, order or sizes differ from the saved; nothing is loaded.
     """
     path = Path(folder) / tag / NAMES
-    saved = alike(lambda: _read_names(path, len(everyone(None)), engine.global_rank))
+    saved = alike(lambda: _read_names(path, world_size(), engine.global_rank))
+    # Both checks come before the load, which fills the engine as it reads.
     check_group_layout(saved, plan, engine)
     alike(lambda: _check_files(path.parent, saved.get("files", {})))
     _, client = engine.load_checkpoint(str(folder), tag=tag, **more)
@@ -105,8 +128,11 @@ def load_deepspeed(
 
 def _sizes(folder: Path) -> dict[str, int]:
     """{file: bytes} of what DeepSpeed has written, as one rank sees it."""
-    files = (path for path in folder.rglob("*") if path.is_file() and path.name != NAMES)
-    return {str(path.relative_to(folder)): path.stat().st_size for path in files}
+    sizes: dict[str, int] = {}
+    for path in folder.rglob("*"):
+        if path.is_file() and path.name != NAMES:
+            sizes[str(path.relative_to(folder))] = path.stat().st_size
+    return sizes
 
 
 def _check_files(folder: Path, saved: Mapping[str, int]) -> None:
@@ -135,11 +161,14 @@ def _read_names(path: Path, ranks: int, rank: int) -> dict[str, Any]:
             f" {ranks}. Start it with as many, or save with dist_layerlr.save_checkpoint, which any"
             " number loads."
         )
-    found: dict[str, Any] = saved[rank]
+    found = saved[rank] if isinstance(saved, list) else None
+    if not isinstance(found, dict):
+        raise damaged(path, "it does not list one layout for each rank")
     return found
 
 
 def _scaler(engine: Any) -> Any:
+    # ZeRO and BF16_Optimizer hold a scaler; the fp16 optimizers of stage 0 hold its settings.
     return getattr(engine.optimizer, "loss_scaler", None) or getattr(
         engine.optimizer, "loss_scale_config", None
     )

@@ -20,13 +20,12 @@ POINTER = "latest"
 CHECKPOINTS = "checkpoints"
 """Folder of checkpoints in a run's output folder."""
 _SAVING, _DELETING = ".saving-", ".deleting-"
+# The step, and the attempt: a second save of one step stands beside the first until it is complete.
 _NAME = re.compile(r"step_(\d{8,})(?:-(\d+))?")
 
 
 def begin(root: Path, step: int) -> Path:
-    """Create the hidden folder of a new checkpoint, and remove what killed saves have left
-    behind.
-    """
+    """Create the hidden folder of a new checkpoint, and remove what killed saves left behind."""
     root.mkdir(parents=True, exist_ok=True)
     for left in root.iterdir():
         if left.name.startswith((_SAVING, _DELETING)):
@@ -44,7 +43,10 @@ def commit(hidden: Path, *, keep: int | None = None) -> Path:
         keep: how many checkpoints stay, this one included; None: all. One of the same step is
             replaced in any case.
     """
-    root, final = hidden.parent, hidden.parent / hidden.name.removeprefix(_SAVING)
+    root, final = hidden.parent, final_of(hidden)
+    # The order is what makes every moment safe. The folder's entries are on disk before its name
+    # is, and its name is before the pointer to it is; a rename is atomic, so that a reader sees
+    # the old pointer or the new one. Deleting comes last, when the new checkpoint can be found.
     sync_folder(hidden)
     hidden.rename(final)
     sync_folder(root)
@@ -71,17 +73,17 @@ def final_of(hidden: Path) -> Path:
 
 def complete(root: Path) -> list[Path]:
     """Checkpoints in a folder, in the order in which they were written."""
-    found = (
-        [f for f in root.iterdir() if _NAME.fullmatch(f.name) and is_checkpoint(f)]
-        if root.is_dir()
-        else []
-    )
-    return sorted(found, key=lambda f: ((f / MANIFEST).stat().st_mtime_ns, f.name))
+    found: list[tuple[int, str, Path]] = []
+    if root.is_dir():
+        for folder in root.iterdir():
+            if _NAME.fullmatch(folder.name) and is_checkpoint(folder):
+                # Time orders them, not the step: a run that went back writes a lower one later.
+                found.append(((folder / MANIFEST).stat().st_mtime_ns, folder.name, folder))
+    return [folder for _, _, folder in sorted(found)]
 
 
 def latest(folder: str | Path) -> Path:
-    """The checkpoint that ``folder`` is, or the newest complete one in it, or in its
-    ``checkpoints``.
+    """The checkpoint that ``folder`` is, or the newest complete one in it or its ``checkpoints``.
 
     Raises:
         CheckpointError: there is none.
@@ -95,6 +97,8 @@ def latest(folder: str | Path) -> Path:
         pointed = folder / (folder / POINTER).read_text(encoding="utf-8").strip()
     except (OSError, UnicodeDecodeError):
         pointed = folder
+    # A damaged pointer, or one to a checkpoint that was deleted, is passed over. The pattern keeps
+    # it inside the folder.
     if pointed.parent == folder and _NAME.fullmatch(pointed.name) and is_checkpoint(pointed):
         return pointed
     found = complete(folder)
@@ -117,18 +121,20 @@ def step_of(folder: Path) -> int:
 
 
 def _free_name(root: Path, step: int) -> str:
-    """``step_00000010``, or ``step_00000010-1`` beside one that must stay until this one is
-    complete.
+    """``step_00000010``, or ``step_00000010-1`` beside one that is there already.
+
+    The earlier one must stay until this one is complete.
     """
-    attempts = [
-        int(m[2] or 0)
-        for f in root.iterdir()
-        if (m := _NAME.fullmatch(f.name)) and int(m[1]) == step
-    ]
+    attempts: list[int] = []
+    for folder in root.iterdir():
+        match = _NAME.fullmatch(folder.name)
+        if match and int(match[1]) == step:
+            attempts.append(int(match[2] or 0))
     return f"step_{step:08d}" + (f"-{max(attempts) + 1}" if attempts else "")
 
 
 def _delete(folder: Path) -> None:
+    # Hidden first, in one step: a process that dies within rmtree leaves no half checkpoint.
     hidden = folder.with_name(_DELETING + folder.name)
     folder.rename(hidden)
     shutil.rmtree(hidden)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 from math import prod
 from typing import Any
@@ -11,21 +11,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dist_layerlr.checkpoint.dcp import Run, Scalars, sizes
-from dist_layerlr.checkpoint.manifest import Manifest, Stored
+from dist_layerlr.checkpoint.dcp import Scalars, StoredSpan, sizes
+from dist_layerlr.checkpoint.index import OPTIM, RNG, SAMPLE, SAMPLES, WEIGHT, Index
+from dist_layerlr.checkpoint.manifest import Manifest, TensorRecord
 from dist_layerlr.checkpoint.rng import read_rng
-from dist_layerlr.checkpoint.storage import Index
 from dist_layerlr.errors import CheckpointError
 from dist_layerlr.optim.groups import INITIAL_LR, LR
 from dist_layerlr.optim.readback import live_pieces
 from dist_layerlr.optim.segmented import Segmented
 from dist_layerlr.plan.names import parse
 from dist_layerlr.sharders import Piece, Pieces, Sharder, Weight, sharder_of
-from dist_layerlr.sharders.base import local
-
-WEIGHT, OPTIM, SAMPLE, RNG = "weight", "optim", "sample", "rng"
-SAMPLES = 8
-"""Elements by which a frozen tensor that is not saved is told from another model's."""
+from dist_layerlr.sharders.base import local, sample_places
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,22 +37,32 @@ class Live:
         """Weights by canonical name."""
         return {w.name: w for w in self.weights}
 
+    @cached_property
+    def stepped(self) -> frozenset[str]:
+        """Names whose truth is with the optimizer: its owner is the weight, or the fp32 master."""
+        return frozenset(piece.name for piece in self.found.pieces)
+
+    def size(self, name: str) -> int:
+        """Elements of the whole tensor."""
+        return prod(self.by_name[name].shape)
+
     @property
     def optimizer_class(self) -> str:
         """What steps the elements: the inner optimizer of a segmented one."""
         optimizer = self.found.optimizer
-        inner = (
-            optimizer.inner
-            if isinstance(optimizer, Segmented) and optimizer.inner is not None
-            else optimizer
-        )
-        return type(inner).__name__
+        if isinstance(optimizer, Segmented) and optimizer.inner is not None:
+            optimizer = optimizer.inner
+        return type(optimizer).__name__
 
     @property
     def factor(self) -> float:
         """The schedule's multiplier: what the live rates are of their initial ones."""
-        rates = ((p.group[LR], p.group.get(INITIAL_LR, 0.0)) for p in self.found.pieces)
-        return next((float(lr) / float(initial) for lr, initial in rates if initial), 1.0)
+        for piece in self.found.pieces:
+            initial = piece.group.get(INITIAL_LR, 0.0)
+            # A planned rate of 0 says nothing about the multiplier.
+            if initial:
+                return float(piece.group[LR]) / float(initial)
+        return 1.0
 
 
 def look(model: nn.Module, optimizer: Any) -> Live:
@@ -68,7 +74,7 @@ def look(model: nn.Module, optimizer: Any) -> Live:
     return Live(sharder=sharder, weights=weights, found=live_pieces(sharder, optimizer))
 
 
-def describe(live: Live, *, frozen: bool | None) -> dict[str, Stored]:
+def describe(live: Live, *, frozen: bool | None) -> dict[str, TensorRecord]:
     """The manifest's table.
 
     Args:
@@ -77,54 +83,51 @@ def describe(live: Live, *, frozen: bool | None) -> dict[str, Stored]:
     """
     if frozen is None:
         frozen = not any(w.trainable and parse(w.name).is_adapter for w in live.weights)
-    return {
-        w.name: Stored(
-            shape=tuple(w.shape),
-            dtype=str(w.dtype).removeprefix("torch."),
-            trainable=w.trainable,
-            aliases=w.aliases,
-            saved=frozen or w.trainable or w.is_buffer,
+    table: dict[str, TensorRecord] = {}
+    for weight in live.weights:
+        table[weight.name] = TensorRecord(
+            shape=tuple(weight.shape),
+            dtype=str(weight.dtype).removeprefix("torch."),
+            trainable=weight.trainable,
+            aliases=weight.aliases,
+            saved=frozen or weight.trainable or weight.is_buffer,
         )
-        for w in live.weights
-    }
+    return table
 
 
-def saved_runs(live: Live, table: Mapping[str, Stored], rank: int) -> tuple[list[Run], Scalars]:
+def saved_spans(
+    live: Live, table: Mapping[str, TensorRecord], rank: int
+) -> tuple[list[StoredSpan], Scalars]:
     """Everything that this rank contributes to a checkpoint.
 
     Raises:
         CheckpointError: optimizer state that is not element by element.
     """
-    stepped = {piece.name for piece in live.found.pieces}
-    runs = [_rng_run(rank)]
+    spans = [_rng_span(rank)]
     for weight in live.weights:
         if not table[weight.name].saved:
-            runs += [sample for sample in [_sample(weight)] if sample is not None]
-        elif weight.name not in stepped and weight.numel:
-            runs.append(_weight_run(weight))
+            sample = _sample(weight, weight.name)
+            spans += [sample] if sample is not None else []
+        elif weight.name not in live.stepped and weight.numel:
+            spans.append(_weight_span(weight, weight.name))
     numbers: Scalars = {}
     for piece in live.found.pieces:
         if piece.numel:
-            size = prod(live.by_name[piece.name].shape)
-            runs.append(piece_run(f"{WEIGHT}.{piece.name}", piece, piece.owner, size))
-            runs += _state_runs(piece, live.found.optimizer, size, numbers)
-    return runs, numbers
+            size = live.size(piece.name)
+            spans.append(piece_span(f"{WEIGHT}.{piece.name}", piece, piece.owner, size))
+            spans += _state_spans(piece, live.found.optimizer, size, numbers)
+    return spans, numbers
 
 
-def _state_runs(piece: Piece, optimizer: Any, size: int, numbers: Scalars) -> list[Run]:
-    runs = []
+def _state_spans(piece: Piece, optimizer: Any, size: int, numbers: Scalars) -> list[StoredSpan]:
+    """Spans of elementwise state. Counters are added to ``numbers``."""
+    spans = []
     for key, value in optimizer.state.get(piece.owner, {}).items():
-        if (
-            isinstance(value, Tensor)
-            and value.ndim == 0
-            and (key == "step" or local(piece.owner).ndim)
-        ):
-            numbers.setdefault(piece.name, {})[key] = (
-                value.item(),
-                str(value.dtype).removeprefix("torch."),
-            )
+        if _is_counter(key, value, piece.owner):
+            dtype = str(value.dtype).removeprefix("torch.")
+            numbers.setdefault(piece.name, {})[key] = (value.item(), dtype)
         elif isinstance(value, Tensor) and _elementwise(local(value), local(piece.owner)):
-            runs.append(piece_run(f"{OPTIM}.{piece.name}.{key}", piece, value, size))
+            spans.append(piece_span(f"{OPTIM}.{piece.name}.{key}", piece, value, size))
         elif isinstance(value, (int, float)):
             numbers.setdefault(piece.name, {})[key] = (value, None)
         elif value is not None:
@@ -134,77 +137,105 @@ def _state_runs(piece: Piece, optimizer: Any, size: int, numbers: Scalars) -> li
                 f" {type(optimizer).__name__} keeps state that is quantised or not element by"
                 " element. Save it with the library's own tools, or use AdamW."
             )
-    return runs
+    return spans
+
+
+def _is_counter(key: str, value: object, owner: Tensor) -> bool:
+    """Whether a state tensor is one number for all elements.
+
+    A 0-d parameter has 0-d moments, which are elementwise state; its ``step`` is not.
+    """
+    if not isinstance(value, Tensor) or value.ndim:
+        return False
+    return key == "step" or local(owner).ndim > 0
 
 
 def _elementwise(value: Tensor, owner: Tensor) -> bool:
-    """Whether state has one number for each element: not quantised (a tensor class of its own), not
-    factored.
+    """Whether state has one number for each element.
+
+    Quantised state has a tensor class of its own, and factored state fewer elements.
     """
     return type(value) in (Tensor, nn.Parameter) and value.numel() == owner.numel()
 
 
-def piece_run(key: str, piece: Piece, tensor: Tensor, size: int) -> Run:
+def piece_span(key: str, piece: Piece, tensor: Tensor, size: int) -> StoredSpan:
     """A piece's elements of its owner or of a state tensor laid out as the owner."""
     here = local(tensor).detach()
+    flat, home = here, None
     if here.is_contiguous():
         flat = here.view(-1)[piece.offset : piece.offset + piece.numel]
-        return Run(key=key, start=piece.start, size=size, tensor=flat)
-    return Run(key=key, start=piece.start, size=size, tensor=here.reshape(-1), home=here)
-
-
-def _weight_run(weight: Weight) -> Run:
-    key = f"{WEIGHT}.{weight.name}"
-    return Run(
-        key=key, start=weight.start, size=prod(weight.shape), tensor=weight.tensor, home=weight.home
+    else:
+        # No view shows the elements in order. Only whole tensors keep such a layout, so that the
+        # copy is all of it; a load copies it back (write_home).
+        flat, home = here.reshape(-1), here
+    return StoredSpan(
+        name=key, start=piece.start, numel=flat.numel(), size=size, tensor=flat, home=home
     )
 
 
-def _sample(weight: Weight) -> Run | None:
+def _weight_span(weight: Weight, saved_name: str) -> StoredSpan:
+    return StoredSpan(
+        name=f"{WEIGHT}.{saved_name}",
+        start=weight.start,
+        numel=weight.tensor.numel(),
+        size=prod(weight.shape),
+        tensor=weight.tensor,
+        home=weight.home,
+    )
+
+
+def _sample(weight: Weight, saved_name: str) -> StoredSpan | None:
     """This rank's part of a few elements, evenly spaced over the whole tensor."""
-    size = prod(weight.shape)
-    count = min(SAMPLES, size)
-    places = [i * (size - 1) // max(count - 1, 1) for i in range(count)]
-    mine = [
-        i for i, place in enumerate(places) if weight.start <= place < weight.start + weight.numel
-    ]
+    places = sample_places(prod(weight.shape), SAMPLES)
+    mine: list[int] = []
+    for number, place in enumerate(places):
+        if weight.start <= place < weight.start + weight.numel:
+            mine.append(number)
     if not mine:
         return None
-    chosen = weight.tensor[[places[i] - weight.start for i in mine]]
-    return Run(key=f"{SAMPLE}.{weight.name}", start=mine[0], size=count, tensor=chosen)
+    # The sample is itself a tensor of up to SAMPLES elements, of which each rank holds a span.
+    chosen = weight.tensor[[places[number] - weight.start for number in mine]]
+    return StoredSpan(
+        name=f"{SAMPLE}.{saved_name}",
+        start=mine[0],
+        numel=len(mine),
+        size=len(places),
+        tensor=chosen,
+    )
 
 
-def _rng_run(rank: int) -> Run:
-    state = read_rng()
-    return Run(key=f"{RNG}.{rank}", start=0, size=state.numel(), tensor=state)
+def _rng_span(rank: int) -> StoredSpan:
+    return _whole(f"{RNG}.{rank}", read_rng())
 
 
-def rng_target(manifest: Manifest, index: Index, rank: int) -> Run:
+def _whole(key: str, tensor: Tensor) -> StoredSpan:
+    numel = tensor.numel()
+    return StoredSpan(name=key, start=0, numel=numel, size=numel, tensor=tensor)
+
+
+def rng_target(manifest: Manifest, index: Index, rank: int) -> StoredSpan:
     """Room for the saved random number generators of a rank.
 
     Rank 0's for one that the checkpoint does not know.
     """
     key = f"{RNG}.{rank if rank < manifest.ranks else 0}"
     size = sizes(index.metadata)[key][0]
-    return Run(key=key, start=0, size=size, tensor=torch.empty(size, dtype=torch.uint8))
+    return _whole(key, torch.empty(size, dtype=torch.uint8))
 
 
-def sample_runs(live: Live, manifest: Manifest) -> list[tuple[Run, Run]]:
-    """(what the live model has, room for what the checkpoint has) of every frozen tensor that was
-    not saved.
-    """
+def sample_spans(live: Live, manifest: Manifest) -> list[tuple[StoredSpan, StoredSpan]]:
+    """(live values, room for the saved ones) of every frozen tensor that was not saved."""
     pairs = []
     for weight in live.weights:
         saved = manifest.name_of(weight.name, weight.aliases)
-        if (
-            saved is not None
-            and not manifest.parameters[saved].saved
-            and (mine := _sample(weight)) is not None
-        ):
-            key = f"{SAMPLE}.{saved}"
-            room = Run(
-                key=key,
+        if saved is None or manifest.parameters[saved].saved:
+            continue
+        mine = _sample(weight, saved)
+        if mine is not None:
+            room = StoredSpan(
+                name=mine.name,
                 start=mine.start,
+                numel=mine.numel,
                 size=mine.size,
                 tensor=torch.empty_like(mine.tensor, device="cpu"),
             )
@@ -213,8 +244,9 @@ def sample_runs(live: Live, manifest: Manifest) -> list[tuple[Run, Run]]:
 
 
 def same_values(mine: Tensor, saved: Tensor, saved_dtype: torch.dtype) -> bool:
-    """Whether samples are of the same tensor, be it kept in another precision: they are compared in
-    the coarser one.
+    """Whether samples are of the same tensor, be it kept in another precision.
+
+    They are compared in the coarser one.
 
     Args:
         mine: live values.
@@ -227,21 +259,19 @@ def same_values(mine: Tensor, saved: Tensor, saved_dtype: torch.dtype) -> bool:
     return torch.equal(mine, saved)
 
 
-def weight_targets(live: Live, manifest: Manifest) -> list[Run]:
-    """Where saved weights go: into fp32 masters where there are, else into the weights
-    themselves.
-    """
-    stepped = {piece.name for piece in live.found.pieces}
-    saved = {w.name: manifest.name_of(w.name, w.aliases) for w in live.weights}
-    here = {n: s for n, s in saved.items() if s is not None and manifest.parameters[s].saved}
-    runs = [
-        replace(_weight_run(w), key=f"{WEIGHT}.{here[w.name]}")
-        for w in live.weights
-        if w.name in here and w.name not in stepped and w.numel
-    ]
-    runs += [
-        piece_run(f"{WEIGHT}.{here[p.name]}", p, p.owner, prod(live.by_name[p.name].shape))
-        for p in live.found.pieces
-        if p.name in here and p.numel
-    ]
-    return runs
+def weight_targets(live: Live, manifest: Manifest) -> list[StoredSpan]:
+    """Where saved weights go: into fp32 masters where there are, else into the weights."""
+    saved_names: dict[str, str] = {}
+    for weight in live.weights:
+        saved = manifest.name_of(weight.name, weight.aliases)
+        if saved is not None and manifest.parameters[saved].saved:
+            saved_names[weight.name] = saved
+    spans: list[StoredSpan] = []
+    for weight in live.weights:
+        if weight.name in saved_names and weight.name not in live.stepped and weight.numel:
+            spans.append(_weight_span(weight, saved_names[weight.name]))
+    for piece in live.found.pieces:
+        if piece.name in saved_names and piece.numel:
+            key = f"{WEIGHT}.{saved_names[piece.name]}"
+            spans.append(piece_span(key, piece, piece.owner, live.size(piece.name)))
+    return spans

@@ -1,15 +1,16 @@
-"""Load: check all, then read into the live model and optimizer, whatever shards them.
+"""Load: check everything, read into the live model and optimizer, put the rates back, prove them.
 
-Then prove the rates.
+Whatever one rank raises on the way, all ranks raise: every local step runs inside ``alike``, and
+the collectives stand between them on lines of their own.
 """
 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable, Mapping
-from contextlib import suppress
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from copy import deepcopy
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -19,36 +20,35 @@ from torch import nn
 from torch.distributed.checkpoint.state_dict_loader import load
 
 from dist_layerlr import ranks
-from dist_layerlr.checkpoint import folders
-from dist_layerlr.checkpoint.dcp import LoadPlanner, Run, accept_one_process
-from dist_layerlr.checkpoint.deepspeed import restore_engine
+from dist_layerlr.checkpoint.dcp import LoadPlanner, StoredSpan, accept_one_process
+from dist_layerlr.checkpoint.deepspeed import check_engine_state, restore_engine
+from dist_layerlr.checkpoint.index import Index, dtype_named, read_index
 from dist_layerlr.checkpoint.live import (
     Live,
     look,
     rng_target,
     same_values,
-    sample_runs,
+    sample_spans,
     weight_targets,
 )
 from dist_layerlr.checkpoint.manifest import (
     Manifest,
     model_problem,
-    plan_problem,
     read_manifest,
-    read_sealed,
 )
 from dist_layerlr.checkpoint.optim_state import OwnerState, plan_state, prepare_state, without_state
+from dist_layerlr.checkpoint.resume import adapted, find_checkpoint, refuse_other_model
 from dist_layerlr.checkpoint.rng import fork_rng, write_rng
-from dist_layerlr.checkpoint.save import settle, worded
-from dist_layerlr.checkpoint.storage import INDEX, Index, ShardReader, broken, read_index
-from dist_layerlr.errors import CheckpointError
+from dist_layerlr.checkpoint.save import finish_background_save, worded
+from dist_layerlr.checkpoint.storage import ShardReader, broken
+from dist_layerlr.errors import CheckpointError, LayerLRError
+from dist_layerlr.optim.groups import INITIAL_LR, LR
 from dist_layerlr.optim.schedule import PlanSchedule
 from dist_layerlr.optim.validate import torch_scheduler
-from dist_layerlr.plan.diff import PLAN_FILE, plan_diff
 from dist_layerlr.plan.entries import Plan
 from dist_layerlr.proof.reapply import reapply
 from dist_layerlr.proof.verify import Proof, verify
-from dist_layerlr.ranks import alike, everyone, rank_zero
+from dist_layerlr.ranks import alike, everyone
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,105 +94,54 @@ def load_checkpoint(
             the saved one.
 
     Raises:
-        CheckpointError: on all ranks alike; the running job is untouched.
+        CheckpointError: on all ranks alike; the running job is untouched, or else the text says so.
         PlanMismatch: the live rates differ from the plan after the load.
     """
-    settle()
+    # A checkpoint that is still being written may be the one that is asked for.
+    finish_background_save()
     path = find_checkpoint(folder)
     extra = extra or {}
-    rank = ranks.rank()
-    checked = alike(lambda: _check(path, plan, model, optimizer, extra, rank))
-    manifest, index, live, states = checked.manifest, checked.index, checked.live, checked.states
-    forgotten = [key for key in manifest.objects if key not in extra]
-    if forgotten and rank == 0:
-        warnings.warn(
-            f"The saved state of extra[{forgotten[0]!r}] was not asked for: it starts anew.",
-            stacklevel=2,
-        )
-    _check_samples(path, manifest, index, live)
+    # 1. Refuse what can be refused; nothing is changed up to the end of this step. The
+    #    frozen base comes last, since reading its samples needs an index that was checked.
+    job = alike(lambda: _check(path, plan, model, optimizer, extra))
+    alike(lambda: _warn_of_forgotten(job.manifest, extra))
+    _check_samples(job)
+    # 2. The caller's objects, because they may still refuse, and then all can be put back.
     given = {key: target for key, target in extra.items() if hasattr(target, "load_state_dict")}
-    _restore_extra(given, manifest.extra)
-    random = rng_target(manifest, index, rank)
-    _fill_all(
-        path,
-        index,
-        [random, *weight_targets(live, manifest), *prepare_state(states, live, manifest)],
-    )
-    live.sharder.refresh(optimizer)
-    multiplier = _multiplier(given.values(), manifest) if factor is None else factor
-    reapply(checked.plan, model, optimizer, factor=multiplier)
-    for scheduler in filter(None, map(torch_scheduler, given.values())):
-        _rebase(scheduler)
-    restore_engine(model, manifest.sharder_state)
-    _restore_rng(random.tensor, manifest.ranks, rank)
-    proof = verify(checked.plan, model, optimizer, factor=multiplier)
+    _restore_extra(given, job.manifest.extra)
+    # 3. Weights and optimizer state: from here on a failure leaves a mixture, and says so.
+    with _no_way_back():
+        random, spans = alike(lambda: _targets(job))
+        _fill(job, [random, *spans])
+        # Low-precision copies are made from the masters that have just been read.
+        alike(lambda: job.live.sharder.refresh(optimizer))
+        # 4. The rates, after everything that may have brought old ones: scheduler, optimizer state.
+        multiplier = alike(lambda: _multiplier(given.values(), job.manifest, factor))
+        # ``reapply`` walks the live optimizer again, because an object of the caller may have put
+        # new group dicts into it in step 2 (optimizer.load_state_dict does).
+        alike(lambda: reapply(job.plan, model, optimizer, factor=multiplier))
+        # 5. Last what the steps above could disturb: schedulers read the rates, and nothing must
+        #    draw from the generators once they are back.
+        fresh = alike(lambda: _finish(job, model, given.values(), random.tensor))
+    # 6. The proof walks once more: it must see what is there, not what was meant to be.
+    proof = verify(job.plan, model, optimizer, factor=multiplier)
+    fresh_by_rank = everyone(fresh)
     return Restored(
         path=path,
-        step=manifest.step,
-        extra=manifest.extra,
-        plan=checked.plan,
-        changes=checked.changes,
-        fresh=list(dict.fromkeys(chain(*everyone(without_state(states))))),
+        step=job.manifest.step,
+        extra=job.manifest.extra,
+        plan=job.plan,
+        changes=job.changes,
+        fresh=list(dict.fromkeys(chain.from_iterable(fresh_by_rank))),
         proof=proof,
     )
-
-
-def find_checkpoint(folder: str | Path) -> Path:
-    """The checkpoint that ``folder`` is, or the newest complete one in it; rank 0's choice.
-
-    Collective.
-
-    Raises:
-        CheckpointError: there is none, or a rank does not see it.
-    """
-    chosen = rank_zero(lambda: folders.latest(folder))
-    return alike(lambda: folders.latest(chosen))
-
-
-def resume_plan(folder: str | Path, plan: Plan) -> tuple[Plan, list[str]]:
-    """The plan to train with after a resume, and how ``plan`` differs from the checkpoint's.
-
-    Collective.
-
-    Call it before ``attach``. Under ``resume_lr: plan`` it is the plan itself; under
-    ``checkpoint``, names that the checkpoint knows keep its rates and weight decay.
-
-    Raises:
-        CheckpointError: no checkpoint there, a damaged one, or one of another model.
-    """
-    path = find_checkpoint(folder)
-
-    def adapt() -> tuple[Plan, list[str]]:
-        manifest = read_manifest(path)
-        problem = plan_problem(
-            manifest, {name: entry.shape for name, entry in plan.entries.items()}
-        )
-        _refuse_other_model(path, problem)
-        return _adapted(path, manifest, plan)
-
-    return alike(adapt)
-
-
-def _adapted(path: Path, manifest: Manifest, plan: Plan) -> tuple[Plan, list[str]]:
-    rows: dict[str, Any] = read_sealed(path, PLAN_FILE, manifest)["parameters"]
-    changes = plan_diff(rows, plan, called=("checkpoint's", "new"))
-    if plan.config.per_layer_lr.resume_lr == "plan" or not changes:
-        return plan, changes
-    entries = {
-        name: (
-            replace(entry, lr=rows[name]["lr"], weight_decay=rows[name]["weight_decay"])
-            if name in rows
-            else entry
-        )
-        for name, entry in plan.entries.items()
-    }
-    return replace(plan, entries=entries), changes
 
 
 @dataclass(frozen=True, kw_only=True)
 class _Checked:
     """A checkpoint that fits what is live, and whose bytes, of this rank's share, are good."""
 
+    path: Path
     manifest: Manifest
     index: Index
     plan: Plan
@@ -203,92 +152,127 @@ class _Checked:
 
 
 def _check(
-    path: Path, plan: Plan, model: nn.Module, optimizer: Any, extra: Mapping[str, Any], rank: int
+    path: Path, plan: Plan, model: nn.Module, optimizer: Any, extra: Mapping[str, Any]
 ) -> _Checked:
     """All that can be said without other ranks and without changing anything."""
     manifest = read_manifest(path)
+    check_engine_state(path, manifest)
     absent = [key for key in extra if key not in manifest.extra]
     if absent:
         raise CheckpointError(
             f"extra[{absent[0]!r}] is not in checkpoint {str(path)!r}, which has"
             f" {sorted(manifest.extra)}. Leave it out to let it start anew."
         )
-    index = read_index(read_sealed(path, INDEX, manifest))
-    effective, changes = _adapted(path, manifest, plan)
+    index = read_index(path, manifest)
+    effective, changes = adapted(path, manifest, plan)
     live = look(model, optimizer)
-    _refuse_other_model(
-        path, model_problem(manifest, {w.name: (tuple(w.shape), w.aliases) for w in live.weights})
-    )
+    shapes = {w.name: (tuple(w.shape), w.aliases) for w in live.weights}
+    refuse_other_model(path, model_problem(manifest, shapes))
     states = plan_state(live, manifest, index)
-    _check_bytes(path, index, rank)
-    return _Checked(
-        manifest=manifest, index=index, plan=effective, changes=changes, live=live, states=states
-    )
-
-
-def _refuse_other_model(path: Path, problem: str | None) -> None:
-    if problem is not None:
-        raise CheckpointError(f"Checkpoint {str(path)!r} is of another model: {problem}.")
-
-
-def _check_bytes(path: Path, index: Index, rank: int) -> None:
-    problems = broken(path, index, rank, ranks.world_size())
+    # The bytes come last: they take the longest, and every other refusal is better known at once.
+    problems = broken(path, index, ranks.rank(), ranks.world_size())
     if problems:
         more = f" ({len(problems) - 1} more on this rank)" if len(problems) > 1 else ""
         raise CheckpointError(problems[0] + more)
+    return _Checked(
+        path=path,
+        manifest=manifest,
+        index=index,
+        plan=effective,
+        changes=changes,
+        live=live,
+        states=states,
+    )
 
 
-def _check_samples(path: Path, manifest: Manifest, index: Index, live: Live) -> None:
-    """Compare the frozen base with the saved samples."""
-    if all(row.saved for row in manifest.parameters.values()):
+def _warn_of_forgotten(manifest: Manifest, extra: Mapping[str, Any]) -> None:
+    """Warn of saved objects that nobody asks for: they start anew. Rank 0 speaks.
+
+    It runs inside an agreement, because a program may turn warnings into errors.
+    """
+    forgotten = [key for key in manifest.objects if key not in extra]
+    if forgotten and ranks.rank() == 0:
+        # Frame 6 is the caller of load_checkpoint: this one, a lambda and ``alike`` come first.
+        warnings.warn(
+            f"The saved state of extra[{forgotten[0]!r}] was not asked for: it starts anew.",
+            stacklevel=6,
+        )
+
+
+def _check_samples(job: _Checked) -> None:
+    """Compare the frozen base with the saved samples. Collective."""
+    parameters = job.manifest.parameters
+    # All ranks read the same manifest, hence all return here or none.
+    if all(row.saved for row in parameters.values()):
         return
-    pairs = sample_runs(live, manifest)
-    _fill(path, index, [room for _, room in pairs])
+    pairs = alike(lambda: sample_spans(job.live, job.manifest))
+    _fill(job, [room for _, room in pairs])
 
     def compare() -> None:
         for mine, saved in pairs:
-            name = saved.key.partition(".")[2]
-            if not same_values(
-                mine.tensor.cpu(), saved.tensor, getattr(torch, manifest.parameters[name].dtype)
-            ):
+            name = saved.name.partition(".")[2]
+            dtype = dtype_named(name, parameters[name].dtype)
+            if not same_values(mine.tensor.cpu(), saved.tensor, dtype):
                 raise CheckpointError(
-                    f"Checkpoint {str(path)!r} was trained on another base model: frozen {name} has"
-                    " other values. Load the base that it was trained on (model_path)."
+                    f"Checkpoint {str(job.path)!r} was trained on another base model: frozen {name}"
+                    " has other values. Load the base that it was trained on (model_path)."
                 )
 
     alike(compare)
 
 
-def _fill_all(path: Path, index: Index, runs: list[Run]) -> None:
+@contextmanager
+def _no_way_back() -> Iterator[None]:
+    """Add to what is raised inside that the job must end."""
     try:
-        _fill(path, index, runs)
-    except CheckpointError as error:  # of the disk: the bytes were good a moment ago
+        yield
+    except CheckpointError as error:
         raise CheckpointError(
             f"{error} A part is loaded already: end this job, its weights are neither the old nor"
             " the saved ones."
         ) from error
 
 
-def _fill(path: Path, index: Index, runs: list[Run]) -> None:
+def _targets(job: _Checked) -> tuple[StoredSpan, list[StoredSpan]]:
+    """Room for the generators' states, and where everything else goes.
+
+    Optimizer state that is missing is created.
+    """
+    spans = weight_targets(job.live, job.manifest)
+    spans += prepare_state(job.states, job.live, job.manifest)
+    return rng_target(job.manifest, job.index, ranks.rank()), spans
+
+
+def _fill(job: _Checked, spans: list[StoredSpan]) -> None:
+    """Read the saved elements of spans into their memory. Collective.
+
+    Checksums were verified before, so an error here is one of the disk during this read itself.
+    """
     accept_one_process()
+    reader = ShardReader(job.path, job.index)
     with worded(), torch.no_grad():
-        load({}, storage_reader=ShardReader(path, index), planner=LoadPlanner(runs))
-        for run in runs:
-            run.settle()
+        # DCP agrees on errors by itself: its plan and its reads fail on all ranks or on none.
+        load({}, storage_reader=reader, planner=LoadPlanner(spans))
+    alike(lambda: _write_home(spans))
+
+
+@torch.no_grad()
+def _write_home(spans: Iterable[StoredSpan]) -> None:
+    for span in spans:
+        span.write_home()
 
 
 def _restore_extra(given: Mapping[str, Any], saved: Mapping[str, Any]) -> None:
-    """Before anything else is changed: the caller's objects may refuse.
+    """Restore the caller's objects first, because their ``load_state_dict`` may raise. Collective.
 
-    On any rank, then all get their own state back.
+    If it raises on any rank, every rank puts them back, so that a refused load changes nothing.
     """
-    before = {
-        key: deepcopy(target.state_dict())
-        for key, target in given.items()
-        if hasattr(target, "state_dict")
-    }
+    before: dict[str, Any] = {}
 
     def restore() -> None:
+        for key, target in given.items():
+            if hasattr(target, "state_dict"):
+                before[key] = deepcopy(target.state_dict())
         for key, target in given.items():
             try:
                 target.load_state_dict(saved[key])
@@ -300,37 +284,57 @@ def _restore_extra(given: Mapping[str, Any], saved: Mapping[str, Any]) -> None:
 
     try:
         alike(restore)
-    except CheckpointError:
+    except LayerLRError:
         for key, state in before.items():
-            with suppress(Exception):  # one that never had a state to give back
+            # An object that refuses its own state as well is the caller's to mend; the first
+            # error is the one to tell.
+            with suppress(Exception):
                 given[key].load_state_dict(state)
         raise
 
 
-def _multiplier(given: Iterable[Any], manifest: Manifest) -> float:
-    """The caller's own schedule may be another one by now.
+def _multiplier(given: Iterable[Any], manifest: Manifest, factor: float | None) -> float:
+    """The schedule's multiplier to put in force: the argument, the live schedule's, the saved one.
 
-    Without one, the saved multiplier stays in force.
+    The caller's own schedule may be another one by now. Without one, the saved multiplier stays.
     """
-    return next((s.factor for s in given if isinstance(s, PlanSchedule)), manifest.factor)
+    if factor is not None:
+        return factor
+    for schedule in given:
+        if isinstance(schedule, PlanSchedule):
+            return schedule.factor
+    return manifest.factor
+
+
+def _finish(
+    job: _Checked, model: nn.Module, given: Iterable[Any], random: torch.Tensor
+) -> list[str]:
+    """Schedulers, DeepSpeed's counters and the generators; returns names without saved state."""
+    for target in given:
+        scheduler = torch_scheduler(target)
+        if scheduler is not None:
+            _rebase(scheduler)
+    restore_engine(model, job.manifest.sharder_state)
+    _restore_rng(random, job.manifest.ranks, ranks.rank())
+    return without_state(job.states)
 
 
 def _rebase(scheduler: Any) -> None:
-    """A torch scheduler, and those inside it, bring the old plan's rates back, in the old plan's
-    order of groups.
+    """Give a torch scheduler, and those inside it, the rates of the plan in force.
+
+    Its saved state brings back the old plan's base rates, in the old plan's order of groups.
     """
     for inner in getattr(scheduler, "_schedulers", ()):
         _rebase(inner)
     groups = scheduler.optimizer.param_groups
     if hasattr(scheduler, "base_lrs"):
-        scheduler.base_lrs = [group["initial_lr"] for group in groups]
-    scheduler._last_lr = [
-        group["lr"] for group in groups
-    ]  # what get_last_lr() reports until the next step
+        scheduler.base_lrs = [group[INITIAL_LR] for group in groups]
+    # get_last_lr() reports this until the next step.
+    scheduler._last_lr = [group[LR] for group in groups]
 
 
-def _restore_rng(saved: torch.Tensor, ranks: int, rank: int) -> None:
-    if rank < ranks:
+def _restore_rng(saved: torch.Tensor, saved_ranks: int, rank: int) -> None:
+    if rank < saved_ranks:
         write_rng(saved)
     else:
         fork_rng(saved, rank)

@@ -13,21 +13,25 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from dist_layerlr import fields
 from dist_layerlr.checkpoint.folders import MANIFEST
+from dist_layerlr.checkpoint.schema import checked, checksum, count, damaged, record
 from dist_layerlr.errors import CheckpointError
 from dist_layerlr.files import write_text
 
 FORMAT = 1
 SHOWN = 5
+"""Names in an error."""
 _PAIRS = "__pairs__"
 
 
 @dataclass(frozen=True, kw_only=True)
-class Stored:
+class TensorRecord:
     """One parameter or persistent buffer of the saved model."""
 
     shape: tuple[int, ...]
     dtype: str
+    """As torch spells it, without ``torch.``."""
     trainable: bool
     aliases: tuple[str, ...] = ()
     """Other names tied to it."""
@@ -49,7 +53,7 @@ class Manifest:
     ranks: int
     optimizer: str
     """Class of the optimizer that steps the elements."""
-    parameters: Mapping[str, Stored]
+    parameters: Mapping[str, TensorRecord]
     extra: Mapping[str, Any] = field(default_factory=dict)
     """The caller's."""
     objects: tuple[str, ...] = ()
@@ -78,15 +82,19 @@ class Manifest:
 
     @cached_property
     def _known(self) -> dict[str, str]:
-        aliases = {alias: name for name, row in self.parameters.items() for alias in row.aliases}
-        return aliases | {name: name for name in self.parameters}
+        known: dict[str, str] = {}
+        for name, row in self.parameters.items():
+            known |= dict.fromkeys(row.aliases, name)
+        # Names come last: a name of its own is no alias of another tensor.
+        return known | dict(zip(self.parameters, self.parameters, strict=True))
 
 
 def read_manifest(folder: Path) -> Manifest:
     """Read and check ``checkpoint.json``.
 
     Raises:
-        CheckpointError: missing, damaged, or of another format.
+        CheckpointError: missing, damaged, of another format, or with a field that is missing or
+            wrong.
     """
     path = folder / MANIFEST
     try:
@@ -97,19 +105,17 @@ def read_manifest(folder: Path) -> Manifest:
         raise damaged(path, f"{type(error).__name__}: {error}") from None
     if not intact:
         raise damaged(path, "its checksum is wrong")
-    found = content.pop("format")
-    if found != FORMAT:
-        raise CheckpointError(
-            f"Checkpoint {str(folder)!r} has format {found}; this version reads format {FORMAT}."
-        )
-    parameters = {
-        name: Stored(**{**row, "shape": tuple(row["shape"]), "aliases": tuple(row["aliases"])})
-        for name, row in content.pop("parameters").items()
-    }
-    objects = tuple(content.pop("objects", ()))
-    return Manifest(
-        parameters=parameters, extra=unpacked(content.pop("extra")), objects=objects, **content
-    )
+    with checked(path):
+        # The format comes first: another one has other fields.
+        found = fields.mapping("content", content).get("format")
+        if found != FORMAT:
+            raise CheckpointError(
+                f"Checkpoint {str(folder)!r} has format {found!r}; this version reads format"
+                f" {FORMAT}."
+            )
+        row = record("content", content, _CONTENT)
+        del row["format"]
+        return Manifest(**row)
 
 
 def read_sealed(folder: Path, name: str, manifest: Manifest) -> Any:
@@ -119,13 +125,18 @@ def read_sealed(folder: Path, name: str, manifest: Manifest) -> Any:
         CheckpointError: missing or damaged.
     """
     path = folder / name
+    if name not in manifest.files:
+        raise damaged(folder / MANIFEST, f"Invalid content.files: {name!r} is missing")
     try:
         data = path.read_bytes()
     except OSError as error:
         raise damaged(path, str(error.strerror)) from None
     if zlib.crc32(data) != manifest.files[name]:
         raise damaged(path, "its checksum is wrong")
-    return json.loads(data)
+    try:
+        return json.loads(data)
+    except (ValueError, RecursionError) as error:
+        raise damaged(path, f"{type(error).__name__}: {error}") from None
 
 
 def packed(value: Any) -> Any:
@@ -137,25 +148,17 @@ def packed(value: Any) -> Any:
     row = {key: packed(item) for key, item in value.items()}
     numbered = any(isinstance(key, (int, float)) for key in row)
     scalars = all(isinstance(key, (str, int, float)) for key in row)
-    return {_PAIRS: [[key, item] for key, item in row.items()]} if numbered and scalars else row
+    return {_PAIRS: list(map(list, row.items()))} if numbered and scalars else row
 
 
 def unpacked(value: Any) -> Any:
     """Inverse of ``packed``, but for tuples, which have become lists."""
     if isinstance(value, list):
-        return [unpacked(item) for item in value]
+        return list(map(unpacked, value))
     if not isinstance(value, dict):
         return value
     pairs = value[_PAIRS] if value.keys() == {_PAIRS} else value.items()
     return {key: unpacked(item) for key, item in pairs}
-
-
-def damaged(path: Path, reason: str) -> CheckpointError:
-    """The one wording of a broken file."""
-    return CheckpointError(
-        f"Checkpoint file {str(path)!r} is damaged or incomplete: {reason}. "
-        "Restore it, or resume from another checkpoint."
-    )
 
 
 def model_problem(
@@ -167,18 +170,23 @@ def model_problem(
         manifest: of the checkpoint.
         live: {name: (shape, aliases)} of every parameter and persistent buffer.
     """
-    matched = {name: manifest.name_of(name, aliases) for name, (_, aliases) in live.items()}
+    matched: dict[str, str | None] = {}
+    shapes: dict[str, tuple[int, ...]] = {}
+    for name, (shape, aliases) in live.items():
+        matched[name] = manifest.name_of(name, aliases)
+        shapes[name] = shape
     lacking = [name for name, saved in matched.items() if saved is None]
-    extra = [name for name in manifest.parameters if name not in set(matched.values())]
-    extra = [name for name in extra if not set(manifest.parameters[name].aliases) & live.keys()]
+    known, extra = set(matched.values()), []
+    for name, row in manifest.parameters.items():
+        # A saved tensor of which another name is live is not extra: the model ties it otherwise.
+        if name not in known and not live.keys() & set(row.aliases):
+            extra.append(name)
     if lacking or extra:
         parts = [f"it lacks {_some(lacking)}"] if lacking else []
-        parts += [f"it has {_some(extra)}, which the model does not have"] if extra else []
+        if extra:
+            parts.append(f"it has {_some(extra)}, which the model does not have")
         return "; ".join(parts)
-    untied = _untied(matched)
-    return untied or _shape_problem(
-        manifest, {name: shape for name, (shape, _) in live.items()}, matched
-    )
+    return _untied(matched) or _shape_problem(manifest, shapes, matched)
 
 
 def plan_problem(manifest: Manifest, shapes: Mapping[str, tuple[int, ...]]) -> str | None:
@@ -220,4 +228,46 @@ def _some(names: list[str]) -> str:
 
 
 def _canonical(content: Any) -> bytes:
+    """The bytes that are sealed: sorted, so that reformatting by an editor does not break it."""
     return json.dumps(content, sort_keys=True, separators=(",", ":")).encode()
+
+
+def _shape(where: str, value: object) -> tuple[int, ...]:
+    if not isinstance(value, list):
+        raise fields.invalid(where, value, "a list of sizes")
+    return tuple(count(f"{where}[{place}]", size) for place, size in enumerate(value))
+
+
+def _record(where: str, value: object) -> TensorRecord:
+    return TensorRecord(**record(where, value, _RECORD))
+
+
+def _extra(where: str, value: object) -> Mapping[str, Any]:
+    try:
+        return fields.mapping(where, unpacked(fields.mapping(where, value)))
+    except (TypeError, ValueError):  # pairs that are no pairs, or whose keys cannot be keys
+        raise fields.invalid(where, value, "as save_checkpoint wrote it") from None
+
+
+_RECORD: dict[str, fields.Check] = {
+    "shape": _shape,
+    "dtype": fields.text,
+    "trainable": fields.boolean,
+    "aliases": fields.strings,
+    "saved": fields.boolean,
+}
+_CONTENT: dict[str, fields.Check] = {
+    "format": fields.integer(FORMAT),
+    "step": count,
+    "factor": fields.number(0.0),
+    "digest": fields.text,
+    "sharder": fields.text,
+    "ranks": fields.integer(1),
+    "optimizer": fields.text,
+    "parameters": fields.mapping_of(_record),
+    "extra": _extra,
+    "objects": fields.strings,
+    "sharder_state": fields.mapping,
+    "files": fields.mapping_of(checksum),
+}
+"""Every field of ``checkpoint.json``."""

@@ -1,22 +1,21 @@
-"""Optimizer state in a load: created where it is missing, without a step.
+"""Optimizer state in a load: read in place where it exists, else created without a step.
 
-In place where it exists.
+``plan_state`` matches and refuses; it changes nothing. ``prepare_state`` makes room.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from math import prod
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from dist_layerlr.checkpoint.dcp import Run, Scalars, sizes
-from dist_layerlr.checkpoint.live import OPTIM, WEIGHT, Live, piece_run
+from dist_layerlr.checkpoint.dcp import Scalars, StoredSpan, sizes
+from dist_layerlr.checkpoint.index import OPTIM, WEIGHT, Index, dtype_named
+from dist_layerlr.checkpoint.live import Live, piece_span
 from dist_layerlr.checkpoint.manifest import Manifest
-from dist_layerlr.checkpoint.storage import Index
 from dist_layerlr.errors import CheckpointError
 from dist_layerlr.optim.segmented import Segmented
 from dist_layerlr.sharders import Piece
@@ -28,6 +27,7 @@ _FLAGS = {"amsgrad": "max_exp_avg_sq", "centered": "grad_avg"}
 """Settings of a group that need a state tensor of their own, which torch makes in a parameter's
 first step only."""
 Number = tuple[float, str | None]
+"""(value, dtype of the tensor that held it, or None for a plain number)."""
 Dtypes = Mapping[str, torch.dtype | None]
 """{state key: dtype; None: as the parameter's}."""
 
@@ -47,7 +47,10 @@ class OwnerState:
     @property
     def keys(self) -> Dtypes:
         """State keys of all pieces."""
-        return {key: dtype for source in self.sources for key, dtype in source.items()}
+        merged: dict[str, torch.dtype | None] = {}
+        for source in self.sources:
+            merged |= source
+        return merged
 
 
 def plan_state(live: Live, manifest: Manifest, index: Index) -> list[OwnerState]:
@@ -62,65 +65,77 @@ def plan_state(live: Live, manifest: Manifest, index: Index) -> list[OwnerState]
     numbers: Scalars = index.metadata.planner_data or {}
     planned = []
     for pieces in _by_owner(live.found.pieces):
+        # An empty shard has no state that could be filled.
         if not local(pieces[0].owner).numel():
             continue
         saved = [_saved_name(piece, live, manifest) for piece in pieces]
-        counters = {n: numbers[n] for n in saved if n in numbers}
-        frozen = [n for n in saved if n is not None and not manifest.parameters[n].trainable]
-        _check_unfrozen(frozen, counters)
-        sources = [elementwise.get(name or "", {}) for name in saved]
-        for piece, source in zip(pieces, sources, strict=True):
+        sources: list[Dtypes] = []
+        counters: dict[str, Mapping[str, Number]] = {}
+        frozen: list[str] = []
+        for piece, name in zip(pieces, saved, strict=True):
+            source = elementwise.get(name or "", {})
             _check_flags(piece, source)
+            sources.append(source)
+            if name is not None and name in numbers:
+                counters[name] = numbers[name]
+            if name is not None and not manifest.parameters[name].trainable:
+                frozen.append(name)
+        _check_unfrozen(frozen, counters)
         planned.append(
-            OwnerState(
-                pieces=pieces,
-                sources=sources,
-                saved_names=saved,
-                numbers=_agreed(counters),
-            )
+            OwnerState(pieces=pieces, sources=sources, saved_names=saved, numbers=_agreed(counters))
         )
     return planned
 
 
-def prepare_state(planned: Iterable[OwnerState], live: Live, manifest: Manifest) -> list[Run]:
+def prepare_state(
+    planned: Iterable[OwnerState], live: Live, manifest: Manifest
+) -> list[StoredSpan]:
     """Give every stepped tensor the state tensors and counters of the checkpoint.
 
-    Returns the runs to be read.
+    Returns:
+        The spans to be read.
     """
-    runs: list[Run] = []
+    spans: list[StoredSpan] = []
     same_class = manifest.optimizer == live.optimizer_class
     for state in planned:
         owner = state.pieces[0].owner
         held = live.found.optimizer.state[owner]
+        # State that the checkpoint does not have is of a past that did not happen.
         for key in held.keys() - state.keys.keys():
             del held[key]
         for key, dtype in state.keys.items():
             held[key] = _room(held.get(key), owner, dtype)
+            # Under flat sharders one tensor holds the state of many names. Where the checkpoint
+            # lacks it for some of them, they start with zero moments.
             if not all(key in source for source in state.sources):
                 local(held[key]).zero_()
-            for piece, source, saved in zip(
-                state.pieces, state.sources, state.saved_names, strict=True
-            ):
-                if key in source and piece.numel:
-                    size = prod(live.by_name[piece.name].shape)
-                    runs.append(piece_run(f"{OPTIM}.{saved}.{key}", piece, held[key], size))
+            spans += _state_spans(state, key, held[key], live)
         for key, number in state.numbers.items():
             held[key] = _number(number, state.pieces[0], live.found.optimizer, same_class)
-    return runs
+    return spans
+
+
+def _state_spans(state: OwnerState, key: str, tensor: Tensor, live: Live) -> list[StoredSpan]:
+    """Where the saved values of one state key go in a tensor that is laid out as the owner."""
+    spans: list[StoredSpan] = []
+    for piece, source, saved in zip(state.pieces, state.sources, state.saved_names, strict=True):
+        if key in source and piece.numel:
+            spans.append(piece_span(f"{OPTIM}.{saved}.{key}", piece, tensor, live.size(piece.name)))
+    return spans
 
 
 def without_state(planned: Iterable[OwnerState]) -> list[str]:
     """Names that the checkpoint has no optimizer state for, though it has some for others."""
-    known = [
-        (p.name, bool(s))
-        for state in planned
-        for p, s in zip(state.pieces, state.sources, strict=True)
-    ]
-    return (
-        list(dict.fromkeys(n for n, has in known if not has))
-        if any(has for _, has in known)
-        else []
-    )
+    fresh: dict[str, None] = {}
+    any_state = False
+    for state in planned:
+        for piece, source in zip(state.pieces, state.sources, strict=True):
+            if source:
+                any_state = True
+            else:
+                fresh[piece.name] = None
+    # A checkpoint without any state is one of step 0, or of an optimizer that keeps none.
+    return list(fresh) if any_state else []
 
 
 def _saved_state(index: Index) -> dict[str, dict[str, torch.dtype | None]]:
@@ -134,9 +149,8 @@ def _saved_state(index: Index) -> dict[str, dict[str, torch.dtype | None]]:
         kind, _, rest = key.partition(".")
         if kind == OPTIM:
             name, _, leaf = rest.rpartition(".")
-            found.setdefault(name, {})[leaf] = (
-                None if dtype == stored[f"{WEIGHT}.{name}"][1] else dtype
-            )
+            as_weight = dtype == stored[f"{WEIGHT}.{name}"][1]
+            found.setdefault(name, {})[leaf] = None if as_weight else dtype
     return found
 
 
@@ -161,8 +175,11 @@ def _saved_name(piece: Piece, live: Live, manifest: Manifest) -> str | None:
 
 
 def _check_unfrozen(frozen: list[str], counters: Mapping[str, Mapping[str, Number]]) -> None:
-    """A name that starts at step 0 beside others would be corrected for their step: about 3 times
-    its rate at first.
+    """Refuse a name that has no step counter of its own beside names that have one.
+
+    Adam divides by 1 - beta**step. A parameter with empty moments that shares the counter of
+    parameters at step 1,000 gets no bias correction, so its first updates are
+    (1 - beta1) / sqrt(1 - beta2), about 3 times, too large.
     """
     if frozen and counters:
         beside = next(iter(counters))
@@ -178,14 +195,20 @@ def _agreed(numbers: Mapping[str, Mapping[str, Number]]) -> Mapping[str, Number]
     if not numbers:
         return {}
     first = next(iter(numbers))
+    wanted = _values(numbers[first])
     for name, values in numbers.items():
-        if {k: v[0] for k, v in values.items()} != {k: v[0] for k, v in numbers[first].items()}:
+        if _values(values) != wanted:
             raise CheckpointError(
                 f"{first} and {name} were saved with {dict(numbers[first])} and {dict(values)}, but"
                 " this sharder steps them in one tensor with one counter. Resume under the sharder"
                 " that saved them."
             )
     return numbers[first]
+
+
+def _values(numbers: Mapping[str, Number]) -> dict[str, float]:
+    """Without dtypes: sharders may hold one counter in tensors of different dtypes."""
+    return {key: value for key, (value, _) in numbers.items()}
 
 
 def _room(held: Any, owner: Tensor, dtype: torch.dtype | None) -> Tensor:
@@ -196,9 +219,7 @@ def _room(held: Any, owner: Tensor, dtype: torch.dtype | None) -> Tensor:
 
 
 def _number(number: Number, piece: Piece, optimizer: Any, same_class: bool) -> Any:
-    """A counter as the live optimizer keeps it: torch's in a tensor, DeepSpeed's in a plain
-    number.
-    """
+    """A counter as the live optimizer keeps it: torch in a tensor, DeepSpeed in a plain number."""
     value, dtype = number
     if not same_class:
         inner = optimizer.inner if isinstance(optimizer, Segmented) else optimizer
@@ -206,10 +227,10 @@ def _number(number: Number, piece: Piece, optimizer: Any, same_class: bool) -> A
         value = value if dtype else int(value)
     if dtype is None:
         return value
+    # capturable and fused steps read the counter on the device; the others on the host.
     on_device = piece.group.get("capturable") or piece.group.get("fused")
-    return torch.tensor(
-        value, dtype=getattr(torch, dtype), device=piece.owner.device if on_device else "cpu"
-    )
+    device = piece.owner.device if on_device else "cpu"
+    return torch.tensor(value, dtype=dtype_named("dtype", dtype), device=device)
 
 
 def _by_owner(pieces: Iterable[Piece]) -> list[list[Piece]]:

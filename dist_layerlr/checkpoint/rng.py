@@ -1,6 +1,4 @@
-"""Random number generators of a rank: torch on the CPU and on its card, Python, numpy where it is
-in use.
-"""
+"""Random number generators of a rank: torch's on the CPU and its GPU, Python's and numpy's."""
 
 from __future__ import annotations
 
@@ -20,6 +18,7 @@ def read_rng() -> Tensor:
     state: dict[str, Any] = {"torch": _text(torch.get_rng_state()), "python": random.getstate()}
     if torch.cuda.is_available():
         state["cuda"] = _text(torch.cuda.get_rng_state())
+    # numpy is not imported for this: a program that does not use it has no state of it to keep.
     if "numpy" in sys.modules:
         kind, keys, *rest = sys.modules["numpy"].random.get_state()
         state["numpy"] = [kind, keys.tolist(), *rest]
@@ -39,11 +38,12 @@ def write_rng(saved: Tensor) -> None:
 
 
 def fork_rng(saved: Tensor, rank: int) -> None:
-    """Seed a rank that the checkpoint does not know, from rank 0's saved state and its own
-    number.
+    """Seed a rank that the checkpoint does not know, from rank 0's saved state and its own number.
+
+    Two resumes on the same number of ranks then draw the same numbers.
     """
     seed = zlib.crc32(bytes(saved.tolist()) + rank.to_bytes(4, "big"))
-    torch.manual_seed(seed)  # all cards, too
+    torch.manual_seed(seed)  # This seeds every GPU, too.
     random.seed(seed)
     if "numpy" in sys.modules:
         sys.modules["numpy"].random.seed(seed)

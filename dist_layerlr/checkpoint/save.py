@@ -18,11 +18,12 @@ from torch.distributed.checkpoint.state_dict_saver import async_save, save
 
 from dist_layerlr import fields, ranks
 from dist_layerlr.checkpoint import folders
-from dist_layerlr.checkpoint.dcp import Run, SavePlanner, Scalars, accept_one_process
+from dist_layerlr.checkpoint.dcp import SavePlanner, Scalars, StoredSpan, accept_one_process
 from dist_layerlr.checkpoint.deepspeed import engine_state
-from dist_layerlr.checkpoint.live import describe, look, saved_runs
+from dist_layerlr.checkpoint.index import INDEX, Index
+from dist_layerlr.checkpoint.live import describe, look, saved_spans
 from dist_layerlr.checkpoint.manifest import Manifest, packed, unpacked
-from dist_layerlr.checkpoint.storage import INDEX, Index, ShardWriter
+from dist_layerlr.checkpoint.storage import ShardWriter
 from dist_layerlr.errors import CheckpointError, ConfigError, LayerLRError
 from dist_layerlr.files import write_text
 from dist_layerlr.optim.validate import check_scheduler, torch_scheduler
@@ -46,6 +47,7 @@ class Saving:
         Raises:
             CheckpointError: it could not be written, on all ranks alike.
         """
+        # It is forgotten first, so that a save that failed is told once, not at every later one.
         if _background.saving is self:
             _background.saving = None
         if self._future is not None:
@@ -61,15 +63,18 @@ class _Background:
     saving: Saving | None = None
     groups: dict[int, Any] | None = None
 
-    def settle(self) -> None:
+    def finish(self) -> None:
+        """Wait for the save that is under way; it is none any more, whether it fails or not."""
         saving, self.saving = self.saving, None
         if saving is not None:
             saving.wait()
 
     def group(self) -> Any:
         """A gloo group of its own: its messages must not mix with those of training."""
-        if not (dist.is_available() and dist.is_initialized()):
+        if not ranks.in_group():
             return None
+        # One group for each world: a program may destroy its process group and make another, and
+        # making one is a collective that a save should not pay for every time.
         self.groups = self.groups or {}
         key = id(dist.group.WORLD)
         if key not in self.groups:
@@ -80,13 +85,13 @@ class _Background:
 _background = _Background()
 
 
-def settle() -> None:
+def finish_background_save() -> None:
     """Wait for a background save that is under way.
 
     Raises:
         CheckpointError: it could not be written.
     """
-    _background.settle()
+    _background.finish()
 
 
 def save_checkpoint(
@@ -128,23 +133,26 @@ def save_checkpoint(
             scheduler that ``check_scheduler`` refuses.
         PlanMismatch: the optimizer does not train what the plan says; nothing is written.
     """
-    settle()
+    finish_background_save()
     rank = ranks.rank()
 
-    def collect() -> tuple[Manifest, list[Run], Scalars]:
+    def collect() -> tuple[Manifest, list[StoredSpan], Scalars]:
         _check_numbers(step, keep)
         return _collect(plan, model, optimizer, step, extra or {}, frozen, rank)
 
-    manifest, runs, numbers = alike(collect)
-    verify(
-        plan, model, optimizer, factor=manifest.factor
-    )  # else a load would trust a plan that was not trained
+    # 1. Everything that can be refused is refused before a folder exists.
+    manifest, spans, numbers = alike(collect)
+    # 2. A load puts the plan's rates back, hence this plan must be the one that is trained.
+    verify(plan, model, optimizer, factor=manifest.factor)
+    # 3. One rank makes the hidden folder, and all ranks learn its name before they write into it.
     hidden = rank_zero(lambda: folders.begin(Path(root), step) if rank == 0 else Path())
 
     def finish(index: Index) -> None:
         _complete(hidden, manifest, plan, index, keep)
 
-    return _write(hidden, runs, numbers, ShardWriter(hidden, rank, finish), background)
+    # 4. Every rank writes its file; then DCP's coordinator calls ``finish``, which adds the JSON
+    #    files and makes the folder visible. In a background save that is another thread.
+    return _write(hidden, spans, numbers, ShardWriter(hidden, rank, finish), background)
 
 
 def _collect(
@@ -155,10 +163,10 @@ def _collect(
     extra: Mapping[str, Any],
     frozen: bool | None,
     rank: int,
-) -> tuple[Manifest, list[Run], Scalars]:
+) -> tuple[Manifest, list[StoredSpan], Scalars]:
     live = look(model, optimizer)
     table = describe(live, frozen=frozen)
-    runs, numbers = saved_runs(live, table, rank)
+    spans, numbers = saved_spans(live, table, rank)
     manifest = Manifest(
         step=step,
         factor=live.factor,
@@ -171,7 +179,7 @@ def _collect(
         objects=tuple(key for key in extra if hasattr(extra[key], "state_dict")),
         sharder_state=engine_state(model),
     )
-    return manifest, runs, numbers
+    return manifest, spans, numbers
 
 
 def _check_numbers(step: int, keep: int | None) -> None:
@@ -181,13 +189,15 @@ def _check_numbers(step: int, keep: int | None) -> None:
 
 
 def _plain(extra: Mapping[str, Any]) -> dict[str, Any]:
-    """A copy, as a load will return it: the caller may change his own before a background save
-    writes it.
+    """A copy of ``extra``, as a load will return it.
+
+    It is a copy because the caller may change the original before a background save writes it.
     """
     plain = {}
     for key, value in extra.items():
+        # A load puts the rates back as plan x one multiplier; this scheduler must agree with that.
         if torch_scheduler(value) is not None:
-            check_scheduler(value)  # a load puts the rates back as plan x one multiplier
+            check_scheduler(value)
         state = value.state_dict() if hasattr(value, "state_dict") else value
         try:
             plain[key] = unpacked(json.loads(json.dumps(packed(state))))
@@ -200,11 +210,14 @@ def _plain(extra: Mapping[str, Any]) -> dict[str, Any]:
 
 def _complete(hidden: Path, manifest: Manifest, plan: Plan, index: Index, keep: int | None) -> None:
     """On one rank, when the data of all ranks is on disk."""
+    # Every rank has fsynced its own file. If one is not seen from here, ranks wrote to local disks.
     absent = [file for file in index.headers if not (hidden / file).is_file()]
     if absent:
         raise CheckpointError(
             f"{absent[0]} is not in {str(hidden)!r}: ranks do not share the folder. Save to one."
         )
+    # The manifest comes last, because its presence is what makes a folder a checkpoint, and
+    # because it seals the two others.
     crcs = {}
     for name, text in ((PLAN_FILE, plan.to_json() + "\n"), (INDEX, index.to_json() + "\n")):
         write_text(hidden / name, text)
@@ -214,26 +227,30 @@ def _complete(hidden: Path, manifest: Manifest, plan: Plan, index: Index, keep: 
 
 
 def _write(
-    hidden: Path, runs: list[Run], numbers: Scalars, writer: ShardWriter, background: bool
+    hidden: Path, spans: list[StoredSpan], numbers: Scalars, writer: ShardWriter, background: bool
 ) -> Saving:
     accept_one_process()
-    state = {run.place: run.tensor for run in runs}
-    planner = SavePlanner(runs, numbers)
+    state = {span.place: span.tensor for span in spans}
+    planner = SavePlanner(spans, numbers)
     if not background:
         with worded(hidden):
             save(state, storage_writer=writer, planner=planner)
         return Saving(hidden)
+    # DCP copies ``state`` to the host before it returns; from then on training may change it.
     future: Any = async_save(
         state, storage_writer=writer, planner=planner, process_group=_background.group()
     )
+    # Newer torch may return two futures, of the staged copy and of the upload: the latter is meant.
     _background.saving = Saving(hidden, getattr(future, "upload_completion", future))
     return _background.saving
 
 
 @contextmanager
 def worded(hidden: Path | None = None) -> Iterator[None]:
-    """Word what DCP raises on all ranks as the first failing rank's error, and remove the
-    unfinished folder.
+    """Raise the first failing rank's error in place of DCP's, which all ranks raise alike.
+
+    Args:
+        hidden: the unfinished folder of a save, which is removed.
 
     Raises:
         CheckpointError: in place of a CheckpointException.

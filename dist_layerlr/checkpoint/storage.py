@@ -1,109 +1,42 @@
-"""Where DCP's runs lie on disk: one safetensors file per rank, one JSON index, a CRC-32 of every
-run.
+"""Where DCP's spans lie on disk: one safetensors file per rank, one JSON index, a CRC-32 of each.
 
 DCP's own files hold zip records whose CRC torch computes at 0.5 GB/s when it writes and never
 checks when it reads, and a pickled index. zlib's CRC-32 runs at 4 GB/s, and raw bytes are read
 straight into place.
+
+``HuggingFaceStorageWriter`` and ``HuggingFaceStorageReader`` of torch.distributed.checkpoint write
+safetensors files, too. They are not used here, because they keep no checksum of the data, and
+because they put the index into the header of every file: a load on N ranks then reads N headers on
+each before it knows where anything is.
 """
 
 from __future__ import annotations
 
-import json
 import os
 import zlib
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 from torch import Tensor
-from torch.distributed.checkpoint.metadata import (
-    ChunkStorageMetadata,
-    Metadata,
-    MetadataIndex,
-    TensorProperties,
-    TensorStorageMetadata,
-)
+from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex, TensorStorageMetadata
 from torch.distributed.checkpoint.planner import LoadPlan, LoadPlanner, SavePlan, SavePlanner
 from torch.distributed.checkpoint.storage import StorageReader, StorageWriter, WriteResult
 from torch.futures import Future
 
-from dist_layerlr.checkpoint.manifest import damaged
+from dist_layerlr.checkpoint.index import ByteRange, Index
+from dist_layerlr.checkpoint.schema import damaged
 from dist_layerlr.errors import CheckpointError
 from dist_layerlr.weights import tensorfile
 
-INDEX = "index.json"
 _BUFFER = 1 << 22
-
-
-@dataclass(frozen=True, slots=True)
-class Place:
-    """Bytes of one run on disk."""
-
-    file: str
-    offset: int
-    nbytes: int
-    crc32: int
-
-
-@dataclass(frozen=True, kw_only=True)
-class Index:
-    """Where everything is."""
-
-    metadata: Metadata
-    """DCP's; ``storage_data`` maps runs to their Place, ``planner_data`` holds numbers by name."""
-    headers: dict[str, Place] = field(default_factory=dict)
-    """First bytes of each file."""
-
-    def places(self) -> Iterator[tuple[str, Place]]:
-        """(key, place) of every run, and of the headers."""
-        yield from (("header", place) for place in self.headers.values())
-        yield from ((index.fqn, place) for index, place in self.metadata.storage_data.items())
-
-    def to_json(self) -> str:
-        """As text."""
-        runs: dict[str, Any] = {}
-        for key, row in self.metadata.state_dict_metadata.items():
-            assert isinstance(row, TensorStorageMetadata)
-            chunks = []
-            for chunk in row.chunks:
-                place = self.metadata.storage_data[MetadataIndex(key, chunk.offsets)]
-                chunks.append(
-                    [chunk.offsets[0], chunk.sizes[0], place.file, place.offset, place.crc32]
-                )
-            dtype = str(row.properties.dtype).removeprefix("torch.")
-            runs[key] = {"size": row.size[0], "dtype": dtype, "chunks": chunks}
-        headers = {file: [place.nbytes, place.crc32] for file, place in self.headers.items()}
-        return json.dumps({"headers": headers, "numbers": self.metadata.planner_data, "runs": runs})
-
-
-def read_index(content: Any) -> Index:
-    """From the parsed JSON of ``Index.to_json``."""
-    described: dict[str, Any] = {}
-    stored: dict[MetadataIndex, Place] = {}
-    for key, row in content["runs"].items():
-        dtype = getattr(torch, row["dtype"])
-        chunks = []
-        for start, numel, file, offset, crc32 in row["chunks"]:
-            chunks.append(
-                ChunkStorageMetadata(offsets=torch.Size([start]), sizes=torch.Size([numel]))
-            )
-            stored[MetadataIndex(key, torch.Size([start]))] = Place(
-                file, offset, numel * dtype.itemsize, crc32
-            )
-        described[key] = TensorStorageMetadata(
-            TensorProperties(dtype=dtype), torch.Size([row["size"]]), chunks
-        )
-    metadata = Metadata(described, planner_data=content["numbers"], storage_data=stored)
-    headers = {
-        file: Place(file, 0, nbytes, crc32) for file, (nbytes, crc32) in content["headers"].items()
-    }
-    return Index(metadata=metadata, headers=headers)
+"""Bytes checked at once: they stay in the CPU's cache between the read and the CRC."""
 
 
 class ShardWriter(StorageWriter):
-    """Writes this rank's runs into one file; the coordinator then hands the index to ``finish``."""
+    """Writes this rank's spans to one file; the coordinator then passes the index to ``finish``."""
 
     def __init__(self, folder: Path, rank: int, finish: Callable[[Index], None]):
         super().__init__()
@@ -124,7 +57,7 @@ class ShardWriter(StorageWriter):
         return plans
 
     def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
-        """Header, then run after run; at most one of them is copied to the host at a time.
+        """Header, then span after span; at most one of them is copied to the host at a time.
 
         Raises:
             CheckpointError: no room or no rights, naming file and tensor.
@@ -141,18 +74,18 @@ class ShardWriter(StorageWriter):
         at = "the header"
         try:
             with path.open("wb", buffering=0) as file:
-                results.append(
-                    _append(
-                        file, MetadataIndex(path.name), memoryview(tensorfile.header(order, {}))
-                    )
-                )
+                header = memoryview(tensorfile.header(order, {}))
+                # An index without an offset marks the header: finish() sorts it out by that.
+                results.append(_append(file, MetadataIndex(path.name), header))
                 for entry in order:
-                    at, item = items[entry.name].index.fqn, items[entry.name]
+                    item = items[entry.name]
+                    at = item.index.fqn
                     data = planner.resolve_data(item)
                     assert isinstance(data, Tensor)
-                    results.append(
-                        _append(file, item.index, as_bytes(data.detach().cpu().contiguous()))
-                    )
+                    data = data.detach().cpu().contiguous()
+                    results.append(_append(file, item.index, tensorfile.as_bytes(data)))
+                # The coordinator renames the folder once all ranks have returned from here: the
+                # data must be on disk by then.
                 os.fsync(file.fileno())
         except OSError as error:
             raise CheckpointError(
@@ -162,14 +95,16 @@ class ShardWriter(StorageWriter):
         return results
 
     def finish(self, metadata: Metadata, results: list[list[WriteResult]]) -> None:
-        """Called on the coordinator when all ranks have written."""
-        places: dict[MetadataIndex, Place] = {
-            r.index: r.storage_data for rank in results for r in rank
-        }
-        headers = {index.fqn: place for index, place in places.items() if index.offset is None}
-        metadata.storage_data = {
-            index: place for index, place in places.items() if index.offset is not None
-        }
+        """DCP calls this on the coordinator when all ranks have written."""
+        headers: dict[str, ByteRange] = {}
+        spans: dict[MetadataIndex, ByteRange] = {}
+        for rank in results:
+            for result in rank:
+                if result.index.offset is None:
+                    headers[result.index.fqn] = result.storage_data
+                else:
+                    spans[result.index] = result.storage_data
+        metadata.storage_data = spans
         self._finish(Index(metadata=metadata, headers=headers))
 
     @classmethod
@@ -179,7 +114,7 @@ class ShardWriter(StorageWriter):
 
 
 class ShardReader(StorageReader):
-    """Reads runs of bytes straight into live tensors. Check them first: ``broken``."""
+    """Reads bytes of spans straight into live tensors. Check them first: ``broken``."""
 
     def __init__(self, folder: Path, index: Index):
         super().__init__()
@@ -206,26 +141,25 @@ class ShardReader(StorageReader):
         return plans
 
     def read_data(self, plan: LoadPlan, planner: LoadPlanner) -> Future[None]:
-        """File by file, in the order of bytes."""
+        """File by file, in the order of bytes; each file is opened once."""
         described = self._index.metadata.state_dict_metadata
-        reads = sorted(
-            ((self._index.metadata.storage_data[item.storage_index], item) for item in plan.items),
-            key=lambda read: (read[0].file, read[0].offset, read[1].storage_offsets[0]),
-        )
-        files: dict[str, Any] = {}
-        try:
-            for place, item in reads:
-                row = described[item.storage_index.fqn]
-                assert isinstance(row, TensorStorageMetadata)
-                path = self._folder / place.file
-                file = files.get(place.file) or files.setdefault(
-                    place.file, path.open("rb", buffering=0)
-                )
-                file.seek(place.offset + item.storage_offsets[0] * row.properties.dtype.itemsize)
-                _read_into(file, planner.resolve_tensor(item).detach(), row.properties.dtype, path)
-        finally:
-            for file in files.values():
-                file.close()
+        reads = []
+        for item in plan.items:
+            row = described[item.storage_index.fqn]
+            assert isinstance(row, TensorStorageMetadata)
+            dtype = row.properties.dtype
+            place = self._index.metadata.storage_data[item.storage_index]
+            first = place.offset + item.storage_offsets[0] * dtype.itemsize
+            reads.append((place.file, first, dtype, item))
+        files: dict[str, BinaryIO] = {}
+        # The stack closes every file at the end, also when a read fails.
+        with ExitStack() as opened:
+            for name, first, dtype, item in sorted(reads, key=lambda read: read[:2]):
+                path = self._folder / name
+                if name not in files:
+                    files[name] = opened.enter_context(path.open("rb", buffering=0))
+                files[name].seek(first)
+                _read_into(files[name], planner.resolve_tensor(item).detach(), dtype, path)
         done: Future[None] = Future()
         done.set_result(None)
         return done
@@ -237,66 +171,69 @@ class ShardReader(StorageReader):
 
 
 def broken(folder: Path, index: Index, rank: int, ranks: int) -> list[str]:
-    """Read this rank's share of all bytes and say which files are missing, short or changed, and of
-    which tensor.
+    """Read this rank's share of all bytes and compare their checksums.
+
+    Args:
+        folder: of the checkpoint.
+        index: of its bytes.
+        rank: whose share: every byte is read by one rank.
+        ranks: number of shares.
+
+    Returns:
+        Errors that say which files are missing, short or changed, and at which tensor.
     """
-    places = sorted(index.places(), key=lambda p: (p[1].file, p[1].offset))
-    total = sum(place.nbytes for _, place in places)
-    shares: dict[str, list[tuple[str, Place]]] = {}
+    places = sorted(index.byte_ranges(), key=lambda row: (row[1].file, row[1].offset))
+    total = max(sum(place.nbytes for _, place in places), 1)
+    shares: dict[str, list[tuple[str, ByteRange]]] = {}
     before = 0
     for key, place in places:
-        if before * ranks // max(total, 1) == rank:
+        # Equal shares of bytes, not of spans: a range belongs to the rank in whose share it begins.
+        if before * ranks // total == rank:
             shares.setdefault(place.file, []).append((key, place))
         before += place.nbytes
-    return [
-        problem for file, share in shares.items() for problem in _broken_in(folder / file, share)
-    ]
+    problems: list[str] = []
+    for file, share in shares.items():
+        problems += _broken_in(folder / file, share)
+    return problems
 
 
-def _broken_in(path: Path, places: Sequence[tuple[str, Place]]) -> list[str]:
+def _broken_in(path: Path, places: Sequence[tuple[str, ByteRange]]) -> list[str]:
     buffer, found, key = bytearray(_BUFFER), [], places[0][0]
     try:
         with path.open("rb", buffering=0) as file:
             for key, place in places:
-                if reason := _check(file, place, buffer):
-                    found.append(f"{reason}, at {key}")
+                reason = _check(file, place, buffer)
+                if reason is not None:
+                    found.append(str(damaged(path, f"{reason}, at {key}")))
     except OSError as error:
-        found.append(f"{error.strerror}, at {key}")
-    return [str(damaged(path, reason)) for reason in found]
+        found.append(str(damaged(path, f"{error.strerror}, at {key}")))
+    return found
 
 
-def _check(file: Any, place: Place, buffer: bytearray) -> str | None:
+def _check(file: BinaryIO, place: ByteRange, buffer: bytearray) -> str | None:
     view, crc, left = memoryview(buffer), 0, place.nbytes
     file.seek(place.offset)
-    while left and (count := file.readinto(view[: min(left, len(view))])):
-        crc, left = zlib.crc32(view[:count], crc), left - count
-    if left:
-        return "it ends too early"
+    while left:
+        part = view[: min(left, len(view))]
+        if tensorfile.read_into(file, part) < len(part):
+            return "it ends too early"
+        crc, left = zlib.crc32(part, crc), left - len(part)
     return None if crc == place.crc32 else "bytes have changed"
 
 
-def _read_into(file: Any, target: Tensor, dtype: torch.dtype, path: Path) -> None:
+def _read_into(file: BinaryIO, target: Tensor, dtype: torch.dtype, path: Path) -> None:
     direct = target.dtype == dtype and target.device.type == "cpu"
     tensor = target if direct else torch.empty(target.shape, dtype=dtype)
-    view, done = as_bytes(tensor), 0
-    while done < len(view) and (count := file.readinto(view[done:])):
-        done += count
-    if done < len(view):
+    view = tensorfile.as_bytes(tensor)
+    if tensorfile.read_into(file, view) < len(view):
         raise damaged(path, "it ends too early")
     if not direct:
         target.copy_(tensor)
 
 
-def as_bytes(tensor: Tensor) -> memoryview:
-    """The memory of a contiguous CPU tensor."""
-    return tensor.view(-1).view(torch.uint8).numpy().data
-
-
 def _append(file: Any, index: MetadataIndex, data: memoryview) -> WriteResult:
-    offset, done = file.tell(), 0
-    while done < len(data):
-        done += file.write(data[done:])
-    place = Place(Path(file.name).name, offset, len(data), zlib.crc32(data))
+    place = ByteRange(Path(file.name).name, file.tell(), len(data), zlib.crc32(data))
+    tensorfile.write_all(file, data)
     return WriteResult(index=index, size_in_bytes=len(data), storage_data=place)
 
 

@@ -11,17 +11,17 @@ import torch
 from torch import Tensor
 from torch.distributed.checkpoint.state_dict_loader import load
 
-from dist_layerlr.checkpoint.dcp import LoadPlanner, Run, accept_one_process, sizes
-from dist_layerlr.checkpoint.live import WEIGHT
-from dist_layerlr.checkpoint.manifest import read_manifest, read_sealed
-from dist_layerlr.checkpoint.storage import INDEX, Index, ShardReader, broken, read_index
+from dist_layerlr.checkpoint.dcp import LoadPlanner, StoredSpan, accept_one_process, sizes
+from dist_layerlr.checkpoint.index import WEIGHT, Index, dtype_named, read_index
+from dist_layerlr.checkpoint.manifest import read_manifest
+from dist_layerlr.checkpoint.storage import ShardReader, broken
 from dist_layerlr.errors import CheckpointError
 from dist_layerlr.plan.entries import Shape
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Saved:
-    """One tensor of a checkpoint."""
+class SavedTensor:
+    """What is known of one tensor of a checkpoint before it is read."""
 
     shape: Shape
     dtype: torch.dtype
@@ -36,22 +36,21 @@ class SavedWeights:
     def __init__(self, path: Path):
         self._path = path
         self.manifest = read_manifest(path)
-        index = read_index(read_sealed(path, INDEX, self.manifest))
-        stored = {
-            at: place
-            for at, place in index.metadata.storage_data.items()
-            if at.fqn.startswith(f"{WEIGHT}.")
-        }
+        index = read_index(path, self.manifest)
+        # Only weights are read and checked here; two thirds of an AdamW checkpoint are its state.
+        stored = {}
+        for at, place in index.metadata.storage_data.items():
+            if at.fqn.startswith(f"{WEIGHT}."):
+                stored[at] = place
         self._index = Index(metadata=replace(index.metadata, storage_data=stored))
         found = sizes(index.metadata)
-        self.table: dict[str, Saved] = {
-            name: Saved(
-                shape=row.shape,
-                trainable=row.trainable,
-                dtype=found[f"{WEIGHT}.{name}"][1] if row.saved else getattr(torch, row.dtype),
-            )
-            for name, row in self.manifest.parameters.items()
-        }
+        self.table: dict[str, SavedTensor] = {}
+        for name, row in self.manifest.parameters.items():
+            # Masters are saved in fp32: the stored dtype is the one to export, where there is one.
+            key, dtype = f"{WEIGHT}.{name}", dtype_named(name, row.dtype)
+            if row.saved and key in found:
+                dtype = found[key][1]
+            self.table[name] = SavedTensor(shape=row.shape, dtype=dtype, trainable=row.trainable)
 
     def check(self, names: Iterable[str]) -> None:
         """Read the bytes of all weights once.
@@ -70,16 +69,18 @@ class SavedWeights:
             raise CheckpointError(problems[0])
 
     def fetch(self, name: str) -> Tensor:
-        """The whole tensor, put together from the runs of all ranks that saved it."""
+        """The whole tensor, put together from the spans of all ranks that saved it."""
         held = self.table[name]
         size = prod(held.shape)
         flat = torch.empty(size, dtype=held.dtype)
-        run = Run(key=f"{WEIGHT}.{name}", start=0, size=size, tensor=flat)
-        accept_one_process()
-        load(
-            {},
-            storage_reader=ShardReader(self._path, self._index),
-            planner=LoadPlanner([run]),
-            no_dist=True,
-        )
+        span = StoredSpan(name=f"{WEIGHT}.{name}", start=0, numel=size, size=size, tensor=flat)
+        # A tensor without elements is in no file.
+        if size:
+            accept_one_process()
+            load(
+                {},
+                storage_reader=ShardReader(self._path, self._index),
+                planner=LoadPlanner([span]),
+                no_dist=True,
+            )
         return flat.view(held.shape)

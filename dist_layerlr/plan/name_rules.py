@@ -2,8 +2,8 @@
 
 A row is asked about ONE dotted segment of a name, never about the whole text: `audio_to_video_attn`
 must not be read as `attn` because it contains it. To teach the library a new name, add a row here
-and nothing else; tests/unit/plan/test_name_rules.py checks that the example of every row is labelled by
-that row, so a row that an earlier one hides is found.
+and nothing else; tests/unit/plan/test_name_rules.py checks that the example of every row is
+labelled by that row, so a row that an earlier one hides is found.
 """
 
 from __future__ import annotations

@@ -7,9 +7,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dist_layerlr import fields
-from dist_layerlr.checkpoint import find_checkpoint, resume_plan
+from dist_layerlr.checkpoint import find_checkpoint, finish_background_save, resume_plan
 from dist_layerlr.checkpoint.folders import CHECKPOINTS, complete
-from dist_layerlr.checkpoint.save import settle
 from dist_layerlr.errors import CheckpointError
 from dist_layerlr.export.export import SAVED_CONFIG, adapter_config
 from dist_layerlr.plan import Plan
@@ -117,7 +116,7 @@ def saver(job: Job) -> Save:
 
 def finish_saving() -> None:
     """Wait for a checkpoint that is still being written."""
-    settle()
+    finish_background_save()
 
 
 def _changed(old: Mapping[str, Any], new: Mapping[str, Any]) -> Iterator[str]:

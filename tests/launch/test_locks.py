@@ -89,11 +89,16 @@ mkdir -p "$1/bin" && cp pip "$1/bin"
 @pytest.mark.parametrize(("row", "name"), [("oldest", "oldest.txt"), ("locked", "test.txt")])
 def test_readmes_table_of_tested_releases_is_that_of_the_locks(row: str, name: str) -> None:
     lines = re.findall(r"^\| .*\|$", (ROOT / "README.md").read_text(), re.MULTILINE)
-    cells = {line.split("|")[1].strip(): [cell.strip() for cell in line.split("|")[2:-1]] for line in lines}
+    cells = {
+        line.split("|")[1].strip(): [cell.strip() for cell in line.split("|")[2:-1]]
+        for line in lines
+    }
     (packages,) = (line.split("|")[2:-1] for line in lines if "| DeepSpeed |" in line)
     for title, release in list(zip(packages, cells[row], strict=True))[1:]:  # the first is Python
         # A release may hold for some Pythons only.
-        assert f"{title.strip().lower()}=={release}" in [line.split(" ; ")[0] for line in lock(name)]
+        assert f"{title.strip().lower()}=={release}" in [
+            line.split(" ; ")[0] for line in lock(name)
+        ]
 
 
 @pytest.fixture

@@ -17,8 +17,9 @@ import torch.nn.functional as F
 
 from dist_layerlr import PlanSchedule, Schedule, load_checkpoint, save_checkpoint
 from dist_layerlr.checkpoint import folders
-from dist_layerlr.checkpoint.manifest import read_manifest, read_sealed
-from dist_layerlr.checkpoint.storage import INDEX, broken, read_index
+from dist_layerlr.checkpoint.index import read_index
+from dist_layerlr.checkpoint.manifest import read_manifest
+from dist_layerlr.checkpoint.storage import broken
 from tests.support.drivers import Native, fsdp2
 from tests.support.parity import Recipe, Weights, micro_batches
 
@@ -104,7 +105,7 @@ def check_visible(root: Path) -> int:
     """Every folder that looks like a checkpoint is whole. Returns the newest step."""
     for path in folders.complete(root):
         manifest = read_manifest(path)
-        assert broken(path, read_index(read_sealed(path, INDEX, manifest)), 0, 1) == [], path
+        assert broken(path, read_index(path, manifest), 0, 1) == [], path
         assert manifest.step == folders.step_of(path)
     assert {p.name for p in root.glob("step_*")} == {p.name for p in folders.complete(root)}
     return folders.step_of(folders.latest(root)) if folders.complete(root) else 0

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from dist_layerlr.checkpoint import folders
-from dist_layerlr.checkpoint.manifest import Manifest, Stored, model_problem, read_manifest
+from dist_layerlr.checkpoint.manifest import Manifest, TensorRecord, model_problem, read_manifest
 from dist_layerlr.errors import CheckpointError
 from dist_layerlr.files import write_text
 
@@ -146,8 +146,10 @@ MANIFEST = Manifest(
     optimizer="AdamW",
     extra={"samples": 24},
     parameters={
-        "a.weight": Stored(shape=(2, 3), dtype="float32", trainable=True, aliases=("b.weight",)),
-        "c": Stored(shape=(4,), dtype="float32", trainable=False),
+        "a.weight": TensorRecord(
+            shape=(2, 3), dtype="float32", trainable=True, aliases=("b.weight",)
+        ),
+        "c": TensorRecord(shape=(4,), dtype="float32", trainable=False),
     },
 )
 

@@ -1,0 +1,104 @@
+"""Before a load: which checkpoint, and which plan to train with after it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from dist_layerlr import fields
+from dist_layerlr.checkpoint import folders
+from dist_layerlr.checkpoint.manifest import Manifest, plan_problem, read_manifest, read_sealed
+from dist_layerlr.checkpoint.schema import checked, finite
+from dist_layerlr.errors import CheckpointError
+from dist_layerlr.plan.diff import PLAN_FILE, plan_diff
+from dist_layerlr.plan.entries import Plan
+from dist_layerlr.ranks import alike, rank_zero
+
+
+def find_checkpoint(folder: str | Path) -> Path:
+    """The checkpoint that ``folder`` is, or the newest complete one in it; rank 0's choice.
+
+    Collective.
+
+    Raises:
+        CheckpointError: there is none, or a rank does not see it.
+    """
+    chosen = rank_zero(lambda: folders.latest(folder))
+    return alike(lambda: folders.latest(chosen))
+
+
+def resume_plan(folder: str | Path, plan: Plan) -> tuple[Plan, list[str]]:
+    """The plan to train with after a resume, and how ``plan`` differs from the checkpoint's.
+
+    Collective.
+
+    Call it before ``attach``. Under ``resume_lr: plan`` it is the plan itself; under
+    ``checkpoint``, names that the checkpoint knows keep its rates and weight decay.
+
+    Raises:
+        CheckpointError: no checkpoint there, a damaged one, or one of another model.
+    """
+    path = find_checkpoint(folder)
+
+    def adapt() -> tuple[Plan, list[str]]:
+        manifest = read_manifest(path)
+        shapes = {name: entry.shape for name, entry in plan.entries.items()}
+        refuse_other_model(path, plan_problem(manifest, shapes))
+        return adapted(path, manifest, plan)
+
+    return alike(adapt)
+
+
+def adapted(path: Path, manifest: Manifest, plan: Plan) -> tuple[Plan, list[str]]:
+    """``resume_plan`` for one rank and a manifest that is read already."""
+    rows = _plan_rows(path, manifest)
+    changes = plan_diff(rows, plan, called=("checkpoint's", "new"))
+    if plan.config.per_layer_lr.resume_lr == "plan" or not changes:
+        return plan, changes
+    entries = dict(plan.entries)
+    for name, entry in plan.entries.items():
+        if name in rows:
+            row = rows[name]
+            entries[name] = replace(entry, lr=row["lr"], weight_decay=row["weight_decay"])
+    return replace(plan, entries=entries), changes
+
+
+def _plan_rows(path: Path, manifest: Manifest) -> Mapping[str, Mapping[str, Any]]:
+    """The parameters of ``plan.json``, with the fields that a comparison and a resume read."""
+    content = read_sealed(path, PLAN_FILE, manifest)
+    with checked(path / PLAN_FILE):
+        rows = fields.mapping("parameters", fields.mapping("plan", content).get("parameters"))
+        for name, row in rows.items():
+            given = fields.mapping(f"parameters.{name}", row)
+            for key, check in _PLAN_FIELDS.items():
+                check(f"parameters.{name}.{key}", given.get(key))
+            # Both place a name in a stack of blocks, or neither does.
+            if (given.get("stack") is None) != (given.get("block") is None):
+                raise fields.invalid(f"parameters.{name}.block", given.get("block"), "with a stack")
+    return rows
+
+
+def _or_null(check: fields.Check) -> fields.Check:
+    return lambda where, value: None if value is None else check(where, value)
+
+
+_PLAN_FIELDS: dict[str, fields.Check] = {
+    "lr": fields.number(0.0),
+    "weight_decay": _or_null(finite),
+    "numel": fields.integer(0),
+    "stack": _or_null(fields.text),
+    "block": _or_null(fields.integer(0)),
+    "component": fields.text,
+}
+
+
+def refuse_other_model(path: Path, problem: str | None) -> None:
+    """Raise what ``model_problem`` or ``plan_problem`` has found.
+
+    Raises:
+        CheckpointError: there is a problem.
+    """
+    if problem is not None:
+        raise CheckpointError(f"Checkpoint {str(path)!r} is of another model: {problem}.")
