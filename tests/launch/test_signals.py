@@ -3,6 +3,8 @@ together."""
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
 import os
 import signal
@@ -18,26 +20,15 @@ import pytest
 from safetensors import safe_open
 
 from launch import train
+from tests.support.jobs import DEADLINE_S, TRAIN, Ended, call_of
 from tests.support.ranks import run_ranks
 
-ROOT = Path(__file__).resolve().parent.parent.parent
-TRAIN = str(ROOT / "launch" / "train.py")
+LONG = 100_000
+"""Steps that would take hours."""
 
 
-def start(program: list[str], config: dict[str, Any], folder: Path) -> subprocess.Popen[str]:
-    """Start a run that would take hours, and wait until it has done three steps."""
-    config["train"]["steps"] = 100_000
-    file = folder / "config.json"
-    file.write_text(json.dumps(config))
-    process = subprocess.Popen(
-        [*program, "--config", str(file), "--output-dir", str(folder / "out")],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        cwd=folder,
-    )
-    wait_until(lambda: len(rows(folder)) >= 3, process)
-    return process
+def in_training(folder: Path) -> bool:
+    return len(rows(folder)) >= 3
 
 
 def rows(folder: Path) -> list[dict[str, Any]]:
@@ -45,14 +36,34 @@ def rows(folder: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
 
 
-def wait_until(
-    done: Callable[[], bool], process: subprocess.Popen[str], deadline_s: float = 900.0
-) -> None:
-    end = time.monotonic() + deadline_s
+def wait_until(done: Callable[[], bool], ended: Callable[[], bool]) -> None:
+    """Wait for a condition; the deadline only ends a hang."""
+    end = time.monotonic() + DEADLINE_S
     while not done():
-        assert process.poll() is None, process.communicate()
+        assert not ended(), "the run ended by itself"
         assert time.monotonic() < end, "no progress"
         time.sleep(0.05)
+
+
+def train_until_signal(rank: int, world_size: int, arguments: list[str], number: int) -> Ended:
+    """A run in this process, which another thread sends a signal once it trains."""
+    import threading
+
+    folder = Path(arguments[-1]).parent
+    over = threading.Event()
+
+    def send() -> None:
+        wait_until(lambda: in_training(folder), over.is_set)
+        os.kill(os.getpid(), number)
+
+    sender = threading.Thread(target=send)
+    sender.start()
+    said, complaint = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(said), contextlib.redirect_stderr(complaint):
+        status = train.main(arguments)
+    over.set()
+    sender.join()
+    return Ended(status, said.getvalue(), complaint.getvalue())
 
 
 def check_saved(folder: Path, said: str) -> None:
@@ -69,11 +80,11 @@ def check_saved(folder: Path, said: str) -> None:
 def test_one_process_finishes_the_step_and_saves(
     number: int, run_config: dict[str, Any], tmp_path: Path
 ) -> None:
-    process = start([sys.executable, TRAIN], run_config, tmp_path)
-    process.send_signal(number)
-    said, complaint = process.communicate(timeout=900)
-    assert process.returncode == 0, complaint
-    check_saved(tmp_path, said)
+    run_config["train"]["steps"] = LONG
+    arguments = call_of(run_config, tmp_path)
+    (ended,) = run_ranks(train_until_signal, 1, arguments, number, deadline_s=DEADLINE_S)
+    assert ended.status == 0, ended.complaint
+    check_saved(tmp_path, ended.said)
 
 
 def test_a_signal_to_one_rank_stops_all_ranks_together(
@@ -81,13 +92,21 @@ def test_a_signal_to_one_rank_stops_all_ranks_together(
 ) -> None:
     torchrun = str(Path(sys.executable).parent / "torchrun")
     program = [torchrun, "--standalone", "--nproc_per_node", "2", TRAIN, "--sharding", "fsdp2"]
-    process = start(program, run_config, tmp_path)
+    run_config["train"]["steps"] = LONG
+    process = subprocess.Popen(
+        [*program, *call_of(run_config, tmp_path)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        cwd=tmp_path,
+    )
+    wait_until(lambda: in_training(tmp_path), lambda: process.poll() is not None)
     ranks = [
         child.pid for child in psutil.Process(process.pid).children() if TRAIN in child.cmdline()
     ]
     assert len(ranks) == 2
     os.kill(max(ranks), signal.SIGTERM)
-    said, complaint = process.communicate(timeout=900)
+    said, complaint = process.communicate(timeout=DEADLINE_S)
     assert process.returncode == 0, complaint
     check_saved(tmp_path, said)
 

@@ -25,7 +25,7 @@ from tests.support.jobs import (
 
 NATIVE = ("ddp", "fsdp1", "fsdp1_flat", "fsdp2", "hsdp")
 FLAGS = {
-    **{f"{name.replace('_', ' ')} on 2 ranks": ["--sharding", name] for name in NATIVE},
+    **{f"{name} on 2 ranks": ["--sharding", name] for name in NATIVE},
     "fsdp2 on 4 ranks": ["--sharding", "fsdp2"],
     **{
         f"zero {stage} on 2 ranks": [

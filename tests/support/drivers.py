@@ -15,6 +15,7 @@ import pytest
 import torch
 import torch._dynamo  # noqa: F401  before the fork, as DeepSpeed's parts: imports take longer than most cases
 import torch.distributed as dist
+from deepspeed.ops.op_builder import all_ops  # noqa: F401
 from deepspeed.runtime import bf16_optimizer
 from deepspeed.runtime.fp16 import unfused_optimizer  # noqa: F401
 from deepspeed.runtime.zero import stage3, stage_1_and_2  # noqa: F401

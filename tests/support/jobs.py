@@ -16,6 +16,8 @@ import sys
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import matplotlib.pyplot  # noqa: F401
+
 # What the trainer imports only when it needs it, imported before the fork: these take longer than
 # a whole run of a test.
 import peft  # noqa: F401
@@ -27,6 +29,7 @@ from safetensors.torch import load_file
 
 from launch import train
 from launch.trainer import loop, outputs, resume, samples  # noqa: F401
+from launch.trainer.data import digits  # noqa: F401
 from tests.support.drivers import start_deepspeed
 from tests.support.ranks import run_ranks
 

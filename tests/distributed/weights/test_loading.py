@@ -3,7 +3,6 @@ are read."""
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -21,6 +20,7 @@ from dist_layerlr.sharders import materialize, partition_empty, sharder_of
 from dist_layerlr.weights import check_pretrained, load_pretrained
 from dist_layerlr.weights.tensorfile import FileTensor
 from tests.support.drivers import SHARDERS, ds_config, fsdp2, start_deepspeed
+from tests.support.living import MostLiving, only_new_tensors
 from tests.support.parity import Recipe
 from tests.support.ranks import run_ranks
 
@@ -174,7 +174,7 @@ def test_every_sharder_is_filled_and_each_rank_of_a_sharded_one_reads_its_part(
 def peak_of_loading(
     rank: int, world_size: int, file: str, sharded: bool, dtype: torch.dtype
 ) -> float:
-    """Growth of this process's peak memory over loading, in bytes."""
+    """The most bytes of tensors that lived on this rank while it loaded."""
     from dist_layerlr.weights import load
 
     load.CHUNK = 1 << 16
@@ -186,25 +186,11 @@ def peak_of_loading(
         for layer in model:
             fully_shard(layer)
         fully_shard(model)
-    before = resident()
-    reset_peak()
-    model.to(dtype)
-    materialize(model, "cpu")
-    load_pretrained(model, file)
-    return status("VmHWM") - before
-
-
-def status(field: str) -> int:
-    text = Path("/proc/self/status").read_text()
-    return 1024 * int(re.search(rf"{field}:\s+(\d+) kB", text)[1])  # type: ignore[index]
-
-
-def resident() -> int:
-    return status("VmRSS")
-
-
-def reset_peak() -> None:
-    Path("/proc/self/clear_refs").write_text("5")
+    with only_new_tensors(), MostLiving() as living:
+        model.to(dtype)
+        materialize(model, "cpu")
+        load_pretrained(model, file)
+    return living.most
 
 
 def test_peak_memory_of_a_rank_is_its_shard_not_the_model(tmp_path: Path) -> None:

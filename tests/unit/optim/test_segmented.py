@@ -15,6 +15,7 @@ from torch import nn
 import dist_layerlr as dl
 from dist_layerlr.optim.segmented import Segmented
 from dist_layerlr.sharders.base import Slice
+from tests.support.living import living_bytes, only_new_tensors
 
 CONFIG: dict[str, Any] = {
     "learning_rate": 3e-4,
@@ -293,13 +294,13 @@ def test_memory_besides_the_state_does_not_grow_with_the_elements() -> None:
 
     def elements() -> int:
         gc.collect()
-        storages = {
-            t.untyped_storage().data_ptr(): t.untyped_storage().nbytes()
-            for t in gc.get_objects()
-            if _is_tensor(t)
-        }
-        return sum(storages.values())
+        return living_bytes()
 
+    with only_new_tensors():
+        measure_segments(elements)
+
+
+def measure_segments(elements: Callable[[], int]) -> None:
     net = model()
     plan = dl.plan_model(net, CONFIG)
     gradients(net, 0)
@@ -316,10 +317,6 @@ def test_memory_besides_the_state_does_not_grow_with_the_elements() -> None:
     flat_of(sliced).grad = flat_gradient(net)
     sliced.step()
     assert elements() - before <= (2 + 2) * weights + 64 * names  # weight, gradient, two moments
-
-
-def _is_tensor(thing: object) -> bool:
-    return type(thing) in (torch.Tensor, nn.Parameter)
 
 
 def test_stepping_tensors_that_were_never_bound_is_an_error() -> None:
