@@ -222,7 +222,7 @@ def host_buffer(nbytes: int) -> Tensor:
     """Host bytes on pages of their own, so that locking them locks nothing else."""
     # torch aligns to 64 bytes. With two pages more the bytes can start at a page, and the rest of
     # their last page belongs to them, too.
-    memory = torch.empty(nbytes + 2 * PAGE, dtype=torch.uint8)
+    memory = torch.empty(nbytes + 2 * PAGE, dtype=torch.uint8, device="cpu")
     start = -memory.data_ptr() % PAGE
     return memory[start : start + nbytes]
 

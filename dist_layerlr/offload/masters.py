@@ -86,7 +86,7 @@ class Master:
             # A mapped tensor keeps its file open by itself; an arena is unpinned and freed with its
             # unit, so the value must not stay in it.
             return self.host if self.mapped else self.host.clone()
-        value = torch.empty_strided(self.shape, self.stride, dtype=self.dtype)
+        value = torch.empty_strided(self.shape, self.stride, dtype=self.dtype, device="cpu")
         # expand() reads at payload_offset, so the bytes before it are filled up.
         payload = torch.cat([self.stored.new_zeros(self.payload_offset), self.stored])
         self.expand(payload, value)
@@ -201,7 +201,7 @@ def build(spec: UnitSpec, files: Files | None, host_dtype: str | None) -> Unit:
 def _memory(arena: Tensor | None, start: int, nbytes: int) -> Tensor:
     """Bytes for one master: a run of the arena, or memory of its own."""
     if arena is None:
-        return torch.empty(nbytes, dtype=torch.uint8)
+        return torch.empty(nbytes, dtype=torch.uint8, device="cpu")
     # Through numpy the run gets a storage of its own. With a slice of the arena, torch.save of one
     # parameter would write its neighbours, too.
     return torch.from_numpy(arena.numpy()[start : start + nbytes])
@@ -223,7 +223,8 @@ def _store(
     stored[: codes.numel()].copy_(codes.view(-1).view(torch.uint8))
     stored[aligned(codes.numel()) :].copy_(scale.view(-1).view(torch.uint8))
     # One NaN, expanded: the right shape and dtype without memory, and no use as a value.
-    return torch.full((), float("nan"), dtype=data.dtype).expand(data.shape), codes.dtype
+    nan = torch.full((), float("nan"), dtype=data.dtype, device="cpu")
+    return nan.expand(data.shape), codes.dtype
 
 
 def _stored_sizes(spec: UnitSpec, host_dtype: str | None) -> list[int]:

@@ -76,6 +76,7 @@ def find_units(model: nn.Module, policy: StreamPolicy) -> list[UnitSpec]:
     for spec in specs:
         for weight in spec.weights:
             _refuse_kind(weight)
+    _refuse_shared_memory(model, specs)
     return specs
 
 
@@ -177,6 +178,27 @@ def _refuse_tied(model: nn.Module, specs: list[UnitSpec]) -> None:
                         " leave the device with one of them. Untie them, or set min_numel above"
                         f" {weight.param.numel()}."
                     )
+
+
+def _refuse_shared_memory(model: nn.Module, specs: list[UnitSpec]) -> None:
+    """Refuse a streamed parameter that is tied to another by ``a.data = b.data``, if one trains.
+
+    Each would get a master of its own, and from then on a value of its own.
+    """
+    streamed = {id(w.param) for spec in specs for w in spec.weights}
+    owners: dict[tuple[torch.device, int], tuple[str, nn.Parameter]] = {}
+    for name, param in model.named_parameters():
+        # Subclasses and meta tensors have no address to compare.
+        if type(param.data) is not torch.Tensor or param.is_meta or not param.numel():
+            continue
+        other, tied = owners.setdefault((param.device, param.data_ptr()), (name, param))
+        trains = param.requires_grad or tied.requires_grad
+        if tied is not param and trains and streamed & {id(param), id(tied)}:
+            raise OffloadError(
+                f"Parameters {other} and {name} share memory (a.data = b.data), and streaming would"
+                " give each a value of its own. Tie the parameters (a = b) inside one unit, or copy"
+                f" the data, or set min_numel above {param.numel()}."
+            )
 
 
 def _refuse_kind(weight: Streamed) -> None:
