@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from dist_layerlr.errors import LayerLRError as LayerLRError
     from dist_layerlr.errors import PlanMismatch as PlanMismatch
     from dist_layerlr.export import export_weights as export_weights
+    from dist_layerlr.integrations import initialize_deepspeed as initialize_deepspeed
     from dist_layerlr.offload import StreamPolicy as StreamPolicy
     from dist_layerlr.offload import stream as stream
     from dist_layerlr.optim import PlanSchedule as PlanSchedule
@@ -45,6 +46,7 @@ _PACKAGE_OF = {
     "LayerLRError": "errors",
     "PlanMismatch": "errors",
     "export_weights": "export",
+    "initialize_deepspeed": "integrations",
     "StreamPolicy": "offload",
     "stream": "offload",
     "PlanSchedule": "optim",
@@ -103,18 +105,9 @@ _MOVED = {
 }
 """Names that stood here in 0.1 and are imported from their package now. They go in 0.3."""
 
-_PACKAGES = {
-    "plan",
-    "sharders",
-    "optim",
-    "proof",
-    "weights",
-    "checkpoint",
-    "export",
-    "offload",
-    "report",
-    "errors",
-}
+_PACKAGES = frozenset(
+    "checkpoint errors export integrations offload optim plan proof report sharders weights".split()
+)
 
 __all__ = sorted(_PACKAGE_OF)
 

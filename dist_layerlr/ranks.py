@@ -25,6 +25,10 @@ CAUSES = {
         " were merged; drive them with PlanSchedule, call reapply after every load, and remove"
         " scheduler and optimizer blocks from the sharder's config"
     ),
+    "factor": (
+        "a scheduler raises rates above the plan, or was not stepped on all ranks alike; a"
+        " schedule's multiplier lies in [0, 1]. If yours does not, pass verify(..., factor=...)"
+    ),
     "weight decay": (
         "a checkpoint or an optimizer block overwrote the groups' settings; call reapply after"
         " every load"

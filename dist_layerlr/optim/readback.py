@@ -4,13 +4,14 @@ state.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import Tensor, nn
 
-from dist_layerlr.optim.groups import LR, WEIGHT_DECAY
+from dist_layerlr.optim.groups import INITIAL_LR, LR, WEIGHT_DECAY
 from dist_layerlr.optim.segmented import Segmented
 from dist_layerlr.sharders import Pieces, Sharder, sharder_of
 
@@ -99,6 +100,24 @@ def live_params(found: Pieces) -> dict[str, LiveParam]:
             replicas=piece.replicas,
         )
     return live
+
+
+def factor_in_force(found: Pieces) -> float:
+    """The schedule's multiplier that the live groups are at: ``lr`` over ``initial_lr``.
+
+    Groups without an ``initial_lr`` are driven by no schedule, and a rate of 0 tells nothing: they
+    count as 1. Where groups disagree, which one multiplier cannot explain, this is the multiplier
+    of most names; a comparison with the plan then names the others.
+    """
+    votes: Counter[float] = Counter()
+    for piece in found.pieces:
+        rate, initial = float(piece.group[LR]), piece.group.get(INITIAL_LR)
+        if initial is None:
+            votes[1.0] += 1
+        elif float(initial) > 0.0:
+            # Some optimizers keep their rate as a float32 tensor: seven digits are the same vote.
+            votes[float(f"{rate / float(initial):.7g}")] += 1
+    return votes.most_common(1)[0][0] if votes else 1.0
 
 
 def repeated(found: Pieces) -> list[str]:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from dist_layerlr.optim.groups import WEIGHT_DECAY
-from dist_layerlr.optim.readback import live_pieces
+from dist_layerlr.optim.readback import factor_in_force, live_pieces
 from dist_layerlr.plan.entries import Plan
 from dist_layerlr.ranks import together
 from dist_layerlr.sharders import Piece, sharder_of
@@ -31,7 +31,7 @@ state but not that."""
 
 @contextmanager
 def effect_check(
-    plan: Plan, model: nn.Module, optimizer: Any = None, *, factor: float = 1.0
+    plan: Plan, model: nn.Module, optimizer: Any = None, *, factor: float | None = None
 ) -> Iterator[dict[str, float]]:
     """Wrap one ``optimizer.step()`` (or ``engine.step()``) and compare every observed rate.
 
@@ -41,7 +41,8 @@ def effect_check(
         plan: of this model.
         model: as it is trained.
         optimizer: AdamW, Adam or SGD; a DeepSpeed engine brings its own.
-        factor: the schedule's multiplier that is in force.
+        factor: the schedule's multiplier that is in force. None: the one that the live groups are
+            at when the block begins.
 
     Yields:
         {name: observed lr}, filled when the block ends. Names without a gradient, with an empty
@@ -53,6 +54,7 @@ def effect_check(
     """
     sharder = sharder_of(model)
     before = live_pieces(sharder, optimizer)
+    multiplier = factor_in_force(before) if factor is None else factor
     pieces = [p for p in before.pieces if p.numel]
     weights = [_sample(p, p.owner).clone() for p in pieces]
     observed: dict[str, float] = {}
@@ -71,7 +73,7 @@ def effect_check(
             entry = plan.entries.get(piece.name)
             if direction is None or entry is None:
                 continue
-            wanted = entry.lr * factor
+            wanted = entry.lr * multiplier
             rate, slack = _rate(old, _sample(piece, piece.owner), direction)
             if slack > rate_scale(wanted):
                 continue  # rounding of the weights hides the update

@@ -14,11 +14,18 @@ import torch.distributed as dist
 from torch import nn
 
 from dist_layerlr.optim.groups import WEIGHT_DECAY
-from dist_layerlr.optim.readback import LiveParam, live_params, live_pieces, repeated
+from dist_layerlr.optim.readback import (
+    LiveParam,
+    factor_in_force,
+    live_params,
+    live_pieces,
+    repeated,
+)
 from dist_layerlr.plan.entries import Plan, PlanEntry
 from dist_layerlr.ranks import (
     SHOWN,
     Problem,
+    everyone,
     in_group,
     mismatch,
     together,
@@ -42,13 +49,16 @@ class Proof:
     groups: int
     digest: str
     step_factor: float
+    """The schedule's multiplier at which the rates were compared."""
 
     def line(self) -> str:
         """One line for the log."""
+        scaled = "" if self.step_factor == 1.0 else f" x {self.step_factor:.6g} (schedule)"
         return (
             f"[per_layer_lr] verified on {self.ranks} rank{'s' if self.ranks > 1 else ''}"
             f" ({self.sharder}): {self.parameters} parameters, {self.elements:,} elements, each"
-            f" stepped once at its planned learning rate and weight decay; plan {self.digest}"
+            f" stepped once at its planned learning rate{scaled} and weight decay;"
+            f" plan {self.digest}"
         )
 
     def to_dict(self) -> dict[str, Any]:
@@ -56,7 +66,9 @@ class Proof:
         return asdict(self)
 
 
-def verify(plan: Plan, model: nn.Module, optimizer: Any = None, *, factor: float = 1.0) -> Proof:
+def verify(
+    plan: Plan, model: nn.Module, optimizer: Any = None, *, factor: float | None = None
+) -> Proof:
     """Compare the live optimizer with the plan on every rank. Collective: call it on all ranks.
 
     It needs no ``attach``: it audits a model and optimizer that anybody prepared.
@@ -65,7 +77,9 @@ def verify(plan: Plan, model: nn.Module, optimizer: Any = None, *, factor: float
         plan: of this model.
         model: as it is trained: plain, DDP, FSDP1, FSDP2, or a DeepSpeed engine.
         optimizer: the one that is stepped; a DeepSpeed engine brings its own.
-        factor: the schedule's multiplier that is in force.
+        factor: the schedule's multiplier that must be in force. None: the one that the live groups
+            are at (``lr / initial_lr``), which must be one for all names and ranks and lie in
+            [0, 1]; the proof and its log line say which it was.
 
     Raises:
         PlanMismatch: on all ranks alike, naming the first ten parameters, the rank, the likely
@@ -75,7 +89,12 @@ def verify(plan: Plan, model: nn.Module, optimizer: Any = None, *, factor: float
     with together(plan.digest) as problems:
         found = live_pieces(sharder, optimizer)
         live = live_params(found)
-        problems += _local_problems(plan, found, live, factor, _default_decay(model, optimizer))
+        expected = factor_in_force(found) if factor is None else factor
+        problems += _local_problems(plan, found, live, expected, _default_decay(model, optimizer))
+        if factor is None and expected > 1.0 + _ROUNDING:
+            problems.append(("factor", f"all groups are at {expected:g} x their initial_lr"))
+    if factor is None:
+        _check_one_factor(expected)
     _check_elements(plan, live)
     return Proof(
         sharder=sharder.layout.label,
@@ -84,8 +103,17 @@ def verify(plan: Plan, model: nn.Module, optimizer: Any = None, *, factor: float
         elements=sum(e.numel for e in plan.entries.values()),
         groups=len(plan.groups),
         digest=plan.digest,
-        step_factor=factor,
+        step_factor=expected,
     )
+
+
+def _check_one_factor(factor: float) -> None:
+    """Every rank must read the same multiplier; a scheduler may be stepped on some ranks only."""
+    heard = everyone(factor)
+    for failing, other in enumerate(heard):
+        if not math.isclose(other, heard[0], rel_tol=_ROUNDING):
+            text = f"the schedule is at {other:g} x the plan, on rank 0 at {heard[0]:g} x"
+            raise mismatch(failing, [("factor", text)], 1)
 
 
 def _default_decay(model: nn.Module, optimizer: Any) -> float:

@@ -15,18 +15,18 @@ from typing import Any
 
 import pytest
 import torch
-import train
 from safetensors.torch import save_file
 
 from dist_layerlr import fields
 from dist_layerlr.errors import ConfigError, ModelSourceError
+from launch import train
 from launch.trainer.cli import complain
 from launch.trainer.families import get_family
 from launch.trainer.loop import sample_index
 from launch.trainer.options import load_options
 from launch.trainer.runtime import Runtime, check_launch, is_shared
 from launch.trainer.weights import empty_model
-from ranks import run_ranks
+from tests.support.ranks import run_ranks
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 Config = dict[str, Any]

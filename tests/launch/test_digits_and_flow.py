@@ -5,18 +5,18 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-import make_tiny_wan
 import numpy as np
 import pytest
 import torch
 
 from dist_layerlr.errors import ConfigError, ModelSourceError
+from launch import make_tiny_wan
 from launch.trainer.data import open_dataset
 from launch.trainer.data.digits import DIGIT_WORDS, PATHS, SCAN, MovingDigits
 from launch.trainer.families import FAMILIES, get_family
 from launch.trainer.objectives.flow import euler_sigmas, make_flow_batch, mix_seed, sample
 from launch.trainer.samples import _short, draw_samples
-from ranks import run_ranks
+from tests.support.ranks import run_ranks
 
 TINY = [
     "--layers",

@@ -19,7 +19,7 @@ from dist_layerlr.plan.config import _BLOCK_FIELDS, _PRESET_PARAMETERS, _REGION_
 from dist_layerlr.plan.depth import DEPTH_FUNCTIONS
 from dist_layerlr.plan.layer_decay import CONVENTIONS
 from dist_layerlr.plan.presets import PRESET_FUNCTIONS, PRESETS
-from ranks import run_ranks
+from tests.support.ranks import run_ranks
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 DOCS = ROOT / "docs"

@@ -27,7 +27,7 @@ from launch.trainer.loop import train
 from launch.trainer.options import RunOptions, load_options
 from launch.trainer.runtime import Runtime
 from launch.trainer.weights import empty_model
-from ranks import run_ranks
+from tests.support.ranks import run_ranks
 
 FOLDER = Path(__file__).resolve().parent.parent.parent / "ds_configs"
 FILES = sorted(FOLDER.glob("*.json"))

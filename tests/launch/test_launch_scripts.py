@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import train
 
 from dist_layerlr.errors import ConfigError
+from launch import train
 from launch.trainer.runtime import check_accelerate_env
 
 ROOT = Path(__file__).resolve().parent.parent.parent

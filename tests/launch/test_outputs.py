@@ -13,13 +13,13 @@ from typing import Any
 
 import pytest
 import torch
-import train
 
 from dist_layerlr.errors import ConfigError
+from launch import train
 from launch.trainer.metrics import MetricsFile
 from launch.trainer.outputs import _check_finite, open_output_dir
 from launch.trainer.runtime import Diverged
-from ranks import run_ranks
+from tests.support.ranks import run_ranks
 
 
 def train_one_after_another(

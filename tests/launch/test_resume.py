@@ -15,11 +15,11 @@ from typing import Any
 
 import pytest
 import torch
-import train
 from safetensors.torch import load_file
 
 from dist_layerlr.checkpoint.manifest import read_manifest
-from ranks import run_ranks
+from launch import train
+from tests.support.ranks import run_ranks
 
 FINAL = Path("final/diffusion_pytorch_model.safetensors")
 Call = list[str]

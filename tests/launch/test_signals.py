@@ -15,10 +15,10 @@ from typing import Any
 
 import psutil
 import pytest
-import train
 from safetensors import safe_open
 
-from ranks import run_ranks
+from launch import train
+from tests.support.ranks import run_ranks
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 TRAIN = str(ROOT / "launch" / "train.py")

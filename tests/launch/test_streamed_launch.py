@@ -8,7 +8,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import make_tiny_wan
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -18,6 +17,7 @@ from dist_layerlr import plan_model
 from dist_layerlr.errors import ConfigError
 from dist_layerlr.offload import StreamPolicy
 from dist_layerlr.weights.gather import LiveWeights
+from launch import make_tiny_wan
 from launch.trainer.data import open_dataset
 from launch.trainer.engines import build_engine
 from launch.trainer.engines.offload import check_streaming
@@ -28,7 +28,7 @@ from launch.trainer.metrics import MetricsFile
 from launch.trainer.options import RunOptions, load_options
 from launch.trainer.runtime import Runtime
 from launch.trainer.weights import empty_model
-from ranks import run_ranks
+from tests.support.ranks import run_ranks
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 BLOCKS, WINDOW = 6, 2
@@ -260,7 +260,8 @@ def test_the_shipped_config_streams_a_lora_and_trains_on_other_data_and_model(
 
 def run_main(rank: int, world_size: int, runs: list[list[str]]) -> list[int]:
     import torch.distributed as dist
-    import train as program
+
+    from launch import train as program
 
     dist.destroy_process_group()
     return [program.main(arguments) for arguments in runs]

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from forked import DEVICES, in_fork
+from tests.support.forked import DEVICES, in_fork
 
 
 @pytest.fixture(params=DEVICES)

@@ -16,8 +16,18 @@ from torch.nn import functional
 
 from dist_layerlr.errors import OffloadError
 from dist_layerlr.offload.streaming import stream_on
-from models import MIN_NUMEL, WIDTH, Block, Toy, add_lora, toy_batch
-from training import Case, assert_equal, attach, backend_of, loss_of, make_optimizer, train, weights
+from tests.support.families import MIN_NUMEL, add_lora, toy_batch
+from tests.support.toys import WIDTH, Block, Toy
+from tests.support.training import (
+    Case,
+    assert_equal,
+    attach,
+    backend_of,
+    loss_of,
+    make_optimizer,
+    train,
+    weights,
+)
 
 LORA, FULL = Case(lora=True), Case(lora=False)
 KINDS = pytest.mark.parametrize("case", [LORA, FULL], ids=["lora", "full"])

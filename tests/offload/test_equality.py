@@ -11,8 +11,8 @@ import pytest
 import torch
 
 from dist_layerlr.offload.streaming import stream_on
-from forked import DEVICES
-from training import (
+from tests.support.forked import DEVICES
+from tests.support.training import (
     Case,
     assert_equal,
     backend_of,
@@ -121,7 +121,7 @@ def check_empty(device: str) -> None:
     """Nothing of the device is alive, its adapters' optimizer state included."""
     gc.collect()
     if device == "sim":
-        import sim_device
+        from tests.support import sim_device
 
         assert sim_device.allocated() == 0
     if device == "cuda":

@@ -12,15 +12,15 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from adversary import Adversary
 from dist_layerlr.errors import ModelSourceError, OffloadError
 from dist_layerlr.offload import codec, round_trip
 from dist_layerlr.offload import streaming as handle_module
 from dist_layerlr.offload.masters import ALIGNMENT, build, payload_bytes, slot_bytes
 from dist_layerlr.offload.streaming import stream_on
 from dist_layerlr.offload.units import cut
-from models import BLOCKS, MIN_NUMEL, toy
-from training import (
+from tests.support.adversary import Adversary
+from tests.support.families import BLOCKS, MIN_NUMEL, toy
+from tests.support.training import (
     Case,
     assert_equal,
     backend_of,

@@ -14,10 +14,10 @@ from dist_layerlr.offload import engine as engine_module
 from dist_layerlr.offload.engine import Engine
 from dist_layerlr.offload.gradients import GradSink
 from dist_layerlr.offload.transfer import Fetcher
-from forked import in_fork
-from test_equality import check
-from test_semantics import LORA, check_memory_of_a_graph, two_forwards
-from training import Case
+from tests.offload.test_equality import check
+from tests.offload.test_semantics import LORA, check_memory_of_a_graph, two_forwards
+from tests.support.forked import in_fork
+from tests.support.training import Case
 
 Mutant = Callable[[], None]
 

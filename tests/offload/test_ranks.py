@@ -13,9 +13,9 @@ from torch.nn.parallel import DistributedDataParallel as DDP
 
 import dist_layerlr
 from dist_layerlr.errors import OffloadError
-from models import BLOCKS
-from ranks import run_ranks
-from training import Case, assert_equal, attach, exact, loss_of, train, weights
+from tests.support.families import BLOCKS
+from tests.support.ranks import run_ranks
+from tests.support.training import Case, assert_equal, attach, exact, loss_of, train, weights
 
 LORA, FULL = Case(lora=True), Case(lora=False)
 CONFIG = {

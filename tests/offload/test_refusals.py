@@ -12,8 +12,17 @@ from torch import nn
 
 from dist_layerlr.errors import LayerLRError, OffloadError
 from dist_layerlr.offload import StreamPolicy, stream
-from models import BLOCKS, MIN_NUMEL, toy
-from training import Case, assert_equal, attach, identity, loss_of, make_optimizer, train, weights
+from tests.support.families import BLOCKS, MIN_NUMEL, toy
+from tests.support.training import (
+    Case,
+    assert_equal,
+    attach,
+    identity,
+    loss_of,
+    make_optimizer,
+    train,
+    weights,
+)
 
 FULL, LORA = Case(lora=False), Case(lora=True)
 
@@ -209,8 +218,8 @@ def test_groups_that_lose_or_gain_parameters_are_noticed(device: str):
 
 @pytest.mark.parametrize("device", ["cpu"])
 def test_a_failure_half_way_gives_the_model_back(device: str):
-    from adversary import Adversary
     from dist_layerlr.offload.streaming import stream_on
+    from tests.support.adversary import Adversary
 
     class Refusing(Adversary):
         def pin(self, tensor: torch.Tensor) -> None:

@@ -29,7 +29,7 @@ ORDER = (
 PLACE = {folder: place for place, folders in enumerate(ORDER) for folder in folders}
 PURE = ("errors", "fields", "files", "plan", "report", "cli", "__init__")
 """Importing these imports the standard library and each other only."""
-DEEPSPEED = {"sharders.zero", "checkpoint.deepspeed", "optim.deepspeed"}
+DEEPSPEED = {"sharders.zero", "checkpoint.deepspeed", "integrations.deepspeed"}
 
 
 def module_name(path: Path) -> str:

@@ -1,0 +1,215 @@
+"""An outer tensor of a segmented optimizer, and the views of it that the inner optimizer steps."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+from dist_layerlr.errors import ConfigError
+from dist_layerlr.sharders.base import Slice, local
+
+State = dict[Any, dict[str, Any]]
+"""``optimizer.state``: {tensor: {key: value}}."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Run:
+    """Neighbouring slices of one owner that share all settings."""
+
+    owner: Tensor
+    offset: int
+    numel: int
+    names: tuple[str, ...]
+
+
+@dataclass(slots=True)
+class OwnerViews:
+    """One outer tensor (the owner), cut at the ends of its runs; one view per run.
+
+    A view shares the owner's storage. It exists as long as the optimizer is bound; its ``grad`` is
+    set for the length of one step only, so that the sharder may free gradients when it likes.
+    """
+
+    runs: Sequence[Run]
+    may_share_state: bool
+    """Whether the owner may be stepped as it is. False under ZeRO-3: DeepSpeed steps one sub-group
+    at a time, and the inner optimizer must not see the gradients of the other sub-groups."""
+    owner: Tensor = field(init=False)
+    shares_state: bool = field(init=False)
+    """True if the owner is its own and only view; outer and inner optimizer then use one state
+    entry, and nothing has to be copied between them."""
+    views: list[Tensor] = field(init=False)
+    sizes: list[int] = field(init=False)
+    """Sizes of all parts of the flattened local owner, in order. Parts that are no view are gaps:
+    padding and frozen parameters."""
+    used: list[int] = field(init=False)
+    """Positions in ``sizes`` of the parts that are views."""
+    share_counters: bool = False
+    """Whether all views may count steps in one tensor: the fused call advances it once a step."""
+    published: dict[str, Any] = field(default_factory=dict)
+    """The state entry as this class left it on the owner. Whoever loads a checkpoint replaces
+    entries; comparing by identity is how a load is noticed."""
+
+    def __post_init__(self) -> None:
+        self.owner = self.runs[0].owner
+        self.sizes, self.used = _part_sizes(self.runs, local(self.owner).numel())
+        # A DTensor is never stepped as it is: each call on it pays for dispatch, one on its local
+        # shard does not.
+        whole = len(self.sizes) == 1 and not isinstance(self.owner, DTensor)
+        self.shares_state = self.may_share_state and whole
+        if self.shares_state:
+            self.views = [self.owner]
+        else:
+            self.views = [nn.Parameter(cut) for cut in self.cut(local(self.owner).detach())]
+
+    def cut(self, tensor: Tensor) -> Sequence[Tensor]:
+        """The views' parts of a local tensor laid out as the owner."""
+        if len(self.sizes) == 1:
+            return (tensor,)
+        cuts = tensor.view(-1).split_with_sizes(self.sizes)
+        return [cuts[i] for i in self.used]
+
+    def prepare(self, inner: State, outer: State) -> None:
+        """Point the views at the live storage, the live gradient, and the live state."""
+        if self.shares_state:
+            if self.owner in outer:
+                inner[self.owner] = outer[self.owner]
+            return
+        tensor = local(self.owner)
+        first = tensor.data_ptr() + self.runs[0].offset * tensor.element_size()
+        if self.views[0].data_ptr() != first:
+            # The sharder has moved its storage (FSDP1 after a gather, an offload): follow it.
+            for view, cut in zip(self.views, self.cut(tensor.detach()), strict=True):
+                view.data = cut
+        assert self.owner.grad is not None
+        for view, gradient in zip(self.views, self.cut(local(self.owner.grad)), strict=True):
+            view.grad = gradient
+        held = outer.get(self.owner, {})
+        if self._was_replaced(held):
+            self._adopt(inner, held)
+
+    def _was_replaced(self, held: dict[str, Any]) -> bool:
+        """Whether a load, or the very first step, made the owner's state other than published."""
+        if len(held) != len(self.published):
+            return True
+        return any(held.get(key) is not value for key, value in self.published.items())
+
+    def publish(self, inner: State, outer: State) -> None:
+        """Let the state on the owner be what the step left.
+
+        Raises:
+            ConfigError: the inner optimizer keeps state that fits neither a slice nor a scalar.
+        """
+        if self.shares_state:
+            outer[self.owner] = inner[self.owner]
+            return
+        for view in self.views:
+            view.grad = None  # The gradient belongs to the owner; a second reference would keep it.
+        first = inner.get(self.views[0], {})
+        held = outer[self.owner]
+        if not self.published:
+            # The first step has just created the views' state. It is laid out as the owner once;
+            # from then on the views' state are slices of it, and a step changes both.
+            for key, value in first.items():
+                held[key] = self._first_state(inner, key, value)
+            self._adopt(inner, held)
+        for key, value in first.items():
+            # A plain number, or a tensor that the optimizer replaces at every step, is no view.
+            if not _elementwise(value, self.views[0]) and held[key] is not value:
+                held[key] = self.published[key] = value
+
+    def _first_state(self, inner: State, key: str, value: Any) -> Any:
+        if _elementwise(value, self.views[0]):
+            return self._laid_out(inner, key)
+        if len(self.views) > 1 and isinstance(value, Tensor) and value.ndim:
+            raise ConfigError(
+                f"Invalid optimizer for slices of a flat tensor: its state {key!r}"
+                f" {tuple(value.shape)} is neither a scalar nor as long as its slice"
+                f" ({self.views[0].numel()}). Use AdamW."
+            )
+        return value
+
+    def _laid_out(self, inner: State, key: str) -> Tensor:
+        """The views' state as one tensor, sharded like the owner."""
+        parts: list[Tensor] = [inner[view][key] for view in self.views]
+        whole = parts[0]
+        if len(self.sizes) > 1:
+            whole = torch.zeros_like(local(self.owner).detach(), dtype=whole.dtype)
+            for part, cut in zip(parts, self.cut(whole), strict=True):
+                cut.copy_(part)
+        if not isinstance(self.owner, DTensor):
+            return whole
+        mesh, placements = self.owner.device_mesh, self.owner.placements
+        return DTensor.from_local(
+            whole,
+            mesh,
+            placements,
+            run_check=False,
+            shape=self.owner.shape,
+            stride=self.owner.stride(),
+        )
+
+    def _adopt(self, inner: State, held: dict[str, Any]) -> None:
+        """Make the inner state views of the outer state: after the first step, and after a load."""
+        for view in self.views:
+            inner[view] = {}
+        for key, value in held.items():
+            if _elementwise(value, self.owner):
+                parts = self.cut(local(value))
+            else:
+                # Torch counts up each view's own counter, so each view needs its own tensor; the
+                # fused call advances every distinct counter once, so there they share one.
+                others = len(self.views) - 1
+                copies = [value if self.share_counters else _copied(value) for _ in range(others)]
+                parts = [value, *copies]
+            for view, part in zip(self.views, parts, strict=True):
+                inner[view][key] = part
+        self.published = dict(held)
+
+
+def _elementwise(value: Any, like: Tensor) -> bool:
+    """Whether a state value has one number for each element of a tensor."""
+    if not isinstance(value, Tensor) or value.ndim == 0:
+        return False
+    return local(value).numel() == local(like).numel()
+
+
+def merge_slices(slices: Iterable[Slice], group_number: Mapping[str, int]) -> list[Run]:
+    """Merge slices of one owner that touch and belong to one group: fewer, longer views."""
+    runs: list[Run] = []
+    for piece in sorted(slices, key=lambda s: s.offset):
+        if runs and _continues(runs[-1], piece, group_number):
+            last = runs.pop()
+            names, numel, offset = (*last.names, piece.name), last.numel + piece.numel, last.offset
+        else:
+            names, numel, offset = (piece.name,), piece.numel, piece.offset
+        runs.append(Run(owner=piece.owner, offset=offset, numel=numel, names=names))
+    return runs
+
+
+def _continues(run: Run, piece: Slice, group_number: Mapping[str, int]) -> bool:
+    same_group = group_number.get(run.names[0]) == group_number.get(piece.name)
+    return same_group and run.offset + run.numel == piece.offset
+
+
+def _part_sizes(runs: Iterable[Run], numel: int) -> tuple[list[int], list[int]]:
+    """(sizes that cut a flat tensor at the ends of all runs, which of these are runs)."""
+    sizes: list[int] = []
+    used: list[int] = []
+    position = 0
+    for run in runs:
+        if run.offset > position:
+            sizes.append(run.offset - position)
+        used.append(len(sizes))
+        sizes.append(run.numel)
+        position = run.offset + run.numel
+    return ([*sizes, numel - position] if numel > position else sizes), used
+
+
+def _copied(value: Any) -> Any:
+    return value.clone() if isinstance(value, Tensor) else value
