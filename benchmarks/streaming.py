@@ -36,10 +36,12 @@ ROOT = Path(__file__).resolve().parent.parent
 
 import torch
 from torch import Tensor
+from torch.utils.benchmark import Timer
 
 from dist_layerlr.offload import measure
 from dist_layerlr.offload.device import Immediate
-from dist_layerlr.offload.predict import GB, Layout, Machine, Prediction, Workload, predict
+from dist_layerlr.offload.predict import predict
+from dist_layerlr.offload.prediction import GB, Layout, Machine, Prediction, Workload
 from streaming_arms import ROWS, SMALL, WAN_14B, Arm, Size, builders, kernels, ours
 
 RESULTS = ROOT / "benchmarks" / "results"
@@ -410,7 +412,7 @@ def measure_link(device: torch.device, size: Size) -> Machine:
             ("back", {"back": True}),
         )
     }
-    found["both_ways_gb_s"] = measure.both_ways_gb_s(device)
+    found["both_ways_gb_s"] = both_ways_gb_s(device)
     found["tflops"] = measure.gemm_tflops(device, tokens=8192, width=size.width, dtype=size.dtype)
     machine = Machine(gb_s=found["pinned_1024mb_gb_s"], tflops=found["tflops"])
     t_star = torch.finfo(size.dtype).bits / 8 * machine.tflops * 1e12 / (2 * machine.gb_s * GB)
@@ -418,6 +420,23 @@ def measure_link(device: torch.device, size: Size) -> Machine:
         ", ".join(f"{k} {v:.1f}" for k, v in found.items()), f"-> hidden from {t_star:,.0f} tokens"
     )
     return machine
+
+
+def both_ways_gb_s(device: torch.device, *, megabytes: int = 256) -> float:
+    """Sum of both directions of the link, copied at once on two streams."""
+    size = megabytes << 20
+    hosts = [torch.empty(size, dtype=torch.uint8, pin_memory=True) for _ in range(2)]
+    there = [torch.empty(size, dtype=torch.uint8, device=device) for _ in range(2)]
+    streams = [torch.cuda.Stream(device) for _ in range(2)]
+
+    def copy() -> None:
+        with torch.cuda.stream(streams[0]):
+            there[0].copy_(hosts[0], non_blocking=True)
+        with torch.cuda.stream(streams[1]):
+            hosts[1].copy_(there[1], non_blocking=True)
+
+    # Timer waits for the device in front of and behind every run.
+    return 2 * size / GB / Timer("copy()", globals={"copy": copy}).timeit(5).median
 
 
 def _wait(device: torch.device) -> None:

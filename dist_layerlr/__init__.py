@@ -115,9 +115,7 @@ __all__ = sorted(_PACKAGE_OF)
 if not TYPE_CHECKING:
 
     def __getattr__(name: str) -> Any:
-        """Resolve public names and packages on first use, so that torch loads only when it is asked
-        for.
-        """
+        """Resolve public names and packages on first use: torch loads only when it is needed."""
         if name in _PACKAGES:
             return importlib.import_module(f"{__name__}.{name}")
         if name in _PACKAGE_OF:

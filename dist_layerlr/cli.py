@@ -14,7 +14,8 @@ from typing import Any
 from dist_layerlr.checkpoint.folders import latest
 from dist_layerlr.errors import CheckpointError, ConfigError, LayerLRError
 from dist_layerlr.offload.policy import StreamPolicy
-from dist_layerlr.offload.predict import Machine, Workload, layout_from_names, predict
+from dist_layerlr.offload.predict import layout_from_names, predict
+from dist_layerlr.offload.prediction import Machine, Workload
 from dist_layerlr.plan.build import build_plan
 from dist_layerlr.plan.diff import PLAN_FILE, Rows, plan_diff, read_rows
 from dist_layerlr.plan.entries import Plan

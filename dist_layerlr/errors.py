@@ -24,9 +24,7 @@ class UnmatchedParams(LayerLRError, ValueError):
 
 
 class CheckpointError(LayerLRError, RuntimeError):
-    """A checkpoint that cannot be written, or one that is damaged, incomplete or of another
-    model.
-    """
+    """A checkpoint cannot be written, or is damaged, incomplete or of another model."""
 
 
 class PlanMismatch(LayerLRError, RuntimeError):

@@ -11,6 +11,7 @@ import torch.distributed as dist
 
 from dist_layerlr.errors import CheckpointError, LayerLRError, PlanMismatch
 
+_SHARED = "raised_on_all_ranks"
 Result = TypeVar("Result")
 Problem = tuple[str, str]
 """(kind: a key of CAUSES, text)."""
@@ -49,6 +50,13 @@ CAUSES = {
 }
 
 
+class RankFailure(CheckpointError):
+    """An exception that no rank was prepared for, told to all of them.
+
+    On the rank where it happened, the chain of causes holds it with its traceback.
+    """
+
+
 def in_group() -> bool:
     """Whether this process belongs to a default process group."""
     return dist.is_available() and dist.is_initialized()
@@ -65,9 +73,7 @@ def world_size() -> int:
 
 
 def transport_device() -> torch.device:
-    """Where a tensor must be for the default group to send it: NCCL alone takes only its own
-    device.
-    """
+    """Where a tensor must be to travel by the default group: NCCL takes its own device only."""
     if not in_group() or "cpu" in dist.get_backend_config():
         return torch.device("cpu")
     return torch.device("cuda", torch.cuda.current_device())
@@ -82,18 +88,39 @@ def everyone(mine: Any) -> list[Any]:
     return gathered
 
 
+def any_rank(flag: bool) -> bool:
+    """Whether ``flag`` holds on any rank. Collective when a process group exists."""
+    if not in_group():
+        return flag
+    count = torch.tensor([int(flag)], device=transport_device())
+    dist.all_reduce(count)
+    return bool(count.item() > 0)
+
+
 def alike(work: Callable[[], Result]) -> Result:
     """Run ``work`` on every rank.
 
-    If it fails on any, every rank raises the first failing rank's error. Collective.
+    If it fails on any, every rank raises the first failing rank's error. Collective. It costs one
+    all-reduce of one number unless a rank fails.
 
     Raises:
-        LayerLRError: as that rank raised it; other exceptions become a CheckpointError that names
+        LayerLRError: as that rank raised it; other exceptions become a RankFailure that names
             the rank.
     """
     result, failure = _attempt(work)
-    _raise_first(everyone(failure), failure)
+    # Errors are objects of any size: ranks exchange them only after all know that there is one.
+    if any_rank(failure is not None):
+        _raise_first(everyone(failure), failure)
     return result  # type: ignore[return-value]
+
+
+def is_shared(error: LayerLRError) -> bool:
+    """Whether every rank raises this error.
+
+    True if ranks agreed on it (``alike``, ``rank_zero``), and before they form a process group:
+    until then all of them see the same input.
+    """
+    return bool(getattr(error, _SHARED, False)) or not in_group()
 
 
 def rank_zero(work: Callable[[], Result]) -> Result:
@@ -114,15 +141,22 @@ def _attempt(work: Callable[[], Result]) -> tuple[Result | None, LayerLRError | 
     except LayerLRError as error:
         return None, error
     except Exception as error:
-        failure = CheckpointError(f"Rank {rank()}: {type(error).__name__}: {error}")
+        failure = RankFailure(f"Rank {rank()}: {type(error).__name__}: {error}")
+        # Only the message travels to other ranks; this rank's own log shows the traceback.
         failure.__cause__ = error
         return None, failure
 
 
 def _raise_first(heard: list[LayerLRError | None], mine: LayerLRError | None) -> None:
     first = next((failure for failure in heard if failure is not None), None)
-    if first is not None:
-        raise first from mine
+    if first is None:
+        return
+    setattr(first, _SHARED, True)
+    if first is mine:
+        # One process: the error was not sent anywhere and still carries its own cause.
+        raise first
+    # What a rank hears is a copy without traceback: on the rank that failed, the chain keeps it.
+    raise first from mine
 
 
 @contextmanager
@@ -142,6 +176,7 @@ def together(digest: str) -> Iterator[list[Problem]]:
     except Exception as error:
         failure = error
         problems[:] = [("error", f"{type(error).__name__}: {error}")]
+    # Every rank comes here, whatever happened to it: no other rank may wait in vain.
     heard = everyone((digest, len(problems), problems[:SHOWN]))
     if failure is not None and all(h == heard[0] for h in heard):
         raise failure

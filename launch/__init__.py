@@ -1,3 +1,1 @@
-"""The trainer: scripts to run from a checkout, and the package ``launch.trainer`` that they
-share.
-"""
+"""Scripts to run from a checkout, and the package ``launch.trainer`` that they share."""

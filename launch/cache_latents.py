@@ -15,203 +15,43 @@ only what is missing.
 from __future__ import annotations
 
 import argparse
-import re
 import sys
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import torch
-from PIL import Image, ImageOps
-from safetensors.torch import save_file
-from torch import Tensor
-from tqdm import tqdm
+try:
+    import torch
+    from safetensors.torch import save_file
+    from torch import Tensor
+    from tqdm import tqdm
 
-from dist_layerlr.errors import ConfigError, LayerLRError, ModelSourceError
-from dist_layerlr.files import whole_file
-from launch.trainer.blame import blame
-from launch.trainer.cli import Parser, complain
-from launch.trainer.data.cached import CAPTION, LATENTS, PROMPT_EMBEDS, CachedDataset, read_header
-from launch.trainer.data.encode import (
-    ClipSize,
-    check_size,
-    check_tokens,
-    count_tokens,
-    encode_caption,
-    encode_latents,
-    find_tokenizer,
-    load_text_encoder,
-    load_tokenizer,
-    load_vae,
-    vae_layout,
-)
+    from dist_layerlr.errors import ConfigError, LayerLRError, ModelSourceError
+    from dist_layerlr.files import whole_file
+    from launch.trainer.cli import Parser, blame, complain, integer
+    from launch.trainer.data.base import LATENTS, PROMPT_EMBEDS
+    from launch.trainer.data.cached import CAPTION, CachedDataset, read_header
+    from launch.trainer.data.encode import (
+        check_size,
+        check_tokens,
+        count_tokens,
+        encode_caption,
+        encode_latents,
+        find_tokenizer,
+        load_text_encoder,
+        load_tokenizer,
+        load_vae,
+        vae_layout,
+    )
+    from launch.trainer.data.images import Source, common_size, cut_frames, find_samples, load_clip
+except ModuleNotFoundError as error:
+    # Nothing of the project can be imported, so this line cannot come from the project.
+    print(f'cache_latents: error: {error}. Run: pip install -e ".[train]"', file=sys.stderr)
+    sys.exit(2)
 
-IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 _STORED_AS = {"fp32": "F32", "bf16": "BF16", "fp16": "F16"}
 _DEFAULT_MAX_TOKENS = 512
-_EXIF_ORIENTATION, _QUARTER_TURNS = 0x0112, (5, 6, 7, 8)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Sample:
-    """One image or one clip, with its caption."""
-
-    name: str
-    """Stem of the output file."""
-    frames: tuple[Path, ...]
-    """Image files in temporal order; one for an image."""
-    caption: str
-    """Text with runs of white space made single spaces; may be empty."""
-    source: str
-    """Image or clip folder, relative to the input folder."""
-
-
-# Samples
-
-
-def find_samples(folder: Path) -> list[Sample]:
-    """List the images and clips of a folder, sorted by name; only captions are read.
-
-    Raises:
-        ModelSourceError: the folder is missing or holds no sample, a caption is missing, or two
-            samples share a name.
-    """
-    if not folder.is_dir():
-        raise ModelSourceError(
-            f"Invalid --input {str(folder)!r}: not a folder; give the folder of images or clips."
-        )
-    entries = sorted(path for path in folder.iterdir() if not path.name.startswith("."))
-    samples = [_image_sample(path) for path in entries if _is_image(path)]
-    samples += [_clip_sample(path) for path in entries if path.is_dir()]
-    if not samples:
-        raise ModelSourceError(
-            f"Invalid --input {str(folder)!r}: found 0 images ({', '.join(IMAGE_SUFFIXES)}) and 0"
-            " sub-folders of frames; need at least 1."
-        )
-    by_name: dict[str, Sample] = {}
-    for sample in samples:
-        other = by_name.setdefault(sample.name, sample)
-        if other is not sample:
-            raise ModelSourceError(
-                f"Invalid --input {str(folder)!r}: {other.source} and {sample.source} would both be"
-                f" written to {sample.name}.safetensors; rename one of them."
-            )
-    return [by_name[name] for name in sorted(by_name)]
-
-
-def cut_frames(samples: Sequence[Sample], frames: int | None) -> list[Sample]:
-    """Keep the first ``frames`` frames of every sample; None keeps all.
-
-    Raises:
-        ModelSourceError: a sample has fewer.
-    """
-    for sample in samples:
-        if frames is not None and len(sample.frames) < frames:
-            found = f"{sample.source}: has {len(sample.frames)} frames"
-            raise ModelSourceError(
-                f"{found}, need --frames={frames}; lower --frames or remove the clip."
-            )
-    return [replace(sample, frames=sample.frames[:frames]) for sample in samples]
-
-
-def common_size(samples: Sequence[Sample], height: int | None, width: int | None) -> ClipSize:
-    """Find the one size of all samples, from image headers where ``height`` and ``width`` are None.
-
-    Raises:
-        ModelSourceError: an image cannot be read, or frame counts or image sizes differ.
-    """
-    first = samples[0]
-    for sample in samples:
-        if len(sample.frames) != len(first.frames):
-            raise ModelSourceError(
-                f"{sample.source}: has {len(sample.frames)} frames, {first.source} has"
-                f" {len(first.frames)}; all need the same number; set --frames, and keep images and"
-                " clips in separate folders."
-            )
-    sizes = {path: image_size(path) for sample in samples for path in sample.frames}
-    if height is not None and width is not None:
-        return ClipSize(frames=len(first.frames), height=height, width=width)
-    path, (height, width) = next(iter(sizes.items()))
-    for other, size in sizes.items():
-        if size != (height, width):
-            raise ModelSourceError(
-                f"{other}: is {size[1]}x{size[0]} pixels, {path} is {width}x{height}; "
-                "all need one size; set --height and --width to resize and crop."
-            )
-    return ClipSize(frames=len(first.frames), height=height, width=width)
-
-
-def image_size(path: Path) -> tuple[int, int]:
-    """Height and width in pixels as the image is shown; reads the header, or all of a PNG.
-
-    Raises:
-        ModelSourceError: the file is no readable image.
-    """
-    with blame(f"{path}: not a readable image", "replace or remove it"), Image.open(path) as image:
-        turned = image.getexif().get(_EXIF_ORIENTATION) in _QUARTER_TURNS
-        width, height = image.size
-        return (width, height) if turned else (height, width)
-
-
-def load_clip(paths: Sequence[Path], height: int, width: int) -> Tensor:
-    """Load frames as (3, F, height, width), float32 in [-1, 1], scaled to cover the size and
-    cropped at the centre.
-
-    Raises:
-        ModelSourceError: a file is no readable image.
-    """
-    return torch.stack([_load_frame(path, height, width) for path in paths], dim=1)
-
-
-def _load_frame(path: Path, height: int, width: int) -> Tensor:
-    with blame(f"{path}: not a readable image", "replace or remove it"), Image.open(path) as image:
-        image = ImageOps.exif_transpose(image).convert("RGB")
-        if image.size != (width, height):
-            image = ImageOps.fit(image, (width, height), method=Image.Resampling.LANCZOS)
-        pixels = bytearray(image.tobytes())
-    frame = torch.frombuffer(pixels, dtype=torch.uint8).view(height, width, 3).permute(2, 0, 1)
-    return frame.to(torch.float32) / 127.5 - 1.0
-
-
-def _is_image(path: Path) -> bool:
-    return (
-        path.suffix.lower() in IMAGE_SUFFIXES and path.is_file() and not path.name.startswith(".")
-    )
-
-
-def _image_sample(path: Path) -> Sample:
-    caption = _read_caption(path.name, [path.with_suffix(".txt")])
-    return Sample(name=path.stem, frames=(path,), caption=caption, source=path.name)
-
-
-def _clip_sample(folder: Path) -> Sample:
-    frames = tuple(sorted((path for path in folder.iterdir() if _is_image(path)), key=_natural))
-    if not frames:
-        raise ModelSourceError(
-            f"{folder}: holds 0 frames ({', '.join(IMAGE_SUFFIXES)}); add frames or move it away."
-        )
-    caption = _read_caption(
-        folder.name, [folder / "caption.txt", folder.parent / f"{folder.name}.txt"]
-    )
-    return Sample(name=folder.name, frames=frames, caption=caption, source=folder.name)
-
-
-def _natural(path: Path) -> list[tuple[int, int, str]]:
-    """Sort key that puts ``2.png`` before ``10.png``."""
-    parts = re.findall(r"(\d+)|(\D+)", path.name)
-    return [(0, int(digits), "") if digits else (1, 0, text) for digits, text in parts]
-
-
-def _read_caption(source: str, places: Sequence[Path]) -> str:
-    for place in places:
-        if place.is_file():
-            with blame(f"{place}: caption is not UTF-8 text", "save it as UTF-8"):
-                return " ".join(place.read_text(encoding="utf-8").split())
-    raise ModelSourceError(
-        f"{source}: no caption; write one to {' or '.join(str(place) for place in places)}."
-    )
 
 
 # Files
@@ -294,16 +134,16 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
         "--tokenizer", type=Path, metavar="DIR", help="default: found in or beside the text encoder"
     )
     parser.add_argument(
-        "--frames", type=_positive, metavar="N", help="keep the first N frames of each clip"
+        "--frames", type=integer(1), metavar="N", help="keep the first N frames of each clip"
     )
     parser.add_argument(
-        "--height", type=_positive, metavar="PX", help="resize and crop; needs --width"
+        "--height", type=integer(1), metavar="PX", help="resize and crop; needs --width"
     )
     parser.add_argument(
-        "--width", type=_positive, metavar="PX", help="resize and crop; needs --height"
+        "--width", type=integer(1), metavar="PX", help="resize and crop; needs --height"
     )
     parser.add_argument(
-        "--max-tokens", type=_positive, metavar="N", help="default: the tokenizer's, at most 512"
+        "--max-tokens", type=integer(1), metavar="N", help="default: the tokenizer's, at most 512"
     )
     parser.add_argument(
         "--dtype", choices=sorted(DTYPES), default="fp32", help="to compute and to store"
@@ -356,7 +196,7 @@ def encode_all(args: argparse.Namespace) -> int:
     return len(missing)
 
 
-def _warn_cut(cut: Sequence[Sample], max_tokens: int) -> None:
+def _warn_cut(cut: Sequence[Source], max_tokens: int) -> None:
     if cut:
         print(
             f"cache_latents: warning: captions longer than --max-tokens={max_tokens} were cut,"
@@ -366,11 +206,11 @@ def _warn_cut(cut: Sequence[Sample], max_tokens: int) -> None:
 
 
 def _missing(
-    samples: Iterable[Sample],
+    samples: Iterable[Source],
     args: argparse.Namespace,
     latent_size: tuple[int, int, int],
     max_tokens: int,
-) -> list[Sample]:
+) -> list[Source]:
     """Make the output folder and list the samples to encode; those kept are checked first."""
     with blame(f"Invalid --output {str(args.output)!r}: cannot be made", "choose another folder"):
         args.output.mkdir(parents=True, exist_ok=True)
@@ -386,24 +226,17 @@ def _missing(
     return missing
 
 
-def _output_file(args: argparse.Namespace, sample: Sample) -> Path:
+def _output_file(args: argparse.Namespace, sample: Source) -> Path:
     return Path(args.output) / f"{sample.name}.safetensors"
 
 
-def _metadata(args: argparse.Namespace, sample: Sample) -> dict[str, str]:
+def _metadata(args: argparse.Namespace, sample: Source) -> dict[str, str]:
     return {
         CAPTION: sample.caption,
         "source": sample.source,
         "vae": str(args.vae.resolve()),
         "text_encoder": str(args.text_encoder.resolve()),
     }
-
-
-def _positive(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{value} is not an integer >= 1")
-    return value
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -16,11 +16,16 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
-from safetensors import SafetensorError
-from torch import nn
+try:
+    import torch
+    from safetensors import SafetensorError
+    from torch import nn
 
-from launch.trainer.cli import Parser, complain
+    from launch.trainer.cli import Parser, complain, integer
+except ModuleNotFoundError as error:
+    # Nothing of the project can be imported, so this line cannot come from the project.
+    print(f'make_tiny_wan.py: error: {error}. Run: pip install -e ".[train]"', file=sys.stderr)
+    sys.exit(2)
 
 _PROGRAM = "make_tiny_wan.py"
 
@@ -49,8 +54,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def build(options: argparse.Namespace) -> nn.Module:
-    """Return the model of the parsed options, initialised from ``options.seed`` as the published
-    Wan code does.
+    """Return the model of the parsed options, initialised as the published Wan code does.
+
+    Draws come from ``options.seed``.
     """
     from diffusers import WanTransformer3DModel
 
@@ -72,8 +78,9 @@ def build(options: argparse.Namespace) -> nn.Module:
 
 @torch.no_grad()
 def _initialise(model: nn.Module) -> None:
-    """Xavier weights, zero biases but for self-attention's, and a small output layer: velocity
-    starts near 0.
+    """Set xavier weights, zero biases but for self-attention's, and a small output layer.
+
+    The velocity then starts near 0.
     """
     for name, module in model.named_modules():
         if not isinstance(module, nn.Linear | nn.Conv3d):
@@ -108,7 +115,7 @@ def _parser() -> argparse.ArgumentParser:
         ("--text-dim", 32, "width of the prompt embeddings"),
         ("--freq-dim", 64, "width of the timestep's sinusoids, a multiple of 2, at least 6"),
     ):
-        check = _even if "multiple of 2" in meaning else _positive
+        check = integer(6, multiple_of=2) if "multiple of 2" in meaning else integer(1)
         parser.add_argument(
             flag, type=check, default=default, help=f"{meaning} (default {default})"
         )
@@ -116,24 +123,11 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _positive(text: str) -> int:
-    number = int(text) if text.isdecimal() else 0
-    if number < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not an integer of 1 or more")
-    return number
-
-
 def _seed(text: str) -> int:
+    # torch.manual_seed takes signed 64-bit numbers.
     number = int(text) if text.isdecimal() else -1
     if not 0 <= number < 2**63:
         raise argparse.ArgumentTypeError(f"{text!r} is not an integer in [0, 2**63)")
-    return number
-
-
-def _even(text: str) -> int:
-    number = _positive(text)
-    if number % 2 or number < 6:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a multiple of 2 of at least 6")
     return number
 
 

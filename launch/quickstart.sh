@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # From nothing to a finetuned video transformer with per-layer learning rates: about 5 minutes on 2 CPU cores.
 #
-#   bash launch/quickstart.sh                 # makes .venv, installs, trains on 2 ranks under FSDP2
+#   bash launch/quickstart.sh                 # makes .venv from the lock, trains on 2 ranks under FSDP2
 #   NPROC=4 bash launch/quickstart.sh         # the same weights from 4 ranks (the global batch is divisible by 4)
 #   OUT=/data/run bash launch/quickstart.sh --set train.steps=2000
 set -euo pipefail
@@ -12,12 +12,7 @@ VENV=${VENV:-.venv}
 NPROC=${NPROC:-2}
 OUT=${OUT:-runs/quickstart}
 
-if [ ! -x "$VENV/bin/dist-layerlr" ]; then
-  "$PYTHON" -m venv "$VENV"
-  # torch first, pinned: it is what the project is developed on, and later packages then leave it alone.
-  "$VENV/bin/pip" install --quiet --disable-pip-version-check torch==2.13.0
-  "$VENV/bin/pip" install --quiet --disable-pip-version-check -e ".[train,plot]"
-fi
+PYTHON=$PYTHON bash requirements/install.sh requirements/quickstart.txt "$VENV"
 
 "$VENV/bin/python" launch/make_tiny_wan.py runs/quickstart/tiny_wan
 

@@ -1,4 +1,4 @@
-"""Finetune a diffusion transformer with per-layer learning rates, under any launcher.
+"""Finetune a model with per-layer learning rates, under any launcher.
 
     python launch/train.py --config launch/configs/quickstart.json
     torchrun --nproc_per_node 2 launch/train.py --config FILE --sharding fsdp2 --resume latest
@@ -6,9 +6,11 @@
 
 Writes plan.json, verify.json, metrics.jsonl, lr_grid.png, samples/ and final/ into --output-dir, in
 place of those of an earlier run, and checkpoints/ every train.save_every steps, which --resume
-continues under any sharding. Bad input ends with one line and status 2 on every rank, before
-training unless it is a broken sample. A loss of NaN or infinity ends with one line and status 1,
-nothing saved. SIGINT and SIGTERM finish the step, save a checkpoint and the weights, end with 0.
+continues under any sharding.
+
+Bad input: one line, exit status 2 on every rank, before training starts. A damaged sample is found
+only when it is read. A loss of NaN or infinity: one line, status 1, nothing saved. SIGINT and
+SIGTERM: the step is finished, a checkpoint and the weights are saved, status 0.
 """
 
 from __future__ import annotations
@@ -16,34 +18,28 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+import traceback
 from collections.abc import Sequence
-from functools import partial
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
-from dist_layerlr.errors import LayerLRError
-from dist_layerlr.report.grid import grid
-from launch.trainer.cli import Parser, complain
-from launch.trainer.engines import SHARDINGS, ZERO, build_engine
-from launch.trainer.engines.offload import check_streaming
-from launch.trainer.options import RunOptions, load_options
-from launch.trainer.runtime import (
-    Diverged,
-    Runtime,
-    check_accelerate_env,
-    check_launch,
-    is_shared,
-    start,
-    stop,
-)
-
-if TYPE_CHECKING:
-    from dist_layerlr.offload import Prediction
-    from dist_layerlr.plan.entries import Plan
-    from launch.trainer.data.base import Dataset
-    from launch.trainer.engines.base import Engine
-    from launch.trainer.families.base import Family
-    from launch.trainer.loop import StopFlag
+try:
+    from dist_layerlr.errors import ConfigError, LayerLRError
+    from dist_layerlr.ranks import RankFailure, is_shared
+    from launch.trainer.cli import Parser, complain
+    from launch.trainer.engines.offload import check_streaming
+    from launch.trainer.engines.sharding import (
+        NONE,
+        SHARDINGS,
+        ZERO,
+        Sharding,
+        check_accelerate_env,
+        check_launch,
+    )
+    from launch.trainer.options import load_options
+    from launch.trainer.runtime import Diverged, start, stop
+except ModuleNotFoundError as error:
+    # Nothing of the project can be imported, so this line cannot come from the project.
+    print(f'train.py: error: {error}. Run: pip install -e ".[train]"', file=sys.stderr)
+    sys.exit(2)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -53,14 +49,30 @@ def main(argv: Sequence[str] | None = None) -> int:
         options = load_options(args.config, args.set, args.max_steps)
         sharding = _sharding(args)
         if not args.plan_only:
+            # Before ranks meet: they all see the same input, so each ends by itself.
             check_accelerate_env(sharding)
             check_launch(sharding, options.train.global_batch)
             check_streaming(options, sharding)
-        runtime = start("none" if args.plan_only else sharding)
-        status = _run(args, options, sharding, runtime)
+        runtime = start(alone=args.plan_only or sharding.alone)
+        # Late, because it imports diffusers' and PEFT's dependencies: a wrong flag ends sooner.
+        from launch.trainer import job
+
+        if args.plan_only:
+            job.print_plan(options, runtime)
+        else:
+            request = job.Request(
+                sharding=sharding,
+                deepspeed_config=args.deepspeed_config,
+                output_dir=args.output_dir,
+                resume=args.resume,
+            )
+            job.run(request, options, runtime)
         runtime.barrier()
-        return status
+        return 0
     except LayerLRError as error:
+        if isinstance(error, RankFailure) and error.__cause__ is not None:
+            # Not bad input but a defect, on this rank: its traceback is worth more than one line.
+            traceback.print_exception(error)
         complain("train.py", error, everywhere=not is_shared(error))
         return 1 if isinstance(error, Diverged) else 2
     finally:
@@ -70,37 +82,29 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _parser() -> argparse.ArgumentParser:
     form = argparse.RawDescriptionHelpFormatter
     parser = Parser(prog="train.py", description=__doc__, formatter_class=form)
-    parser.add_argument("--config", required=True, metavar="FILE", help="training config (JSON)")
-    parser.add_argument(
-        "--sharding", choices=SHARDINGS, help="how ranks share the model (default: none)"
-    )
-    parser.add_argument(
-        "--deepspeed_config", metavar="FILE", help="train under DeepSpeed with this ds_config"
-    )
-    parser.add_argument(
-        "--output-dir", default="runs/latest", metavar="DIR", help="default: runs/latest"
-    )
-    parser.add_argument(
+    add = parser.add_argument
+    add("--config", required=True, metavar="FILE", help="training config (JSON)")
+    names = [name for name, row in SHARDINGS.items() if not row.by_deepspeed]
+    add("--sharding", choices=names, help="how ranks share the model (default: none)")
+    add("--deepspeed_config", metavar="FILE", help="train under DeepSpeed with this ds_config")
+    add("--output-dir", default="runs/latest", metavar="DIR", help="default: runs/latest")
+    add(
         "--resume",
         metavar="latest|PATH",
         help="continue from the newest checkpoint of --output-dir, if any, or from PATH",
     )
-    parser.add_argument("--max-steps", type=int, metavar="N", help="overrides train.steps")
-    parser.add_argument(
-        "--set", action="append", default=[], metavar="A.B=C", help="override one config value"
-    )
-    parser.add_argument("--plan-only", action="store_true", help="print the grid and stop")
-    parser.add_argument(
-        "--local_rank", type=int, default=0, help=argparse.SUPPRESS
-    )  # the deepspeed launcher adds it
+    add("--max-steps", type=int, metavar="N", help="overrides train.steps")
+    add("--set", action="append", default=[], metavar="A.B=C", help="override one config value")
+    add("--plan-only", action="store_true", help="print the grid and stop")
+    # The deepspeed launcher adds it; ranks read LOCAL_RANK instead.
+    add("--local_rank", type=int, default=0, help=argparse.SUPPRESS)
     return parser
 
 
-def _sharding(args: argparse.Namespace) -> str:
-    from dist_layerlr.errors import ConfigError
-
+def _sharding(args: argparse.Namespace) -> Sharding:
+    """Return the row that the flags ask for."""
     if args.deepspeed_config is None:
-        return args.sharding or "none"
+        return NONE if args.sharding is None else SHARDINGS[args.sharding]
     if args.sharding is not None:
         raise ConfigError(
             "Invalid --sharding with --deepspeed_config: DeepSpeed shards the model. Pass one of"
@@ -109,116 +113,10 @@ def _sharding(args: argparse.Namespace) -> str:
     return ZERO
 
 
-def _run(args: argparse.Namespace, options: RunOptions, sharding: str, runtime: Runtime) -> int:
-    from dist_layerlr import plan_model
-    from dist_layerlr.weights import check_pretrained
-    from launch.trainer import outputs
-    from launch.trainer.data import check_dataset, open_dataset
-    from launch.trainer.families import get_family
-    from launch.trainer.loop import catch_signals, micro_batch_size
-    from launch.trainer.resume import adapt_plan, choose_checkpoint
-    from launch.trainer.weights import empty_model
-
-    family = get_family(options.model_type)
-    model = runtime.agree(lambda: empty_model(family, options))
-    plan = runtime.agree(lambda: plan_model(model, options.plan))
-    say = partial(print, flush=True) if runtime.is_main else (lambda *_, **__: None)
-    if args.plan_only:
-        say(grid(plan))
-        return 0
-    runtime.agree(lambda: check_pretrained(model, options.model_path, fresh=True))
-    data = runtime.agree(lambda: open_dataset(options.data))
-    shape: Any = model.config
-    runtime.agree(lambda: check_dataset(data, family, shape))
-    runtime.agree(lambda: micro_batch_size(options, runtime.world_size))
-    folder = runtime.agree(
-        lambda: outputs.open_output_dir(args.output_dir, options.model_path, probe=runtime.is_main)
-    )
-    checkpoint = choose_checkpoint(args.resume, folder, runtime, say)
-    if checkpoint is not None:
-        plan = adapt_plan(checkpoint, plan, say)
-    say(grid(plan))
-    engine = build_engine(sharding, model, plan, options, runtime, args.deepspeed_config)
-    with catch_signals() as stop:
-        _train_and_save(engine, family, data, plan, options, runtime, folder, stop, checkpoint)
-    return 0
-
-
-def _train_and_save(
-    engine: Engine,
-    family: Family,
-    data: Dataset,
-    plan: Plan,
-    options: RunOptions,
-    runtime: Runtime,
-    folder: Path,
-    stop: StopFlag,
-    checkpoint: Path | None,
-) -> None:
-    from dist_layerlr.files import write_json, write_text
-    from launch.trainer import outputs
-    from launch.trainer.loop import Position, train
-    from launch.trainer.metrics import MetricsFile
-    from launch.trainer.resume import finish_saving, is_own, restore, saver
-
-    say = partial(print, flush=True) if runtime.is_main else (lambda *_, **__: None)
-    begin = Position() if checkpoint is None else restore(engine, checkpoint, options, say)
-    proof = runtime.agree(lambda: engine.prove(1.0))
-    say(proof.line())
-    prediction = _predict(engine, family, data, options, runtime)
-    if prediction is not None:
-        say(f"[stagehand] {prediction.line()}")
-    if runtime.is_main:
-        if checkpoint is None or not is_own(checkpoint, folder):
-            outputs.remove_previous_run(folder)
-        write_text(folder / "plan.json", plan.to_json() + "\n")
-        outputs.draw_plan(plan, folder)
-    metrics = (
-        MetricsFile(folder / "metrics.jsonl", first_step=begin.step) if runtime.is_main else None
-    )
-    if metrics is not None and prediction is not None:
-        metrics.write({"step": begin.step, "prediction": prediction.to_dict()})
-    save = saver(engine, options, folder)
-    try:
-        outcome = train(engine, family, data, options, runtime, metrics, stop, begin, save)
-    except Diverged:  # on all ranks alike; the checkpoint before it is good
-        finish_saving()
-        raise
-    finish_saving()
-    after = runtime.agree(lambda: engine.prove(outcome.last_factor))
-    weights = outputs.save_weights(engine, plan, options, runtime, folder, outcome.steps)
-    if runtime.is_main:
-        seen = {"start": proof.to_dict(), "end": after.to_dict(), "first_step_lr": outcome.observed}
-        write_json(folder / "verify.json", seen)
-    picture = (
-        None
-        if outcome.stopped
-        else outputs.draw_generated(engine, family, data, options, runtime, folder)
-    )
-    say(
-        f"{'stopped by a signal after' if outcome.stopped else 'finished'} {outcome.steps} steps;"
-        f" weights in {weights}"
-    )
-    if picture is not None:
-        say(f"learning rates in {folder / 'lr_grid.png'}, samples in {picture}")
-
-
-def _predict(
-    engine: Engine, family: Family, data: Dataset, options: RunOptions, runtime: Runtime
-) -> Prediction | None:
-    """What a step will cost while streaming, going by the first sample."""
-    from dist_layerlr.sharders.model import unwrap
-    from launch.trainer.loop import micro_batch_size
-
-    model: Any = unwrap(engine.model)
-    micro = micro_batch_size(options, runtime.world_size)
-    micro_steps = options.train.global_batch // runtime.world_size // micro
-    return engine.predict(micro * family.tokens(model.config, data[0]), micro_steps, options)
-
-
 def _leave(status: int) -> None:
-    """End the process without interpreter shutdown: gloo's threads can outlive it and abort a run
-    that is complete.
+    """End the process without interpreter shutdown.
+
+    gloo's threads can outlive the process group and abort a run that is complete.
     """
     sys.stdout.flush()
     sys.stderr.flush()

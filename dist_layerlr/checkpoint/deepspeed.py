@@ -14,7 +14,7 @@ from dist_layerlr.checkpoint.manifest import damaged
 from dist_layerlr.errors import CheckpointError
 from dist_layerlr.files import write_text
 from dist_layerlr.plan.entries import Plan
-from dist_layerlr.proof.reapply import check_manifest, manifest, reapply
+from dist_layerlr.proof.reapply import check_group_layout, group_layout, reapply
 from dist_layerlr.ranks import alike, everyone
 
 NAMES = "dist_layerlr_names.json"
@@ -59,7 +59,7 @@ def save_deepspeed(folder: str | Path, plan: Plan, engine: Any, *, tag: str, **m
         **more: further arguments of ``save_checkpoint``.
     """
     engine.save_checkpoint(str(folder), tag=tag, **more)
-    ranks = everyone(manifest(plan, engine))  # all have written by now
+    ranks = everyone(group_layout(plan, engine))  # all have written by now
 
     def write() -> None:
         if engine.global_rank == 0:
@@ -96,7 +96,7 @@ def load_deepspeed(
     """
     path = Path(folder) / tag / NAMES
     saved = alike(lambda: _read_names(path, len(everyone(None)), engine.global_rank))
-    check_manifest(saved, plan, engine)
+    check_group_layout(saved, plan, engine)
     alike(lambda: _check_files(path.parent, saved.get("files", {})))
     _, client = engine.load_checkpoint(str(folder), tag=tag, **more)
     reapply(plan, engine, factor=factor)

@@ -1,5 +1,4 @@
-"""Stream a model larger than the device from host memory: ``stream(model, StreamPolicy(...)) ->
-Handle``.
+"""Stream a model larger than the device: ``stream(model, StreamPolicy(...)) -> Handle``.
 
 Importing this package does not import torch: a prediction needs names and shapes only.
 """
@@ -12,9 +11,9 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from dist_layerlr.offload.codec import round_trip as round_trip
     from dist_layerlr.offload.policy import StreamPolicy as StreamPolicy
-    from dist_layerlr.offload.predict import Machine as Machine
-    from dist_layerlr.offload.predict import Prediction as Prediction
-    from dist_layerlr.offload.predict import Workload as Workload
+    from dist_layerlr.offload.prediction import Machine as Machine
+    from dist_layerlr.offload.prediction import Prediction as Prediction
+    from dist_layerlr.offload.prediction import Workload as Workload
     from dist_layerlr.offload.stats import Stats as Stats
     from dist_layerlr.offload.stats import Traffic as Traffic
     from dist_layerlr.offload.stats import UnitInfo as UnitInfo
@@ -24,9 +23,9 @@ if TYPE_CHECKING:
 _MODULE_OF = {
     "round_trip": "codec",
     "StreamPolicy": "policy",
-    "Machine": "predict",
-    "Prediction": "predict",
-    "Workload": "predict",
+    "Machine": "prediction",
+    "Prediction": "prediction",
+    "Workload": "prediction",
     "Stats": "stats",
     "Traffic": "stats",
     "UnitInfo": "stats",

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 _LARGEST = {"float8_e4m3fn": 448.0, "int8": 127.0}
+"""Largest number of each format; int8 is used symmetrically, without -128."""
 
 
 def encode(weight: Tensor, host_dtype: str) -> tuple[Tensor, Tensor]:
@@ -25,6 +26,7 @@ def encode(weight: Tensor, host_dtype: str) -> tuple[Tensor, Tensor]:
         codes (rows, columns) in the 8-bit dtype, and scales (rows, 1) in float32.
     """
     rows = weight.reshape(encoded_rows(weight.shape), -1).float()
+    # A row of zeros gets the scale 1: 0 / 0 would make it NaN.
     largest = rows.abs().amax(dim=1, keepdim=True)
     scale = torch.where(largest > 0, largest / _LARGEST[host_dtype], torch.ones_like(largest))
     codes = (rows / scale).clamp(-_LARGEST[host_dtype], _LARGEST[host_dtype])

@@ -33,6 +33,7 @@ from torch import Tensor
 from dist_layerlr.errors import OffloadError
 
 PAGE = 4096
+"""Bytes of a page of host memory; page-locking works on whole pages."""
 Event = Any
 """A point in a queue."""
 
@@ -218,9 +219,9 @@ class Cuda:
 
 
 def host_buffer(nbytes: int) -> Tensor:
-    """Host bytes on pages that nothing else lies on, so that they can be locked and unlocked
-    alone.
-    """
+    """Host bytes on pages of their own, so that locking them locks nothing else."""
+    # torch aligns to 64 bytes. With two pages more the bytes can start at a page, and the rest of
+    # their last page belongs to them, too.
     memory = torch.empty(nbytes + 2 * PAGE, dtype=torch.uint8)
     start = -memory.data_ptr() % PAGE
     return memory[start : start + nbytes]

@@ -1,11 +1,34 @@
-"""When a unit is fetched, when its parameters point at it, and when it leaves.
+"""When a unit is fetched, when its parameters point at it, and when they point at the host again.
 
-A unit is *needed* by its forward (recomputation is one too), by the forward of a module inside it
+A unit is *needed* by its forward (recomputation is one, too), by the forward of a module inside it
 that owns streamed weights (a block may checkpoint a part of itself), and by backward when autograd
-asks for a weight that was saved. It stays until another unit is needed: hooks behind its forward or
-backward fire too early to let it go (recomputation stops before the forward's end, and backward
-hooks before the last use). Parameters point at the device only while their unit is the current one
-inside a forward or backward pass; between passes all of them are plain host tensors.
+asks for a weight that was saved. Then it is brought to a slot and its parameters point there: it is
+the *current* unit. It stays current until another unit is needed or the pass ends, and its copy
+stays in the slot until the ring gives the slot to another unit. No hook of its own could release
+it: under non-reentrant checkpointing recomputation stops before forward returns, and a full
+backward hook fires before autograd has read all saved weights.
+
+Between passes no unit is current: all parameters are plain host tensors. ``Pass`` says where the
+model stands, and ``_TRANSITIONS`` is this table:
+
+====================  ====================  ============  ====================  =============
+pass                  forward begins        forward ends  backward begins       backward ends
+====================  ====================  ============  ====================  =============
+OUTSIDE               FORWARD               OUTSIDE (1)   BACKWARD              OUTSIDE (2)
+FORWARD               FORWARD (3)           OUTSIDE       BACKWARD_IN_FORWARD   FORWARD (2)
+BACKWARD              BACKWARD_IN_FORWARD   BACKWARD (1)  (4)                   OUTSIDE
+BACKWARD_IN_FORWARD   itself (3)            BACKWARD      (4)                   FORWARD
+====================  ====================  ============  ====================  =============
+
+1. The forward was refused before it began; torch calls the hook behind it all the same.
+2. The end of backward is idempotent: ``close`` calls it, too.
+3. The forward before was interrupted (KeyboardInterrupt), or the model calls itself.
+4. One graph task is watched at a time, the outermost; a nested one is part of it.
+
+BACKWARD_IN_FORWARD is ``torch.autograd.grad`` inside the model's forward. A forward *inside* a
+backward pass (recomputation, or a hook that calls the model) changes nothing here: it is part of
+that pass. Only torch knows that, per thread: ``graph_task() != -1``. A unit that is called while
+the pass is OUTSIDE, without its model, is a pass of its own and ends with its forward.
 """
 
 from __future__ import annotations
@@ -13,51 +36,79 @@ from __future__ import annotations
 import threading
 import weakref
 from collections.abc import Callable, Iterable, Sequence
+from enum import Enum
 from functools import partial
-from typing import Any, NamedTuple, NoReturn
+from typing import Any, NoReturn
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.utils.hooks import RemovableHandle
 
 from dist_layerlr.errors import OffloadError
+from dist_layerlr.offload.copies import DeviceCopies
 from dist_layerlr.offload.device import Backend
 from dist_layerlr.offload.gradients import GradSink
 from dist_layerlr.offload.internals import (
     at_end_of_backward,
     graph_task,
     in_grad_transform,
-    outer_saved_hooks,
-    storage_key,
-    storage_uses,
+    registered_parameter,
 )
-from dist_layerlr.offload.masters import Piece, Unit
-from dist_layerlr.offload.ring import Ring, RingFull, State
+from dist_layerlr.offload.masters import Master, Unit
+from dist_layerlr.offload.ring import Ring
+from dist_layerlr.offload.saved import SavedTensors
 from dist_layerlr.offload.transfer import Fetcher, Slot
 from dist_layerlr.offload.validate import check_autocast
 
 
-class _Saved(NamedTuple):
-    """What autograd keeps in place of a tensor in a slot."""
+class Pass(Enum):
+    """What the streamed model is doing. The table above says what follows what."""
 
-    unit: int
-    dtype: torch.dtype
-    shape: torch.Size
-    stride: tuple[int, ...]
-    offset: int
-    conjugate: bool
-    negative: bool
-    versions: tuple[int, ...]
+    OUTSIDE = "outside"
+    FORWARD = "forward"
+    BACKWARD = "backward"
+    BACKWARD_IN_FORWARD = "backward in forward"
+
+    @property
+    def in_forward(self) -> bool:
+        """Whether a forward of the whole model is running."""
+        return self in (Pass.FORWARD, Pass.BACKWARD_IN_FORWARD)
+
+    @property
+    def in_backward(self) -> bool:
+        """Whether a backward pass runs through the model whose end was not seen yet."""
+        return self in (Pass.BACKWARD, Pass.BACKWARD_IN_FORWARD)
 
 
-class _Foreign(NamedTuple):
-    """What hooks around ours made of a tensor."""
+class Trigger(Enum):
+    """What moves the model from one pass to another."""
 
-    packed: Any
+    FORWARD_BEGINS = "forward begins"
+    FORWARD_ENDS = "forward ends"
+    BACKWARD_BEGINS = "backward begins"
+    BACKWARD_ENDS = "backward ends"
+
+
+_TRANSITIONS = {
+    (Pass.OUTSIDE, Trigger.FORWARD_BEGINS): Pass.FORWARD,
+    (Pass.OUTSIDE, Trigger.FORWARD_ENDS): Pass.OUTSIDE,
+    (Pass.OUTSIDE, Trigger.BACKWARD_BEGINS): Pass.BACKWARD,
+    (Pass.OUTSIDE, Trigger.BACKWARD_ENDS): Pass.OUTSIDE,
+    (Pass.FORWARD, Trigger.FORWARD_BEGINS): Pass.FORWARD,
+    (Pass.FORWARD, Trigger.FORWARD_ENDS): Pass.OUTSIDE,
+    (Pass.FORWARD, Trigger.BACKWARD_BEGINS): Pass.BACKWARD_IN_FORWARD,
+    (Pass.FORWARD, Trigger.BACKWARD_ENDS): Pass.FORWARD,
+    (Pass.BACKWARD, Trigger.FORWARD_BEGINS): Pass.BACKWARD_IN_FORWARD,
+    (Pass.BACKWARD, Trigger.FORWARD_ENDS): Pass.BACKWARD,
+    (Pass.BACKWARD, Trigger.BACKWARD_ENDS): Pass.OUTSIDE,
+    (Pass.BACKWARD_IN_FORWARD, Trigger.FORWARD_BEGINS): Pass.BACKWARD_IN_FORWARD,
+    (Pass.BACKWARD_IN_FORWARD, Trigger.FORWARD_ENDS): Pass.BACKWARD,
+    (Pass.BACKWARD_IN_FORWARD, Trigger.BACKWARD_ENDS): Pass.FORWARD,
+}
 
 
 class _EndOfBackward:
-    """Called by the autograd engine; released uncalled when the pass fails."""
+    """A callable that the autograd engine calls, or releases uncalled when the pass fails."""
 
     def __init__(self, call: Callable[[], None]):
         self._call = call
@@ -67,7 +118,7 @@ class _EndOfBackward:
 
 
 class Engine:
-    """The triggers of one streamed model."""
+    """Fetches the units of one streamed model when they are needed."""
 
     def __init__(
         self,
@@ -77,55 +128,49 @@ class Engine:
         fetcher: Fetcher,
         backend: Backend,
     ):
-        self.units, self.ring, self.fetcher = units, ring, fetcher
-        self.stalls = 0
-        self._slots, self._backend = slots, backend
-        self._slot_index = {storage_key(slot.memory): i for i, slot in enumerate(slots)}
-        self._own_uses = [storage_uses(slot.memory) for slot in slots]
-        self._ready: dict[int, Any] = {}
-        self._stamps: dict[int, tuple[int, ...]] = {}
+        self.units = units
+        self.copies = DeviceCopies(units, ring, slots, fetcher, backend)
+        self.saved = SavedTensors(units, self.copies, self.need)
+        self._device_type = backend.device.type
+        self._pass = Pass.OUTSIDE
+        self._thread = 0
+        """Which thread runs the model's forward, or ran the last one."""
         self._current: int | None = None
         """The unit whose parameters point at the device."""
-        self._arrived: tuple[int, ...] = ()
-        """Versions of its weights when they came."""
+        self._versions_on_arrival: tuple[int, ...] = ()
+        """Versions of the current unit's weights when they were pointed at the device."""
         self._last = 0
         """The unit that was needed last."""
-        self._inside = False
-        """Whether a forward of the whole model is running."""
-        self._thread = 0
-        """Which thread runs it, or ran the last one."""
-        self._traced: list[int] | None = []
-        """Units in the order of the first forward; None once that is known."""
-        self._saving: list[torch.autograd.graph.saved_tensors_hooks | None] = []
-        """One entry per unit whose forward is running; None where nothing is saved."""
-        self._ending: weakref.ref[_EndOfBackward] | None = None
+        self._first_order: list[int] | None = []
+        """Units in the order of the first forward; None once the ring knows it."""
+        self._end_call: weakref.ref[_EndOfBackward] | None = None
+        """The callback that waits for the end of this backward pass. Autograd owns it."""
+        # Autograd's device threads unpack saved tensors while the caller's thread may run forwards.
+        # Reentrant, because a trigger inside ``need`` comes back here.
         self._lock = threading.RLock()
-        self.sink = GradSink(
-            backend,
-            (p.weight.param for u in units for p in u.pieces if p.trainable),
-            self._enter_backward,
-        )
+        trained = (m.weight.param for u in units for m in u.masters if m.trainable)
+        self.sink = GradSink(backend, trained, self._begin_backward)
 
     def hook(
         self, model: nn.Module, before: Callable[[], None], after: Callable[[], None]
     ) -> Iterable[RemovableHandle]:
         """Register all triggers. ``before`` and ``after`` run around each forward of the model."""
-        yield model.register_forward_pre_hook(partial(self._begin, before), prepend=True)
-        yield model.register_forward_hook(partial(self._end, after), always_call=True)
+        # In front of the caller's own pre-hooks, which may read weights; with always_call behind
+        # the forward, so that an exception in it leaves the parameters on the host, too.
+        yield model.register_forward_pre_hook(partial(self._begin_forward, before), prepend=True)
+        yield model.register_forward_hook(partial(self._end_forward, after), always_call=True)
         for index, unit in enumerate(self.units):
             yield unit.module.register_forward_pre_hook(
                 partial(self._enter_unit, index), prepend=True
             )
-            yield unit.module.register_forward_hook(
-                partial(self._leave_unit, index), always_call=True
-            )
-            owners = {id(p.weight.owner): p.weight.owner for p in unit.pieces}
+            yield unit.module.register_forward_hook(self._leave_unit, always_call=True)
+            owners = {id(m.weight.owner): m.weight.owner for m in unit.masters}
+            owners.pop(id(unit.module), None)  # has its hooks already
             for owner in owners.values():
-                if owner is not unit.module:
-                    yield owner.register_forward_pre_hook(
-                        partial(self._enter_part, index), prepend=True
-                    )
-                    yield owner.register_forward_hook(self._leave_part, always_call=True)
+                yield owner.register_forward_pre_hook(
+                    partial(self._enter_owner, index), prepend=True
+                )
+                yield owner.register_forward_hook(self._leave_owner, always_call=True)
 
     def need(self, index: int) -> None:
         """Bring a unit to the device and point its parameters at it.
@@ -136,44 +181,24 @@ class Engine:
         with self._lock:
             backward = graph_task() != -1
             if backward:
-                self._enter_backward()
+                self._begin_backward()
             if index == self._current:
                 return
-            if in_grad_transform():
-                raise OffloadError(
-                    f"Unit {self.units[index].name} cannot be fetched inside torch.func.grad, vjp"
-                    " or jvp, which allow no copies into memory of others. Use"
-                    " torch.autograd.grad, or torch.autograd.forward_ad."
-                )
-            self.rest()
-            self._check(index, self.units[index].pieces)
-            self._discard_stale(index)
-            # Recomputation of a region of several units goes forward inside backward.
-            upward = self.ring.follows(self._last, index)
-            try:
-                loads = self.ring.need(
-                    index, backward=backward and not upward, busy=self._referred()
-                )
-            except RingFull:
-                self._raise_full(index)
-            for load in loads:
-                self._stamps[load.unit] = self.units[load.unit].stamp()
-                self._ready[load.unit] = self.fetcher.fetch(
-                    self.units[load.unit], self._slots[load.slot]
-                )
-            if self.ring.state(index) is State.LOADING:
-                late = self.fetcher.wait(self._ready.pop(index))
-                self.stalls += late or any(load.unit == index for load in loads)
-                self.ring.arrived(index)
-            slot = self._slots[self.ring.slot(index)]
-            for piece in self.units[index].pieces:
-                piece.weight.param.data = piece.on(slot.typed[piece.dtype])
-            self._current = self._last = index
-            self._arrived = self.units[index].versions()
-            if self._traced is not None and not backward and index not in self._traced:
-                self._traced.append(index)
+            self._refuse_grad_transform(index)
+            # Before anything of this unit: the event that frees the slot of the one before must lie
+            # in front of the first kernel that this one adds to the stream.
+            self.point_at_host()
+            self._refuse_changed(self.units[index].masters)
+            self.copies.drop_outdated(index)
+            # Recomputation of a region of several units goes forward inside backward: there the
+            # unit behind the last one is needed, and the next ones lie behind it.
+            recomputes_region = self.copies.ring.follows(self._last, index)
+            slot = self.copies.bring(index, backward=backward and not recomputes_region)
+            self._point_at(index, slot)
+            if not backward and self._first_order is not None and index not in self._first_order:
+                self._first_order.append(index)
 
-    def rest(self) -> None:
+    def point_at_host(self) -> None:
         """Point the current unit's parameters back at the host. Its copy stays in the slot.
 
         Raises:
@@ -182,47 +207,40 @@ class Engine:
         if self._current is None:
             return
         index, self._current = self._current, None
-        for piece in self.units[index].pieces:
-            piece.weight.param.data = piece.host
-        slot = self._slots[self.ring.slot(index)]
-        # Point 2 of [Note: stream order]: whoever still refers to the slot may use it after this
-        # point.
-        slot.free = None if index in self._referred() else self._backend.mark()
-        if self.units[index].versions() != self._arrived:
+        # First the parameters, which refer to the slot, then the look at who else refers to it.
+        for master in self.units[index].masters:
+            master.weight.param.data = master.host
+        self.copies.release(index)
+        if self.units[index].versions() != self._versions_on_arrival:
             raise OffloadError(
                 f"Weights of {self.units[index].name} were written to during a forward or backward"
                 " pass, which would be lost. Write between passes; weights that train stay on the"
                 " device with stream_trainable=False."
             )
 
-    def forget_trainable(self) -> None:
-        """Give up copies whose masters the optimizer is about to change, maybe through
-        ``.data``.
-        """
-        for unit in self.ring.holders():
-            if self.units[unit].trained:
-                self.ring.drop(unit)
+    def finish_backward(self) -> None:
+        """End a backward pass, successful or not: all parameters and gradients lie on the host.
 
-    def settle(self) -> None:
-        """End of a backward pass, successful or not: gradients to their parameters, everything on
-        the host. Idempotent.
+        Idempotent.
         """
         with self._lock:
-            self._ending = None
+            self._change_pass(Trigger.BACKWARD_ENDS)
+            self._end_call = None
             try:
-                self.rest()
+                self.point_at_host()
             finally:
-                self.forget_trainable()
-                self.sink.settle()
+                # The optimizer may step now, so copies of trained weights are worth nothing. The
+                # gradients come last: a parameter takes a host gradient only while it is there.
+                self.copies.drop_trained()
+                self.sink.assign_gradients()
 
     def close(self) -> None:
         """Stop. Parameters point at the host afterwards."""
         try:
-            self.settle()
+            self.finish_backward()
         finally:
             self.sink.close()
-            self.fetcher.close()
-            self._slots = ()
+            self.copies.close()
 
     def __reduce_ex__(self, protocol: Any) -> NoReturn:
         """Refuse copies: two models would share slots."""
@@ -231,207 +249,143 @@ class Engine:
             " handle.remove() first."
         )
 
-    # Triggers
+    # Triggers: what torch calls
 
-    def _begin(self, before: Callable[[], None], module: nn.Module, args: Any) -> None:
-        if graph_task() == -1:
-            thread = threading.get_ident()
-            if self._inside and thread != self._thread:
-                raise OffloadError(
-                    "Two threads run the streamed model at once, which has one set of weights on"
-                    " the device. Give each call its turn (a lock)."
-                )
-            self._thread = thread
-            while self._saving:  # left by a KeyboardInterrupt
-                self._stop_saving()
-            for index, unit in enumerate(
-                self.units
-            ):  # a cast of everything shows before other code trips over it
-                self._check(index, unit.pieces[:1])
-            before()
-            self._inside = True
+    def _begin_forward(self, before: Callable[[], None], module: nn.Module, args: Any) -> None:
+        if graph_task() != -1:
+            return
+        thread = threading.get_ident()
+        if self._pass.in_forward and thread != self._thread:
+            raise OffloadError(
+                "Two threads run the streamed model at once, which has one set of weights on"
+                " the device. Give each call its turn (a lock)."
+            )
+        self._thread = thread
+        self.saved.leave_all()
+        # One parameter per unit shows a cast or move of the whole model here, before other code of
+        # the forward fails because of it with a message of its own.
+        for index, unit in enumerate(self.units):
+            if index != self._current:
+                self._refuse_changed(unit.masters[:1])
+        before()
+        self._change_pass(Trigger.FORWARD_BEGINS)
 
-    def _end(self, after: Callable[[], None], module: nn.Module, args: Any, output: Any) -> None:
+    def _end_forward(
+        self, after: Callable[[], None], module: nn.Module, args: Any, output: Any
+    ) -> None:
+        # The second: a refused call of another thread must not end the forward that runs.
         if graph_task() != -1 or threading.get_ident() != self._thread:
             return
-        self._inside = False
+        self._change_pass(Trigger.FORWARD_ENDS)
         with self._lock:
-            self.rest()
+            self.point_at_host()
             if not torch.is_grad_enabled():
-                self.forget_trainable()
-            self._learn_order()
+                # No backward follows, so the optimizer may step before the next trigger.
+                self.copies.drop_trained()
+            self._tell_ring_the_order()
         after()
 
     def _enter_unit(self, index: int, module: nn.Module, args: Any) -> None:
+        # A hook that torch.compile traces cannot fetch: copies and events are no graph's business.
         if torch.compiler.is_compiling():
             return
-        self._saving.append(None)
+        # First, because _leave_unit runs even if what follows raises.
+        self.saved.enter()
         unit = self.units[index]
-        check_autocast(self._backend.device.type, unit.name, unit.trained)
+        check_autocast(self._device_type, unit.name, unit.trained)
         self.need(index)
         if torch.is_grad_enabled():
-            self._saving[-1] = self._save_handles()
+            self.saved.record()
 
-    def _leave_unit(self, index: int, module: nn.Module, args: Any, output: Any) -> None:
+    def _leave_unit(self, module: nn.Module, args: Any, output: Any) -> None:
         if torch.compiler.is_compiling():
             return
-        self._stop_saving()
-        if graph_task() == -1 and not self._inside:
+        self.saved.leave()
+        if graph_task() == -1 and not self._pass.in_forward:
+            # The unit was called without its model: nobody else ends this pass.
             with self._lock:
-                self.rest()
+                self.point_at_host()
 
-    def _enter_part(self, index: int, module: nn.Module, args: Any) -> None:
+    def _enter_owner(self, index: int, module: nn.Module, args: Any) -> None:
         if not torch.compiler.is_compiling():
             self.need(index)
 
-    def _leave_part(self, module: nn.Module, args: Any, output: Any) -> None:
-        """A part that is called alone leaves its weights on the host, too."""
-        if (
-            not torch.compiler.is_compiling()
-            and graph_task() == -1
-            and not self._inside
-            and not self._saving
-        ):
+    def _leave_owner(self, module: nn.Module, args: Any, output: Any) -> None:
+        """Leave the weights on the host, too, after a module inside a unit was called alone."""
+        if torch.compiler.is_compiling() or self.saved.in_unit:
+            return
+        if graph_task() == -1 and not self._pass.in_forward:
             with self._lock:
-                self.rest()
+                self.point_at_host()
 
-    def _enter_backward(self) -> None:
-        """Be told when this pass ends.
+    def _begin_backward(self) -> None:
+        """Ask autograd to call back when this pass ends.
 
-        The first trigger under reentrant checkpointing lies in the outermost pass.
+        Under reentrant checkpointing the first trigger lies in the outermost pass, and so the
+        callback does.
         """
         with self._lock:
-            if self._ending is not None:
+            if self._pass.in_backward:
                 return
-            end = _EndOfBackward(self.settle)
-            # Released without a call when the pass fails, before the caller sees the exception.
-            self._ending = weakref.ref(end, lambda _: self.settle())
-            at_end_of_backward(end)
-
-    # Saved tensors
-
-    def _save_handles(self) -> torch.autograd.graph.saved_tensors_hooks:
-        """Save handles in place of slot memory during a unit's forward, and hand the rest to the
-        hooks in force.
-
-        Those may be a checkpoint's: it must see the same tensors in forward and recomputation (it
-        does: what lies in a slot is kept from it both times) and must get to drop them, or it would
-        keep everything.
-        """
-        pack, unpack = outer_saved_hooks() or (None, None)
-        hooks = torch.autograd.graph.saved_tensors_hooks(
-            partial(self._pack, pack), partial(self._unpack, unpack)
-        )
-        hooks.__enter__()
-        return hooks
-
-    def _stop_saving(self) -> None:
-        hooks = self._saving.pop()
-        if hooks is not None:
-            hooks.__exit__()
-
-    def _pack(self, outer: Callable[[Tensor], Any] | None, tensor: Tensor) -> Any:
-        slot = self._slot_index.get(storage_key(tensor)) if tensor.layout is torch.strided else None
-        if slot is None:
-            return tensor if outer is None else _Foreign(outer(tensor))
-        unit = self.ring.unit_in(slot)
-        versions = self.units[unit].versions()
-        bits = tensor.is_conj(), tensor.is_neg()
-        return _Saved(
-            unit,
-            tensor.dtype,
-            tensor.shape,
-            tensor.stride(),
-            int(tensor.storage_offset()),
-            *bits,
-            versions,
-        )
-
-    def _unpack(self, outer: Callable[[Any], Tensor] | None, saved: Any) -> Tensor:
-        if isinstance(saved, _Foreign):
-            assert outer is not None
-            return outer(saved.packed)
-        if not isinstance(saved, _Saved):
-            result: Tensor = saved
-            return result
-        if not self._slots:
-            raise OffloadError(
-                "backward() needs streamed weights, but their handle was removed. Run it before"
-                " remove()."
-            )
-        self.need(saved.unit)
-        unit = self.units[saved.unit]
-        if unit.versions() != saved.versions:
-            raise OffloadError(
-                f"Weights of {unit.name} were changed in place between forward and backward. "
-                "Step the optimizer after the last backward of a forward."
-            )
-        slot = self._slots[self.ring.slot(saved.unit)]
-        memory = (
-            slot.typed[saved.dtype] if saved.dtype in slot.typed else slot.memory.view(saved.dtype)
-        )
-        view = memory.as_strided(saved.shape, saved.stride, saved.offset)
-        view = view.conj() if saved.conjugate else view
-        return view.neg() if saved.negative else view
+            self._change_pass(Trigger.BACKWARD_BEGINS)
+            call = _EndOfBackward(self.finish_backward)
+            # Autograd gets the only reference. It calls the callback if the pass succeeds; if the
+            # pass fails it drops it uncalled, before the caller sees the exception.
+            self._end_call = weakref.ref(call, lambda _: self.finish_backward())
+            at_end_of_backward(call)
 
     # State
 
-    def _referred(self) -> set[int]:
-        """Units whose slot is in use by somebody else: a view that was kept, an exception that
-        still holds its frames.
-        """
-        return {
-            unit
-            for unit in self.ring.holders()
-            if self.ring.state(unit) is State.READY  # else it is the copy that refers to it
-            and storage_uses(self._slots[self.ring.slot(unit)].memory)
-            > self._own_uses[self.ring.slot(unit)]
-        }
+    def _change_pass(self, trigger: Trigger) -> None:
+        with self._lock:
+            key = self._pass, trigger
+            assert key in _TRANSITIONS, f"{trigger.value} while {self._pass.value}"
+            self._pass = _TRANSITIONS[key]
 
-    def _discard_stale(self, index: int) -> None:
-        """A copy whose master was written to since is of no use."""
-        if (
-            self.ring.state(index) is not State.HOST
-            and self._stamps[index] != self.units[index].stamp()
-        ):
-            self.ring.drop(index)
+    def _point_at(self, index: int, slot: Slot) -> None:
+        """Make a unit the current one."""
+        unit = self.units[index]
+        for master in unit.masters:
+            # .data keeps the Parameter object, and with it the optimizer's groups and state.
+            master.weight.param.data = master.view_in(slot.typed[master.dtype])
+        self._current = self._last = index
+        self._versions_on_arrival = unit.versions()
 
-    def _check(self, index: int, pieces: Sequence[Piece]) -> None:
-        if index == self._current:
-            return
-        for piece in pieces:
-            problem = _problem(piece)
-            if problem:
+    def _refuse_grad_transform(self, index: int) -> None:
+        if in_grad_transform():
+            raise OffloadError(
+                f"Unit {self.units[index].name} cannot be fetched inside torch.func.grad, vjp"
+                " or jvp, which allow no copies into memory of others. Use"
+                " torch.autograd.grad, or torch.autograd.forward_ad."
+            )
+
+    def _refuse_changed(self, masters: Sequence[Master]) -> None:
+        """Refuse parameters that do not point at their masters, as they must at rest."""
+        for master in masters:
+            change = _change_since_stream(master)
+            if change:
                 raise OffloadError(
-                    f"Parameter {piece.name} {problem} after stream(). Call handle.remove() first, "
+                    f"Parameter {master.name} {change} after stream(). Call handle.remove() first, "
                     "change the model, and stream again."
                 )
 
-    def _raise_full(self, index: int) -> NoReturn:
-        held = ", ".join(self.units[u].name for u in sorted(self._referred()))
-        raise OffloadError(
-            f"No slot for {self.units[index].name}: views of the weights of {held} are still held,"
-            " by code that kept them (clone what is to be kept), by saved-tensor hooks inside a"
-            " block, or by a graph of create_graph=True (raise prefetch_window, or run that pass"
-            " before stream())."
-        )
-
-    def _learn_order(self) -> None:
-        if self._traced:
-            self.ring.reorder(
-                [*self._traced, *(i for i in range(len(self.units)) if i not in set(self._traced))]
-            )
-            self._traced = None
+    def _tell_ring_the_order(self) -> None:
+        if self._first_order:
+            unseen = set(range(len(self.units))) - set(self._first_order)
+            self.copies.ring.reorder([*self._first_order, *sorted(unseen)])
+            self._first_order = None
 
 
-def _problem(piece: Piece) -> str | None:
-    """What a user did to a parameter that is at rest."""
-    param = piece.weight.param
-    if piece.weight.owner._parameters.get(piece.weight.leaf) is not param:
+def _change_since_stream(master: Master) -> str | None:
+    """What a user did to a parameter that is at rest; None: nothing."""
+    param = master.weight.param
+    if registered_parameter(master.weight.owner, master.weight.leaf) is not param:
         return "was replaced (load_state_dict(assign=True), or a swapped module)"
-    moved = param.data_ptr() != piece.host.data_ptr() or piece.master.data_ptr() != piece.address
-    if moved or param.dtype != piece.dtype:
+    moved = param.data_ptr() != master.host.data_ptr()
+    # share_memory() moves the memory under a tensor that stays the same object.
+    moved = moved or master.stored.data_ptr() != master.address
+    if moved or param.dtype != master.dtype:
         return "was moved or cast (.to(), .half(), .share_memory(), ...)"
-    if param.requires_grad and not piece.trainable:
+    if param.requires_grad and not master.trainable:
         return "was unfrozen"
     return None

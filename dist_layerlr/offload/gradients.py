@@ -1,5 +1,6 @@
-"""Gradients of streamed weights: to the host as they arrive, summed there in the order torch would
-have used.
+"""Gradients of streamed weights: copied to the host as they arrive, and summed there.
+
+The order of the sums is torch's, so that they are bitwise those of a resident model.
 """
 
 from __future__ import annotations
@@ -21,28 +22,33 @@ STAGING = 2
 device."""
 
 
-class _Sum:
-    """The gradient of one parameter during a backward pass."""
+class _GradSum:
+    """The gradient of one parameter during a backward pass, on the host."""
 
     def __init__(self) -> None:
         self.before: Tensor | None = None
-        """What ``param.grad`` was."""
+        """What ``param.grad`` was when the pass began, plus what earlier graph tasks added."""
         self._arrived: Tensor | None = None
+        """The sum of one graph task's gradients."""
         self._task = -1
+        """Which graph task that is."""
 
     def add(self, gradient: Tensor, task: int) -> None:
-        """Gradients of one graph task are added up before they meet what was there.
+        """Add a gradient of a graph task.
 
-        A nested task's come apart.
+        Gradients of one backward pass are summed first, then added to the old ``param.grad``; those
+        of a nested pass (reentrant checkpointing) are summed separately. This is torch's order;
+        another one would not be bitwise equal.
         """
         if self._arrived is not None and task == self._task:
             self._arrived.add_(gradient)
             return
         self.fold()
+        # A copy: the gradient lies in a staging buffer, which goes back to the others.
         self._arrived, self._task = gradient.clone(), task
 
     def fold(self) -> Tensor | None:
-        """Add what arrived to what was there."""
+        """Add what arrived to what was there, and return the sum."""
         if self._arrived is not None:
             self.before = self._arrived if self.before is None else self.before.add_(self._arrived)
             self._arrived = None
@@ -61,8 +67,10 @@ class GradSink:
             begin: called before the first gradient of a backward pass.
         """
         self._backend, self._begin = backend, begin
-        self._sums: dict[nn.Parameter, _Sum] = {}
+        self._sums: dict[nn.Parameter, _GradSum] = {}
+        """Of the parameters whose gradient arrived in this backward pass."""
         self._pending: list[Future[None]] = []
+        """Copies to the host that may still run."""
         self.nbytes = 0
         """Sent to the host so far."""
         params = list(params)
@@ -78,11 +86,14 @@ class GradSink:
         for param in params:
             hooked: Any = param
             self._hooks.append(hooked.register_hook(lambda _, p=param: self._set_aside(p)))
-            self._hooks.append(hooked.register_post_accumulate_grad_hook(self._take))
+            self._hooks.append(hooked.register_post_accumulate_grad_hook(self._send_to_host))
         self._worker = ThreadPoolExecutor(1, "offload-gradients") if params else None
 
-    def settle(self) -> None:
-        """Wait for all gradients and put the sums back. Parameters must point at the host."""
+    def assign_gradients(self) -> None:
+        """Wait for all gradients and set ``param.grad`` to the sums.
+
+        Parameters must point at the host: torch refuses a gradient on another device.
+        """
         sums, self._sums = self._sums, {}
         pending, self._pending = self._pending, []
         for copy in pending:
@@ -96,21 +107,23 @@ class GradSink:
             hook.remove()
         if self._worker is not None:
             self._worker.shutdown()
+        # The worker has waited for every copy into them.
         for buffer in self._staging:
             self._backend.unpin(buffer)
         self._staging = []
 
     def _set_aside(self, param: nn.Parameter) -> None:
-        """A gradient from before lies on the host.
+        """Take the gradient of earlier passes away, before autograd adds to it.
 
-        One that arrives on the device cannot be added to it there.
+        It lies on the host, and the new one on the device: autograd could not add them.
         """
         self._begin()
         if param not in self._sums:
-            self._sums[param] = _Sum()
+            self._sums[param] = _GradSum()
             self._sums[param].before, param.grad = param.grad, None
 
-    def _take(self, param: nn.Parameter) -> None:
+    def _send_to_host(self, param: nn.Parameter) -> None:
+        """Take the gradient that autograd just accumulated and start its copy to the host."""
         gradient, param.grad = param.grad, None
         if accumulate_hooks(param) > 1:
             raise OffloadError(
@@ -127,8 +140,11 @@ class GradSink:
             raise OffloadError(
                 f"A gradient of shape {tuple(param.shape)} is {what}. Set stream_trainable=False."
             )
+        # This blocks autograd while all buffers are in use, which bounds the gradients that wait on
+        # the device.
         buffer = self._idle.get()
         try:
+            # The strides are the gradient's, so that the copy is one run of memory.
             view = (
                 buffer[: gradient.nbytes]
                 .view(gradient.dtype)
@@ -138,19 +154,21 @@ class GradSink:
             self.nbytes += gradient.nbytes
             assert self._worker is not None
             work = self._worker.submit(
-                self._add, self._sums[param], buffer, view, gradient, done, graph_task()
+                self._add_on_host, self._sums[param], buffer, view, gradient, done, graph_task()
             )
         except BaseException:
+            # No work was submitted that would give the buffer back.
             self._idle.put(buffer)
             raise
         self._pending.append(work)
 
-    def _add(
-        self, total: _Sum, buffer: Tensor, view: Tensor, gradient: Tensor, done: Event, task: int
+    def _add_on_host(
+        self, total: _GradSum, buffer: Tensor, view: Tensor, kept: Tensor, done: Event, task: int
     ) -> None:
-        """On the worker's thread.
+        """Wait for a copy and add it to its sum. Runs on the worker's thread.
 
-        ``gradient`` is an argument so that its memory lives until the copy is done.
+        ``kept`` is the gradient on the device: it is an argument so that its memory lives until the
+        copy is done. Point 4 of [Note: stream order].
         """
         try:
             self._backend.finish(done)

@@ -1,5 +1,6 @@
-"""Frozen weights that stay in their safetensors files: mapped, read page by page as they are
-streamed.
+"""Frozen weights that stay in their safetensors files.
+
+They are mapped into memory: the system reads a page of the file when a fetch first touches it.
 """
 
 from __future__ import annotations
@@ -11,20 +12,22 @@ import torch
 from torch import Tensor
 
 from dist_layerlr.errors import OffloadError
-from dist_layerlr.offload.units import Cut
+from dist_layerlr.offload.masters import sample
+from dist_layerlr.offload.units import UnitSpec
 from dist_layerlr.plan.names import base_name, canonical_name
 from dist_layerlr.plan.read import checkpoint_files
 
 _COMPARED = 256
+"""Elements of a weight that are compared with its file. All of them would read the whole file."""
 
 
 def map_frozen(
-    cuts: Iterable[Cut], files: str | Path | Iterable[str | Path] | None
+    specs: Iterable[UnitSpec], files: str | Path | Iterable[str | Path] | None
 ) -> dict[str, Tensor]:
     """Map the frozen weights of the units. Nothing is read but headers and a sample.
 
     Args:
-        cuts: the units.
+        specs: the units.
         files: a checkpoint folder, or its safetensors files.
 
     Raises:
@@ -37,12 +40,12 @@ def map_frozen(
             " files=FOLDER)."
         )
     where = _index(files)
-    return {
-        w.name: _mapped(w.name, w.param, where)
-        for cut in cuts
-        for w in cut.weights
-        if not w.param.requires_grad
-    }
+    mapped: dict[str, Tensor] = {}
+    for spec in specs:
+        for weight in spec.weights:
+            if not weight.param.requires_grad:
+                mapped[weight.name] = _map(weight.name, weight.param, where)
+    return mapped
 
 
 def _index(files: str | Path | Iterable[str | Path]) -> dict[str, Path]:
@@ -57,21 +60,25 @@ def _index(files: str | Path | Iterable[str | Path]) -> dict[str, Path]:
     for path in paths:
         try:
             with safe_open(str(path), framework="pt") as file:
-                found |= dict.fromkeys(file.keys(), path)
+                for name in file.keys():
+                    found[name] = path
         except (SafetensorError, OSError) as error:
             raise OffloadError(f"Cannot map safetensors file {str(path)!r}: {error}.") from None
     return found
 
 
-def _mapped(name: str, param: Tensor, where: dict[str, Path]) -> Tensor:
+def _map(name: str, param: Tensor, where: dict[str, Path]) -> Tensor:
+    """Map one weight, after a look whether the model still holds what the file does."""
     from safetensors import safe_open
 
+    # In the files of a base model a weight that LoRA wrapped has the name it had before.
     base = base_name(canonical_name(name))
     file = where.get(base)
     if file is None:
         raise OffloadError(
             f"Parameter {name} is not in the given files as {base!r}. Stream it with host='memory'."
         )
+    # The tensor keeps the mapping alive after the file is closed.
     with safe_open(str(file), framework="pt") as opened:
         tensor: Tensor = opened.get_tensor(base)
     mine, its = (tuple(param.shape), str(param.dtype)), (tuple(tensor.shape), str(tensor.dtype))
@@ -81,8 +88,8 @@ def _mapped(name: str, param: Tensor, where: dict[str, Path]) -> Tensor:
                 f"Parameter {name} has {what} {a}, its file {file.name} has {b}. "
                 "Load the model as the file stores it, or stream it with host='memory'."
             )
-    step = max(1, tensor.numel() // _COMPARED)
-    ours, theirs = param.detach().reshape(-1)[::step].cpu(), tensor.view(-1)[::step]
+    ours, theirs = sample(param.detach(), _COMPARED).cpu(), sample(tensor, _COMPARED)
+    # NaN differs from NaN, so both become 0; a model may well hold some.
     if not torch.equal(ours.nan_to_num(), theirs.nan_to_num()):
         raise OffloadError(
             f"Parameter {name} differs from its file {file.name}: it was changed after loading. Use"

@@ -1,8 +1,8 @@
-"""Host masters: one exact-size arena per unit, laid out as its payload, or tensors mapped from
-safetensors files.
+"""Host masters: the values of streamed parameters in host memory, or mapped from their files.
 
-The *payload* is what is copied for a unit, byte for byte. Without ``host_dtype`` it is also the
-content of the slot.
+A unit's masters lie in one arena of exactly their size, in the order and with the gaps of its
+*payload*: the bytes that one fetch copies. Without ``host_dtype`` the payload is also, byte for
+byte, what the slot holds. Masters that are mapped from safetensors files stand alone.
 """
 
 from __future__ import annotations
@@ -15,7 +15,8 @@ from torch import Tensor
 
 from dist_layerlr.offload.codec import decode, encode, encoded_rows
 from dist_layerlr.offload.device import host_buffer
-from dist_layerlr.offload.units import Cut, Weight
+from dist_layerlr.offload.internals import write_count
+from dist_layerlr.offload.units import Streamed, UnitSpec
 
 ALIGNMENT = 256
 """Bytes; what copies and kernels like best."""
@@ -27,28 +28,28 @@ Files = Mapping[str, Tensor]
 
 
 @dataclass(slots=True, kw_only=True)
-class Piece:
-    """One parameter: its place in the slot, its master, and the master's place in the payload."""
+class Master:
+    """One parameter: its value on the host, and its places in the payload and in the slot."""
 
-    weight: Weight
+    weight: Streamed
     trainable: bool
+    """Whether the parameter required a gradient when it was streamed."""
     dtype: torch.dtype
     shape: torch.Size
     stride: tuple[int, ...]
-    offset: int
+    slot_offset: int
     """First byte in the slot."""
-    start: int
+    payload_offset: int
     """First byte in the payload."""
     host: Tensor
-    """What the parameter points at while it is not on the device; no values if the master is
-    encoded."""
-    master: Tensor
-    """Bytes of the payload."""
+    """What the parameter points at while it is not on the device. Of an encoded master it has the
+    shape and dtype, but NaN for values."""
+    stored: Tensor
+    """The master's bytes, as the payload holds them."""
     address: int
-    """Of the master when it was made."""
+    """Of ``stored`` when it was made."""
     codes: torch.dtype | None = None
     """8-bit dtype of an encoded master, whose scales (float32, one per row) follow the codes."""
-
     mapped: bool = False
     """Whether the master lies in a file."""
 
@@ -62,16 +63,17 @@ class Piece:
         """Bytes in the slot."""
         return self.shape.numel() * self.dtype.itemsize
 
-    def on(self, slot: Tensor) -> Tensor:
-        """The parameter's view of a slot, which is typed as it is."""
-        return slot.as_strided(self.shape, self.stride, self.offset // self.dtype.itemsize)
+    def view_in(self, slot: Tensor) -> Tensor:
+        """The parameter's view of slot memory that has the parameter's dtype."""
+        return slot.as_strided(self.shape, self.stride, self.slot_offset // self.dtype.itemsize)
 
     def expand(self, payload: Tensor, target: Tensor) -> None:
         """Write the parameter's value from a payload (bytes); both on one device."""
-        part = payload[self.start : self.start + self.master.numel()]
+        part = payload[self.payload_offset : self.payload_offset + self.stored.numel()]
         if self.codes is None:
             target.copy_(part.view(self.dtype).as_strided(self.shape, self.stride))
             return
+        # One byte per code; the scales start at the next aligned byte.
         codes, scale = part[: self.shape.numel()], part[aligned(self.shape.numel()) :]
         rows = encoded_rows(self.shape)
         decode(
@@ -81,46 +83,53 @@ class Piece:
     def value(self) -> Tensor:
         """The parameter's value, in host memory of its own, or mapped from its file."""
         if self.codes is None:
+            # A mapped tensor keeps its file open by itself; an arena is unpinned and freed with its
+            # unit, so the value must not stay in it.
             return self.host if self.mapped else self.host.clone()
         value = torch.empty_strided(self.shape, self.stride, dtype=self.dtype)
-        self.expand(torch.cat([self.master.new_zeros(self.start), self.master]), value)
+        # expand() reads at payload_offset, so the bytes before it are filled up.
+        payload = torch.cat([self.stored.new_zeros(self.payload_offset), self.stored])
+        self.expand(payload, value)
         return value
 
 
 class Unit:
-    """A cut of the model with its masters."""
+    """A unit of the model with its masters."""
 
-    def __init__(self, cut: Cut, pieces: list[Piece], arena: Tensor | None):
-        self.name, self.module, self.numel = cut.name, cut.module, cut.numel
-        self.pieces = pieces
+    def __init__(self, spec: UnitSpec, masters: list[Master], arena: Tensor | None):
+        self.name, self.module, self.numel = spec.name, spec.module, spec.numel
+        self.masters = masters
         self.arena = arena
         """All masters in one run of memory; None: they stand alone."""
-        last = pieces[-1]
-        self.host_bytes = last.start + last.master.numel()
-        self.device_bytes = last.offset + last.nbytes
-        self.grad_bytes = sum(p.nbytes for p in pieces if p.trainable)
-        self.encoded = any(p.codes is not None for p in pieces)
-        self.dtypes = frozenset(p.dtype for p in pieces)
-        self.trained = frozenset(p.dtype for p in pieces if p.trainable)
+        last = masters[-1]
+        self.host_bytes = last.payload_offset + last.stored.numel()
+        self.device_bytes = last.slot_offset + last.nbytes
+        self.encoded = any(m.codes is not None for m in masters)
+        self.dtypes = frozenset(m.dtype for m in masters)
+        self.trained = frozenset(m.dtype for m in masters if m.trainable)
         """Dtypes of trainable weights."""
-        self._samples = [_sample(p) for p in pieces if p.codes is None]
+        # Views of the masters, taken once. Nobody can write to an encoded master.
+        self._samples = [_sampled_words(m) for m in masters if m.codes is None]
 
     def fill(self, staging: Tensor) -> Tensor:
         """Copy the payload into a staging buffer and return the filled part."""
         payload = staging[: self.host_bytes]
         if self.arena is not None:
             return payload.copy_(self.arena)
-        for piece in self.pieces:
-            payload[piece.start : piece.start + piece.master.numel()].copy_(piece.master)
+        for master in self.masters:
+            end = master.payload_offset + master.stored.numel()
+            payload[master.payload_offset : end].copy_(master.stored)
         return payload
 
     def versions(self) -> tuple[int, ...]:
-        """Changes with every write through a parameter."""
-        return tuple(p.weight.param._version for p in self.pieces)
+        """Numbers that change with every write through a parameter."""
+        return tuple(write_count(m.weight.param) for m in self.masters)
 
     def stamp(self) -> tuple[int, ...]:
-        """Changes with every write through a parameter, and with one through ``.data`` that touches
-        a sampled word.
+        """Numbers that tell whether a copy on the device is still what the masters hold.
+
+        They change with every write through a parameter, and with one through ``.data`` that
+        touches a sampled word.
         """
         return (*self.versions(), sum(int(words.sum()) for words in self._samples))
 
@@ -130,114 +139,125 @@ def aligned(nbytes: int) -> int:
     return -(-nbytes // ALIGNMENT) * ALIGNMENT
 
 
-def payload_bytes(cut: Cut, host_dtype: str | None) -> int:
+def sample(tensor: Tensor, count: int) -> Tensor:
+    """Evenly spaced elements of a tensor, about ``count``, as one dimension.
+
+    They are a view where the tensor is contiguous, so that they follow later writes.
+    """
+    return tensor.reshape(-1)[:: max(1, tensor.numel() // count)]
+
+
+def payload_bytes(spec: UnitSpec, host_dtype: str | None) -> int:
     """Bytes of one fetch of a unit that is not built yet."""
-    sizes = _sizes(cut, host_dtype)
+    sizes = _stored_sizes(spec, host_dtype)
     return _offsets(sizes)[-1] + sizes[-1]
 
 
-def slot_bytes(cut: Cut) -> int:
+def slot_bytes(spec: UnitSpec) -> int:
     """Bytes of device memory for a unit."""
-    return sum(aligned(w.param.numel() * w.param.element_size()) for w in cut.weights)
+    return sum(aligned(w.param.nbytes) for w in spec.weights)
 
 
-def build(cut: Cut, files: Files | None, host_dtype: str | None) -> Unit:
+def build(spec: UnitSpec, files: Files | None, host_dtype: str | None) -> Unit:
     """Copy a unit's values into masters. Nothing points at them yet.
 
     Args:
-        cut: the unit.
+        spec: the unit.
         files: where frozen masters are, if they stay in their files.
         host_dtype: 8-bit format of frozen masters.
     """
-    formats = [None if w.param.requires_grad else host_dtype for w in cut.weights]
-    sizes = _sizes(cut, host_dtype)
+    sizes = _stored_sizes(spec, host_dtype)
     starts = _offsets(sizes)
-    offsets = _offsets([w.param.numel() * w.param.element_size() for w in cut.weights])
+    offsets = _offsets([w.param.nbytes for w in spec.weights])
     arena = host_buffer(starts[-1] + sizes[-1]) if files is None else None
-    pieces = []
-    for weight, form, size, start, offset in zip(
-        cut.weights, formats, sizes, starts, offsets, strict=True
-    ):
-        data = weight.param.detach()
-        codes: torch.dtype | None = None
-        mapped = files is not None and not weight.param.requires_grad
-        if files is not None and mapped:
+    masters = []
+    for weight, size, start, offset in zip(spec.weights, sizes, starts, offsets, strict=True):
+        frozen = not weight.param.requires_grad
+        if files is not None and frozen:
             host = files[weight.name]
-            master = host.view(-1).view(torch.uint8)
+            stored, codes = host.view(-1).view(torch.uint8), None
         else:
-            master = (
-                torch.empty(size, dtype=torch.uint8)
-                if arena is None
-                else _carve(arena, start, size)
-            )
-            host, codes = _write(master, data, form)
-        stride = (
-            data.stride()
-            if codes is None and _is_dense(data) and files is None
-            else _contiguous_stride(data)
-        )
-        pieces.append(
-            Piece(
+            stored = _memory(arena, start, size)
+            host, codes = _store(stored, weight.param.detach(), host_dtype if frozen else None)
+        masters.append(
+            Master(
                 weight=weight,
-                trainable=weight.param.requires_grad,
-                dtype=data.dtype,
-                shape=data.shape,
-                stride=stride,
-                offset=offset,
-                start=start,
+                trainable=not frozen,
+                dtype=weight.param.dtype,
+                shape=weight.param.shape,
+                stride=_slot_stride(weight.param, keep=codes is None and files is None),
+                slot_offset=offset,
+                payload_offset=start,
                 host=host,
-                master=master,
-                address=master.data_ptr(),
+                stored=stored,
+                address=stored.data_ptr(),
                 codes=codes,
-                mapped=mapped,
+                mapped=files is not None and frozen,
             )
         )
-    return Unit(cut, pieces, arena)
+    return Unit(spec, masters, arena)
 
 
-def _write(master: Tensor, data: Tensor, form: str | None) -> tuple[Tensor, torch.dtype | None]:
-    """Put a value into its master.
+def _memory(arena: Tensor | None, start: int, nbytes: int) -> Tensor:
+    """Bytes for one master: a run of the arena, or memory of its own."""
+    if arena is None:
+        return torch.empty(nbytes, dtype=torch.uint8)
+    # Through numpy the run gets a storage of its own. With a slice of the arena, torch.save of one
+    # parameter would write its neighbours, too.
+    return torch.from_numpy(arena.numpy()[start : start + nbytes])
 
-    Returns what the parameter points at, and the dtype of the codes.
+
+def _store(
+    stored: Tensor, data: Tensor, host_dtype: str | None
+) -> tuple[Tensor, torch.dtype | None]:
+    """Write a value into its master's bytes.
+
+    Returns:
+        what the parameter points at from now on, and the dtype of the codes (None: not encoded).
     """
-    if form is None:
-        stride = data.stride() if _is_dense(data) else _contiguous_stride(data)
-        host = master.view(data.dtype).as_strided(data.shape, stride)
+    if host_dtype is None:
+        stride = _slot_stride(data, keep=True)
+        host = stored.view(data.dtype).as_strided(data.shape, stride)
         return host.copy_(data), None
-    codes, scale = encode(data.cpu(), form)
-    master[: codes.numel()].copy_(codes.view(-1).view(torch.uint8))
-    master[aligned(codes.numel()) :].copy_(scale.view(-1).view(torch.uint8))
+    codes, scale = encode(data.cpu(), host_dtype)
+    stored[: codes.numel()].copy_(codes.view(-1).view(torch.uint8))
+    stored[aligned(codes.numel()) :].copy_(scale.view(-1).view(torch.uint8))
+    # One NaN, expanded: the right shape and dtype without memory, and no use as a value.
     return torch.full((), float("nan"), dtype=data.dtype).expand(data.shape), codes.dtype
 
 
-def _sizes(cut: Cut, host_dtype: str | None) -> list[int]:
+def _stored_sizes(spec: UnitSpec, host_dtype: str | None) -> list[int]:
     """Bytes of each master: codes and scales, or the weight as it is."""
-    params = [w.param for w in cut.weights]
-    return [
-        p.numel() * p.element_size()
-        if p.requires_grad or host_dtype is None
-        else aligned(p.numel()) + 4 * encoded_rows(p.shape)
-        for p in params
-    ]
+    sizes = []
+    for weight in spec.weights:
+        param = weight.param
+        if param.requires_grad or host_dtype is None:
+            sizes.append(param.nbytes)
+        else:
+            # Codes take one byte each; the scales behind them are float32, of 4 bytes.
+            sizes.append(aligned(param.numel()) + 4 * encoded_rows(param.shape))
+    return sizes
 
 
 def _offsets(sizes: list[int]) -> list[int]:
+    """Where each of some parts starts, every start aligned."""
     offsets = [0]
     for size in sizes[:-1]:
         offsets.append(offsets[-1] + aligned(size))
     return offsets
 
 
-def _carve(arena: Tensor, start: int, nbytes: int) -> Tensor:
-    """A run of the arena as a tensor with a storage of its own, so that saving it does not save its
-    neighbours.
-    """
-    return torch.from_numpy(arena.numpy()[start : start + nbytes])
+def _sampled_words(master: Master) -> Tensor:
+    # Whole words as integers: the sum of floats could lose a small change, or be NaN.
+    words = master.stored.view(_WORDS.get(master.dtype.itemsize, torch.uint8))
+    return sample(words, _SAMPLES)
 
 
-def _sample(piece: Piece) -> Tensor:
-    words = piece.master.view(_WORDS.get(piece.dtype.itemsize, torch.uint8))
-    return words[:: max(1, words.numel() // _SAMPLES)]
+def _slot_stride(data: Tensor, *, keep: bool) -> tuple[int, ...]:
+    """Strides of a parameter in the slot: its own if it may keep them and fills its memory."""
+    if keep and _is_dense(data):
+        return data.stride()
+    return torch.empty(data.shape, device="meta").stride()
 
 
 def _is_dense(data: Tensor) -> bool:
@@ -249,7 +269,3 @@ def _is_dense(data: Tensor) -> bool:
                 return False
             expected *= size
     return True
-
-
-def _contiguous_stride(data: Tensor) -> tuple[int, ...]:
-    return torch.empty(data.shape, device="meta").stride()

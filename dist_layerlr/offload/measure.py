@@ -1,30 +1,24 @@
-"""Speeds of this device and its link, and what they mean for a live model: a second of copies and
-matrix products.
+"""Speeds of this device and its link, and what they mean for a live model.
+
+It takes about a second of copies and matrix products.
 """
 
 from __future__ import annotations
 
-import statistics
 import time
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import replace
-from typing import Any
 
 import torch
 from torch import nn
+from torch.utils.benchmark import Timer
 
-from dist_layerlr.offload.predict import (
-    GB,
-    Layout,
-    Machine,
-    Prediction,
-    Workload,
-    common_width,
-    predict,
-)
+from dist_layerlr.offload.predict import common_width, predict
+from dist_layerlr.offload.prediction import GB, Layout, Machine, Prediction, Workload
 from dist_layerlr.offload.stats import UnitInfo
 
-ROUNDS = 5
+SECONDS = 0.1
+"""Least time that one speed is measured for."""
 LONGEST = 8192
 """Rows of the measured matrix product; more are not faster."""
 
@@ -55,11 +49,10 @@ def predict_live(
     parameters = dict(model.named_parameters())
     moving = [parameters[name] for name in streamed]
     resident = sum(u.device_bytes for u in units if u.resident)
+    everything = sum(p.nbytes for p in parameters.values())
     layout = Layout(
         units=tuple(units),
-        fixed_bytes=sum(p.nbytes for p in parameters.values())
-        - sum(p.nbytes for p in moving)
-        - resident,
+        fixed_bytes=everything - sum(p.nbytes for p in moving) - resident,
         width=common_width(tuple(p.shape) for p in moving),
         stepped=sum(p.numel() for p in moving if p.requires_grad),
     )
@@ -100,45 +93,25 @@ def link_gb_s(
     return host.numel() / GB / _seconds(device, lambda: target.copy_(source, non_blocking=True))
 
 
-def both_ways_gb_s(device: torch.device, *, megabytes: int = 256) -> float:
-    """Sum of both directions, copied at once on two streams."""
-    size = megabytes << 20
-    hosts = [torch.empty(size, dtype=torch.uint8, pin_memory=True) for _ in range(2)]
-    there = [torch.empty(size, dtype=torch.uint8, device=device) for _ in range(2)]
-    make_stream: Any = torch.cuda.Stream
-    streams = [make_stream(device) for _ in range(2)]
-
-    def copy() -> None:
-        with torch.cuda.stream(streams[0]):
-            there[0].copy_(hosts[0], non_blocking=True)
-        with torch.cuda.stream(streams[1]):
-            hosts[1].copy_(there[1], non_blocking=True)
-
-    return 2 * size / GB / _seconds(device, copy)
-
-
 def gemm_tflops(device: torch.device, *, tokens: int, width: int, dtype: torch.dtype) -> float:
     """Achieved operations per second of (tokens, width) @ (width, 4 * width), in 1e12."""
-    generator = torch.Generator(device).manual_seed(
-        0
-    )  # the user's random numbers must not depend on a prediction
+    # A generator of its own: the user's random numbers must not depend on a prediction.
+    generator = torch.Generator(device).manual_seed(0)
     x = torch.randn(tokens, width, device=device, dtype=dtype, generator=generator)
     weight = torch.randn(width, 4 * width, device=device, dtype=dtype, generator=generator)
+    # Two operations for each of tokens * width * (4 * width) products.
     return 8.0 * tokens * width * width / 1e12 / _seconds(device, lambda: torch.mm(x, weight))
 
 
 def _seconds(device: torch.device, work: Callable[[], object]) -> float:
-    """Median seconds of ``work``; the first run warms up."""
-    times = []
-    for _ in range(ROUNDS + 1):
-        _wait(device)
-        start = time.perf_counter()
-        work()
-        _wait(device)
-        times.append(time.perf_counter() - start)
-    return statistics.median(times[1:])
+    """Median seconds of ``work``, after runs that warm up."""
 
+    def now() -> float:
+        # Timer's own clock waits for the current device, which need not be this one.
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        return time.perf_counter()
 
-def _wait(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
+    # The default of one thread would slow down the products that training computes with all.
+    timer = Timer("work()", globals={"work": work}, timer=now, num_threads=torch.get_num_threads())
+    return timer.blocked_autorange(min_run_time=SECONDS).median

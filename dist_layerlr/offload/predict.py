@@ -1,8 +1,7 @@
-"""What streaming will cost, from names and shapes, a link and a speed: hidden or exposed, step
-floor, memory. Pure.
+"""Predict time and memory of a streamed step from names and shapes, a link and a speed. No torch.
 
-Per unit of P parameters, T tokens in a microbatch that attend to S of them, width d, achieved
-FLOP/s F, link B byte/s:
+Take a unit of P parameters, T tokens in a microbatch that attend to S of them each, width d,
+achieved FLOP/s F, link B byte/s:
 
 - forward compute ``t_c = (2 P T + 4 T S d) / F``: two operations per parameter and token, two
   matrix products of attention, 2 S d each per token (Kaplan et al., arXiv 2001.08361, appendix B;
@@ -18,7 +17,7 @@ FLOP/s F, link B byte/s:
 - a CPU optimizer moves 28 bytes per parameter: Adam in float32 reads p, g, m, v and writes p, m, v.
 
 The attention of a backward pass is counted as its linear layers are, 1 to 2 times the forward;
-flash attention takes 2.5. Activation memory is counted for the inputs of checkpointed blocks only.
+flash attention takes 2.5 times. The inputs of checkpointed blocks are the only activations counted.
 """
 
 from __future__ import annotations
@@ -26,194 +25,22 @@ from __future__ import annotations
 from bisect import bisect_left
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import replace
 from math import prod
-from typing import Any
 
 from dist_layerlr import fields
 from dist_layerlr.offload.policy import StreamPolicy
+from dist_layerlr.offload.prediction import GB, Layout, Machine, Phase, Prediction, Workload
 from dist_layerlr.offload.stats import UnitInfo
 from dist_layerlr.plan.entries import ParamInfo
 from dist_layerlr.plan.names import canonical_name, parse
 from dist_layerlr.plan.stacks import StackMap
 
-GB = 1e9
 ADAM_BYTES = 28
-"""DRAM traffic of one float32 Adam step, per parameter."""
+"""DRAM traffic of one float32 Adam step, per parameter: seven numbers of 4 bytes."""
 DUPLEX = 1.5
 """Both directions of PCIe at once carry 1.5 times one direction, not 2 (measured in OneTrainer's
 pull request 1644)."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Layout:
-    """A model, cut into what is streamed and what is not."""
-
-    units: tuple[UnitInfo, ...]
-    """In forward order."""
-    fixed_bytes: float
-    """Weights that never leave the device: outside blocks, small ones, adapters."""
-    width: int
-    """Hidden width."""
-    stepped: int = 0
-    """Parameters that a CPU optimizer steps, in a full finetune; 0 for LoRA."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Workload:
-    """One training step on one device."""
-
-    tokens: int
-    """Of one microbatch, over all its samples, >= 1."""
-    sequence: int | None = None
-    """Tokens that attend to each other; None: all."""
-    checkpointing: bool = True
-    """Blocks are computed again in backward."""
-    micro_steps: int = 1
-    """Microbatches per optimizer step."""
-    activation_bytes: float = 2.0
-    """Per element; 2 is bf16."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Machine:
-    """Measured speeds of one device and its host."""
-
-    gb_s: float
-    """Host to device from pinned memory, 1e9 bytes per second."""
-    tflops: float
-    """Achieved, not peak, 1e12 operations per second."""
-    copy_us: float = 0.0
-    """Fixed time of one copy, microseconds."""
-    host_gb_s: float | None = None
-    """Memory bandwidth of the host, for the CPU optimizer of a full finetune; None: that step is
-    left out."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Phase:
-    """All forward or all backward passes of one step."""
-
-    compute_s: float
-    transfer_s: float
-    """Time of the link alone."""
-    floor_s: float
-    """With both overlapped as far as the ring allows."""
-    hidden: bool
-    """Whether the link keeps up with the compute."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Prediction:
-    """Time and memory of one optimizer step.
-
-    No overhead is in it: a floor, reached to a few percent.
-    """
-
-    units: int
-    resident: int
-    """Units that stay on the device, evenly spaced."""
-    slots: int
-    """Units that the ring holds."""
-    forward: Phase
-    backward: Phase
-    fetches: int
-    """Copies to the device."""
-    h2d_bytes: float
-    d2h_bytes: float
-    optimizer_s: float
-    """CPU optimizer; 0 for LoRA."""
-    device_weight_bytes: float
-    """Ring, resident units and everything outside blocks."""
-    model_bytes: float
-    """All weights, as the device stores them."""
-    block_input_bytes: float
-    """Inputs of checkpointed blocks; 0 without checkpointing, where activations are not
-    predicted."""
-    suggested_resident: int
-    """Fewest resident units that hide both phases."""
-    hidden_from_tokens: float
-    """T*: tokens per microbatch from which the forward pass is hidden, attention left out."""
-
-    @property
-    def hidden(self) -> bool:
-        """Whether both phases are."""
-        return self.forward.hidden and self.backward.hidden
-
-    @property
-    def compute_s(self) -> float:
-        """Step without streaming, optimizer apart."""
-        return self.forward.compute_s + self.backward.compute_s
-
-    @property
-    def transfer_s(self) -> float:
-        """The link's share of a step, alone."""
-        return self.forward.transfer_s + self.backward.transfer_s
-
-    @property
-    def serial_s(self) -> float:
-        """Step without any overlap."""
-        return self.compute_s + self.transfer_s + self.optimizer_s
-
-    @property
-    def step_s(self) -> float:
-        """Step floor."""
-        return self.forward.floor_s + self.backward.floor_s + self.optimizer_s
-
-    def to_dict(self) -> dict[str, Any]:
-        """Every field, and the sums."""
-        sums = ("hidden", "compute_s", "transfer_s", "serial_s", "step_s")
-        return {**asdict(self), **{key: getattr(self, key) for key in sums}}
-
-    def line(self) -> str:
-        """One line for a log."""
-        state = (
-            "hidden"
-            if self.hidden
-            else f"exposed ({self.suggested_resident} resident units would hide it)"
-        )
-        return (
-            f"streaming {self.units - self.resident} of {self.units} units through {self.slots}"
-            f" slots: {state}; step >= {_time(self.step_s)} (compute {_time(self.compute_s)}, link"
-            f" {_time(self.transfer_s)}), weights on the device {self.device_weight_bytes / GB:.2f}"
-            f" of {self.model_bytes / GB:.2f} GB"
-        )
-
-    def table(self) -> str:
-        """Several lines for a person."""
-        rows = [f"{'':<10}{'compute':>10}{'link':>10}{'floor':>10}"]
-        for name, phase in (("forward", self.forward), ("backward", self.backward)):
-            times = "".join(
-                f"{_time(t):>10}" for t in (phase.compute_s, phase.transfer_s, phase.floor_s)
-            )
-            rows.append(f"{name:<10}{times}   {'hidden' if phase.hidden else 'exposed'}")
-        if self.optimizer_s:
-            rows.append(f"{'optimizer':<10}{'':>20}{_time(self.optimizer_s):>10}   on the CPU")
-        rows += [
-            (
-                f"{'step':<10}{_time(self.compute_s):>10}{_time(self.transfer_s):>10}{_time(self.step_s):>10}"
-                f"   without overlap {_time(self.serial_s)}"
-            ),
-            (
-                f"copies     {self.fetches} to the device, {self.h2d_bytes / GB:.1f} GB;"
-                f" {self.d2h_bytes / GB:.1f} GB back"
-            ),
-            (
-                f"weights    {self.device_weight_bytes / GB:.2f} of {self.model_bytes / GB:.2f} GB"
-                f" on the device: {self.slots} slots, {self.resident} of {self.units} units"
-                " resident, all that lies outside blocks"
-            ),
-            (
-                f"inputs     {self.block_input_bytes / GB:.2f} GB for checkpointed blocks"
-                if self.block_input_bytes
-                else ""
-            ),
-            (
-                f"hidden     from {self.hidden_from_tokens:,.0f} tokens per microbatch (attention"
-                f" left out), or with {self.suggested_resident} resident units"
-            ),
-        ]
-        return "\n".join(row for row in rows if row)
 
 
 def predict(layout: Layout, work: Workload, machine: Machine, *, window: int) -> Prediction:
@@ -228,27 +55,13 @@ def predict(layout: Layout, work: Workload, machine: Machine, *, window: int) ->
     Raises:
         ConfigError: a count or speed out of range.
     """
-    for path, count in (
-        ("tokens", work.tokens),
-        ("micro_steps", work.micro_steps),
-        ("window", window),
-    ):
-        fields.integer(1)(path, count)
-    for path, speed in (("gb_s", machine.gb_s), ("tflops", machine.tflops)):
-        fields.number(0.0, open_low=True)(path, speed)
+    _check_ranges(work, machine, window)
     units = layout.units
     streamed = [u for u in units if not u.resident]
     slots = min(window + 2, len(streamed))
     forward, backward = _phases(layout, work, machine, window)
-    at_start, at_turn = _in_ring(streamed, slots, layout.stepped)
-    link = sum(u.host_bytes for u in streamed)
+    at_start, at_turn = _already_in_ring(streamed, slots, layout.stepped)
     reused = sum(u.host_bytes for u in (*at_start, *at_turn))
-    held = slots * max((u.device_bytes for u in streamed), default=0.0)
-    held += sum(u.device_bytes for u in units if u.resident) + layout.fixed_bytes
-    wanted = bisect_left(
-        range(len(units)), True, key=lambda k: _hidden_with(k, layout, work, machine, window)
-    )
-    flop_bytes = machine.tflops * 1e12 / (2 * machine.gb_s * GB)
     return Prediction(
         units=len(units),
         resident=len(units) - len(streamed),
@@ -256,20 +69,14 @@ def predict(layout: Layout, work: Workload, machine: Machine, *, window: int) ->
         forward=forward,
         backward=backward,
         fetches=(2 * len(streamed) - len(at_start) - len(at_turn)) * work.micro_steps,
-        h2d_bytes=(2 * link - reused) * work.micro_steps,
+        h2d_bytes=(2 * _host_bytes(streamed) - reused) * work.micro_steps,
         d2h_bytes=sum(u.grad_bytes for u in streamed) * work.micro_steps,
-        optimizer_s=(
-            ADAM_BYTES * layout.stepped / (machine.host_gb_s * GB) if machine.host_gb_s else 0.0
-        ),
-        device_weight_bytes=held,
+        optimizer_s=_optimizer_s(layout, machine),
+        device_weight_bytes=_held_bytes(layout, streamed, slots),
         model_bytes=sum(u.device_bytes for u in units) + layout.fixed_bytes,
-        block_input_bytes=work.checkpointing
-        * len(units)
-        * work.tokens
-        * layout.width
-        * work.activation_bytes,
-        suggested_resident=wanted,
-        hidden_from_tokens=flop_bytes * link / max(1, sum(u.numel for u in units)),
+        block_input_bytes=_block_input_bytes(layout, work),
+        suggested_resident=_fewest_resident(layout, work, machine, window),
+        hidden_from_tokens=_hidden_from_tokens(units, streamed, machine),
     )
 
 
@@ -282,7 +89,7 @@ def layout_from_names(
     host_bytes: float | None = None,
     min_numel: int | None = None,
 ) -> Layout:
-    """Cut a model into blocks, found in its names as the plan finds them.
+    """Find the blocks of a model in its names, as the plan finds them.
 
     Args:
         parameters: of the base model, without adapters.
@@ -297,19 +104,7 @@ def layout_from_names(
     """
     parameters = list(parameters)
     smallest = StreamPolicy().min_numel if min_numel is None else min_numel
-    paths = [parse(canonical_name(p.name)) for p in parameters]
-    stacks = StackMap(paths)
-    sizes: Counter[tuple[str, int]] = Counter()
-    streamed: Counter[tuple[str, int]] = Counter()
-    for parameter, path in zip(parameters, paths, strict=True):
-        if (place := stacks.locate(path)) is not None:
-            sizes[place.stack, place.block] += parameter.numel
-            streamed[place.stack, place.block] += parameter.numel * (parameter.numel >= smallest)
-    if not sizes:
-        names = f"{len(parameters)} names"
-        raise fields.invalid(
-            "MODEL", names, "a model with blocks, such as blocks.0.attn.to_q.weight"
-        )
+    sizes, streamed = _block_sizes(parameters, smallest)
     if not 0 <= resident <= len(sizes):
         raise fields.invalid(
             "resident", resident, f"an integer in [0, {len(sizes)}], the number of blocks"
@@ -317,23 +112,25 @@ def layout_from_names(
     chosen = spread(resident, len(sizes))
     link = device_bytes if host_bytes is None else host_bytes
     total = sum(p.numel for p in parameters)
-    units = tuple(
-        UnitInfo(
-            name=f"{stack}.{index}",
-            numel=numel,
-            streamed=streamed[stack, index],
-            host_bytes=round(streamed[stack, index] * link),
-            device_bytes=round(streamed[stack, index] * device_bytes),
-            grad_bytes=round(streamed[stack, index] * device_bytes * full),
-            resident=i in chosen,
+    units: list[UnitInfo] = []
+    for i, ((stack, index), numel) in enumerate(sizes.items()):
+        moving = streamed[stack, index]
+        units.append(
+            UnitInfo(
+                name=f"{stack}.{index}",
+                numel=numel,
+                streamed=moving,
+                host_bytes=round(moving * link),
+                device_bytes=round(moving * device_bytes),
+                grad_bytes=round(moving * device_bytes) if full else 0,
+                resident=i in chosen,
+            )
         )
-        for i, ((stack, index), numel) in enumerate(sizes.items())
-    )
     return Layout(
-        units=units,
+        units=tuple(units),
         fixed_bytes=(total - sum(streamed.values())) * device_bytes,
         width=common_width(p.shape for p in parameters),
-        stepped=total * full,
+        stepped=total if full else 0,
     )
 
 
@@ -342,86 +139,168 @@ def common_width(shapes: Iterable[tuple[int, ...]]) -> int:
 
     0 without any.
     """
-    dimensions: Counter[int] = Counter()
+    elements: Counter[int] = Counter()
     for shape in shapes:
         if len(shape) == 2:
-            dimensions.update(dict.fromkeys(shape, prod(shape)))
-    return dimensions.most_common(1)[0][0] if dimensions else 0
+            # A square matrix counts once, not once for each of its dimensions; fromkeys keeps the
+            # order, which decides between widths that are equally common.
+            for dimension in dict.fromkeys(shape):
+                elements[dimension] += prod(shape)
+    return elements.most_common(1)[0][0] if elements else 0
 
 
 def spread(count: int, total: int) -> tuple[int, ...]:
     """``count`` of ``total`` indices, evenly spaced."""
+    # The middles of ``count`` equal parts: (i + 1/2) * total / count, rounded down.
     return tuple((2 * i + 1) * total // (2 * count) for i in range(count))
 
 
-def _hidden_with(
-    resident: int, layout: Layout, work: Workload, machine: Machine, window: int
-) -> bool:
-    """Whether the link would be hidden with that many resident units."""
-    chosen = spread(resident, len(layout.units))
-    units = tuple(replace(u, resident=i in chosen) for i, u in enumerate(layout.units))
-    return all(
-        phase.hidden for phase in _phases(replace(layout, units=units), work, machine, window)
-    )
+def _check_ranges(work: Workload, machine: Machine, window: int) -> None:
+    at_least_one, positive = fields.integer(1), fields.number(0.0, open_low=True)
+    at_least_one("tokens", work.tokens)
+    at_least_one("micro_steps", work.micro_steps)
+    at_least_one("window", window)
+    positive("gb_s", machine.gb_s)
+    positive("tflops", machine.tflops)
+
+
+def _block_sizes(
+    parameters: Sequence[ParamInfo], smallest: int
+) -> tuple[Counter[tuple[str, int]], Counter[tuple[str, int]]]:
+    """{(stack, block): elements} of all parameters, and of those that are streamed."""
+    paths = [parse(canonical_name(p.name)) for p in parameters]
+    stacks = StackMap(paths)
+    sizes: Counter[tuple[str, int]] = Counter()
+    streamed: Counter[tuple[str, int]] = Counter()
+    for parameter, path in zip(parameters, paths, strict=True):
+        place = stacks.locate(path)
+        if place is not None:
+            sizes[place.stack, place.block] += parameter.numel
+            if parameter.numel >= smallest:
+                streamed[place.stack, place.block] += parameter.numel
+    if not sizes:
+        names = f"{len(parameters)} names"
+        raise fields.invalid(
+            "MODEL", names, "a model with blocks, such as blocks.0.attn.to_q.weight"
+        )
+    return sizes, streamed
+
+
+def _host_bytes(units: Iterable[UnitInfo]) -> int:
+    return sum(u.host_bytes for u in units)
+
+
+def _held_bytes(layout: Layout, streamed: Sequence[UnitInfo], slots: int) -> float:
+    """Bytes of weights on the device. Every slot is as large as the largest streamed unit."""
+    ring = slots * max((u.device_bytes for u in streamed), default=0.0)
+    resident = sum(u.device_bytes for u in layout.units if u.resident)
+    return ring + (resident + layout.fixed_bytes)
+
+
+def _optimizer_s(layout: Layout, machine: Machine) -> float:
+    if not machine.host_gb_s:
+        return 0.0
+    return ADAM_BYTES * layout.stepped / (machine.host_gb_s * GB)
+
+
+def _block_input_bytes(layout: Layout, work: Workload) -> float:
+    """Bytes of what checkpointing keeps: the (tokens, width) input of every block."""
+    if not work.checkpointing:
+        return 0.0
+    return len(layout.units) * work.tokens * layout.width * work.activation_bytes
+
+
+def _hidden_from_tokens(
+    units: Sequence[UnitInfo], streamed: Sequence[UnitInfo], machine: Machine
+) -> float:
+    """T* of the formulas above, with w = bytes on the link per parameter of the model."""
+    flop_bytes = machine.tflops * 1e12 / (2 * machine.gb_s * GB)
+    return flop_bytes * _host_bytes(streamed) / max(1, sum(u.numel for u in units))
+
+
+def _fewest_resident(layout: Layout, work: Workload, machine: Machine, window: int) -> int:
+    """Fewest resident units that hide both phases."""
+
+    def hidden(resident: int) -> bool:
+        chosen = spread(resident, len(layout.units))
+        units = tuple(replace(u, resident=i in chosen) for i, u in enumerate(layout.units))
+        forward, backward = _phases(replace(layout, units=units), work, machine, window)
+        return forward.hidden and backward.hidden
+
+    # More resident units leave less to copy, so the answers are False up to some count and True
+    # from there: bisection finds it. With all units resident nothing is copied.
+    return bisect_left(range(len(layout.units)), True, key=hidden)
 
 
 def _phases(layout: Layout, work: Workload, machine: Machine, window: int) -> tuple[Phase, Phase]:
     """Forward and backward of one optimizer step."""
-    attention = 4 * work.tokens * (work.sequence or work.tokens) * layout.width
-    compute = [
-        (2 * u.numel * work.tokens + attention) / (machine.tflops * 1e12) for u in layout.units
-    ]
+    compute = _compute_s(layout, work, machine)
     streamed = [u for u in layout.units if not u.resident]
-    at_start, at_turn = _in_ring(streamed, min(window + 2, len(streamed)), layout.stepped)
+    slots = min(window + 2, len(streamed))
+    at_start, at_turn = _already_in_ring(streamed, slots, layout.stepped)
 
     def copy_s(units: Sequence[UnitInfo]) -> float:
         return sum(u.host_bytes / (machine.gb_s * GB) + machine.copy_us * 1e-6 for u in units)
 
     full = layout.stepped > 0
-    passes = 1 + full + work.checkpointing
+    # Compute up to the end of the first streamed unit, and from the start of the last one.
     places = [i for i, u in enumerate(layout.units) if not u.resident] or [0]
     edges = sum(compute[: places[0] + 1]) + sum(compute[places[-1] :])
-    up, back = (
-        copy_s(streamed) - copy_s(at_turn),
-        sum(u.grad_bytes for u in streamed) / (machine.gb_s * GB),
+    forward = _phase(
+        sum(compute),
+        copy_s(streamed) - copy_s(at_start),
+        edges,
+        fill=copy_s(streamed[:1]) if full else 0.0,
+        count=work.micro_steps,
     )
-    forward_link = copy_s(streamed) - copy_s(at_start)
-    backward_link = max(up, back, (up + back) / DUPLEX)
-    fill = copy_s(streamed[:1]) if full else 0.0
-    return (
-        _phase(sum(compute), forward_link, edges, fill=fill, count=work.micro_steps),
-        _phase(
-            passes * sum(compute), backward_link, passes * edges, fill=0.0, count=work.micro_steps
-        ),
+    # Backward computes input gradients, weight gradients of a full finetune, and recomputation.
+    passes = 1 + int(full) + int(work.checkpointing)
+    to_device = copy_s(streamed) - copy_s(at_turn)
+    to_host = sum(u.grad_bytes for u in streamed) / (machine.gb_s * GB)
+    backward = _phase(
+        passes * sum(compute),
+        max(to_device, to_host, (to_device + to_host) / DUPLEX),
+        passes * edges,
+        fill=0.0,
+        count=work.micro_steps,
     )
+    return forward, backward
 
 
-def _in_ring(
+def _compute_s(layout: Layout, work: Workload, machine: Machine) -> list[float]:
+    """Forward time of each unit: ``t_c`` of the formulas above."""
+    attention = 4 * work.tokens * (work.sequence or work.tokens) * layout.width
+    flops = machine.tflops * 1e12
+    return [(2 * u.numel * work.tokens + attention) / flops for u in layout.units]
+
+
+def _already_in_ring(
     streamed: Sequence[UnitInfo], slots: int, stepped: int
 ) -> tuple[Sequence[UnitInfo], Sequence[UnitInfo]]:
-    """Units that need no fetch: at the start of forward (none where trained weights went back), and
-    of backward.
-    """
-    return () if stepped else streamed[:slots], streamed[len(streamed) - slots :]
+    """Units that need no fetch: when a forward begins, and when its backward begins."""
+    # A backward ends with the first units in the ring. A full finetune drops them, because the
+    # optimizer is about to change their masters.
+    at_start = () if stepped else streamed[:slots]
+    at_turn = streamed[len(streamed) - slots :]
+    return at_start, at_turn
 
 
 def _phase(compute: float, link: float, edges: float, *, fill: float, count: int) -> Phase:
-    """Overlap one pass.
+    """Lower bound of one pass when copies overlap compute, times ``count`` passes.
 
-    The ring is full at a turn: the link waits for the first streamed unit to end, the last one for
-    it.
-
-    ``edges`` is the compute up to the end of the first and from the start of the last. With
-    ``fill`` the ring starts empty, and compute waits for the first copy instead.
+    At its start every slot is taken, so the first copy can begin only when the first streamed block
+    has finished; and the last block cannot begin before its copy has arrived. ``edges`` is the
+    compute of these two. With ``fill``, the time of one copy, the ring starts empty instead:
+    copies begin at once, and compute waits for the first.
     """
-    floor = max(compute + fill, link + (edges / 2 if fill else edges)) if link else compute
+    floor = compute
+    if link:
+        # With an empty ring one of the two edges is left: the last block's.
+        alone = edges / 2 if fill else edges
+        floor = max(compute + fill, link + alone)
     return Phase(
         compute_s=compute * count,
         transfer_s=link * count,
         floor_s=floor * count,
         hidden=floor <= compute + fill,
     )
-
-
-def _time(seconds: float) -> str:
-    return f"{seconds:.2f} s" if seconds >= 1 else f"{seconds * 1e3:.3g} ms"

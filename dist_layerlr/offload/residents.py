@@ -1,4 +1,4 @@
-"""What stays on the device: moved there in place, and back, with gradients and optimizer state."""
+"""Tensors that stay on the device: moved there in place, and back, with gradients and state."""
 
 from __future__ import annotations
 
@@ -15,11 +15,12 @@ class Residents:
     def __init__(self, device: torch.device, optimizer: Optimizer | None):
         self._device, self._optimizer = device, optimizer
         self._homes: dict[int, tuple[str, Tensor, torch.device]] = {}
+        """{id: (name, tensor, first device)}. Holding the tensor keeps its id from being reused."""
 
     def adopt(self, model: nn.Module, streamed: set[int]) -> None:
-        """Move all parameters and buffers but ``streamed`` ones (by id).
+        """Move all parameters and buffers to the device, but not the streamed ones.
 
-        Those that were moved before stay.
+        May be called again: adapters that were added since are moved, too.
 
         Args:
             model: the whole model.
@@ -27,19 +28,17 @@ class Residents:
         """
         named: list[tuple[str, Tensor]] = [*model.named_parameters(), *model.named_buffers()]
         for name, tensor in named:
-            if (
-                id(tensor) not in streamed
-                and id(tensor) not in self._homes
-                and tensor.device != self._device
-            ):
+            # One that was moved before keeps its first home, wherever it is now.
+            known = id(tensor) in streamed or id(tensor) in self._homes
+            if not known and tensor.device != self._device:
                 self._homes[id(tensor)] = (name, tensor, tensor.device)
                 move(tensor, self._device, self._optimizer)
 
     def check(self) -> None:
-        """Find one that left the device.
+        """Refuse tensors that left the device.
 
         Raises:
-            OffloadError: naming it.
+            OffloadError: a tensor was moved; the message names it.
         """
         for name, tensor, _ in self._homes.values():
             if tensor.device != self._device:
@@ -49,7 +48,7 @@ class Residents:
                 )
 
     def release(self) -> None:
-        """Move everything back."""
+        """Move everything back to where it came from."""
         for _, tensor, home in self._homes.values():
             move(tensor, home, self._optimizer)
         self._homes.clear()
@@ -66,6 +65,7 @@ def move(
         optimizer: whose state follows, or None.
         value: the new data, if it is there already.
     """
+    # torch refuses data on another device than the gradient's, so the gradient is taken off first.
     gradient, tensor.grad = tensor.grad, None
     tensor.data = tensor.data.to(device) if value is None else value
     if gradient is not None:
@@ -82,5 +82,8 @@ def move(
 
 def _counts_on_device(optimizer: Optimizer | None, tensor: Tensor) -> bool:
     groups = optimizer.param_groups if optimizer is not None else []
-    mine = (g for g in groups if any(p is tensor for p in g["params"]))
-    return any(g.get("fused") or g.get("capturable") for g in mine)
+    for group in groups:
+        # By identity: ``in`` would compare values.
+        if any(param is tensor for param in group["params"]):
+            return bool(group.get("fused") or group.get("capturable"))
+    return False

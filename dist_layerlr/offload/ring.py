@@ -1,4 +1,4 @@
-"""Which unit is in which slot, and which goes next. A state machine without torch.
+"""Decide which unit is in which slot, and which goes next. A state machine without torch.
 
 Units are visited forward, then backward (the echo): 0 .. N-1, N-1 .. 0. The one whose next use on
 that path lies farthest ahead gives up its slot. The path only decides what is fast; any unit may be
@@ -19,13 +19,16 @@ class State(Enum):
     """
 
     HOST = "host"
+    """It holds no slot."""
     LOADING = "loading"
+    """It holds a slot, and its copy was asked for; compute was not made to wait for it yet."""
     READY = "ready"
+    """It holds a slot that compute may read."""
 
 
 @dataclass(frozen=True, slots=True)
 class Load:
-    """Copy a unit into a slot. Whatever held the slot has left it."""
+    """A copy to be made. Whatever held the slot has left it."""
 
     unit: int
     slot: int
@@ -40,6 +43,7 @@ class Ring:
 
     def __init__(self, *, units: int, slots: int, window: int):
         self._slot: dict[int, int] = {}
+        """{unit: slot} of the units that hold one."""
         self._state = [State.HOST] * units
         self._empty = list(range(slots))
         self._window = window
@@ -95,6 +99,8 @@ class Ring:
         for wanted in (unit, *ahead):
             if self._state[wanted] is State.HOST:
                 slot = self._make_room(unit, {unit, *ahead}, backward, busy)
+                # The unit itself comes before all others: it may take the slot of one that the
+                # window wants. Those that are fetched ahead take what is left, or wait.
                 if slot is None and wanted == unit:
                     slot = self._make_room(unit, {unit}, backward, busy)
                     if slot is None:
@@ -116,6 +122,7 @@ class Ring:
         self._empty.append(self._slot.pop(unit))
 
     def _ahead(self, unit: int, backward: bool) -> list[int]:
+        """The units that are fetched while this one is computed, nearest first."""
         place, step = self._place[unit], -1 if backward else 1
         places = (place + step * i for i in range(1, self._window + 1))
         return [self._order[p] for p in places if 0 <= p < len(self._order)]
@@ -130,6 +137,8 @@ class Ring:
     def _make_room(
         self, current: int, keep: Container[int], backward: bool, busy: Container[int]
     ) -> int | None:
+        """Find an empty slot, or empty one whose unit may leave; None: there is no such unit."""
+        # An empty slot is taken first: no unit loses a copy for it.
         if not self._empty:
             victims = [u for u in self._slot if u not in keep and u not in busy]
             if not victims:
@@ -139,6 +148,8 @@ class Ring:
 
     def _distance(self, current: int, unit: int, backward: bool) -> int:
         """Units visited until the next use of ``unit`` on the echo path."""
+        # One on the way is met directly. Any other is met after the turn: at the first unit in
+        # backward, at the last one in forward.
         here, there, last = self._place[current], self._place[unit], len(self._order) - 1
         if backward:
             return here - there if there < here else here + there

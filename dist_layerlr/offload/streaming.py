@@ -1,4 +1,4 @@
-"""``stream`` and what it returns."""
+"""``stream``, which makes a model streamed, and the handle that it returns."""
 
 from __future__ import annotations
 
@@ -13,29 +13,28 @@ import torch
 from torch import nn
 from torch.nn.modules.module import register_module_parameter_registration_hook
 from torch.optim import Optimizer
+from torch.utils.hooks import RemovableHandle
 
 from dist_layerlr.errors import OffloadError
+from dist_layerlr.offload.budget import check_pool, master_pool_bytes, resident_count, unit_info
 from dist_layerlr.offload.device import Backend, choose
 from dist_layerlr.offload.engine import Engine
-from dist_layerlr.offload.gradients import STAGING
+from dist_layerlr.offload.internals import ddp_ignored, set_ddp_ignored
 from dist_layerlr.offload.mapped import map_frozen
-from dist_layerlr.offload.masters import Piece, Unit, aligned, build, payload_bytes, slot_bytes
+from dist_layerlr.offload.masters import Master, Unit, aligned, build
 from dist_layerlr.offload.measure import predict_live
-from dist_layerlr.offload.policy import AUTO, FILE, StreamPolicy
-from dist_layerlr.offload.predict import Machine, Prediction, Workload, spread
+from dist_layerlr.offload.policy import FILE, StreamPolicy
+from dist_layerlr.offload.predict import spread
+from dist_layerlr.offload.prediction import Machine, Prediction, Workload
 from dist_layerlr.offload.residents import Residents, move
 from dist_layerlr.offload.ring import Ring
 from dist_layerlr.offload.stats import Stats, Traffic, UnitInfo
-from dist_layerlr.offload.transfer import MEBIBYTE, Fetcher, Slot
-from dist_layerlr.offload.units import Cut, cut
-from dist_layerlr.offload.validate import GroupWatch, check_cuts, check_model
+from dist_layerlr.offload.transfer import Fetcher, Slot
+from dist_layerlr.offload.units import UnitSpec, find_units
+from dist_layerlr.offload.validate import GroupWatch, check_model, check_units
 
-_DDP_IGNORED = "_ddp_params_and_buffers_to_ignore"
-_AUTO_SHARE = 0.5
-"""Part of the free device memory that ``resident_blocks='auto'`` fills; activations need the
-rest."""
 _STREAMED: weakref.WeakSet[nn.Module] = weakref.WeakSet()
-"""Modules of units that are streamed."""
+"""Modules of units that are streamed now, of all models; weak, so that a model can be dropped."""
 
 
 class Handle:
@@ -47,34 +46,42 @@ class Handle:
         policy: StreamPolicy,
         backend: Backend,
         optimizer: Optimizer | None,
-        cuts: list[Cut],
+        specs: list[UnitSpec],
     ):
         self.policy, self.device = policy, backend.device
         self._model, self._backend, self._optimizer = model, backend, optimizer
-        self._cuts = cuts
-        self._resident = frozenset(spread(_resident_count(cuts, policy, backend), len(cuts)))
+        self._specs = specs
+        self._resident = frozenset(spread(resident_count(specs, policy, backend), len(specs)))
         self._watch = None if optimizer is None else GroupWatch(optimizer)
         self._residents = Residents(backend.device, optimizer)
-        self._homes: list[tuple[Piece, torch.device]] = []
+        self._homes: list[tuple[Master, torch.device]] = []
+        """Every streamed parameter's master, and the device that the parameter came from."""
         self._engine: Engine | None = None
         self._undo: list[Callable[[], object]] = []
+        """What ``remove`` calls, last first."""
         self._reported = Traffic()
         self._claimed: list[nn.Module] = []
+        """The modules that this handle added to those that are streamed."""
         self._grown = False
         """Whether some module registered a parameter since the last forward."""
 
     @property
     def units(self) -> tuple[UnitInfo, ...]:
-        """All units, in forward order: as the names tell it, and as it was seen once a forward has
-        run.
-        """
-        infos = [
-            _info(c, self.policy, resident=i in self._resident) for i, c in enumerate(self._cuts)
-        ]
-        streamed = [u for u in infos if not u.resident]
-        order = self._engine.ring.order if self._engine is not None else range(len(streamed))
-        ordered = iter([streamed[i] for i in order])
-        return tuple(u if u.resident else next(ordered) for u in infos)
+        """All units in forward order: as the names tell it, then as the first forward showed it."""
+        infos: list[UnitInfo] = []
+        places: list[int] = []
+        for i, spec in enumerate(self._specs):
+            infos.append(unit_info(spec, self.policy, resident=i in self._resident))
+            if i not in self._resident:
+                places.append(i)
+        if self._engine is None:
+            return tuple(infos)
+        # The ring numbers streamed units only. They take each other's places in the order that it
+        # saw; resident units stay where their names put them.
+        ordered = list(infos)
+        for place, unit in zip(places, self._engine.copies.ring.order, strict=True):
+            ordered[place] = infos[places[unit]]
+        return tuple(ordered)
 
     def stats(self) -> Stats:
         """Read the counters.
@@ -82,16 +89,17 @@ class Handle:
         Raises:
             OffloadError: after ``remove``.
         """
-        engine = self._running()
+        engine = self._running_engine()
+        copies = engine.copies
         total = Traffic(
-            h2d_bytes=engine.fetcher.nbytes,
+            h2d_bytes=copies.fetcher.nbytes,
             d2h_bytes=engine.sink.nbytes,
-            fetches=engine.fetcher.fetches,
-            stalls=engine.stalls,
+            fetches=copies.fetcher.fetches,
+            stalls=copies.stalls,
         )
         recent, self._reported = total.since(self._reported), total
         return Stats(
-            total=total, recent=recent, resident_peak=engine.ring.peak, slots=engine.ring.slots
+            total=total, recent=recent, resident_peak=copies.ring.peak, slots=copies.ring.slots
         )
 
     def predict(
@@ -104,8 +112,7 @@ class Handle:
         dtype: torch.dtype | None = None,
         machine: Machine | None = None,
     ) -> Prediction:
-        """Predict time and memory of one optimizer step: hidden or exposed, and the floor of its
-        time.
+        """Predict one optimizer step: its memory, its least time, and whether copies are hidden.
 
         Args:
             tokens: of one microbatch.
@@ -131,7 +138,7 @@ class Handle:
 
     def streamed_names(self) -> tuple[str, ...]:
         """Names, as in ``model.named_parameters()``, of streamed parameters."""
-        return tuple(piece.name for piece, _ in self._homes)
+        return tuple(master.name for master, _ in self._homes)
 
     def exclude_from_ddp(self) -> None:
         """Make a later ``DistributedDataParallel(model)`` leave the streamed parameters alone.
@@ -139,9 +146,9 @@ class Handle:
         They are frozen and equal on all ranks, since each loaded them. Without this DDP would
         broadcast them at its start.
         """
-        before: list[str] | None = self._model.__dict__.get(_DDP_IGNORED)
-        self._undo.append(partial(_restore, self._model, before))
-        setattr(self._model, _DDP_IGNORED, sorted({*(before or ()), *self.streamed_names()}))
+        before = ddp_ignored(self._model)
+        self._undo.append(partial(set_ddp_ignored, self._model, before))
+        set_ddp_ignored(self._model, sorted({*(before or ()), *self.streamed_names()}))
 
     def check(self) -> None:
         """Compare the optimizer's groups with those at the start. Every forward does.
@@ -155,10 +162,10 @@ class Handle:
     def remove(self) -> None:
         """Give the model back as it was: plain tensors on their first devices, no hooks.
 
-        Idempotent.
-
-        Frozen weights that ``host_dtype`` stored in 8 bits come back rounded.
+        Frozen weights that ``host_dtype`` stored in 8 bits come back rounded. Idempotent.
         """
+        # The hooks go first, so that nothing that follows triggers a fetch. Then the engine ends
+        # copies and unlocks memory, and only then do parameters leave their masters.
         while self._undo:
             self._undo.pop()()
         try:
@@ -169,11 +176,13 @@ class Handle:
             self._restore_model()
 
     def _restore_model(self) -> None:
-        while self._homes:  # one at a time, so that memory is freed as it is copied
-            piece, home = self._homes.pop()
-            param = piece.weight.param
-            if param.data_ptr() == piece.host.data_ptr():  # else the user gave it other data
-                move(param, home, self._optimizer, piece.value().to(home))
+        # One at a time, so that memory is freed as it is copied.
+        while self._homes:
+            master, home = self._homes.pop()
+            param = master.weight.param
+            # A parameter that points elsewhere got other data from the user, which stays.
+            if param.data_ptr() == master.host.data_ptr():
+                move(param, home, self._optimizer, master.value().to(home))
         self._residents.release()
         for module in self._claimed:
             _STREAMED.discard(module)
@@ -194,35 +203,37 @@ class Handle:
         """Refuse copies."""
         raise OffloadError("A streamed model cannot be copied. Call handle.remove() first.")
 
-    def _running(self) -> Engine:
+    def _running_engine(self) -> Engine:
         if self._engine is None:
             raise OffloadError("This handle was removed. Stream the model again.")
         return self._engine
 
     def _start(self, files: str | Path | Iterable[str | Path] | None) -> None:
         """Do everything that changes the model; ``remove`` undoes it, also half done."""
-        cuts = [c for i, c in enumerate(self._cuts) if i not in self._resident]
-        mapped = map_frozen(cuts, files) if self.policy.host == FILE else None
+        specs = [spec for i, spec in enumerate(self._specs) if i not in self._resident]
+        mapped = map_frozen(specs, files) if self.policy.host == FILE else None
         units = []
-        for each in cuts:
-            _STREAMED.add(each.module)
-            self._claimed.append(each.module)
-            units.append(build(each, mapped, self.policy.host_dtype))
-            for piece in units[-1].pieces:
-                param = piece.weight.param
-                self._homes.append((piece, param.device))
-                move(param, torch.device("cpu"), self._optimizer, piece.host)
-        self._settle_rest()
+        # The blocks leave the device before anything else comes to it, one by one: both need not
+        # fit at the same time, and neither need two copies of the whole model fit on the host.
+        for spec in specs:
+            _STREAMED.add(spec.module)
+            self._claimed.append(spec.module)
+            units.append(build(spec, mapped, self.policy.host_dtype))
+            for master in units[-1].masters:
+                param = master.weight.param
+                self._homes.append((master, param.device))
+                move(param, torch.device("cpu"), self._optimizer, master.host)
+        self._move_residents()
         self._engine = self._make_engine(units)
         hooks = list(self._engine.hook(self._model, self._before_forward, self._after_forward))
-        # That list of hooks is global: it must not keep the model alive.
+        # torch keeps this hook in a global list, which must not keep the model alive.
         hooks.append(
             register_module_parameter_registration_hook(partial(_note_growth, weakref.ref(self)))
         )
-        for piece in (p for u in units for p in u.pieces if p.codes is not None):
-            owner: Any = piece.weight.owner
-            hooks.append(owner.register_state_dict_post_hook(partial(_save_value, piece)))
-            hooks.append(owner.register_load_state_dict_pre_hook(partial(_refuse_load, piece)))
+        for unit in units:
+            for master in unit.masters:
+                if master.codes is not None:
+                    hooks.extend(_state_dict_hooks(master))
         self._undo.extend(hook.remove for hook in hooks)
 
     def _make_engine(self, units: list[Unit]) -> Engine:
@@ -232,33 +243,29 @@ class Handle:
         slots = []
         for _ in range(count):
             memory = self._backend.allocate(size)
-            slots.append(
-                Slot(memory, {dtype: memory.view(dtype) for dtype in dtypes}, self._backend.mark())
-            )
+            typed = {dtype: memory.view(dtype) for dtype in dtypes}
+            # Nobody used the slot yet, but its memory may have been used before it was allocated:
+            # the first copy into it waits for compute up to here.
+            slots.append(Slot(memory, typed, free=self._backend.mark()))
         ring = Ring(units=len(units), slots=count, window=self.policy.prefetch_window)
-        return Engine(
-            units,
-            ring,
-            slots,
-            Fetcher(self._backend, units, _master_pool(self.policy, self._cuts)),
-            self._backend,
-        )
+        fetcher = Fetcher(self._backend, units, master_pool_bytes(self.policy, self._specs))
+        return Engine(units, ring, slots, fetcher, self._backend)
 
     def _before_forward(self) -> None:
         if self._watch is not None:
             self._watch.begin()
         self._residents.check()
         if self._grown:
-            self._settle_rest()
+            self._move_residents()
 
     def _after_forward(self) -> None:
         if self._watch is not None:
             self._watch.end()
 
-    def _settle_rest(self) -> None:
-        """What is not streamed, adapters that came later included, lives on the device."""
+    def _move_residents(self) -> None:
+        """Move what is not streamed to the device, adapters that came later included."""
         self._grown = False
-        self._residents.adopt(self._model, {id(piece.weight.param) for piece, _ in self._homes})
+        self._residents.adopt(self._model, {id(master.weight.param) for master, _ in self._homes})
 
 
 def stream(
@@ -304,95 +311,49 @@ def stream_on(
 ) -> Handle:
     """``stream`` on a device that the caller brings."""
     check_model(model)
-    cuts = cut(model, policy)
-    check_cuts(model, cuts, _STREAMED)
-    _check_pool(policy, cuts)
-    handle = Handle(model, policy, backend, optimizer, cuts)
+    specs = find_units(model, policy)
+    check_units(model, specs, _STREAMED)
+    check_pool(policy, specs)
+    handle = Handle(model, policy, backend, optimizer, specs)
     try:
         handle._start(files)
     except BaseException:
+        # Half of the model may have moved; the caller gets it back as it was.
         handle.remove()
         raise
     return handle
 
 
-def _info(cut: Cut, policy: StreamPolicy, *, resident: bool) -> UnitInfo:
-    params = [w.param for w in cut.weights]
-    return UnitInfo(
-        name=cut.name,
-        numel=cut.numel,
-        streamed=0 if resident else sum(p.numel() for p in params),
-        host_bytes=payload_bytes(cut, policy.host_dtype),
-        device_bytes=slot_bytes(cut),
-        grad_bytes=sum(p.numel() * p.element_size() for p in params if p.requires_grad),
-        resident=resident,
-    )
-
-
-def _resident_count(cuts: list[Cut], policy: StreamPolicy, backend: Backend) -> int:
-    """Units that stay on the device; at least one is streamed."""
-    wanted = policy.resident_blocks
-    if wanted == AUTO:
-        free, size = backend.free_bytes(), max(slot_bytes(c) for c in cuts)
-        wanted = 0 if free is None else int(_AUTO_SHARE * free) // size - policy.slots
-    return max(0, min(int(wanted), len(cuts) - 1))
-
-
-def _grad_staging(cuts: list[Cut]) -> int:
-    trainable = (w.param for c in cuts for w in c.weights if w.param.requires_grad)
-    return STAGING * max((p.numel() * p.element_size() for p in trainable), default=0)
-
-
-def _master_pool(policy: StreamPolicy, cuts: list[Cut]) -> int | None:
-    """Bytes that may be pinned for masters or their staging; None: no limit."""
-    return (
-        None
-        if policy.pinned_pool_mb is None
-        else policy.pinned_pool_mb * MEBIBYTE - _grad_staging(cuts)
-    )
-
-
-def _check_pool(policy: StreamPolicy, cuts: list[Cut]) -> None:
-    pool = _master_pool(policy, cuts)
-    largest = max(cuts, key=lambda c: payload_bytes(c, policy.host_dtype))
-    needed = payload_bytes(largest, policy.host_dtype)
-    if pool is not None and pool < needed:
-        least = -(-(needed + _grad_staging(cuts)) // MEBIBYTE)
-        raise OffloadError(
-            f"Invalid pinned_pool_mb={policy.pinned_pool_mb}: smaller than what one unit"
-            f" ({largest.name}) passes through. Must be >= {least}."
-        )
-
-
 def _note_growth(
     handle: weakref.ref[Handle], module: nn.Module, name: str, param: nn.Parameter
 ) -> None:
+    # Of any module in the process: whether it lies in this model is found out at the next forward.
     live = handle()
     if live is not None:
         live._grown = True
 
 
-def _restore(model: nn.Module, ignored: list[str] | None) -> None:
-    if ignored is None:
-        delattr(model, _DDP_IGNORED)
-    else:
-        setattr(model, _DDP_IGNORED, ignored)
+def _state_dict_hooks(master: Master) -> Iterable[RemovableHandle]:
+    """Register what makes the state_dict of an encoded parameter's module tell the truth."""
+    owner: Any = master.weight.owner
+    yield owner.register_state_dict_post_hook(partial(_save_value, master))
+    yield owner.register_load_state_dict_pre_hook(partial(_refuse_load, master))
 
 
 def _save_value(
-    piece: Piece, module: nn.Module, state_dict: dict[str, Any], prefix: str, metadata: Any
+    master: Master, module: nn.Module, state_dict: dict[str, Any], prefix: str, metadata: Any
 ) -> None:
-    """An encoded parameter has no values on the host; its state is what the device sees."""
-    key = prefix + piece.weight.leaf
+    """Save what the device sees: an encoded parameter has no values on the host."""
+    key = prefix + master.weight.leaf
     if key in state_dict:
-        state_dict[key] = piece.value()
+        state_dict[key] = master.value()
 
 
 def _refuse_load(
-    piece: Piece, module: nn.Module, state_dict: dict[str, Any], prefix: str, *rest: Any
+    master: Master, module: nn.Module, state_dict: dict[str, Any], prefix: str, *rest: Any
 ) -> None:
-    if prefix + piece.weight.leaf in state_dict:
+    if prefix + master.weight.leaf in state_dict:
         raise OffloadError(
-            f"Parameter {piece.name} is stored in 8 bits (host_dtype): it cannot be loaded while it"
-            " is streamed. Call handle.remove() first."
+            f"Parameter {master.name} is stored in 8 bits (host_dtype): it cannot be loaded while"
+            " it is streamed. Call handle.remove() first."
         )

@@ -1,4 +1,6 @@
-"""Fetches: straight from pinned masters, or through pinned staging buffers that a worker thread
+"""Fetches: copies of a unit's payload into a slot.
+
+They start straight from pinned masters, or pass through pinned staging buffers that a worker thread
 fills.
 """
 
@@ -15,8 +17,8 @@ from torch import Tensor
 from dist_layerlr.offload.device import Backend, Event, host_buffer
 from dist_layerlr.offload.masters import Unit, aligned
 
-MEBIBYTE = 2**20
 MOST_STAGING = 3
+"""Staging buffers: one that is copied from, one that is filled, and one between them."""
 
 
 @dataclass(slots=True)
@@ -26,45 +28,47 @@ class Slot:
     memory: Tensor
     """Bytes."""
     typed: dict[torch.dtype, Tensor] = field(default_factory=dict)
-    """The same, by dtype."""
+    """The same memory as tensors of each dtype that the model's units have."""
     free: Event = None
-    """Behind the last use; None: not known yet. Point 2 of [Note: stream order]."""
+    """A point in the compute stream behind the last use of the slot; None: somebody still refers to
+    it. Point 2 of [Note: stream order]."""
 
 
 @dataclass(slots=True)
 class _Staging:
+    """A pinned buffer for one payload."""
+
     memory: Tensor
     sent: Event = None
-    """Behind the last copy out of it."""
+    """A point in the copy stream behind the last copy out of the buffer."""
 
 
 class Fetcher:
     """Copies units into slots."""
 
     def __init__(self, backend: Backend, units: list[Unit], pool_bytes: int | None):
-        """Pin the masters, or allocate staging where they do not fit ``pool_bytes`` or stand
-        alone.
-        """
+        """Pin the masters; allocate staging if they exceed ``pool_bytes`` or stand alone."""
         self._backend = backend
         self.fetches = self.nbytes = 0
         self._pinned: list[Tensor] = []
         self._worker: ThreadPoolExecutor | None = None
         self._idle: queue.SimpleQueue[_Staging] = queue.SimpleQueue()
         encoded = max((u.host_bytes for u in units if u.encoded), default=0)
+        # Encoded payloads land here and are expanded into the slot from here.
         self._payload = backend.allocate(aligned(encoded)) if encoded else None
         try:
-            self._lock(units, pool_bytes)
+            self._pin_masters_or_staging(units, pool_bytes)
         except BaseException:
+            # Memory that is locked already would stay locked.
             self.close()
             raise
 
-    def _lock(self, units: list[Unit], pool_bytes: int | None) -> None:
+    def _pin_masters_or_staging(self, units: list[Unit], pool_bytes: int | None) -> None:
         total = sum(u.host_bytes for u in units)
-        alone = any(u.arena is None for u in units)
-        if not alone and (pool_bytes is None or total <= pool_bytes):
-            for unit in units:
-                assert unit.arena is not None
-                self._pin(unit.arena)
+        arenas = [u.arena for u in units if u.arena is not None]
+        if len(arenas) == len(units) and (pool_bytes is None or total <= pool_bytes):
+            for arena in arenas:
+                self._pin(arena)
             return
         largest = max(u.host_bytes for u in units)
         count = MOST_STAGING if pool_bytes is None else min(MOST_STAGING, pool_bytes // largest)
@@ -72,6 +76,7 @@ class Fetcher:
             memory = host_buffer(largest)
             self._pin(memory)
             self._idle.put(_Staging(memory))
+        # One thread, so that copies start in the order in which they were asked for.
         self._worker = ThreadPoolExecutor(1, "offload-staging")
 
     def _pin(self, memory: Tensor) -> None:
@@ -80,13 +85,13 @@ class Fetcher:
 
     def fetch(self, unit: Unit, slot: Slot) -> Event:
         """Start the copy. The result is for ``wait``."""
-        after = (
-            self._backend.mark() if slot.free is None else slot.free
-        )  # point 2 of [Note: stream order]
+        # Point 2 of [Note: stream order]. While somebody referred to the slot no event was
+        # recorded. That use has been queued by now, so the event is recorded here.
+        after = self._backend.mark() if slot.free is None else slot.free
         self.fetches += 1
         self.nbytes += unit.host_bytes
         if self._worker is not None:
-            return self._worker.submit(self._staged, unit, slot, after)
+            return self._worker.submit(self._upload_staged, unit, slot, after)
         assert unit.arena is not None
         return self._upload(unit, slot, unit.arena, after)
 
@@ -95,37 +100,42 @@ class Fetcher:
 
         Returns whether it had to.
         """
+        # The host waits for the staging thread: until that has queued the copy there is no event.
         return self._backend.wait(ready.result() if isinstance(ready, Future) else ready)
 
     def close(self) -> None:
         """Finish all copies and unlock the memory."""
         if self._worker is not None:
             self._worker.shutdown()
+        # The device may still read the memory that is unlocked below.
         self._backend.synchronize()
         for memory in self._pinned:
             self._backend.unpin(memory)
         self._pinned, self._payload = [], None
 
-    def _staged(self, unit: Unit, slot: Slot, after: Event) -> Event:
-        """On the worker's thread, one at a time, so that copies keep their order."""
+    def _upload_staged(self, unit: Unit, slot: Slot, after: Event) -> Event:
+        """Copy through a staging buffer. Runs on the worker's thread, one copy at a time."""
         staging = self._idle.get()
         try:
+            # The copy engine reads the buffer until then; the host must not write to it before.
             if staging.sent is not None:
                 self._backend.finish(staging.sent)
             staging.sent = self._upload(unit, slot, unit.fill(staging.memory), after)
             return staging.sent
         finally:
+            # Also after an error: a buffer that is lost makes the next fetch wait for ever.
             self._idle.put(staging)
 
     def _upload(self, unit: Unit, slot: Slot, source: Tensor, after: Event) -> Event:
         if not unit.encoded:
             return self._backend.upload(slot.memory[: unit.host_bytes], source, after, None)
         assert self._payload is not None
+        # One buffer is enough: the next copy into it lies behind this expansion in the copy stream.
         payload = self._payload[: unit.host_bytes]
         return self._backend.upload(payload, source, after, partial(_expand, unit, payload, slot))
 
 
 def _expand(unit: Unit, payload: Tensor, slot: Slot) -> None:
-    """One buffer is enough: the next copy into it is behind this in the copy stream."""
-    for piece in unit.pieces:
-        piece.expand(payload, piece.on(slot.typed[piece.dtype]))
+    """Decode a payload into the slot. Runs in the copy stream, behind the copy."""
+    for master in unit.masters:
+        master.expand(payload, master.view_in(slot.typed[master.dtype]))

@@ -1,4 +1,4 @@
-"""What a model is cut into: blocks of its stacks, or single modules with large weights."""
+"""Find the units of a model: the blocks of its stacks, or single modules with large weights."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from dist_layerlr.errors import OffloadError
+from dist_layerlr.offload.internals import wraps_checkpoint
 from dist_layerlr.offload.policy import AUTO, BLOCK, StreamPolicy
 from dist_layerlr.plan.names import canonical_name, parse
 from dist_layerlr.plan.stacks import Location, StackMap
@@ -17,68 +18,80 @@ _ZERO = (
     "shard with ZeRO's own 'offload_param' instead (zero_optimization.offload_param in ds_config)"
 )
 _FSDP = "use fully_shard(..., offload_policy=CPUOffloadPolicy()) with its prefetch settings instead"
-_CHECKPOINT_WRAPPER = "_checkpoint_wrapped_module"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Weight:
-    """A streamed parameter and where it hangs."""
+class Streamed:
+    """A streamed parameter and the module attribute that holds it."""
 
     name: str
     """As in ``model.named_parameters()``."""
     owner: nn.Module
+    """The module that registered the parameter."""
     leaf: str
+    """Its attribute in ``owner``."""
     param: nn.Parameter
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Cut:
-    """A module whose large weights come and go together."""
+class UnitSpec:
+    """A module whose large weights are copied to the device together."""
 
     name: str
+    """Dotted path of the module."""
     module: nn.Module
-    weights: tuple[Weight, ...]
-    """What is streamed."""
+    weights: tuple[Streamed, ...]
+    """The parameters that are streamed."""
     numel: int
-    """Elements of all its parameters."""
+    """Elements of all parameters of the module, those that stay on the device included."""
+
+    @property
+    def trainable(self) -> tuple[Streamed, ...]:
+        """The streamed parameters that require a gradient."""
+        return tuple(w for w in self.weights if w.param.requires_grad)
 
 
-def cut(model: nn.Module, policy: StreamPolicy) -> list[Cut]:
+def find_units(model: nn.Module, policy: StreamPolicy) -> list[UnitSpec]:
     """Find the units of a model, in the order of its forward pass as far as names tell it.
 
     Raises:
-        OffloadError: none found, or a parameter that cannot be streamed; nothing was changed.
+        OffloadError: no unit was found, or a parameter cannot be streamed; nothing was changed.
     """
     found = dict(_blocks(model) if policy.mode == BLOCK else _layers(model, policy))
     if not found:
-        raise OffloadError(
-            f"No {policy.mode}s to stream in {type(model).__name__}: "
-            + (
-                "it has no stack of blocks (see dist-layerlr plan). Use mode='layer'."
-                if policy.mode == BLOCK
-                else (
-                    f"no module owns a parameter of min_numel={policy.min_numel} elements or more."
-                    " Lower min_numel."
-                )
-            )
-        )
+        raise OffloadError(_no_modules(model, policy))
     names = {id(p): name for name, p in model.named_parameters()}
-    cuts = [_cut(model, path, module, policy, names) for path, module in found.items()]
-    cuts = [c for c in cuts if c.weights]
-    if not cuts:
+    specs: list[UnitSpec] = []
+    for path, module in found.items():
+        spec = _unit_spec(path, module, policy, names)
+        if spec.weights:
+            specs.append(spec)
+    if not specs:
         raise OffloadError(
             f"Nothing to stream in the {len(found)} {policy.mode}s of {type(model).__name__}: no"
             f" parameter that may be streamed has min_numel={policy.min_numel} elements or more."
             " Lower min_numel."
         )
-    _refuse_tied(model, cuts)
-    for weight in (w for c in cuts for w in c.weights):
-        _refuse_kind(weight)
-    return cuts
+    _refuse_tied(model, specs)
+    for spec in specs:
+        for weight in spec.weights:
+            _refuse_kind(weight)
+    return specs
+
+
+def _no_modules(model: nn.Module, policy: StreamPolicy) -> str:
+    """Say why no module of this model can be a unit, and which setting to change."""
+    missing = f"No {policy.mode}s to stream in {type(model).__name__}: "
+    if policy.mode == BLOCK:
+        return missing + "it has no stack of blocks (see dist-layerlr plan). Use mode='layer'."
+    return missing + (
+        f"no module owns a parameter of min_numel={policy.min_numel} elements or more."
+        " Lower min_numel."
+    )
 
 
 def _blocks(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """Blocks of the stacks that the plan knows, trunk first to last."""
+    """Yield the blocks of the stacks that the plan knows, from the trunk's first to its last."""
     paths = [parse(canonical_name(name)) for name, _ in model.named_parameters()]
     stacks = StackMap(paths)
     places: dict[tuple[str, ...], Location] = {}
@@ -88,42 +101,38 @@ def _blocks(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
             places.setdefault(path.owner[: place.depth], place)
     modules: dict[tuple[str, ...], tuple[str, nn.Module]] = {}
     for name, module in model.named_modules():
+        # canonical_name takes names of parameters; ".x" makes one of a module's path.
         owner = parse(canonical_name(f"{name}.x" if name else "x")).owner
-        # A checkpoint wrapper does not run again in recomputation, what it wraps does.
-        if owner in places and not hasattr(module, _CHECKPOINT_WRAPPER):
+        # Recomputation runs the wrapped module again, but not the checkpoint wrapper around it,
+        # so hooks on the wrapper would miss recomputation. Both have one canonical name.
+        if owner in places and not wraps_checkpoint(module):
             modules.setdefault(owner, (name, module))
-    order = sorted(
-        places,
-        key=lambda owner: (
-            places[owner].auxiliary,
-            _parent(owner, places),
-            places[owner].trunk_block,
-        ),
-    )
-    yield from (modules[owner] for owner in order if owner in modules)
+    # Trunks come in the order in which the model names them.
+    trunks = [owner[:-2] for owner in places]
 
+    def forward_order(owner: tuple[str, ...]) -> tuple[bool, int, int]:
+        place = places[owner]
+        return place.auxiliary, trunks.index(owner[:-2]), place.trunk_block
 
-def _parent(owner: tuple[str, ...], places: dict[tuple[str, ...], Location]) -> int:
-    """Trunks in the order in which the model names them."""
-    trunk = [o[:-2] for o in places]
-    return trunk.index(owner[:-2])
+    for owner in sorted(places, key=forward_order):
+        if owner in modules:
+            yield modules[owner]
 
 
 def _layers(model: nn.Module, policy: StreamPolicy) -> Iterator[tuple[str, nn.Module]]:
-    """Outermost modules that own a large parameter themselves; what lies below goes with them."""
-    taken: set[str] = set()
+    """Yield the outermost modules that own a large parameter; modules below go with them."""
+    taken: list[str] = []
     for name, module in model.named_modules():
-        if any(name.startswith(f"{t}.") for t in taken):
+        # str.startswith takes a tuple; the dot keeps "blocks.1" from taking "blocks.10".
+        if name.startswith(tuple(taken)):
             continue
-        if any(
-            _streams(f"{name}.{leaf}", p, policy)
-            for leaf, p in module.named_parameters(recurse=False)
-        ):
-            taken.add(name)
+        owned = module.named_parameters(recurse=False)
+        if any(_is_streamed(f"{name}.{leaf}", p, policy) for leaf, p in owned):
+            taken.append(f"{name}.")
             yield name, module
 
 
-def _streams(name: str, param: nn.Parameter, policy: StreamPolicy) -> bool:
+def _is_streamed(name: str, param: nn.Parameter, policy: StreamPolicy) -> bool:
     if param.numel() < policy.min_numel:
         return False
     if not param.requires_grad:
@@ -133,26 +142,31 @@ def _streams(name: str, param: nn.Parameter, policy: StreamPolicy) -> bool:
     return bool(policy.stream_trainable)
 
 
-def _cut(
-    model: nn.Module, path: str, module: nn.Module, policy: StreamPolicy, names: dict[int, str]
-) -> Cut:
-    weights: dict[int, Weight] = {}
+def _unit_spec(
+    path: str, module: nn.Module, policy: StreamPolicy, names: dict[int, str]
+) -> UnitSpec:
+    # The key is the parameter's identity: one that is tied inside the unit is streamed once.
+    weights: dict[int, Streamed] = {}
     for prefix, owner in module.named_modules():
         for leaf, param in owner.named_parameters(recurse=False):
             name = ".".join(part for part in (path, prefix, leaf) if part)
-            if _streams(name, param, policy):
-                weights.setdefault(
-                    id(param), Weight(name=names[id(param)], owner=owner, leaf=leaf, param=param)
+            if _is_streamed(name, param, policy) and id(param) not in weights:
+                weights[id(param)] = Streamed(
+                    name=names[id(param)], owner=owner, leaf=leaf, param=param
                 )
     numel = sum(p.numel() for p in module.parameters())
-    return Cut(name=path, module=module, weights=tuple(weights.values()), numel=numel)
+    return UnitSpec(name=path, module=module, weights=tuple(weights.values()), numel=numel)
 
 
-def _refuse_tied(model: nn.Module, cuts: list[Cut]) -> None:
+def _refuse_tied(model: nn.Module, specs: list[UnitSpec]) -> None:
+    """Refuse a streamed parameter that a module outside its unit registers, too.
+
+    That module would run while the parameter is on the host.
+    """
     places: dict[int, list[str]] = {}
     for name, param in model.named_parameters(remove_duplicate=False):
         places.setdefault(id(param), []).append(name)
-    for unit in cuts:
+    for unit in specs:
         below = {id(m) for m in unit.module.modules()}
         for weight in unit.weights:
             for other in places[id(weight.param)]:
@@ -165,8 +179,8 @@ def _refuse_tied(model: nn.Module, cuts: list[Cut]) -> None:
                     )
 
 
-def _refuse_kind(weight: Weight) -> None:
-    """Only plain tensors with values of their own can be repointed."""
+def _refuse_kind(weight: Streamed) -> None:
+    """Refuse a parameter that is not a plain tensor: ``.data`` can be repointed on those only."""
     param, kind = weight.param, type(weight.param.data).__name__
     if hasattr(param, "ds_id"):
         raise OffloadError(f"Parameter {weight.name} is partitioned by DeepSpeed ZeRO-3: {_ZERO}.")

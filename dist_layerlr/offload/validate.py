@@ -1,17 +1,23 @@
-"""What must not change under a running stream, and what must not be there when it starts."""
+"""Refuse what a model must not have when streaming starts, and what must not change meanwhile."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from itertools import zip_longest
 
 import torch
-import torch.distributed as dist
 from torch import nn
 from torch.optim import Optimizer
 
 from dist_layerlr.errors import OffloadError
-from dist_layerlr.offload.internals import accumulate_hooks, in_live_graph
-from dist_layerlr.offload.units import Cut
+from dist_layerlr.offload.internals import (
+    accumulate_hooks,
+    call_is_compiled,
+    in_live_graph,
+    wraps_compiled,
+)
+from dist_layerlr.offload.units import UnitSpec
+from dist_layerlr.ranks import world_size
 
 _FSDP = "use fully_shard(..., offload_policy=CPUOffloadPolicy())"
 _WRAPPERS = {
@@ -26,8 +32,9 @@ _WRAPPERS = {
 
 
 class GroupWatch:
-    """An optimizer's groups: the same parameters in the same groups, and rates that only the user
-    changes.
+    """Watches an optimizer's groups while its model is streamed.
+
+    The same parameters must stay in the same groups, and only the user may change learning rates.
     """
 
     def __init__(self, optimizer: Optimizer):
@@ -36,7 +43,7 @@ class GroupWatch:
         self._rates = self._read_rates()
 
     def begin(self) -> None:
-        """Start of a forward: compare members with the start of streaming, note the rates.
+        """A forward begins: compare the members with those at the start, and note the rates.
 
         Raises:
             OffloadError: as ``check``.
@@ -45,7 +52,7 @@ class GroupWatch:
         self._rates = self._read_rates()
 
     def end(self) -> None:
-        """End of a forward, during which nobody steps or schedules.
+        """A forward ends: nobody may have stepped or scheduled during it.
 
         Raises:
             OffloadError: a group changed meanwhile.
@@ -58,27 +65,25 @@ class GroupWatch:
             )
 
     def check(self) -> None:
-        """Compare with the start.
+        """Compare the members with those at the start of streaming.
 
         Raises:
             OffloadError: parameters were added, removed, replaced or regrouped.
         """
-        members = self._read()
-        if members != self._members:
-            index = next(
-                (i for i, (a, b) in enumerate(zip(members, self._members, strict=False)) if a != b),
-                len(members),
-            )
-            raise OffloadError(
-                f"Parameter group {index} of the optimizer changed since stream(): its tensors are"
-                " not the same objects. Call handle.remove(), change the optimizer, and stream"
-                " again."
-            )
+        # zip_longest, because a group that was added or removed differs from nothing.
+        for index, (now, before) in enumerate(zip_longest(self._read(), self._members)):
+            if now != before:
+                raise OffloadError(
+                    f"Parameter group {index} of the optimizer changed since stream(): its tensors"
+                    " are not the same objects. Call handle.remove(), change the optimizer, and"
+                    " stream again."
+                )
 
     def _read_rates(self) -> list[object]:
         return [group.get("lr") for group in self._optimizer.param_groups]
 
     def _read(self) -> list[list[int]]:
+        # Identities, because the parameters must be the same objects; values may change.
         return [[id(p) for p in group["params"]] for group in self._optimizer.param_groups]
 
 
@@ -89,19 +94,23 @@ def check_model(model: nn.Module) -> None:
         OffloadError: naming what to do instead.
     """
     for name, module in model.named_modules():
+        # By name, so that none of the libraries is imported; over the bases, because FSDP2 makes a
+        # class of its own of each wrapped one.
         for kind in type(module).__mro__:
             if kind.__name__ in _WRAPPERS:
                 where = f"Module {name!r}" if name else "The model"
                 raise OffloadError(f"{where} is a {kind.__name__}: {_WRAPPERS[kind.__name__]}.")
 
 
-def check_cuts(model: nn.Module, cuts: Iterable[Cut], streamed: Iterable[nn.Module]) -> None:
-    """Refuse units that are streamed already, that a live graph holds, or that are compiled with
-    their hooks.
+def check_units(model: nn.Module, specs: Sequence[UnitSpec], streamed: Iterable[nn.Module]) -> None:
+    """Refuse units that cannot be streamed in the state that the model is in.
+
+    Such units are streamed already, held by a live graph, compiled together with their hooks,
+    stepped during backward, or reduced over several ranks.
 
     Args:
         model: the whole model.
-        cuts: its units.
+        specs: its units.
         streamed: modules of handles that are not removed.
 
     Raises:
@@ -112,27 +121,28 @@ def check_cuts(model: nn.Module, cuts: Iterable[Cut], streamed: Iterable[nn.Modu
         raise OffloadError(
             f"{type(model).__name__} is streamed already. Call remove() on its handle first."
         )
-    for cut in cuts:
-        _refuse_compiled(model, cut)
-        _refuse_steps_in_backward(cut)
+    for spec in specs:
+        _refuse_compiled(model, spec)
+        _refuse_steps_in_backward(spec)
+    # A graph that is alive would accumulate on the device that the parameter had when it was built.
     for name, param in model.named_parameters():
         if in_live_graph(param):
             raise OffloadError(
                 f"Parameter {name} is held by a live autograd graph (or a gradient reducer). "
                 "Stream the model before its first forward, or after backward() and del loss."
             )
-    ranks = dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
-    trainable = [w.name for cut in cuts for w in cut.weights if w.param.requires_grad]
-    if ranks > 1 and trainable:
+    ranks = world_size()
+    trainable = next((spec.trainable[0] for spec in specs if spec.trainable), None)
+    if ranks > 1 and trainable is not None:
         raise OffloadError(
-            f"Parameter {trainable[0]} is trainable and streamed on {ranks} ranks: DDP cannot"
+            f"Parameter {trainable.name} is trainable and streamed on {ranks} ranks: DDP cannot"
             f" reduce its gradient. Set stream_trainable=False, or {_FSDP}."
         )
 
 
-def _refuse_steps_in_backward(cut: Cut) -> None:
-    for weight in cut.weights:
-        if weight.param.requires_grad and accumulate_hooks(weight.param):
+def _refuse_steps_in_backward(spec: UnitSpec) -> None:
+    for weight in spec.trainable:
+        if accumulate_hooks(weight.param):
             raise OffloadError(
                 f"Parameter {weight.name} has a post-accumulate-grad hook, as optimizers that step"
                 " during backward do: its gradient would be on its way to the host. Step after"
@@ -140,29 +150,38 @@ def _refuse_steps_in_backward(cut: Cut) -> None:
             )
 
 
-def _refuse_compiled(model: nn.Module, cut: Cut) -> None:
-    """Hooks must run outside the compiled code: compiling ``forward`` does that, compiling the call
-    does not.
+def _refuse_compiled(model: nn.Module, spec: UnitSpec) -> None:
+    """Refuse a unit whose call, or that of a module above it, is compiled.
+
+    Hooks must run outside the compiled code: with a compiled ``forward`` they do, with a compiled
+    call they do not.
     """
-    segments = cut.name.split(".") if cut.name else []
-    paths = [".".join(segments[:i]) for i in range(len(segments) + 1)]
-    above = [(path, model.get_submodule(path)) for path in paths]
-    for path, module in above:
-        wraps = module is not cut.module and hasattr(module, "_orig_mod")
-        if wraps or getattr(module, "_compiled_call_impl", None) is not None:
+    segments = spec.name.split(".") if spec.name else []
+    for depth in range(len(segments) + 1):
+        path = ".".join(segments[:depth])  # from the model itself ("") down to the unit
+        module = model.get_submodule(path)
+        # A unit that torch.compile returned is called with its hooks outside the compiled module.
+        wraps = module is not spec.module and wraps_compiled(module)
+        if wraps or call_is_compiled(module):
             raise OffloadError(
                 f"Module {path or type(module).__name__!r} is compiled together with its hooks,"
-                f" where unit {cut.name!r} cannot be fetched. Compile the forward of each block:"
+                f" where unit {spec.name!r} cannot be fetched. Compile the forward of each block:"
                 " block.forward = torch.compile(block.forward)."
             )
 
 
 def check_autocast(device_type: str, name: str, dtypes: Iterable[torch.dtype]) -> None:
-    """Autocast's cache would keep the cast of every streamed trainable weight on the device until
-    the region ends.
+    """Refuse autocast with its cache on for a unit with float32 weights that train.
+
+    Autocast caches the cast of every such weight, on the device, until the region ends.
+
+    Args:
+        device_type: of the device that computes.
+        name: of the unit.
+        dtypes: of its streamed trainable weights.
 
     Raises:
-        OffloadError: in such a region.
+        OffloadError: the forward runs in such a region.
     """
     if not torch.is_autocast_enabled(device_type) or not torch.is_autocast_cache_enabled():
         return

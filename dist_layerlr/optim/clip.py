@@ -28,29 +28,34 @@ def clip_grad_norm(model: nn.Module, max_norm: float) -> float:
     Raises:
         ConfigError: the model is a DeepSpeed engine, which clips inside its step.
     """
-    layout = sharder_of(model).layout
+    sharder = sharder_of(model)
+    layout = sharder.layout
     if layout.engine_steps:
         raise ConfigError(
             "Invalid clip_grad_norm on a DeepSpeed engine: set 'gradient_clipping' in its config"
             " instead."
         )
     if layout.name in ("fsdp1", "fsdp1_flat"):
+        # Ranks hold different elements of a flat shard: only FSDP1's own method sums over them.
         return float(model.clip_grad_norm_(max_norm))  # type: ignore[operator]
+    # Gradients are on the sharded parameters, which the model shows only when no unit is gathered.
+    sharder.reshard()
     return _clip([p for p in model.parameters() if p.grad is not None], max_norm)
 
 
 def _clip(params: list[nn.Parameter], max_norm: float) -> float:
-    """One norm over tensors and DTensors of several meshes, which no single torch call takes
-    together.
+    """Clip by one norm over tensors and DTensors of several meshes.
+
+    No single torch call takes them together: each mesh gives its own norm, whose square adds up.
     """
     meshes: dict[Any, list[nn.Parameter]] = {}
     for param in params:
-        meshes.setdefault(param.device_mesh if isinstance(param, DTensor) else None, []).append(
-            param
-        )
+        mesh = param.device_mesh if isinstance(param, DTensor) else None
+        meshes.setdefault(mesh, []).append(param)
     norms = []
     for members in meshes.values():
         norm = torch.nn.utils.get_total_norm([_gradient(p) for p in members])
+        # full_tensor sums over the mesh's ranks; a plain tensor is whole on every rank already.
         norms.append(norm.full_tensor() if isinstance(norm, DTensor) else norm)
     if not norms:
         return 0.0

@@ -1,5 +1,4 @@
-"""Adam at many rates for the price of one: torch's fused kernel, without the optimizer's
-bookkeeping around it.
+"""Adam at many rates for the price of one: torch's fused kernel, called directly.
 
 The kernel takes one rate a call, so each group makes one call. ``torch.optim.AdamW(fused=True)``
 spends about 20 us of Python on a group and 2 us on a tensor besides; at 1,000 rates that is more
@@ -26,28 +25,35 @@ Call = tuple[dict[str, Any], list[Tensor], list[Tensor], list[Tensor], list[Tens
 
 
 def handles(optimizer: Optimizer) -> bool:
-    """Whether ``step`` may call the kernel. Then several tensors may share one step counter."""
-    return type(optimizer) in (Adam, AdamW) and all(
-        group.get(key) is value
-        for group in optimizer.param_groups
-        for key, value in _EXACTLY.items()
-    )
+    """Whether ``step`` may call the kernel. Then several tensors may share one step counter.
+
+    A subclass may do more than its parent in ``step``: only the two classes themselves qualify.
+    """
+    if type(optimizer) not in (Adam, AdamW):
+        return False
+    return all(_EXACTLY.items() <= group.items() for group in optimizer.param_groups)
 
 
 def step(optimizer: Optimizer) -> None:
-    """Do what ``optimizer.step()`` does, for one that is handled: by one kernel call per group if
-    state exists.
+    """Do what ``optimizer.step()`` does, for one that is handled, in one kernel call per group.
+
+    Without state (the first step), or for tensors of several kinds, the optimizer itself steps.
     """
-    calls = [_gather(optimizer, group) for group in optimizer.param_groups]
-    if None in calls:
-        _unshare_counters(optimizer)
-        optimizer.step()
-        return
-    ready = [call for call in calls if call is not None and call[1]]
-    counters = {id(counter): counter for call in ready for counter in call[5]}
+    calls = []
+    for group in optimizer.param_groups:
+        call = _gather(optimizer, group)
+        if call is None:
+            # Torch counts up the counter of each tensor, so a shared one would count several times.
+            _unshare_counters(optimizer)
+            optimizer.step()
+            return
+        if call[1]:
+            calls.append(call)
+    # The kernel reads counters and leaves them as they are; a shared one is counted up once.
+    counters = {id(counter): counter for call in calls for counter in call[5]}
     if counters:
         torch._foreach_add_(list(counters.values()), 1)
-    for group, params, gradients, first, second, steps in ready:
+    for group, params, gradients, first, second, steps in calls:
         beta1, beta2 = group["betas"]
         decoupled = group.get("decoupled_weight_decay", type(optimizer) is AdamW)
         kernel: Any = torch._fused_adamw_ if decoupled else torch._fused_adam_

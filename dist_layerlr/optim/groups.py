@@ -14,9 +14,11 @@ from dist_layerlr.sharders.base import ParamGroup
 from dist_layerlr.sharders.model import live_parameters
 
 LR = "lr"
-INITIAL_LR = "initial_lr"  # checkpointed by torch; re-applied from the plan after every load
+# Torch saves it with the groups; a loaded one may be another plan's, hence ``reapply``.
+INITIAL_LR = "initial_lr"
 WEIGHT_DECAY = "weight_decay"
-NAME = "name"  # unique per group; never used to match groups on load
+# Unique per group, for people and logs. Groups are never matched by it: a plan may merge others.
+NAME = "name"
 
 
 def param_groups(plan: Plan, model: nn.Module) -> list[ParamGroup]:
@@ -47,14 +49,15 @@ def build_groups(plan: Plan, live: Mapping[str, Tensor]) -> list[ParamGroup]:
 
 
 def split_by_mesh(group: ParamGroup) -> list[ParamGroup]:
-    """One group per device mesh: foreach and fused calls cannot mix DTensors of two meshes, or
-    DTensors and tensors.
+    """One group per device mesh, all with the same settings.
+
+    A foreach or fused call cannot mix DTensors of two meshes, or DTensors and plain tensors.
     """
     parts: dict[Any, list[Tensor]] = {}
     for param in group["params"]:
-        parts.setdefault(param.device_mesh if isinstance(param, DTensor) else None, []).append(
-            param
-        )
+        mesh = param.device_mesh if isinstance(param, DTensor) else None
+        parts.setdefault(mesh, []).append(param)
+    # The first part keeps the plan's name; a name must stay unique for torch's state_dict.
     names = [group[NAME]] + [f"{group[NAME]}@{i}" for i in range(1, len(parts))]
     return [
         {**group, "params": params, NAME: name}

@@ -1,6 +1,4 @@
-"""Read the live optimizer: which name is stepped by which group, at which rate, with which
-state.
-"""
+"""Read the live optimizer: which group steps which name, at which rate, with which state."""
 
 from __future__ import annotations
 
@@ -58,9 +56,7 @@ def live_pieces(sharder: Sharder, optimizer: Any = None) -> Pieces:
 
 
 def read_back(model: nn.Module, optimizer: Any = None) -> dict[str, LiveParam]:
-    """{canonical name: lr, weight decay, local elements} of this rank, from the live optimizer and
-    shards.
-    """
+    """{canonical name: lr, weight decay, local elements} of this rank, read from live groups."""
     return live_params(live_pieces(sharder_of(model), optimizer))
 
 

@@ -1,6 +1,6 @@
-"""A schedule is a pure function step -> multiplier in [0, 1], the same for every parameter, counted
-in optimizer steps.
+"""A schedule: a pure function from the optimizer step to one multiplier in [0, 1].
 
+It is the same for every parameter and counts optimizer steps, never micro-steps or ranks.
 Multiplying every learning rate by one number keeps their ratios; the floor is a ratio too, never an
 absolute rate.
 """

@@ -154,8 +154,7 @@ class Segmented(Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> Any:
-        """Step the views of the tensors that have a gradient, at planned rate x the outer group's
-        multiplier.
+        """Step what has a gradient, each name at its planned rate x the outer group's multiplier.
 
         Raises:
             PlanMismatch: ``bind`` has not been called.

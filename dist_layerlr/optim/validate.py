@@ -1,6 +1,4 @@
-"""Refuse, before training, what would silently change the plan's learning rates: schedulers,
-ds_configs, optimizers.
-"""
+"""Refuse, before training, schedulers, ds_configs and optimizers that would change the plan."""
 
 from __future__ import annotations
 
@@ -146,8 +144,7 @@ def check_ds_config(config: Mapping[str, Any]) -> None:
 
 
 def check_optimizer(optimizer: Any, model: nn.Module | None = None) -> None:
-    """Refuse optimizers whose update does not work element by element, or that cannot hold several
-    rates.
+    """Refuse optimizers that do not work element by element, or cannot hold several rates.
 
     Args:
         optimizer: a torch optimizer.

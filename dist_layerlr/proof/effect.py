@@ -19,6 +19,7 @@ from dist_layerlr.optim.readback import factor_in_force, live_pieces
 from dist_layerlr.plan.entries import Plan
 from dist_layerlr.ranks import together
 from dist_layerlr.sharders import Piece, sharder_of
+from dist_layerlr.sharders.base import sample
 
 SAMPLES = 64
 """Elements looked at per piece: the check costs O(names), not O(elements)."""
@@ -56,17 +57,16 @@ def effect_check(
     before = live_pieces(sharder, optimizer)
     multiplier = factor_in_force(before) if factor is None else factor
     pieces = [p for p in before.pieces if p.numel]
-    weights = [_sample(p, p.owner).clone() for p in pieces]
+    weights = [_sample(p, p.owner) for p in pieces]
     observed: dict[str, float] = {}
     with _gradients(pieces, before.optimizer) as gradients:
         yield observed
     with together(plan.digest) as problems:
         here = {p.name for p in before.pieces}
-        problems += [
-            ("not stepped", f"{n}: not stepped by the optimizer")
-            for n in plan.entries
-            if n not in here
-        ]
+        for name in plan.entries:
+            if name not in here:
+                problems.append(("not stepped", f"{name}: not stepped by the optimizer"))
+        # The step may have replaced state entries: they are looked up anew, not remembered.
         stepped = sharder.pieces(optimizer).optimizer
         for piece, old in zip(pieces, weights, strict=True):
             direction = _direction(piece, stepped, old, gradients.get(id(piece)))
@@ -74,41 +74,37 @@ def effect_check(
             if direction is None or entry is None:
                 continue
             wanted = entry.lr * multiplier
-            rate, slack = _rate(old, _sample(piece, piece.owner), direction)
+            rate, slack = _rate(piece, old, direction)
             if slack > rate_scale(wanted):
-                continue  # rounding of the weights hides the update
+                continue  # Rounding of the weights hides the update.
             observed[piece.name] = rate
             if abs(rate - wanted) > TOLERANCE * wanted + slack:
-                problems.append(
-                    (
-                        "effect",
-                        f"{piece.name}: planned lr {wanted:.6g}, the step moved it at {rate:.6g}",
-                    )
-                )
+                text = f"{piece.name}: planned lr {wanted:.6g}, the step moved it at {rate:.6g}"
+                problems.append(("effect", text))
 
 
 @contextmanager
 def _gradients(pieces: list[Piece], optimizer: Any) -> Iterator[dict[int, Tensor]]:
-    """{id of a piece: gradient samples}, taken as the inner optimizer starts: sharders hand them
-    over only then.
+    """{id of a piece: gradient samples}, taken as the inner optimizer's step begins.
+
+    Earlier they are not there: DeepSpeed hands gradients to its flat partitions inside the step.
     """
     taken: dict[int, Tensor] = {}
+    if not isinstance(optimizer, torch.optim.Optimizer):
+        yield taken
+        return
 
     def take(*_: Any) -> None:
-        taken.update(
-            {id(p): _sample(p, p.owner.grad).clone() for p in pieces if p.owner.grad is not None}
-        )
+        for piece in pieces:
+            if piece.owner.grad is not None:
+                # A copy: the optimizer may decay or clip the gradient in place.
+                taken[id(piece)] = _sample(piece, piece.owner.grad).clone()
 
-    handle = (
-        optimizer.register_step_pre_hook(take)
-        if isinstance(optimizer, torch.optim.Optimizer)
-        else None
-    )
+    handle = optimizer.register_step_pre_hook(take)
     try:
         yield taken
     finally:
-        if handle is not None:
-            handle.remove()
+        handle.remove()
 
 
 def rate_scale(lr: float) -> float:
@@ -121,9 +117,7 @@ def rate_scale(lr: float) -> float:
 
 def _sample(piece: Piece, tensor: Tensor) -> Tensor:
     """Up to SAMPLES evenly spaced elements, float64, on the CPU."""
-    values = piece.of(tensor)
-    step = max(1, values.numel() // SAMPLES)
-    return values[::step][:SAMPLES].double().cpu()
+    return sample(piece.of(tensor), SAMPLES).double().cpu()
 
 
 def _direction(piece: Piece, optimizer: Any, old: Tensor, gradient: Tensor | None) -> Tensor | None:
@@ -156,6 +150,7 @@ def _sgd_direction(
 def _adam_direction(piece: Piece, optimizer: Any, state: dict[str, Any], old: Tensor) -> Tensor:
     group: dict[str, Any] = piece.group
     beta1, beta2 = group["betas"]
+    # Adam's formula (Kingma and Ba 2015, algorithm 1) with the moments that the step has left.
     step = float(state["step"])
     first = _sample(piece, state["exp_avg"]) / (1 - beta1**step)
     second = _sample(piece, state.get("max_exp_avg_sq", state["exp_avg_sq"])) / (1 - beta2**step)
@@ -164,13 +159,13 @@ def _adam_direction(piece: Piece, optimizer: Any, state: dict[str, Any], old: Te
     return direction + float(group.get(WEIGHT_DECAY, 0.0)) * old if decoupled else direction
 
 
-def _rate(old: Tensor, new: Tensor, direction: Tensor) -> tuple[float, float]:
-    """Least-squares rate of ``old - new = rate * direction``, and how far rounding of the weights
-    may move it.
-    """
+def _rate(piece: Piece, old: Tensor, direction: Tensor) -> tuple[float, float]:
+    """Least-squares rate of ``old - new = rate * direction``, and how far rounding may move it."""
+    new = _sample(piece, piece.owner)
     power = float(direction.square().sum())
     if power == 0.0:
         return 0.0, float("inf")
     rate = float(((old - new) * direction).sum()) / power
-    rounding = torch.finfo(torch.float32).eps * old.abs()
+    # The stored weight is rounded to its own precision: bf16 keeps three digits, fp32 seven.
+    rounding = torch.finfo(piece.owner.dtype).eps * old.abs()
     return rate, float((rounding * direction.abs()).sum()) / power

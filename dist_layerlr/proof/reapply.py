@@ -1,6 +1,4 @@
-"""After a load: the plan's rates go back on by name, and a checkpoint of another layout is refused
-before it is read.
-"""
+"""After a load: put the plan's rates back by name, and refuse checkpoints of another layout."""
 
 from __future__ import annotations
 
@@ -17,8 +15,10 @@ from dist_layerlr.sharders import Pieces, sharder_of
 
 
 def reapply(plan: Plan, model: nn.Module, optimizer: Any = None, *, factor: float = 1.0) -> None:
-    """Write the plan's lr, initial_lr and weight decay over whatever a checkpoint put into the live
-    groups. By name.
+    """Write the plan's lr, initial_lr and weight decay into the live groups, by name. Collective.
+
+    Call it after every load: a checkpoint puts the rates of its own plan there. ``factor`` is the
+    schedule's multiplier to put in force.
 
     Raises:
         PlanMismatch: on all ranks alike, when one group steps names with different planned rates.
@@ -36,13 +36,13 @@ def reapply(plan: Plan, model: nn.Module, optimizer: Any = None, *, factor: floa
                     f"{piece.name} and {first.name} share a group but have different planned rates"
                 )
                 problems.append(("layout", text))
+    # Only now, when no rank has a problem, is anything written.
     _unshare_steps(found)
     for group, entry in chosen.values():
         write_group(group, entry.lr, entry.weight_decay, factor)
     if isinstance(found.optimizer, Segmented):
-        scale_lrs(
-            found.optimizer, factor
-        )  # the outer group multiplies the inner ones at every step
+        # The outer group's multiplier is put on the inner groups again at every step.
+        scale_lrs(found.optimizer, factor)
 
 
 def _unshare_steps(found: Pieces) -> None:
@@ -62,7 +62,7 @@ def _unshare_steps(found: Pieces) -> None:
             seen.add(step.data_ptr())
 
 
-def manifest(plan: Plan, model: nn.Module, optimizer: Any = None) -> dict[str, Any]:
+def group_layout(plan: Plan, model: nn.Module, optimizer: Any = None) -> dict[str, Any]:
     """Describe which run of which parameter sits where in this rank's optimizer.
 
     JSON-ready; store it with a checkpoint.
@@ -76,7 +76,7 @@ def manifest(plan: Plan, model: nn.Module, optimizer: Any = None) -> dict[str, A
     return {"digest": plan.digest, "groups": list(groups.values())}
 
 
-def check_manifest(
+def check_group_layout(
     saved: dict[str, Any], plan: Plan, model: nn.Module, optimizer: Any = None
 ) -> None:
     """Refuse to load a positional checkpoint into another layout.
@@ -87,7 +87,7 @@ def check_manifest(
         PlanMismatch: on all ranks alike, naming what moved.
     """
     with together(plan.digest) as problems:
-        problems += _moved(saved["groups"], manifest(plan, model, optimizer)["groups"])
+        problems += _moved(saved["groups"], group_layout(plan, model, optimizer)["groups"])
 
 
 def _moved(saved: list[list[Any]], live: list[list[Any]]) -> list[Problem]:

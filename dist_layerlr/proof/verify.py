@@ -1,6 +1,4 @@
-"""The proof: on every rank, each trainable name is stepped once, live, whole, at the plan's
-rate.
-"""
+"""The proof: on every rank, each name is stepped once, live, whole, at its planned rate."""
 
 from __future__ import annotations
 

@@ -1,5 +1,4 @@
-"""What a sharder answers about one model: the spans of named parameters that this rank holds, and
-what steps them.
+"""What a sharder answers about one model: which spans of its parameters this rank holds.
 
 Rates, element counts, optimizer state and observed updates all follow from these answers, the same
 way for every sharder. A sharder is bound to a model and knows no optimizer of this project:
@@ -87,16 +86,27 @@ class Piece(Slice):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Weight(Span):
-    """What this rank holds of one parameter, trained or frozen, or of one persistent buffer."""
+class HeldSpan(Span):
+    """A span, and the memory in which this rank holds its elements."""
 
-    aliases: tuple[str, ...] = ()
-    """Other names of the same tensor; ``name`` is the first one."""
     tensor: Tensor
     """Flat, local, the live storage itself, ``numel`` elements. See ``home``."""
     home: Tensor | None = None
     """Set where the layout has no flat view (channels_last ...): ``tensor`` is a copy of this live
     tensor."""
+
+    def write_home(self) -> None:
+        """Call after writing into ``tensor``: copies it to ``home``, if there is one."""
+        if self.home is not None:
+            self.home.copy_(self.tensor.view(self.home.shape))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Weight(HeldSpan):
+    """What this rank holds of one parameter, trained or frozen, or of one persistent buffer."""
+
+    aliases: tuple[str, ...] = ()
+    """Other names of the same tensor; ``name`` is the first one."""
     shape: tuple[int, ...]
     """Of the whole tensor."""
     trainable: bool = False
@@ -110,11 +120,6 @@ class Weight(Span):
     def dtype(self) -> torch.dtype:
         """As stored here; ZeRO's low-precision copies are bf16 or fp16."""
         return self.tensor.dtype
-
-    def write_home(self) -> None:
-        """Call after writing into ``tensor``: copies it to ``home``, if there is one."""
-        if self.home is not None:
-            self.home.copy_(self.tensor.view(self.home.shape))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -161,9 +166,7 @@ class Sharder(ABC):
 
     @abstractmethod
     def weights(self) -> list[Weight]:
-        """List what this rank holds of every parameter, frozen ones included, and of every
-        persistent buffer.
-        """
+        """List what this rank holds of every parameter and every persistent buffer."""
 
     def true_weights(self) -> list[Weight]:
         """``weights``, with fp32 masters in place of what is made from them.
@@ -173,21 +176,36 @@ class Sharder(ABC):
         return self.weights()
 
     def refresh(self, optimizer: Any = None) -> None:  # noqa: B027 - most sharders keep no copies
-        """Bring every copy that the sharder keeps in line with the weights, and with the masters
-        where it has them.
+        """Bring the copies that the sharder keeps in line with the weights, or with its masters.
 
         Collective. Call it after writing into ``weights`` or ``pieces``.
         """
+
+    def reshard(self) -> None:  # noqa: B027 - most sharders never take the trained tensors away
+        """Put the tensors that an optimizer steps back where the model shows them."""
 
 
 def local(tensor: Tensor) -> Tensor:
     """This rank's part, without autograd and without DTensor dispatch afterwards."""
     if not isinstance(tensor, DTensor):
         return tensor
-    with (
-        torch.no_grad()
-    ):  # Otherwise each call records an autograd node, which takes twice the time.
+    # Outside no_grad each call records an autograd node, which takes twice the time.
+    with torch.no_grad():
         return tensor.to_local()
+
+
+def sample_places(numel: int, count: int) -> list[int]:
+    """At most ``count`` evenly spaced positions in ``numel`` elements, the first and last included.
+
+    Checkpoints hold values at these positions: another formula could not compare them.
+    """
+    count = min(count, numel)
+    return [i * (numel - 1) // max(count - 1, 1) for i in range(count)]
+
+
+def sample(tensor: Tensor, count: int) -> Tensor:
+    """A copy of the elements of a flat tensor at ``sample_places``."""
+    return tensor[sample_places(tensor.numel(), count)]
 
 
 def innermost(optimizer: Any) -> Any:

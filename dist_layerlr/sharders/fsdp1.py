@@ -80,9 +80,7 @@ class Fsdp1Sharder(Sharder):
         return [shard for shard in iterate_shards(self.model) if shard.trainable]
 
     def pieces(self, optimizer: Any) -> Pieces:
-        """Original parameters, or runs of flat parameters that a segmented or a naive optimizer
-        holds.
-        """
+        """Original parameters, or every run of the flat parameters that an optimizer holds."""
         inner = innermost(optimizer)
         by_owner: dict[int, list[Shard]] = {}
         for shard in iterate_shards(self.model):
@@ -203,9 +201,7 @@ def _tied(prefix: str, flat: Any) -> dict[str, list[str]]:
 
 
 def _check_ranges(flat: Any, infos: Any, handle: Any) -> None:
-    """Flattening must be what ``ranges.flat_ranges`` says, which the simulation of large jobs uses
-    too.
-    """
+    """Flattening must be what ``ranges.flat_ranges`` says: simulated large jobs rely on it too."""
     wanted = flat_ranges(list(flat._numels), handle.world_size, handle.rank)
     for fqn, info, (start, numel) in zip(flat._fqns, infos, wanted, strict=True):
         live = (info.intra_param_start_idx, info.numel_in_shard) if info.in_shard else (0, 0)

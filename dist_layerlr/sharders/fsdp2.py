@@ -50,10 +50,12 @@ class Fsdp2Sharder(Sharder):
 
     def slices(self) -> list[Slice]:
         """Whole local shards: an optimizer holds the DTensors."""
+        self.reshard()
         return whole_slices(self.model)
 
     def pieces(self, optimizer: Any) -> Pieces:
         """Local shards, by identity."""
+        self.reshard()
         inner = innermost(optimizer)
         found, strangers = pieces_by_identity(inner.param_groups, names_by_id(self.model), _place)
         return Pieces(pieces=found, strangers=strangers, optimizer=inner)
@@ -64,12 +66,10 @@ class Fsdp2Sharder(Sharder):
         Raises:
             PlanMismatch: a shard along another dimension than 0, which is no run of elements.
         """
-        _reshard(self.model)
+        self.reshard()
         found: list[Weight] = []
         for param, name, aliases in parameters_with_names(self.model):
-            if isinstance(param, DTensor) and any(
-                p.is_shard() and not p.is_shard(0) for p in param.placements
-            ):
+            if isinstance(param, DTensor) and _is_cut_elsewhere(param):
                 raise PlanMismatch(
                     f"{name} is placed as {param.placements}; only shards along dimension 0 can be"
                     " saved or loaded. Call fully_shard without shard_placement_fn."
@@ -93,25 +93,33 @@ class Fsdp2Sharder(Sharder):
 
     def refresh(self, optimizer: Any = None) -> None:
         """Drop what is gathered, if anything is: the next forward gathers it anew."""
-        _reshard(self.model)
+        self.reshard()
+
+    def reshard(self) -> None:
+        """Put the sharded parameters back into their modules.
+
+        A unit swaps gathered, plain parameters in for its DTensors until it reshards. After a
+        forward without a backward (an evaluation) the root, or with ``reshard_after_forward`` as a
+        number every unit, is still gathered: its modules then show tensors that nobody trains.
+        """
+        from torch.distributed.fsdp import FSDPModule
+
+        for module in self.model.modules():
+            if isinstance(module, FSDPModule):
+                module.reshard()  # costs nothing where the unit is sharded already
 
 
-def _reshard(model: nn.Module) -> None:
-    """Put the sharded parameters back in place.
-
-    After a forward without backward the root stays gathered.
-    """
-    from torch.distributed.fsdp import FSDPModule
-
-    for module in model.modules():
-        if isinstance(module, FSDPModule):
-            module.reshard()
+def _is_cut_elsewhere(param: DTensor) -> bool:
+    """Whether a shard lies along another dimension than 0, so that it is no run of elements."""
+    return any(p.is_shard() and not p.is_shard(0) for p in param.placements)
 
 
 def _place(param: Tensor) -> tuple[int, int, int]:
     """(start, local elements, replicas)."""
     if not isinstance(param, DTensor):
         return 0, param.numel(), world_size()
+    # Mesh dimensions that shard the parameter together number its shards, the last one fastest;
+    # those that replicate it (HSDP) multiply the ranks that step each element.
     replicas, rank, ranks = 1, 0, 1
     coordinate = param.device_mesh.get_coordinate()
     for dim, placement in enumerate(param.placements):
@@ -122,7 +130,7 @@ def _place(param: Tensor) -> tuple[int, int, int]:
             rank, ranks = rank * size + coordinate[dim], ranks * size
     here = local(param).numel()
     start, numel = dim0_range(param.shape, ranks, rank)
-    if any(p.is_shard() and not p.is_shard(0) for p in param.placements):
+    if _is_cut_elsewhere(param):
         return 0, here, replicas
     if numel != here:
         raise internals_moved(

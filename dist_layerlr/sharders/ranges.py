@@ -16,10 +16,9 @@ Range = tuple[int, int]
 
 
 def dim0_range(shape: Sequence[int], world_size: int, rank: int) -> Range:
-    """FSDP2: dimension 0 in chunks of ``ceil(rows / world_size)`` rows, the last ones smaller or
-    empty.
+    """FSDP2: dimension 0 in chunks of ``ceil(rows / world_size)`` rows, as ``torch.chunk`` cuts it.
 
-    As ``torch.chunk``, which DTensor's ``Shard(0)`` follows.
+    DTensor's ``Shard(0)`` follows that rule; the last chunks are smaller or empty.
     """
     rows, width = shape[0], prod(shape[1:])
     chunk = -(-rows // world_size)

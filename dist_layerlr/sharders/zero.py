@@ -1,5 +1,4 @@
-"""DeepSpeed ZeRO 0 to 3: after ``deepspeed.initialize`` the groups hold flat partitions, and names
-are gone.
+"""DeepSpeed ZeRO 0 to 3: the engine's groups hold flat partitions, in which no name is left.
 
 Private, read in deepspeed 0.19.8. Stages 1 and 2: ``bit16_groups`` (original parameters of each
 group), their ``_hp_mapping``, ``single_partition_of_fp32_groups``,
@@ -13,7 +12,7 @@ sub-group, ``sub_group_to_group_id``, ``fp32_partitioned_groups_flat``; ``ds_num
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -25,6 +24,7 @@ from dist_layerlr.plan.names import canonical_name
 from dist_layerlr.ranks import world_size
 from dist_layerlr.sharders.base import (
     Layout,
+    ParamGroup,
     Piece,
     Pieces,
     Sharder,
@@ -40,9 +40,7 @@ from dist_layerlr.sharders.ranges import zero3_partition, zero3_range
 
 
 class ZeroSharder(Sharder):
-    """A DeepSpeed engine: original parameters of each group, and the fragment of them that this
-    rank steps.
-    """
+    """A DeepSpeed engine: the original parameters of each group, and this rank's fragments."""
 
     @classmethod
     def handles(cls, model: nn.Module) -> bool:
@@ -75,12 +73,12 @@ class ZeroSharder(Sharder):
         names = {id(p): canonical_name(n) for n, p in engine.module.named_parameters()}
         pieces: list[Piece] = []
         strangers = 0
-        for param, place in self._walk():
-            name = names.get(id(param))
+        for fragment in self._fragments():
+            name = names.get(id(fragment.param))
             if name is None:
                 strangers += 1
             else:
-                pieces.append(_piece(name, *place))
+                pieces.append(_piece(name, fragment))
         return Pieces(
             pieces=pieces, strangers=strangers, optimizer=_inner_optimizer(engine.optimizer)
         )
@@ -118,27 +116,42 @@ class ZeroSharder(Sharder):
         except AttributeError as error:
             raise internals_moved(f"ZeRO stage {stage}", "deepspeed 0.19.8", repr(error)) from None
 
-    def _walk(self) -> list[Found]:
+    def _fragments(self) -> list[Fragment]:
         engine: Any = self.model
         stage = self.layout.stage
         try:
-            return _walk(engine.optimizer, stage)
+            return _fragments(engine.optimizer, stage)
         except (AttributeError, KeyError, IndexError) as error:
             raise internals_moved(f"ZeRO stage {stage}", "deepspeed 0.19.8", repr(error)) from None
 
 
-def _piece(
-    name: str, group: Any, owner: Tensor, offset: int, numel: int, start: int, everywhere: bool
-) -> Piece:
-    replicas = world_size() if everywhere else 1
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Fragment:
+    """What this rank's optimizer holds of one original parameter."""
+
+    param: nn.Parameter
+    """The model's own object: names are found by its identity."""
+    group: ParamGroup
+    owner: Tensor
+    """The flat partition, or the fp32 copy, that DeepSpeed gives to the inner optimizer."""
+    offset: int
+    """First element in the owner."""
+    numel: int
+    start: int
+    """First element in the flattened original parameter."""
+    everywhere: bool = False
+    """Whether every rank holds the same elements: stage 0."""
+
+
+def _piece(name: str, fragment: Fragment) -> Piece:
     return Piece(
         name=name,
-        start=start,
-        numel=numel,
-        owner=owner,
-        offset=offset,
-        group=group,
-        replicas=replicas,
+        start=fragment.start,
+        numel=fragment.numel,
+        owner=fragment.owner,
+        offset=fragment.offset,
+        group=fragment.group,
+        replicas=world_size() if fragment.everywhere else 1,
     )
 
 
@@ -184,23 +197,28 @@ def _weight(param: Any, name: str, aliases: tuple[str, ...]) -> Weight:
 
 def _refresh(optimizer: Any, stage: int | None) -> None:
     if stage == 3:
-        optimizer.checkpoint_event_prologue()  # frees what is gathered
+        # The order is that of DeepSpeed's own load: the prologue frees what is gathered, masters
+        # are copied into the partitions, the epilogue gathers persistent parameters again.
+        optimizer.checkpoint_event_prologue()
         for sub_group in range(len(optimizer.fp32_partitioned_groups_flat)):
             optimizer._reassign_or_swap_out_partitioned_parameters(sub_group)
-        optimizer.checkpoint_event_epilogue()  # gathers small parameters again
+        optimizer.checkpoint_event_epilogue()
     elif hasattr(optimizer, "parallel_partitioned_bit16_groups"):
         _spread(optimizer)
     elif hasattr(optimizer, "update_lp_params"):
         optimizer.update_lp_params()
     else:
-        for param, (_, owner, offset, numel, _, _) in _walk(optimizer, stage):
-            if param is not owner:
-                param.data.copy_(owner.detach().view(-1)[offset : offset + numel].view(param.shape))
+        for fragment in _fragments(optimizer, stage):
+            param, end = fragment.param, fragment.offset + fragment.numel
+            if param is not fragment.owner:
+                master = fragment.owner.detach().view(-1)[fragment.offset : end]
+                param.data.copy_(master.view(param.shape))
 
 
 def _spread(optimizer: Any) -> None:
-    """What ``update_lp_params`` does, in place: its all_gather takes gloo thrice the time, and the
-    model's memory again.
+    """Do what ``update_lp_params`` does, by broadcasts in place.
+
+    Its all_gather takes gloo three times as long, and the memory of the model once more.
     """
     import torch.distributed as dist
 
@@ -216,13 +234,12 @@ def _spread(optimizer: Any) -> None:
 
 
 def partition_empty(model: nn.Module, config: dict[str, Any]) -> None:
-    """Make a meta-device model a ZeRO-3 one, its partitions uninitialised, one module's own
-    parameters at a time.
+    """Partition a meta-device model for ZeRO-3, with uninitialised memory, module by module.
 
-    Then ``deepspeed.initialize`` and ``load_pretrained``. ``deepspeed.zero.Init`` partitions the
-    modules that are built inside it. Our model exists already, so each module's parameters go into
-    an ``nn.ParameterList`` built inside it: DeepSpeed then partitions those same Parameter objects
-    in place.
+    No rank ever holds the whole model. Call ``deepspeed.initialize`` and ``load_pretrained`` next.
+    ``zero.Init`` partitions the parameters of every module constructed inside it. Our model exists
+    already, so for each module we construct an ``nn.ParameterList`` of its parameters: DeepSpeed
+    then partitions those same Parameter objects in place.
 
     Args:
         model: parameters on the meta device, buffers real.
@@ -230,7 +247,8 @@ def partition_empty(model: nn.Module, config: dict[str, Any]) -> None:
     """
     import deepspeed
 
-    deepspeed.init_distributed(verbose=False)  # else the config is checked against one rank
+    # zero.Init checks the config against the world size, which is 1 without a process group.
+    deepspeed.init_distributed(verbose=False)
     low = {"bf16": torch.bfloat16, "fp16": torch.float16}
     dtype = next((low[key] for key in low if config.get(key, {}).get("enabled")), torch.float32)
     with deepspeed.zero.Init(config_dict_or_path=config):
@@ -242,71 +260,81 @@ def partition_empty(model: nn.Module, config: dict[str, Any]) -> None:
             nn.ParameterList(empty)
 
 
-Found = tuple[nn.Parameter, tuple[Any, Tensor, int, int, int, bool]]
-"""(original parameter, (group, owner, offset, numel, start, whole on every rank))."""
-
-
-def _walk(optimizer: Any, stage: int | None) -> list[Found]:
+def _fragments(optimizer: Any, stage: int | None) -> list[Fragment]:
+    """Tell DeepSpeed's optimizers apart by what they hold: class names differ between versions."""
     if stage == 3:
         return _stage3(optimizer)
     if hasattr(optimizer, "bit16_groups"):
-        return _fragments(
-            optimizer, optimizer.bit16_groups, optimizer.single_partition_of_fp32_groups
-        )
+        masters = optimizer.single_partition_of_fp32_groups
+        return _mapped(optimizer, optimizer.bit16_groups, masters)
     if hasattr(optimizer, "bf16_groups"):
-        return _fragments(optimizer, optimizer.bf16_groups, optimizer.fp32_groups_flat_partition)
+        return _mapped(optimizer, optimizer.bf16_groups, optimizer.fp32_groups_flat_partition)
     if hasattr(optimizer, "fp16_groups"):
         return _copies(optimizer) if hasattr(optimizer, "fp32_groups") else _flat_copies(optimizer)
-    return [
-        (p, (group, p, 0, p.numel(), 0, True))
-        for group in optimizer.param_groups
-        for p in group["params"]
-    ]
-
-
-def _fragments(optimizer: Any, originals: Any, owners: Any) -> list[Found]:
-    """Stage 1, 2 and BF16_Optimizer: a parameter's fragment in this rank's flat fp32 partition."""
-    found: list[Found] = []
-    for group, params, owner in zip(optimizer.param_groups, originals, owners, strict=True):
-        for param in params:
-            mapping = param._hp_mapping
-            if mapping is None:
-                found.append((param, (group, owner, 0, 0, 0, False)))
-            else:
-                here, there = mapping.hp_fragment_address, mapping.lp_fragment_address
-                found.append((param, (group, owner, here.start, here.numel, there.start, False)))
+    found: list[Fragment] = []
+    # What is left is stage 0 in fp32: DeepSpeed steps the client's optimizer as it was given.
+    for group in optimizer.param_groups:
+        found += [_whole(param, group, param, 0) for param in group["params"]]
     return found
 
 
-def _copies(optimizer: Any) -> list[Found]:
-    """FP16_UnfusedOptimizer, stage 0 with bf16 or fp16: an fp32 copy of each parameter on every
-    rank.
-    """
-    return [
-        (param, (group, copy, 0, param.numel(), 0, True))
-        for group, params, copies in zip(
-            optimizer.param_groups, optimizer.fp16_groups, optimizer.fp32_groups, strict=True
-        )
-        for param, copy in zip(params, copies, strict=True)
-    ]
+def _whole(param: nn.Parameter, group: ParamGroup, owner: Tensor, offset: int) -> Fragment:
+    return Fragment(
+        param=param,
+        group=group,
+        owner=owner,
+        offset=offset,
+        numel=param.numel(),
+        start=0,
+        everywhere=True,
+    )
 
 
-def _flat_copies(optimizer: Any) -> list[Found]:
-    """FP16_Optimizer at stage 0: whole flat fp32 copies on every rank."""
-    found: list[Found] = []
+def _mapped(optimizer: Any, originals: Any, owners: Any) -> list[Fragment]:
+    """Stage 1, 2 and BF16_Optimizer: a parameter's fragment in this rank's flat fp32 partition."""
+    found: list[Fragment] = []
+    for group, params, owner in zip(optimizer.param_groups, originals, owners, strict=True):
+        for param in params:
+            offset, numel, start = 0, 0, 0
+            if param._hp_mapping is not None:  # None: the parameter lies on other ranks only
+                here = param._hp_mapping.hp_fragment_address
+                offset, numel = here.start, here.numel
+                start = param._hp_mapping.lp_fragment_address.start
+            found.append(
+                Fragment(
+                    param=param, group=group, owner=owner, offset=offset, numel=numel, start=start
+                )
+            )
+    return found
+
+
+def _copies(optimizer: Any) -> list[Fragment]:
+    """FP16_UnfusedOptimizer, stage 0 with bf16 or fp16: each rank has fp32 copies of everything."""
+    found: list[Fragment] = []
+    columns = zip(optimizer.param_groups, optimizer.fp16_groups, optimizer.fp32_groups, strict=True)
+    for group, params, copies in columns:
+        for param, copy in zip(params, copies, strict=True):
+            found.append(_whole(param, group, copy, 0))
+    return found
+
+
+def _flat_copies(optimizer: Any) -> list[Fragment]:
+    """FP16_Optimizer at stage 0: one flat fp32 copy of a group on every rank."""
+    found: list[Fragment] = []
+    owners = optimizer.fp32_groups_flat
     for group, params, owner in zip(
-        optimizer.param_groups, optimizer.fp16_groups, optimizer.fp32_groups_flat, strict=True
+        optimizer.param_groups, optimizer.fp16_groups, owners, strict=True
     ):
         offset = 0
         for param in params:
-            found.append((param, (group, owner, offset, param.numel(), 0, True)))
+            found.append(_whole(param, group, owner, offset))
             offset += param.numel()
     return found
 
 
-def _stage3(optimizer: Any) -> list[Found]:
+def _stage3(optimizer: Any) -> list[Fragment]:
     """Stage 3: partitions of the parameters of a sub-group, laid end to end, padding included."""
-    found: list[Found] = []
+    found: list[Fragment] = []
     for sub_group, params in enumerate(optimizer.fp16_groups):
         group = optimizer.param_groups[optimizer.sub_group_to_group_id[sub_group]]
         owner = optimizer.fp32_partitioned_groups_flat[sub_group]
@@ -319,7 +347,12 @@ def _stage3(optimizer: Any) -> list[Found]:
                     "ZeRO stage 3", "deepspeed 0.19.8", f"a partition of {partition} elements"
                 )
             start, numel = zero3_range(param.ds_numel, ranks, rank)
-            found.append((param, (group, owner, offset, numel, start, False)))
+            found.append(
+                Fragment(
+                    param=param, group=group, owner=owner, offset=offset, numel=numel, start=start
+                )
+            )
+            # The last rank's partition is padded: the next parameter begins behind the padding.
             offset += partition
     return found
 

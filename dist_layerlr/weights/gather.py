@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
+from dataclasses import dataclass
 from math import prod
 
 import torch
@@ -11,16 +11,20 @@ from torch import Tensor, nn
 
 from dist_layerlr import ranks
 from dist_layerlr.ranks import everyone, transport_device
-from dist_layerlr.sharders import Weight, sharder_of
+from dist_layerlr.sharders import Span, Weight, sharder_of
 
-Part = tuple[int, int, int]
-"""(rank, first element, number of elements)."""
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RankSpan(Span):
+    """A span, and the rank that holds it."""
+
+    rank: int
 
 
 class LiveWeights:
     """Weights and persistent buffers of a model by canonical name.
 
-    ZeRO's fp32 masters where there are any.
+    Where ZeRO keeps fp32 masters, they are given in place of the low-precision copies.
 
     Collective: every rank builds one, and asks for the same names in the same order. Do not train
     in between.
@@ -28,63 +32,65 @@ class LiveWeights:
 
     def __init__(self, model: nn.Module):
         self.writes = ranks.rank() == 0
-        runs = sharder_of(model).true_weights()
         self.table: dict[str, Weight] = {}
-        """One run of each name, for what all runs have in common."""
-        for run in runs:
-            self.table.setdefault(run.name, run)
-        self._mine = {(run.name, run.start): run for run in runs if run.numel}
-        parts: dict[str, list[Part]] = defaultdict(list)
-        for rank, held in enumerate(
-            everyone([(r.name, r.start, r.numel) for r in self._mine.values()])
-        ):
-            for name, start, numel in held:
-                parts[name].append((rank, start, numel))
-        self._parts = {
-            name: _cover(parts[name], prod(run.shape), name) for name, run in self.table.items()
-        }
+        """One span of each name, for what all spans of it have in common."""
+        self._mine: dict[tuple[str, int], Weight] = {}
+        for weight in sharder_of(model).true_weights():
+            self.table.setdefault(weight.name, weight)
+            if weight.numel:
+                self._mine[weight.name, weight.start] = weight
+        # Every rank learns who holds what, so that each fetch is sends and receives alone: sender
+        # and receiver agree on the sizes without another message.
+        held = [(w.name, w.start, w.numel) for w in self._mine.values()]
+        held_by_rank = everyone(held)
+        spans: dict[str, list[RankSpan]] = {name: [] for name in self.table}
+        for rank, rows in enumerate(held_by_rank):
+            for name, start, numel in rows:
+                span = RankSpan(name=name, start=start, numel=numel, rank=rank)
+                spans.setdefault(name, []).append(span)
+        self._spans: dict[str, list[RankSpan]] = {}
+        for name, weight in self.table.items():
+            self._spans[name] = _cover(spans[name], prod(weight.shape), name)
 
     def fetch(self, name: str) -> Tensor | None:
         """The whole tensor on the CPU of rank 0; None on other ranks. Collective."""
-        run, rank = self.table[name], ranks.rank()
-        whole = torch.empty(prod(run.shape), dtype=run.dtype) if rank == 0 else None
-        for owner, start, numel in self._parts[name]:
-            mine = self._mine[name, start].tensor[:numel].detach() if owner == rank else None
-            if owner == rank != 0:
-                assert mine is not None
-                dist.send(mine.to(transport_device()).contiguous().view(torch.uint8), 0)
-            elif whole is not None:
-                whole[start : start + numel] = (
-                    mine if mine is not None else _receive(numel, run.dtype, owner)
-                )
-        return None if whole is None else whole.view(run.shape)
+        weight, rank = self.table[name], ranks.rank()
+        whole = torch.empty(prod(weight.shape), dtype=weight.dtype) if rank == 0 else None
+        for span in self._spans[name]:
+            part: Tensor | None = None
+            if span.rank == rank:
+                part = self._mine[name, span.start].tensor[: span.numel].detach()
+            if whole is not None:
+                received = _receive(span, weight.dtype) if part is None else part
+                whole[span.start : span.start + span.numel] = received
+            elif part is not None:
+                # Bytes, because gloo and NCCL do not send every dtype.
+                dist.send(part.to(transport_device()).contiguous().view(torch.uint8), 0)
+        return None if whole is None else whole.view(weight.shape)
 
 
 def find_not_finite(model: nn.Module) -> str | None:
     """Name of a weight of which this rank holds a NaN or an infinity; None: there is none here."""
-    return next(
-        (
-            run.name
-            for run in sharder_of(model).true_weights()
-            if not bool(torch.isfinite(run.tensor).all())
-        ),
-        None,
-    )
+    for weight in sharder_of(model).true_weights():
+        if not bool(torch.isfinite(weight.tensor).all()):
+            return weight.name
+    return None
 
 
-def _receive(numel: int, dtype: torch.dtype, owner: int) -> Tensor:
-    part = torch.empty(numel, dtype=dtype, device=transport_device())
-    dist.recv(part.view(torch.uint8), owner)
+def _receive(span: RankSpan, dtype: torch.dtype) -> Tensor:
+    part = torch.empty(span.numel, dtype=dtype, device=transport_device())
+    dist.recv(part.view(torch.uint8), span.rank)
     return part
 
 
-def _cover(parts: list[Part], size: int, name: str) -> list[Part]:
-    """Every element once: replicas are left out, rank 0's own runs preferred."""
-    chosen: list[Part] = []
+def _cover(spans: list[RankSpan], size: int, name: str) -> list[RankSpan]:
+    """Choose spans that hold every element once. Of replicas, the lowest rank's is taken."""
+    chosen: list[RankSpan] = []
     end = 0
-    for rank, start, numel in sorted(parts, key=lambda part: (part[1], part[0])):
-        if start == end and end < size:
-            chosen.append((rank, start, numel))
-            end += numel
+    # Rank 0 sorts before the others, because its own span needs no message.
+    for span in sorted(spans, key=lambda span: (span.start, span.rank)):
+        if span.start == end and end < size:
+            chosen.append(span)
+            end += span.numel
     assert end == size, f"{name}: ranks hold {end} of {size} elements"
     return chosen

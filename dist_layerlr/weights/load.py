@@ -1,7 +1,7 @@
-"""Pretrained weights straight into a live model, sharded or not: each rank reads the bytes of its
-own elements, no more.
+"""Pretrained weights straight into a live model, sharded or not.
 
-Build the model without memory, shard it, then load::
+Each rank reads the bytes of its own elements, no more. Build the model without memory, shard it,
+then load::
 
     with accelerate.init_empty_weights(include_buffers=False):
         model = build()
@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
+from typing import BinaryIO
 
 import torch
 from torch import Tensor, nn
@@ -25,16 +26,20 @@ from dist_layerlr.plan.read import checkpoint_files
 from dist_layerlr.ranks import alike
 from dist_layerlr.sharders import Weight, sharder_of
 from dist_layerlr.sharders.model import unwrap
-from dist_layerlr.weights.tensorfile import Stored, stored_tensors
+from dist_layerlr.weights.tensorfile import FileTensor, stored_tensors
 
-Source = str | Path | Iterable[Path]
+Pretrained = str | Path | Iterable[Path]
+"""A checkpoint folder, a safetensors file, or several files."""
 Fresh = Callable[[str, Shape], Tensor]
+"""(canonical name, shape) -> the first value of an adapter's parameter."""
+Matched = list[tuple[Weight, FileTensor | None]]
+"""What the model holds and where a file has it; None: an adapter's own, which no file has."""
 CHUNK = 1 << 24
-"""Elements read at once where they are cast or go to a device: what loading needs beside the model
-itself."""
+"""Elements read at once where they are cast or go to a device: the memory that loading needs beside
+the model itself, 64 MiB in fp32."""
 
 
-def load_pretrained(model: nn.Module, source: Source, *, fresh: Fresh | None = None) -> None:
+def load_pretrained(model: nn.Module, source: Pretrained, *, fresh: Fresh | None = None) -> None:
     """Fill every parameter and persistent buffer, whatever wraps or shards the model. Collective.
 
     Values take the dtype of the live tensor; under ZeRO the fp32 masters are filled, and the
@@ -50,14 +55,15 @@ def load_pretrained(model: nn.Module, source: Source, *, fresh: Fresh | None = N
         ModelSourceError: on all ranks alike; see ``check_pretrained``, or a file that cannot be
             read.
     """
-    matched = alike(
-        lambda: _match(model, sharder_of(model).true_weights(), source, fresh is not None)
-    )
+    sharder = sharder_of(model)
+    # Two agreements: no rank writes its first element before every rank has matched all names.
+    matched = alike(lambda: _match(model, sharder.true_weights(), source, fresh is not None))
     alike(lambda: _fill(matched, fresh))
-    sharder_of(model).refresh()
+    # ZeRO computes with low-precision copies, which are made from the masters that were filled.
+    sharder.refresh()
 
 
-def check_pretrained(model: nn.Module, source: Source, *, fresh: bool = False) -> None:
+def check_pretrained(model: nn.Module, source: Pretrained, *, fresh: bool = False) -> None:
     """Refuse a checkpoint that does not fit the model, from file headers alone.
 
     The model may be on the meta device.
@@ -74,11 +80,7 @@ def check_pretrained(model: nn.Module, source: Source, *, fresh: bool = False) -
     _match(model, sharder_of(model).weights(), source, fresh)
 
 
-Matched = list[tuple[Weight, Stored | None]]
-"""None: an adapter's own."""
-
-
-def _match(model: nn.Module, weights: list[Weight], source: Source, fresh: bool) -> Matched:
+def _match(model: nn.Module, weights: list[Weight], source: Pretrained, fresh: bool) -> Matched:
     stored = _stored(source)
     matched: Matched = []
     used: set[str] = set()
@@ -86,6 +88,7 @@ def _match(model: nn.Module, weights: list[Weight], source: Source, fresh: bool)
         if parse(weight.name).is_adapter and fresh:
             matched.append((weight, None))
             continue
+        # A file holds a tied tensor once, under any of its names.
         names = [base_name(name) for name in (weight.name, *weight.aliases)]
         used.update(names)
         found = next((stored[name] for name in names if name in stored), None)
@@ -95,6 +98,7 @@ def _match(model: nn.Module, weights: list[Weight], source: Source, fresh: bool)
             )
         _check_fit(weight, found)
         matched.append((weight, found))
+    # Some files hold buffers that the model computes itself; those are neither read nor refused.
     computed = {canonical_name(name) for name, _ in unwrap(model).named_buffers()}
     extra = sorted(stored.keys() - used - computed)
     if extra:
@@ -105,7 +109,7 @@ def _match(model: nn.Module, weights: list[Weight], source: Source, fresh: bool)
     return matched
 
 
-def _check_fit(weight: Weight, stored: Stored) -> None:
+def _check_fit(weight: Weight, stored: FileTensor) -> None:
     where = f"Tensor {stored.name!r} in {str(stored.file)!r}"
     if stored.shape != weight.shape:
         raise ModelSourceError(f"{where} has shape {stored.shape}; the model needs {weight.shape}.")
@@ -115,32 +119,52 @@ def _check_fit(weight: Weight, stored: Stored) -> None:
 
 @torch.no_grad()
 def _fill(matched: Matched, fresh: Fresh | None) -> None:
+    by_file: dict[Path, list[tuple[Weight, FileTensor]]] = {}
     for weight, stored in matched:
         if stored is not None:
-            _read(weight, stored)
+            by_file.setdefault(stored.file, []).append((weight, stored))
         elif weight.numel:
             assert fresh is not None
             full = fresh(weight.name, weight.shape).reshape(-1)
             weight.tensor.copy_(full[weight.start : weight.start + weight.numel])
-        weight.write_home()
+            weight.write_home()
+    for path, rows in by_file.items():
+        _fill_from(path, rows)
 
 
-def _read(weight: Weight, stored: Stored) -> None:
+def _fill_from(path: Path, rows: list[tuple[Weight, FileTensor]]) -> None:
+    """Read from one file, which is opened once, in the order of its bytes."""
+    rows.sort(key=lambda row: row[1].offset + row[0].start * row[1].dtype.itemsize)
+    stored = rows[0][1]
+    try:
+        with path.open("rb", buffering=0) as file:
+            for weight, stored in rows:
+                _read(file, weight, stored)
+                weight.write_home()
+    except OSError as error:
+        raise stored.unreadable(error) from None
+
+
+def _read(file: BinaryIO, weight: Weight, stored: FileTensor) -> None:
     if weight.dtype == stored.dtype and weight.tensor.device.type == "cpu":
-        stored.read(weight.start, weight.numel, weight.tensor)
+        stored.read_from(file, weight.start, weight.numel, weight.tensor)
         return
     for first in range(0, weight.numel, CHUNK):
         numel = min(CHUNK, weight.numel - first)
-        weight.tensor[first : first + numel].copy_(stored.read(weight.start + first, numel))
+        part = stored.read_from(file, weight.start + first, numel)
+        weight.tensor[first : first + numel].copy_(part)
 
 
-def _stored(source: Source) -> Mapping[str, Stored]:
+def _stored(source: Pretrained) -> Mapping[str, FileTensor]:
     if isinstance(source, (str, Path)):
         files = [Path(source)] if Path(source).is_file() else checkpoint_files(source)
     else:
         files = list(source)
-    return {name: stored for file in files for name, stored in stored_tensors(file).items()}
+    found: dict[str, FileTensor] = {}
+    for file in files:
+        found |= stored_tensors(file)
+    return found
 
 
-def _where(source: Source) -> str:
+def _where(source: Pretrained) -> str:
     return repr(str(source)) if isinstance(source, (str, Path)) else "of several files"

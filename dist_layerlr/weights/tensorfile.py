@@ -1,20 +1,22 @@
-"""safetensors files in parts: read a run of elements of one tensor, write a file one tensor at a
-time.
+"""safetensors files in parts: read elements of one tensor, write a file one tensor at a time.
 
-The safetensors library checks what is read here, and reads what is written here; it offers neither
-of the two itself. The format: 8 bytes of header length, a JSON header ``{name: {"dtype", "shape",
-"data_offsets"}}``, the raw data.
+The format: 8 bytes of header length, a JSON header ``{name: {"dtype", "shape", "data_offsets"}}``,
+the raw data. The safetensors library slices whole rows only, and writes only what is all in memory;
+shards start in the middle of a row, and an export must not hold the whole model. This module is the
+only reader and writer of the format for torch code. ``plan.read`` reads names and shapes without
+torch, through the library.
 """
 
 from __future__ import annotations
 
 import json
+import os
 import struct
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import torch
 from torch import Tensor
@@ -22,7 +24,6 @@ from torch import Tensor
 from dist_layerlr.errors import ConfigError, ModelSourceError
 from dist_layerlr.files import whole_file
 from dist_layerlr.plan.entries import Shape
-from dist_layerlr.plan.read import read_header
 
 DTYPES = {
     "F64": torch.float64,
@@ -40,11 +41,14 @@ DTYPES = {
     "C64": torch.complex64,
 }
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
+_LENGTH = struct.Struct("<Q")
+_MAX_HEADER = 100_000_000
+"""Bytes; the limit of the safetensors library. A damaged length must not become an allocation."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Stored:
-    """One tensor in a file."""
+class FileTensor:
+    """Where a safetensors file keeps one tensor."""
 
     name: str
     file: Path
@@ -54,65 +58,127 @@ class Stored:
     """First byte in the file."""
 
     def read(self, start: int, numel: int, out: Tensor | None = None) -> Tensor:
-        """Elements [start, start + numel) of the flattened tensor, on the CPU.
-
-        Nothing else is read.
-
-        Args:
-            start: first element.
-            numel: number of elements.
-            out: flat and contiguous CPU memory of ``dtype`` to read into; None: new memory.
+        """``read_from``, with the file opened for this one call.
 
         Raises:
             ModelSourceError: the file ends before, or is gone.
         """
-        tensor = torch.empty(numel, dtype=self.dtype) if out is None else out
-        view = tensor.view(torch.uint8).numpy().data
         try:
             with self.file.open("rb", buffering=0) as file:
-                file.seek(self.offset + start * self.dtype.itemsize)
-                done = 0
-                while done < len(view) and (count := file.readinto(view[done:])):
-                    done += count
+                return self.read_from(file, start, numel, out)
         except OSError as error:
-            raise ModelSourceError(
-                f"Cannot read tensor {self.name!r} of {str(self.file)!r}: {error.strerror}."
-            ) from None
-        if done < len(view):
+            raise self.unreadable(error) from None
+
+    def read_from(
+        self, file: BinaryIO, start: int, numel: int, out: Tensor | None = None
+    ) -> Tensor:
+        """Read elements [start, start + numel) of the flattened tensor, and nothing else.
+
+        Args:
+            file: ``self.file``, opened without a buffer.
+            start: first element.
+            numel: number of elements.
+            out: flat and contiguous CPU memory of ``dtype`` to read into; None: new memory.
+
+        Returns:
+            The elements, flat and on the CPU.
+
+        Raises:
+            ModelSourceError: the file ends before.
+            OSError: the disk fails.
+        """
+        tensor = torch.empty(numel, dtype=self.dtype) if out is None else out
+        view = as_bytes(tensor)
+        file.seek(self.offset + start * self.dtype.itemsize)
+        if read_into(file, view) < len(view):
             raise ModelSourceError(
                 f"File {str(self.file)!r} ends within tensor {self.name!r}. Copy it again."
             )
         return tensor
 
+    def unreadable(self, error: OSError) -> ModelSourceError:
+        """The one wording of a file that cannot be opened or read."""
+        return ModelSourceError(
+            f"Cannot read tensor {self.name!r} of {str(self.file)!r}: {error.strerror}."
+        )
 
-def stored_tensors(path: str | Path) -> dict[str, Stored]:
-    """Where a file keeps each of its tensors. Only the header is read.
+
+def stored_tensors(path: str | Path) -> dict[str, FileTensor]:
+    """Where a file keeps each of its tensors. The header is read, once, and nothing else.
 
     Raises:
         ModelSourceError: missing, truncated or corrupt file, or a dtype that torch lacks.
     """
     path = Path(path)
-    read_header(path)  # the library's own check: offsets, sizes, length of the file
-    with path.open("rb") as file:
-        (length,) = struct.unpack("<Q", file.read(8))
-        header = json.loads(file.read(length))
-    header.pop("__metadata__", None)
-    unknown = next((name for name, row in header.items() if row["dtype"] not in DTYPES), None)
-    if unknown is not None:
-        found = header[unknown]["dtype"]
+    try:
+        with path.open("rb") as file:
+            header, first = _read_header(file)
+            size = os.fstat(file.fileno()).st_size
+        found = {name: _file_tensor(path, name, row, first) for name, row in header.items()}
+        _check_offsets(header, size - first)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        # The header is input like any other: whatever does not fit its schema is a damaged file.
         raise ModelSourceError(
-            f"Tensor {unknown!r} in {str(path)!r} is {found}, which cannot be trained. Convert it."
+            f"Cannot read safetensors file {str(path)!r}: {error}. It may be truncated; copy or"
+            " download it again."
+        ) from None
+    return found
+
+
+def _read_header(file: BinaryIO) -> tuple[dict[str, Any], int]:
+    """(the header without its metadata, first byte of the data).
+
+    Raises:
+        ValueError: truncated, or no JSON object.
+    """
+    start = file.read(_LENGTH.size)
+    if len(start) < _LENGTH.size:
+        raise ValueError("it ends within the header")
+    (length,) = _LENGTH.unpack(start)
+    if length > _MAX_HEADER:
+        raise ValueError(f"its header of {length} bytes is too large")
+    text = file.read(length)
+    if len(text) < length:
+        raise ValueError("it ends within the header")
+    header: dict[str, Any] = json.loads(text)
+    header.pop("__metadata__", None)
+    return header, _LENGTH.size + length
+
+
+def _file_tensor(path: Path, name: str, row: Mapping[str, Any], first: int) -> FileTensor:
+    if row["dtype"] not in DTYPES:
+        raise ModelSourceError(
+            f"Tensor {name!r} in {str(path)!r} is {row['dtype']}, which cannot be trained."
+            " Convert it."
         )
-    return {
-        name: Stored(
-            name=name,
-            file=path,
-            shape=tuple(row["shape"]),
-            dtype=DTYPES[row["dtype"]],
-            offset=8 + length + row["data_offsets"][0],
-        )
-        for name, row in header.items()
-    }
+    return FileTensor(
+        name=name,
+        file=path,
+        shape=tuple(row["shape"]),
+        dtype=DTYPES[row["dtype"]],
+        offset=first + row["data_offsets"][0],
+    )
+
+
+def _check_offsets(header: Mapping[str, Any], size: int) -> None:
+    """Refuse a header whose tensors do not fill the data bytes one after the other.
+
+    The library checks the same, but it does not tell where a tensor lies, and its check would read
+    every header a second time.
+
+    Raises:
+        ValueError: a gap, an overlap, a negative size, or data that end before or after it.
+    """
+    end = 0
+    for name, row in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
+        start, stop = row["data_offsets"]
+        whole = all(isinstance(number, int) and number >= 0 for number in (*row["shape"], stop))
+        nbytes = prod(row["shape"]) * DTYPES[row["dtype"]].itemsize
+        if not whole or start != end or stop - start != nbytes:
+            raise ValueError(f"the offsets of tensor {name!r} are wrong")
+        end = stop
+    if end != size:
+        raise ValueError(f"it holds {size} bytes of data, its header describes {end}")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -130,8 +196,9 @@ class Entry:
 
 
 def file_order(entries: Sequence[Entry]) -> list[Entry]:
-    """Wide dtypes first: every tensor then starts at a multiple of its element size, which torch
-    needs to view it.
+    """Sort entries so that every tensor starts at a multiple of its element size.
+
+    Wide dtypes come first. torch needs that alignment to view the bytes of a mapped file.
     """
     return sorted(entries, key=lambda entry: -entry.dtype.itemsize)
 
@@ -153,10 +220,10 @@ def write(
     Raises:
         OSError: no room, no rights. The temporary file is removed.
     """
-    with whole_file(path) as temporary, temporary.open("wb") as file:
-        file.write(header(entries, metadata))
+    with whole_file(path) as temporary, temporary.open("wb", buffering=0) as file:
+        write_all(file, memoryview(header(entries, metadata)))
         for entry in entries:
-            _append(file, fetch(entry), entry)
+            write_all(file, _bytes_of(fetch(entry), entry))
 
 
 def header(entries: Sequence[Entry], metadata: Mapping[str, str]) -> bytes:
@@ -165,15 +232,14 @@ def header(entries: Sequence[Entry], metadata: Mapping[str, str]) -> bytes:
     Raises:
         ConfigError: a dtype that the format lacks.
     """
-    unknown = next((entry for entry in entries if entry.dtype not in _NAMES), None)
-    if unknown is not None:
-        raise ConfigError(
-            f"Cannot write {unknown.name!r}: it is {unknown.dtype}, which safetensors files cannot"
-            " hold."
-        )
     rows: dict[str, object] = {"__metadata__": dict(metadata)}
     end = 0
     for entry in entries:
+        if entry.dtype not in _NAMES:
+            raise ConfigError(
+                f"Cannot write {entry.name!r}: it is {entry.dtype}, which safetensors files cannot"
+                " hold."
+            )
         start, end = end, end + entry.nbytes
         rows[entry.name] = {
             "dtype": _NAMES[entry.dtype],
@@ -181,13 +247,39 @@ def header(entries: Sequence[Entry], metadata: Mapping[str, str]) -> bytes:
             "data_offsets": [start, end],
         }
     text = json.dumps(rows).encode()
+    # Spaces after the JSON are part of the format. They align the data to 8 bytes.
     text += b" " * (-len(text) % 8)
-    return struct.pack("<Q", len(text)) + text
+    return _LENGTH.pack(len(text)) + text
 
 
-def _append(file: BinaryIO, tensor: Tensor, entry: Entry) -> None:
+def _bytes_of(tensor: Tensor, entry: Entry) -> memoryview:
     assert tuple(tensor.shape) == tuple(entry.shape), (
         f"{entry.name}: {tuple(tensor.shape)} is not {entry.shape}"
     )
-    data = tensor.detach().to("cpu", entry.dtype).contiguous().reshape(-1).view(torch.uint8)
-    file.write(data.numpy().data)
+    return as_bytes(tensor.detach().to("cpu", entry.dtype).contiguous())
+
+
+def as_bytes(tensor: Tensor) -> memoryview:
+    """The memory of a contiguous CPU tensor."""
+    return tensor.view(-1).view(torch.uint8).numpy().data
+
+
+def read_into(file: BinaryIO, view: memoryview) -> int:
+    """Fill ``view`` from an unbuffered file, and return how many bytes there were.
+
+    One ``readinto`` may return less than was asked for: Linux stops at 2 GiB.
+    """
+    done = 0
+    while done < len(view):
+        count = file.readinto(view[done:])  # type: ignore[attr-defined]
+        if not count:
+            break
+        done += count
+    return done
+
+
+def write_all(file: BinaryIO, view: memoryview) -> None:
+    """Write all of ``view`` to an unbuffered file, which may take less than it is given at once."""
+    done = 0
+    while done < len(view):
+        done += file.write(view[done:])

@@ -1,11 +1,15 @@
-"""What the command lines share: every error is one line, said once however many ranks there are."""
+"""What the command lines share: flags, and errors of one line, said once however many ranks."""
 
 from __future__ import annotations
 
 import argparse
 import os
 import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import NoReturn
+
+from dist_layerlr.errors import ModelSourceError
 
 
 class Parser(argparse.ArgumentParser):
@@ -21,15 +25,57 @@ def complain(program: str, message: object, *, everywhere: bool = False) -> None
     """Print one ``error:`` line.
 
     Args:
-        program: what speaks.
-        message: line breaks become spaces.
-        everywhere: other ranks than the first speak too and say who they are: the others do not
-            know of the error.
+        program: The program that reports the error.
+        message: Its line breaks become spaces.
+        everywhere: Ranks other than the first print too, with their number in front. Pass True
+            for an error that the other ranks do not know of.
     """
     rank = os.environ.get("RANK", "0")
     first = not rank.isdecimal() or int(rank) == 0
     if first or everywhere:
         who = "" if first else f"[rank {rank}] "
-        print(
-            f"{program}: error: {who}{' '.join(str(message).split())}", file=sys.stderr, flush=True
-        )
+        line = f"{program}: error: {who}{' '.join(str(message).split())}"
+        # Flushed, because the launcher may kill this process as soon as another rank has left.
+        print(line, file=sys.stderr, flush=True)
+
+
+@contextmanager
+def blame(subject: str, next_step: str) -> Iterator[None]:
+    """Reword any failure inside as one ModelSourceError about a user's file.
+
+    Libraries raise unrelated exception types for one damaged file, so all types are caught.
+
+    Args:
+        subject: The file or flag, and what is wrong with it.
+        next_step: What the user should do.
+
+    Raises:
+        ModelSourceError: The block raised anything.
+    """
+    try:
+        yield
+    except Exception as error:
+        # Only the first line: some libraries append a whole module or a C++ stack.
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise ModelSourceError(f"{subject} ({reason}); {next_step}.") from error
+
+
+def integer(low: int, *, multiple_of: int = 1) -> Callable[[str], int]:
+    """Return an argparse type that accepts the integers >= ``low``.
+
+    Args:
+        low: The smallest allowed value.
+        multiple_of: Allowed values are multiples of it.
+    """
+    allowed = f"an integer >= {low}"
+    if multiple_of > 1:
+        allowed += f" that is a multiple of {multiple_of}"
+
+    def parse(text: str) -> int:
+        # isdecimal also refuses a sign, spaces and 1_000, which int() takes.
+        number = int(text) if text.isdecimal() else low - 1
+        if number < low or number % multiple_of:
+            raise argparse.ArgumentTypeError(f"{text!r} is not {allowed}")
+        return number
+
+    return parse

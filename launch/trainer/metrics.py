@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import resource
 import sys
 from pathlib import Path
 from typing import Any
@@ -15,22 +14,29 @@ from dist_layerlr.files import write_text
 
 
 class MetricsFile:
-    """Appends JSON rows; every row is on disk when ``write`` returns."""
+    """Appends JSON rows; every row has left this process when ``write`` returns."""
 
     def __init__(self, path: Path, *, first_step: int = 0):
-        """Begin anew, or after the rows of the steps before ``first_step``: what was done after it
-        is done again.
+        """Begin a new file, or continue one after the rows of the steps before ``first_step``.
+
+        Later rows are dropped: a resumed run does those steps again.
         """
-        kept = [line for line in _lines(path) if _step(line) < first_step] if first_step else []
-        write_text(path, "".join(line + "\n" for line in kept))
+        kept = ""
+        if first_step:
+            for line in _lines(path):
+                if _step(line) < first_step:
+                    kept += line + "\n"
+        write_text(path, kept)
         self._file = path.open("a", encoding="utf-8")
 
     def write(self, row: dict[str, Any]) -> None:
-        """Append one row; JSON has no NaN or infinity, so they become null."""
-        valid = {
-            k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()
-        }
+        """Append one row. JSON has no NaN or infinity, so they become null."""
+        valid = {}
+        for key, value in row.items():
+            unwritable = isinstance(value, float) and not math.isfinite(value)
+            valid[key] = None if unwritable else value
         self._file.write(json.dumps(valid, allow_nan=False) + "\n")
+        # A run that is killed must not lose the rows before; half a row is skipped on resume.
         self._file.flush()
 
     def close(self) -> None:
@@ -51,8 +57,16 @@ def _step(line: str) -> float:
 
 
 def peak_memory_gb(device: torch.device) -> float:
-    """Peak memory in GiB: allocated on the card, or resident in the process on CPU."""
+    """Peak memory in GiB: allocated on the card, or resident in this process on CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**30
-    kilo = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * kilo / 2**30
+    if sys.platform == "win32":
+        # Windows has no `resource` module; accelerate depends on psutil.
+        import psutil
+
+        return float(psutil.Process().memory_info().peak_wset) / 2**30
+    import resource
+
+    # ru_maxrss counts KiB on Linux and bytes on macOS.
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30

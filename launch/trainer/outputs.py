@@ -3,26 +3,27 @@
 from __future__ import annotations
 
 import errno
-import fcntl
 import os
 from pathlib import Path
-from typing import IO
+from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor, nn
+from filelock import FileLock, Timeout
+from torch import nn
 
 from dist_layerlr import export_weights
 from dist_layerlr.checkpoint.folders import CHECKPOINTS, complete
 from dist_layerlr.errors import ConfigError
-from dist_layerlr.plan.entries import Plan
+from dist_layerlr.plan import Plan
+from dist_layerlr.ranks import alike
 from dist_layerlr.weights import find_not_finite
-from launch.trainer.data.base import Dataset
-from launch.trainer.engines.base import Engine
-from launch.trainer.families.base import Family
-from launch.trainer.loop import LOWER, autocast, stack_samples
-from launch.trainer.objectives.flow import sample
-from launch.trainer.options import LORA, RunOptions
-from launch.trainer.runtime import Diverged, Runtime
+from launch.trainer.data.base import LATENTS, to_device
+from launch.trainer.engines.base import autocast
+from launch.trainer.options import LORA
+from launch.trainer.runtime import LOWER, Diverged
+
+if TYPE_CHECKING:
+    from launch.trainer.job import Job
 
 _WRITTEN = (
     "plan.json",
@@ -36,10 +37,9 @@ _WRITTEN = (
     "final/adapter_model.safetensors",
 )
 """Every file that a run may leave in its output folder."""
-
-
-_LOCKS: dict[Path, IO[str]] = {}
-"""{output folder: open lock file}; a lock goes with the process, however it ends."""
+_LOCKS: dict[Path, FileLock] = {}
+"""{output folder: its lock}. Held here because a FileLock lets go when it is collected; the
+operating system takes the lock back when the process ends, however it ends."""
 
 
 def open_output_dir(path: str | Path, model_path: str, *, probe: bool) -> Path:
@@ -77,19 +77,20 @@ def _lock(folder: Path) -> None:
     """
     if folder.resolve() in _LOCKS:
         return
-    file = (folder / ".lock").open("w")
+    lock = FileLock(folder / ".lock")
     try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        file.close()
+        # Not blocking: a run that waits for hours looks like one that hangs.
+        lock.acquire(blocking=False)
+    except Timeout:
         raise ConfigError(
             f"Invalid --output-dir {str(folder)!r}: another run is writing to it. Wait for it, or"
             " choose another folder."
         ) from None
-    _LOCKS[folder.resolve()] = file
+    _LOCKS[folder.resolve()] = lock
 
 
 def _probe(folder: Path) -> None:
+    """Write and remove a file wherever the run will write, and look for folders in the way."""
     for place in (folder, folder / "samples", folder / "final", folder / CHECKPOINTS):
         if place == folder or place.exists():
             (place / ".probe").write_text("")
@@ -100,8 +101,7 @@ def _probe(folder: Path) -> None:
 
 
 def check_fresh(folder: Path) -> None:
-    """Refuse to start from scratch beside the checkpoints of another run: they would be mixed, or
-    lost.
+    """Refuse to start from scratch beside another run's checkpoints, which would be lost or mixed.
 
     Raises:
         ConfigError: there are some.
@@ -133,9 +133,7 @@ def draw_plan(plan: Plan, folder: Path) -> None:
     draw_grid(plan, folder / "lr_grid.png")
 
 
-def save_weights(
-    engine: Engine, plan: Plan, options: RunOptions, runtime: Runtime, folder: Path, step: int
-) -> Path:
+def save_weights(job: Job, step: int) -> Path:
     """Write the trained weights under original names. Collective.
 
     A full finetune becomes a diffusers model folder, a LoRA a PEFT adapter folder. The plan's
@@ -147,53 +145,41 @@ def save_weights(
     Raises:
         Diverged: a weight is NaN or infinite; nothing is written.
     """
-    runtime.agree(lambda: _check_finite(engine.model, step))
+    # The last step may break what no later loss will show.
+    alike(lambda: _check_finite(job.engine.model, step))
     return export_weights(
-        engine.model,
-        folder / "final",
-        format="peft" if options.training_method == LORA else "diffusers",
-        metadata={"plan_digest": plan.digest, "step": str(step)},
-        base=options.model_path,
+        job.engine.model,
+        job.folder / "final",
+        format="peft" if job.options.training_method == LORA else "diffusers",
+        metadata={"plan_digest": job.plan.digest, "step": str(step)},
+        base=job.options.model_path,
     )[0]
 
 
-def draw_generated(
-    engine: Engine,
-    family: Family,
-    data: Dataset,
-    options: RunOptions,
-    runtime: Runtime,
-    folder: Path,
-) -> Path | None:
+def draw_generated(job: Job) -> Path | None:
     """Generate clips for the first prompts and draw them beside the real ones.
 
-    Collective: the forward pass is.
+    Collective: the forward pass is. None where the objective has nothing to draw.
     """
     from launch.trainer.samples import draw_samples
 
-    count = min(options.samples.count, len(data))
+    options, device, model = job.options, job.runtime.device, job.engine.model
+    count = min(options.samples.count, len(job.data))
     if count == 0:
         return None
-    batch = runtime.agree(lambda: stack_samples(data, list(range(count))))
-    moved = {key: value.to(runtime.device) for key, value in batch.items()}
-    engine.model.eval()
-
-    def velocity(noisy: Tensor, timestep: Tensor) -> Tensor:
-        with autocast(noisy.device.type, options):
-            return family.velocity(engine.model, noisy, timestep, moved)
-
-    with torch.no_grad():
-        made = sample(
-            velocity,
-            tuple(batch["latents"].shape),
-            options.train.seed,
-            options.samples.steps,
-            runtime.device,
+    batch = alike(lambda: job.family.collate([job.data[index] for index in range(count)]))
+    model.eval()
+    with torch.no_grad(), autocast(device, options):
+        made = job.family.objective.generate(
+            model, to_device(batch, device), options.train.seed, options.samples.steps
         )
-    engine.model.train()
-    path = folder / "samples" / "samples.png"
-    if runtime.is_main:
-        draw_samples(path, made.cpu(), batch["latents"], [data.name(i) for i in range(count)])
+    model.train()
+    if made is None:
+        return None
+    path = job.folder / "samples" / "samples.png"
+    if job.runtime.is_main:
+        labels = [job.data.name(index) for index in range(count)]
+        draw_samples(path, made.cpu(), batch[LATENTS], labels)
     return path
 
 

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from dist_layerlr import fields
 from dist_layerlr.checkpoint import find_checkpoint, resume_plan
@@ -12,20 +12,22 @@ from dist_layerlr.checkpoint.folders import CHECKPOINTS, complete
 from dist_layerlr.checkpoint.save import settle
 from dist_layerlr.errors import CheckpointError
 from dist_layerlr.export.export import SAVED_CONFIG, adapter_config
-from dist_layerlr.plan.entries import Plan
-from launch.trainer.engines.base import Engine
-from launch.trainer.loop import Position, Save
-from launch.trainer.options import RunOptions
+from dist_layerlr.plan import Plan
+from dist_layerlr.ranks import alike, any_rank
+from launch.trainer.loop import Save
 from launch.trainer.outputs import check_fresh
 from launch.trainer.runtime import Runtime
+from launch.trainer.state import Position
 from launch.trainer.weights import ADAPTER
 
+if TYPE_CHECKING:
+    from launch.trainer.job import Job
+
 LATEST = "latest"
-Say = Callable[..., None]
 
 
-def choose_checkpoint(resume: str | None, folder: Path, runtime: Runtime, say: Say) -> Path | None:
-    """The checkpoint to continue from; None: a run from the beginning.
+def choose_checkpoint(resume: str | None, folder: Path, runtime: Runtime) -> Path | None:
+    """Return the checkpoint to continue from; None: a run from the beginning. Collective.
 
     ``latest`` without any checkpoint is a beginning too, so that one command line starts a job and
     restarts it.
@@ -36,38 +38,41 @@ def choose_checkpoint(resume: str | None, folder: Path, runtime: Runtime, say: S
         CheckpointError: no checkpoint at the given path.
     """
     if resume is None:
-        runtime.agree(lambda: check_fresh(folder))
+        alike(lambda: check_fresh(folder))
         return None
-    if resume == LATEST and not any(runtime.everyone(bool(complete(folder / CHECKPOINTS)))):
-        say(f"no checkpoint in {folder / CHECKPOINTS} yet: starting at step 0")
+    # Any rank: on a network disk some see a checkpoint later than others. find_checkpoint below
+    # then fails on those, on all ranks together.
+    if resume == LATEST and not any_rank(bool(complete(folder / CHECKPOINTS))):
+        runtime.say(f"no checkpoint in {folder / CHECKPOINTS} yet: starting at step 0")
         return None
     path = find_checkpoint(folder / CHECKPOINTS if resume == LATEST else resume)
     if not is_own(path, folder):
-        runtime.agree(lambda: check_fresh(folder))
+        alike(lambda: check_fresh(folder))
     return path
 
 
 def is_own(checkpoint: Path, folder: Path) -> bool:
     """Whether a checkpoint is of the run in this output folder, whose files then go on."""
+    # Resolved, because the user may name the folder by a link or a relative path.
     return checkpoint.resolve().parent == (folder / CHECKPOINTS).resolve()
 
 
-def adapt_plan(path: Path, plan: Plan, say: Say) -> Plan:
-    """The plan to train with, by ``resume_lr``; says what differs from the checkpoint's."""
+def adapt_plan(path: Path, plan: Plan, runtime: Runtime) -> Plan:
+    """Return the plan to train with, by ``resume_lr``; say what differs from the checkpoint's."""
     adapted, changes = resume_plan(path, plan)
     kept = plan.config.per_layer_lr.resume_lr == "checkpoint"
     if changes:
-        say(
+        runtime.say(
             f"the plan differs from the checkpoint's; {'its' if kept else 'the new'} rates apply"
             " (resume_lr):"
         )
     for line in changes:
-        say(f"  {line}")
+        runtime.say(f"  {line}")
     return adapted
 
 
-def restore(engine: Engine, path: Path, options: RunOptions, say: Say) -> Position:
-    """Load the checkpoint. Returns where to go on.
+def restore(job: Job, path: Path) -> Position:
+    """Load the checkpoint. Returns where to go on. Collective.
 
     Raises:
         CheckpointError: it is not of this program.
@@ -75,7 +80,8 @@ def restore(engine: Engine, path: Path, options: RunOptions, say: Say) -> Positi
             only the weights, samples and proofs are left to write: the run was ended between its
             last checkpoint and these.
     """
-    restored = engine.load(path)
+    options, runtime = job.options, job.runtime
+    restored = job.engine.load(path)
     extra = restored.extra
     if not extra.keys() >= {"samples", "observed"}:
         raise CheckpointError(
@@ -86,24 +92,25 @@ def restore(engine: Engine, path: Path, options: RunOptions, say: Say) -> Positi
         allowed = f"at least {restored.step}, the steps done in {str(path)!r}"
         raise fields.invalid("train.steps", options.train.steps, allowed)
     for line in _changed(extra.get("config", {}), options.raw):
-        say(f"  config: {line}")
-    say(f"resumed {path} after {restored.step} steps")
+        runtime.say(f"  config: {line}")
+    runtime.say(f"resumed {path} after {restored.step} steps")
     return Position(step=restored.step, samples=extra["samples"], observed=extra["observed"])
 
 
-def saver(engine: Engine, options: RunOptions, folder: Path) -> Save:
-    """What the loop calls for a checkpoint."""
-    config = adapter_config(engine.model, ADAPTER)
-    adapter = {} if config is None else {SAVED_CONFIG: config}  # for dist-layerlr export
+def saver(job: Job) -> Save:
+    """Return what the loop calls for a checkpoint."""
+    # The adapter's config lets dist-layerlr export a checkpoint without building the model.
+    config = adapter_config(job.engine.model, ADAPTER)
+    adapter = {} if config is None else {SAVED_CONFIG: config}
 
     def save(step: int, samples: int, observed: Mapping[str, float]) -> None:
         extra = {
             "samples": samples,
             "observed": dict(observed),
-            "config": dict(options.raw),
+            "config": dict(job.options.raw),
             **adapter,
         }
-        engine.save(folder / CHECKPOINTS, step, extra, options.train)
+        job.engine.save(job.folder / CHECKPOINTS, step, extra, job.options.train)
 
     return save
 
@@ -114,7 +121,7 @@ def finish_saving() -> None:
 
 
 def _changed(old: Mapping[str, Any], new: Mapping[str, Any]) -> Iterator[str]:
-    """Readable lines: ``train.seed: 0 -> 1``. Rates have lines of their own."""
+    """Yield readable lines: ``train.seed: 0 -> 1``. Rates have lines of their own."""
     before, after = dict(_leaves(old)), dict(_leaves(new))
     for key in sorted(before.keys() | after.keys()):
         if before.get(key) != after.get(key) and key.partition(".")[0] != "per_layer_lr":

@@ -1,12 +1,10 @@
-"""Who this process is among the ranks, and how ranks fail together."""
+"""Who this process is among the ranks."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import TypeVar
 
 import torch
 import torch.distributed as dist
@@ -14,9 +12,10 @@ import torch.distributed as dist
 from dist_layerlr import fields
 from dist_layerlr.errors import ConfigError, LayerLRError
 
-Result = TypeVar("Result")
-_SHARED = "raised_on_all_ranks"
+# NCCL's own limit of 10 minutes is short for rank 0 reading a large checkpoint from a network disk.
 COLLECTIVE_TIMEOUT = timedelta(minutes=30)
+LOWER = "Lower the learning rates, or set train.grad_clip."
+"""What to do when training runs into NaN or infinity."""
 
 
 class Diverged(LayerLRError):
@@ -37,51 +36,15 @@ class Runtime:
         """Whether this rank prints and writes."""
         return self.rank == 0
 
+    def say(self, line: str) -> None:
+        """Print a line, on the first rank only."""
+        if self.is_main:
+            print(line, flush=True)
+
     def barrier(self) -> None:
         """Wait for all ranks, so that none leaves while another still talks to it."""
         if self.world_size > 1:
             dist.barrier()
-
-    def everyone(self, mine: Result) -> list[Result]:
-        """What each rank contributes, by rank. Collective."""
-        found = [mine] * self.world_size
-        if self.world_size > 1:
-            dist.all_gather_object(found, mine)
-        return found
-
-    def agree(self, work: Callable[[], Result]) -> Result:
-        """Run ``work`` on every rank; if any rank fails, all raise the first failing rank's error.
-
-        Costs one all-reduce of one number, less than a millisecond on gloo, unless a rank fails.
-
-        Raises:
-            LayerLRError: of this rank, or the same class and text as on the rank that failed.
-        """
-        error: LayerLRError | None = None
-        try:
-            result = work()
-        except LayerLRError as caught:
-            error = caught
-        if self.world_size > 1 and _any_rank(error is not None):
-            error = next(e for e in self.everyone(error) if e is not None)
-        if error is not None:
-            setattr(error, _SHARED, True)
-            raise error
-        return result
-
-
-def _any_rank(flag: bool) -> bool:
-    """Whether ``flag`` holds on any rank. Collective."""
-    count = torch.tensor([int(flag)])
-    dist.all_reduce(count)
-    return bool(count > 0)
-
-
-def is_shared(error: LayerLRError) -> bool:
-    """Whether all ranks raise this error: they agreed on it, or it came before they met and they
-    see the same input.
-    """
-    return getattr(error, _SHARED, False) or not (dist.is_available() and dist.is_initialized())
 
 
 def launched_world_size() -> int:
@@ -95,7 +58,7 @@ def launched_rank() -> int:
 
 
 def _launched(name: str, low: int) -> int:
-    """An environment variable of torchrun's protocol; ``low`` where it is not set."""
+    """Read an environment variable of torchrun's protocol; ``low`` where it is not set."""
     text = os.environ.get(name, str(low))
     if not text.isdecimal() or int(text) < low:
         raise fields.invalid(
@@ -104,100 +67,34 @@ def _launched(name: str, low: int) -> int:
     return int(text)
 
 
-def check_launch(sharding: str, global_batch: int) -> None:
-    """Refuse a launcher that does not fit the sharding, before any process group exists.
-
-    Raises:
-        ConfigError: a sharder without a launcher, several ranks without a sharder, or a batch that
-            ranks cannot share.
-    """
-    world = launched_world_size()
-    if sharding != "none" and "RANK" not in os.environ:
-        zero = sharding == "zero"
-        command = "deepspeed --num_gpus 2" if zero else "torchrun --nproc_per_node 2"
-        flag = "--deepspeed_config" if zero else f"--sharding {sharding}"
-        raise ConfigError(
-            f"Invalid {flag}: it needs a launcher. Start it with: {command} launch/train.py ..."
-        )
-    if sharding == "none" and world > 1:
-        raise ConfigError(
-            f"Invalid --sharding none with {world} ranks: each would train alone. "
-            "Pass --sharding ddp or fsdp2, or --deepspeed_config ds_configs/zero2.json."
-        )
-    if global_batch % world:
-        raise ConfigError(
-            f"Invalid train.global_batch={global_batch}: must be a multiple of the world size"
-            f" {world}. The nearest are {global_batch - global_batch % world} and"
-            f" {global_batch + world - global_batch % world}."
-        )
-
-
-_FSDP1, _FSDP2 = ("fsdp1", "fsdp1_flat"), ("fsdp2", "hsdp")
-
-
-def check_accelerate_env(sharding: str) -> None:
-    """Refuse an ``accelerate launch`` whose own sharding options contradict ``--sharding``.
-
-    Accelerate only passes them on, as environment variables; train.py shards by ``--sharding``
-    alone.
+def start(*, alone: bool) -> Runtime:
+    """Join the process group (gloo on CPU, NCCL on CUDA) and choose the device.
 
     Args:
-        sharding: what train.py will do; `zero` for ``--deepspeed_config``.
+        alone: This process trains by itself, or only prints a plan: it joins no group.
 
     Raises:
-        ConfigError: names what Accelerate was told, and both ways out.
+        ConfigError: A variable of the launcher's is missing or wrong.
     """
-    told, fits = _accelerate_wants()
-    if told is None or sharding in fits:
-        return
-    asked = "--deepspeed_config" if sharding == "zero" else f"--sharding {sharding}"
-    instead = (
-        {"zero": "--deepspeed_config FILE"}.get(fits[0], f"--sharding {fits[0]}") if fits else ""
-    )
-    choice = f"Pass {instead} to train.py, or launch" if fits else "Launch"
-    raise ConfigError(
-        f"Invalid {asked}: accelerate launch was told {told}, which train.py would ignore. {choice}"
-        " with `accelerate launch --multi_gpu` and no sharding of its own (check its config file)."
-    )
-
-
-def _accelerate_wants() -> tuple[str | None, tuple[str, ...]]:
-    """What Accelerate's launcher was told, and the shardings that mean the same.
-
-    Names as of accelerate 1.15.
-    """
-    if _flag("ACCELERATE_USE_DEEPSPEED"):
-        return "--use_deepspeed", ("zero",)
-    if _flag("ACCELERATE_USE_MEGATRON_LM"):
-        return "--use_megatron_lm", ()
-    if _flag("ACCELERATE_USE_FSDP"):
-        version = os.environ.get("FSDP_VERSION", "1")
-        return f"--use_fsdp --fsdp_version {version}", _FSDP2 if version == "2" else _FSDP1
-    return None, ()
-
-
-def _flag(name: str) -> bool:
-    return os.environ.get(name, "").lower() in ("1", "true", "t", "yes", "y", "on")
-
-
-def start(sharding: str) -> Runtime:
-    """Join the process group (gloo on CPU, NCCL on CUDA) and choose the device."""
     local_rank = _launched("LOCAL_RANK", 0)
     cuda = torch.cuda.is_available()
     device = torch.device("cuda", local_rank) if cuda else torch.device("cpu")
     if cuda:
+        # Before the group exists: NCCL and DeepSpeed take the current device as this rank's own.
         torch.cuda.set_device(device)
-    if sharding != "none" and not dist.is_initialized():
+    if not alone and not dist.is_initialized():
+        # gloo beside NCCL, so that checkpoints in host memory can be exchanged without the cards.
+        backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
         try:
-            dist.init_process_group(
-                "cpu:gloo,cuda:nccl" if cuda else "gloo", timeout=COLLECTIVE_TIMEOUT
-            )
-        except ValueError as error:  # a variable of the launcher's is missing or wrong
+            dist.init_process_group(backend, timeout=COLLECTIVE_TIMEOUT)
+        except ValueError as error:
             raise ConfigError(
                 f"Cannot join the process group: {error}. Start it with torchrun."
             ) from None
-    world = 1 if sharding == "none" else launched_world_size()
-    return Runtime(rank=launched_rank(), world_size=world, local_rank=local_rank, device=device)
+    world_size = 1 if alone else launched_world_size()
+    return Runtime(
+        rank=launched_rank(), world_size=world_size, local_rank=local_rank, device=device
+    )
 
 
 def stop() -> None:

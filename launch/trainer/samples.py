@@ -17,14 +17,15 @@ _MOST_FRAMES, _MOST_LETTERS = 8, 30
 
 
 def draw_samples(path: str | Path, generated: Tensor, real: Tensor, labels: Sequence[str]) -> None:
-    """Write one PNG: a row per clip, generated frames on the left, real ones of the same prompt on
-    the right.
+    """Write one PNG: a row per clip, generated frames on the left, real ones on the right.
+
+    Both are of the same prompt. Images are drawn as clips of one frame.
 
     Args:
         path: file to write; its folder is made if missing.
-        generated: (N, C, F, H, W) with N >= 1. One channel is drawn grey and three as RGB, [-1, 1]
-            black to white. Of any other number the first three (or the first) are drawn, each clip
-            stretched to its own range.
+        generated: (N, C, F, H, W) or (N, C, H, W) with N >= 1. One channel is drawn grey and three
+            as RGB, [-1, 1] black to white. Of any other number the first three (or the first) are
+            drawn, each clip stretched to its own range.
         real: like ``generated``, the same N.
         labels: N prompts or class names; long ones are cut.
 
@@ -36,7 +37,10 @@ def draw_samples(path: str | Path, generated: Tensor, real: Tensor, labels: Sequ
     # Not pyplot: it would keep figures alive and choose a window toolkit.
     from matplotlib.figure import Figure
 
+    if generated.ndim == 4:
+        generated, real = generated.unsqueeze(2), real.unsqueeze(2)
     labels, of = [_short(label) for label in labels], generated.shape[2]
+    # Evenly spaced frames: the first and the last are always drawn.
     chosen = torch.linspace(0, of - 1, min(of, _MOST_FRAMES)).round().long().to(generated.device)
     generated, real = generated[:, :, chosen], real[:, :, chosen.to(real.device)]
     rows, frames = len(labels), len(chosen)

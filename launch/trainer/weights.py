@@ -1,4 +1,4 @@
-"""The model without memory, and what goes into it once it is sharded."""
+"""The model before it has memory, and the weights that go into it once it is sharded."""
 
 from __future__ import annotations
 
@@ -12,18 +12,20 @@ from torch import Tensor, nn
 
 from dist_layerlr import fields
 from dist_layerlr.errors import ModelSourceError
-from dist_layerlr.plan.names import canonical_name, parse
+from dist_layerlr.plan import canonical_name
+from dist_layerlr.plan.names import parse
 from dist_layerlr.weights import load_pretrained
-from launch.trainer.blame import blame
+from launch.trainer.cli import blame
 from launch.trainer.families.base import Family
-from launch.trainer.objectives.flow import mix_seed
 from launch.trainer.options import LORA, AdapterOptions, RunOptions
+from launch.trainer.seeds import mix_seed
 
 ADAPTER = "default"
+"""PEFT's own name for a single adapter."""
 
 
 def read_model_config(folder: str | Path) -> dict[str, Any]:
-    """Content of a diffusers checkpoint's ``config.json``.
+    """Return the content of a checkpoint's ``config.json``.
 
     Raises:
         ModelSourceError: missing, or not a JSON object.
@@ -59,11 +61,12 @@ def empty_model(family: Family, options: RunOptions) -> nn.Module:
             f"model_path {options.model_path!r} holds a {found}, but model_type needs a {wanted}."
         )
     path = Path(options.model_path) / "config.json"
+    # Buffers stay real: they are computed at construction and stand in no checkpoint.
     with (
         blame(f"{path}: no {wanted} can be built", "restore the file"),
         init_empty_weights(include_buffers=False),
     ):
-        model: nn.Module = family.model_class.from_config(config)  # type: ignore[attr-defined]
+        model = family.build(config)
     if options.train.checkpointing:
         model.enable_gradient_checkpointing()  # type: ignore[operator]
     if options.training_method == LORA:
@@ -80,15 +83,17 @@ def _inject_lora(model: Any, adapter: AdapterOptions, family_targets: tuple[str,
         model.add_adapter(
             LoraConfig(r=adapter.rank, lora_alpha=adapter.alpha, target_modules=targets), ADAPTER
         )
-    except ValueError:  # whose text is the whole module, printed
+    except ValueError:
+        # Its text is the whole module, printed.
         allowed = f"name endings of linear or convolution layers of {type(model).__name__}"
         hint = f" Such as {family_targets[0]!r}; see model.named_modules()."
         raise fields.invalid("adapter.target_modules", targets, allowed, hint) from None
 
 
 def load_base(model: nn.Module, options: RunOptions) -> None:
-    """Fill the sharded model: base weights from ``model_path``, fresh adapters from (seed, name).
-    Collective.
+    """Fill the sharded model with the weights of ``model_path`` and fresh adapters. Collective.
+
+    An adapter's start derives from (seed, name).
     """
     load_pretrained(
         model,
@@ -98,10 +103,9 @@ def load_base(model: nn.Module, options: RunOptions) -> None:
 
 
 def _fresh_adapter(name: str, shape: tuple[int, ...], seed: int) -> Tensor:
-    """PEFT's default start (A: kaiming uniform with a = sqrt(5).
-
-    B: zero), drawn by name so that ranks agree.
-    """
+    """Return PEFT's default start: A kaiming uniform with a = sqrt(5), B zero."""
+    # Drawn by name and not in order, so that every rank draws the same whole tensor and keeps its
+    # shard of it, whatever the sharder.
     full = torch.zeros(shape)
     if not parse(canonical_name(name)).is_lora_b:
         generator = torch.Generator().manual_seed(mix_seed(seed, *name.encode()))

@@ -18,6 +18,7 @@ from safetensors import safe_open
 from dist_layerlr.errors import ConfigError
 from launch import cache_latents
 from launch.trainer.data.cached import CachedDataset, read_header
+from launch.trainer.data.images import image_size
 from tests.support.latents import (
     WAN_MEAN,
     WAN_STD,
@@ -127,11 +128,29 @@ def test_cut_captions_are_counted_in_one_line_on_stderr(models: Models, tmp_path
     assert "warning" not in capsys.readouterr().err
 
 
-def test_the_program_starts_from_a_checkout_that_is_not_installed(tmp_path: Path):
-    script = Path(cache_latents.__file__)
+@pytest.mark.parametrize("program", ["cache_latents", "train", "make_tiny_wan"])
+def test_a_checkout_that_is_not_installed_says_what_to_install(tmp_path: Path, program: str):
+    script = Path(cache_latents.__file__).with_name(f"{program}.py")
     bare = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
+    # -S: without site-packages, so that neither the project nor torch is found.
     shown = subprocess.run(
-        [sys.executable, script, "--help"], cwd=tmp_path, env=bare, capture_output=True, text=True
+        [sys.executable, "-S", script, "--help"],
+        cwd=tmp_path,
+        env=bare,
+        capture_output=True,
+        text=True,
+    )
+    assert shown.returncode == 2 and shown.stdout == ""
+    assert shown.stderr.startswith(program) and shown.stderr.count("\n") == 1
+    assert 'Run: pip install -e ".[train]"' in shown.stderr
+
+
+def test_the_program_shows_its_flags(tmp_path: Path):
+    shown = subprocess.run(
+        [sys.executable, cache_latents.__file__, "--help"],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
     )
     assert shown.returncode == 0 and "--max-tokens" in shown.stdout, shown.stderr
 
@@ -201,7 +220,7 @@ def test_a_turned_photo_is_measured_and_loaded_as_shown(tmp_path: Path):
     exif = Image.Exif()
     exif[0x0112] = 6
     Image.new("RGB", (8, 4)).save(tmp_path / "turned.jpg", exif=exif)
-    assert cache_latents.image_size(tmp_path / "turned.jpg") == (8, 4)
+    assert image_size(tmp_path / "turned.jpg") == (8, 4)
     assert cache_latents.load_clip([tmp_path / "turned.jpg"], 8, 4).shape == (3, 1, 8, 4)
 
 

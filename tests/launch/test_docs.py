@@ -1,25 +1,31 @@
-"""The documentation's code runs: Python blocks as they stand, JSON fields as the reader takes
-them."""
+"""The code of README and the documentation runs: Python blocks and commands as they stand, JSON
+as the reader takes it."""
 
 from __future__ import annotations
 
 import contextlib
 import io
+import json
 import os
 import re
+import shlex
+import subprocess
+from collections.abc import Callable
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from dist_layerlr import cli
+from dist_layerlr import build_plan, cli
 from dist_layerlr.fields import settings
 from dist_layerlr.offload import StreamPolicy
+from dist_layerlr.plan import ParamInfo
 from dist_layerlr.plan.config import PatternRule, PerLayerLR, Region
 from dist_layerlr.plan.depth import DEPTH_FUNCTIONS, DepthSettings
 from dist_layerlr.plan.layer_decay import CONVENTIONS
 from dist_layerlr.plan.presets import PRESET_CLASSES, PRESETS, RfdetrPreset
+from launch import make_tiny_wan, train
 from tests.support.ranks import run_ranks
 
 ROOT = Path(__file__).resolve().parent.parent.parent
@@ -146,3 +152,179 @@ def test_pages_name_files_that_exist() -> None:
             page.read_text(),
         ):
             assert (ROOT / path).exists(), f"{page.name}: {path}"
+
+
+README = (ROOT / "README.md").read_text()
+FENCED = re.findall(r"^```(\w*)\n(.*?)^```$", README, re.MULTILINE | re.DOTALL)
+
+
+def readme(language: str, holds: str) -> str:
+    """The one block of README in a language that holds a piece of text."""
+    (block,) = (block for found, block in FENCED if found == language and holds in block)
+    return block
+
+
+BLOCKS_RUN_BELOW = {
+    ("text", "verified on 2 ranks"),
+    ("bash", "bash tests/run.sh"),
+    ("python", "plan_model(model, config)"),
+    ("bash", "dist-layerlr plan"),
+    ("json", "per_layer_lr"),
+    ("python", "StreamPolicy"),
+    ("bash", "launch/train.py"),
+}
+"""(language, piece of text) of the README blocks that the tests below take by `readme`."""
+
+
+def test_every_readme_block_is_run_below() -> None:
+    for language, block in FENCED:
+        ways = [holds for found, holds in BLOCKS_RUN_BELOW if found == language and holds in block]
+        assert len(ways) == 1, f"{len(ways)} tests run this block of README:\n{block}"
+    assert len(FENCED) == len(BLOCKS_RUN_BELOW)
+
+
+@pytest.fixture
+def quickstart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """What launch/quickstart.sh calls, in a copy of what it reads. Its environment holds stubs and
+    is up to date."""
+    for path in (
+        "launch/quickstart.sh",
+        "launch/configs/quickstart.json",
+        "requirements",
+        "pyproject.toml",
+    ):
+        subprocess.run(["cp", "-r", "--parents", path, tmp_path], cwd=ROOT, check=True)
+    binaries = tmp_path / ".venv" / "bin"
+    binaries.mkdir(parents=True)
+    subprocess.run(
+        ["cp", "requirements/quickstart.txt", ".venv/lock.txt"], cwd=tmp_path, check=True
+    )
+    subprocess.run(["cp", "pyproject.toml", ".venv"], cwd=tmp_path, check=True)
+    for name in ("pip", "python", "torchrun"):
+        (binaries / name).write_text(f'#!/usr/bin/env bash\necho "CALLED {name} $*"\n')
+        (binaries / name).chmod(0o755)
+    monkeypatch.chdir(tmp_path)
+    done = subprocess.run(
+        ["bash", "launch/quickstart.sh"], capture_output=True, text=True, check=True
+    )
+    return [
+        line.removeprefix("CALLED ")
+        for line in done.stdout.splitlines()
+        if line.startswith("CALLED ")
+    ]
+
+
+def test_readmes_first_command_starts_training_with_the_grid_that_readme_shows(
+    quickstart: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert "bash launch/quickstart.sh " in readme("bash", "bash tests/run.sh")
+    making, training = map(shlex.split, quickstart)
+    assert making[:2] == ["python", "launch/make_tiny_wan.py"]
+    assert make_tiny_wan.main(making[2:]) == 0
+    start = training.index("launch/train.py")
+    assert training[:start] == ["torchrun", "--standalone", "--nproc_per_node", "2"]
+    capsys.readouterr()
+    assert train.main([*training[start + 1 :], "--plan-only"]) == 0
+    printed = capsys.readouterr().out
+    *grid, verified = readme("text", "verified on 2 ranks").splitlines()
+    assert [line for line in grid if line.strip() != "..." and f"{line}\n" not in printed] == []
+    files = ["runs/quickstart/tiny_wan", "--config", "launch/configs/quickstart.json", "--json"]
+    assert cli.main(["plan", *files]) == 0
+    assert verified.endswith(json.loads(capsys.readouterr().out)["digest"])
+
+
+def test_readmes_second_command_is_the_one_that_ci_runs() -> None:
+    """It runs this test, so nothing else needs to run it."""
+    assert "bash tests/run.sh " in readme("bash", "bash tests/run.sh")
+    assert (ROOT / ".ci" / "run").read_text().splitlines()[-1] == "bash tests/run.sh"
+
+
+def test_readmes_python_blocks_run() -> None:
+    blocks = [readme("python", "plan_model(model, config)"), readme("python", "StreamPolicy")]
+    four_lines, streamed = run_ranks(one_process, 1, "", blocks)[0]
+    assert four_lines.count("verified on 1 rank (unsharded)") == 1
+    assert streamed.count("verified on 1 rank (unsharded)") == 1
+    assert "fetches=20" in streamed  # 2 * 12 blocks - 4 slots
+
+
+def test_readmes_json_is_a_config() -> None:
+    config = json.loads(readme("json", "per_layer_lr"))
+    names = ("blocks.0.attn1.to_q.weight", "blocks.1.attn1.to_q.weight", "unknown.weight")
+    plan = build_plan([ParamInfo(name=name, shape=(4, 4)) for name in names], config)
+    assert [round(plan.entries[name].lr, 12) for name in names] == [1.5e-5, 4.5e-6, 1e-5]
+
+
+def save_adapter(rank: int, world_size: int, base: str, folder: str) -> None:
+    """A checkpoint of LoRA on the tiny Wan, for `dist-layerlr export`."""
+    import torch
+    from diffusers import WanTransformer3DModel
+    from peft import LoraConfig
+
+    import dist_layerlr
+
+    model = WanTransformer3DModel.from_pretrained(base).requires_grad_(False)
+    adapter = LoraConfig(r=2, target_modules=["to_q"])
+    model.add_adapter(adapter, "default")
+    plan = dist_layerlr.plan_model(
+        model, {"learning_rate": 1e-4, "per_layer_lr": {"enabled": True}}
+    )
+    optimizer = dist_layerlr.attach(plan, model, torch.optim.AdamW)
+    extra = {"adapter_config": {**adapter.to_dict(), "target_modules": ["to_q"]}}
+    dist_layerlr.save_checkpoint(folder, plan, model, optimizer, step=1, extra=extra)
+
+
+def test_readmes_dist_layerlr_commands_run(
+    tiny_wan: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.chdir(ROOT)
+    run_ranks(save_adapter, 1, str(tiny_wan), str(tmp_path / "saved"))
+    # What stands for the capital words of README. A and B are plans of two configs, so they differ.
+    wan = str(ROOT / "launch" / "configs" / "wan.json")
+    words = {
+        "MODEL": str(tiny_wan),
+        "...": wan,
+        "CHECKPOINT": str(tmp_path / "saved"),
+        "OUT": str(tmp_path / "out"),
+    }
+    for word, config in (("A", "wan"), ("B", "quickstart")):
+        assert (
+            cli.main(["plan", str(tiny_wan), "--config", f"launch/configs/{config}.json", "--json"])
+            == 0
+        )
+        (tmp_path / word).mkdir()
+        (tmp_path / word / "plan.json").write_text(capsys.readouterr().out)
+        words[word] = str(tmp_path / word)
+    words["lr_grid.png"] = str(tmp_path / "lr_grid.png")
+    says = {
+        "plan": "model_type=wan",
+        "explain": "blocks.2.attn2.to_q.weight",
+        "plot": "lr_grid.png",
+        "diff": "self_attn",
+        "export": "adapter_model.safetensors",
+    }
+    for line in readme("bash", "dist-layerlr plan").splitlines():
+        program, name, *rest = shlex.split(line, comments=True)
+        assert program == "dist-layerlr"
+        assert cli.main([name, *(words.get(word, word) for word in rest)]) == (name == "diff"), line
+        assert says.pop(name) in capsys.readouterr().out
+    assert says == {}
+
+
+def test_readmes_train_commands_take_their_arguments(
+    run_config: dict[str, Any],
+    write_config: Callable[..., Path],
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """What they start is trained for real in test_world_size_invariance.py and
+    test_ds_configs.py."""
+    config = str(write_config(run_config))
+    lines = readme("bash", "launch/train.py").splitlines()
+    assert [line.split()[0] for line in lines] == ["python", "torchrun", "deepspeed"]
+    for line in lines:
+        words = [config if word == "FILE" else word for word in shlex.split(line, comments=True)]
+        arguments = words[words.index("launch/train.py") + 1 :]
+        assert train.main([*arguments, "--plan-only"]) == 0, line
+        assert "blocks.002.self_attn" in capsys.readouterr().out

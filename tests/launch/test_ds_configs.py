@@ -21,8 +21,10 @@ from dist_layerlr.sharders.ranges import flat_ranges
 from dist_layerlr.weights.gather import LiveWeights
 from launch.trainer.data import open_dataset
 from launch.trainer.engines import build_engine
+from launch.trainer.engines.sharding import SHARDINGS
 from launch.trainer.engines.zero import read_zero_config
 from launch.trainer.families import get_family
+from launch.trainer.job import Job
 from launch.trainer.loop import train
 from launch.trainer.options import RunOptions, load_options
 from launch.trainer.runtime import Runtime
@@ -57,12 +59,20 @@ def run_one(sharding: str, options: RunOptions, runtime: Runtime, ds_config: Pat
     family = get_family(options.model_type)
     model = empty_model(family, options)
     plan = plan_model(model, options.plan)
-    engine = build_engine(
-        sharding, model, plan, options, runtime, None if ds_config is None else str(ds_config)
-    )
+    config_file = None if ds_config is None else str(ds_config)
+    engine = build_engine(SHARDINGS[sharding], model, plan, options, runtime, config_file)
     engine.prove(1.0)
     losses = Losses()
-    outcome = train(engine, family, open_dataset(options.data), options, runtime, losses)  # type: ignore[arg-type]
+    job = Job(
+        engine=engine,
+        family=family,
+        data=open_dataset(options.data),
+        plan=plan,
+        options=options,
+        runtime=runtime,
+        folder=Path(),
+    )
+    outcome = train(job, losses)  # type: ignore[arg-type]
     proof = engine.prove(outcome.last_factor)
     source = LiveWeights(engine.model)
     gathered = {name: source.fetch(name) for name, held in source.table.items() if held.trainable}

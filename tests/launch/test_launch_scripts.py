@@ -14,21 +14,24 @@ import pytest
 
 from dist_layerlr.errors import ConfigError
 from launch import train
-from launch.trainer.runtime import check_accelerate_env
+from launch.trainer.engines.sharding import SHARDINGS, check_accelerate_env
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 LAUNCH = ROOT / "launch"
 BIN = Path(sys.executable).parent
 STARTS = {
-    "run_ddp.sh": ("torchrun", "--sharding ddp"),
-    "run_fsdp1.sh": ("torchrun", "--sharding fsdp1"),
-    "run_fsdp2.sh": ("torchrun", "--sharding fsdp2"),
-    "run_hsdp.sh": ("torchrun", "--sharding hsdp"),
-    "run_deepspeed.sh": ("deepspeed", "ds_configs/zero2.json"),
-    "run_accelerate.sh": ("accelerate", "--sharding fsdp2"),
+    "run.sh ddp": ("torchrun", "--sharding ddp"),
+    "run.sh fsdp1": ("torchrun", "--sharding fsdp1"),
+    "run.sh fsdp1_flat": ("torchrun", "--sharding fsdp1_flat"),
+    "run.sh fsdp2": ("torchrun", "--sharding fsdp2"),
+    "run.sh hsdp": ("torchrun", "--sharding hsdp"),
+    "run.sh zero": ("deepspeed", "ds_configs/zero2.json"),
+    "LAUNCHER=torchrun run.sh zero": ("torchrun", "ds_configs/zero2.json"),
+    "LAUNCHER=accelerate run.sh fsdp2": ("accelerate", "--sharding fsdp2"),
     "slurm.sbatch": ("srun", ""),
 }
-"""Script: what it starts, and what that is told."""
+"""Script and sharder: what it starts, and what that is told."""
+SCRIPTS = ("run.sh", "slurm.sbatch")
 SLURM = {
     "SLURM_SUBMIT_DIR": str(ROOT),
     "SLURM_JOB_ID": "123456",
@@ -40,16 +43,20 @@ SLURM = {
 
 
 def call(
-    script: str, *args: str, first: Path = BIN, cwd: Path, **env: str
+    start: str, *args: str, first: Path = BIN, cwd: Path, **env: str
 ) -> subprocess.CompletedProcess[str]:
-    """Run a script from some other folder, with ``first`` in front of PATH."""
+    """Run ``[VARIABLE=value] SCRIPT [SHARDER]`` from some other folder, with ``first`` in front of
+    PATH."""
     path = os.pathsep.join([str(first), str(BIN), os.environ["PATH"]])
     clean = {k: v for k, v in os.environ.items() if k != "OMP_NUM_THREADS"}
+    words = start.split()
+    env |= dict(word.split("=") for word in words if "=" in word)
+    script, *sharder = (word for word in words if "=" not in word)
     return subprocess.run(
-        ["bash", str(LAUNCH / script), *args],
+        ["bash", str(LAUNCH / script), *sharder, *args],
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=900,
         cwd=cwd,
         env={**clean, "PATH": path, "PYTHON": sys.executable, **env},
     )
@@ -70,11 +77,13 @@ def stubs(tmp_path: Path) -> Path:
 
 
 def test_every_script_is_listed_here() -> None:
-    found = {p.name for p in [*LAUNCH.glob("run_*.sh"), *LAUNCH.glob("*.sbatch")]}
-    assert found == STARTS.keys()
+    found = {p.name for p in [*LAUNCH.glob("run*.sh"), *LAUNCH.glob("*.sbatch")]}
+    assert found == set(SCRIPTS)
+    started = {start.split()[-1] for start in STARTS if "run.sh" in start}
+    assert started == SHARDINGS.keys() - {"none"}  # which starts no ranks
 
 
-@pytest.mark.parametrize("script", STARTS)
+@pytest.mark.parametrize("script", SCRIPTS)
 def test_script_is_valid_short_and_shows_three_calls(script: str) -> None:
     subprocess.run(["bash", "-n", str(LAUNCH / script)], check=True)
     lines = (LAUNCH / script).read_text().splitlines()
@@ -108,8 +117,25 @@ def test_slurm_job_meets_on_the_first_node_and_shares_its_cores(
     assert line.endswith("OMP=4\n")
 
 
+def test_a_stopped_job_has_longer_than_torchs_30_seconds_to_save(
+    stubs: Path, tmp_path: Path
+) -> None:
+    for name in ("torchrun", "srun"):
+        (stubs / name).write_text("#!/usr/bin/env bash\necho $TORCH_ELASTIC_SHUTDOWN_TIMEOUT\n")
+    for start in ("run.sh fsdp2", "slurm.sbatch"):
+        assert call(start, first=stubs, cwd=tmp_path, **SLURM).stdout == "270\n"
+        assert call(start, first=stubs, cwd=tmp_path, STOP_S="5", **SLURM).stdout == "5\n"
+
+
+def test_one_process_needs_no_launcher(stubs: Path, tmp_path: Path) -> None:
+    done = call("run.sh none", "--max-steps", "1", cwd=tmp_path, PYTHON=str(stubs / "args"))
+    program, *arguments = done.stdout.splitlines()
+    assert program == str(LAUNCH / "train.py")
+    assert arguments == ["--sharding", "none", "--max-steps", "1"]
+
+
 def test_hsdp_on_two_machines_meets_where_it_is_told(stubs: Path, tmp_path: Path) -> None:
-    done = call("run_hsdp.sh", first=stubs, cwd=tmp_path, NNODES="2", HEAD="node0:29500")
+    done = call("run.sh hsdp", first=stubs, cwd=tmp_path, NNODES="2", HEAD="node0:29500")
     assert (
         "--nnodes 2 --nproc_per_node 2 --rdzv_backend c10d --rdzv_endpoint node0:29500"
         in done.stdout
@@ -148,7 +174,7 @@ def test_dry_run_needs_nothing_but_python(
     run_config: dict[str, Any], write_config: Callable[..., Path], tmp_path: Path
 ) -> None:
     done = call(
-        "run_fsdp2.sh", "--config", str(write_config(run_config)), cwd=tmp_path, DRY_RUN="1"
+        "run.sh fsdp2", "--config", str(write_config(run_config)), cwd=tmp_path, DRY_RUN="1"
     )
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith("[per_layer_lr] model_type=wan strategy=cosine")
@@ -160,7 +186,12 @@ def test_accelerate_starts_ranks_that_train(
     run_config["train"]["steps"] = 2
     config = str(write_config(run_config))
     done = call(
-        "run_accelerate.sh", "--config", config, "--output-dir", str(tmp_path / "out"), cwd=tmp_path
+        "LAUNCHER=accelerate run.sh fsdp2",
+        "--config",
+        config,
+        "--output-dir",
+        str(tmp_path / "out"),
+        cwd=tmp_path,
     )
     assert done.returncode == 0, done.stderr
     assert "verified on 2 ranks (fsdp2)" in done.stdout
@@ -201,7 +232,7 @@ def test_accelerate_options_that_contradict_the_sharding_are_refused(
     for name, value in env.items():
         monkeypatch.setenv(name, value)
     with pytest.raises(ConfigError) as error:
-        check_accelerate_env(sharding)
+        check_accelerate_env(SHARDINGS[sharding])
     assert says in str(error.value) and "--multi_gpu" in str(error.value)
 
 
@@ -220,4 +251,4 @@ def test_accelerate_options_that_agree_are_accepted(
 ) -> None:
     for name, value in env.items():
         monkeypatch.setenv(name, value)
-    check_accelerate_env(sharding)
+    check_accelerate_env(SHARDINGS[sharding])

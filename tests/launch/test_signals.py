@@ -46,7 +46,7 @@ def rows(folder: Path) -> list[dict[str, Any]]:
 
 
 def wait_until(
-    done: Callable[[], bool], process: subprocess.Popen[str], deadline_s: float = 120.0
+    done: Callable[[], bool], process: subprocess.Popen[str], deadline_s: float = 900.0
 ) -> None:
     end = time.monotonic() + deadline_s
     while not done():
@@ -71,7 +71,7 @@ def test_one_process_finishes_the_step_and_saves(
 ) -> None:
     process = start([sys.executable, TRAIN], run_config, tmp_path)
     process.send_signal(number)
-    said, complaint = process.communicate(timeout=60)
+    said, complaint = process.communicate(timeout=900)
     assert process.returncode == 0, complaint
     check_saved(tmp_path, said)
 
@@ -87,7 +87,7 @@ def test_a_signal_to_one_rank_stops_all_ranks_together(
     ]
     assert len(ranks) == 2
     os.kill(max(ranks), signal.SIGTERM)
-    said, complaint = process.communicate(timeout=120)
+    said, complaint = process.communicate(timeout=900)
     assert process.returncode == 0, complaint
     check_saved(tmp_path, said)
 

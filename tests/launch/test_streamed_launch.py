@@ -11,7 +11,6 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
-from test_world_size_invariance import TORCHRUN, TRAIN, as_lora, largest_difference, run, weights
 
 from dist_layerlr import plan_model
 from dist_layerlr.errors import ConfigError
@@ -21,16 +20,18 @@ from launch import make_tiny_wan
 from launch.trainer.data import open_dataset
 from launch.trainer.engines import build_engine
 from launch.trainer.engines.offload import check_streaming
+from launch.trainer.engines.sharding import SHARDINGS
 from launch.trainer.engines.zero import read_zero_config
 from launch.trainer.families import get_family
+from launch.trainer.job import Job
 from launch.trainer.loop import train
 from launch.trainer.metrics import MetricsFile
 from launch.trainer.options import RunOptions, load_options
 from launch.trainer.runtime import Runtime
 from launch.trainer.weights import empty_model
+from tests.support.jobs import ROOT, as_lora, call_of, largest_difference, run_in_ranks, weights
 from tests.support.ranks import run_ranks
 
-ROOT = Path(__file__).resolve().parent.parent.parent
 BLOCKS, WINDOW = 6, 2
 STAGEHAND = {"enabled": True, "pinned_pool_mb": 64, "prefetch_window": WINDOW}
 OURS = {**STAGEHAND, "min_numel": 1000}
@@ -64,16 +65,24 @@ def train_one(
     sharding: str, options: RunOptions, runtime: Runtime, folder: Path, ds_config: Path | None
 ) -> Result:
     """Train as launch/train.py does, in this process."""
-    check_streaming(options, sharding)
+    check_streaming(options, SHARDINGS[sharding])
     family = get_family(options.model_type)
     model = empty_model(family, options)
     plan = plan_model(model, options.plan)
-    engine = build_engine(
-        sharding, model, plan, options, runtime, None if ds_config is None else str(ds_config)
-    )
+    config_file = None if ds_config is None else str(ds_config)
+    engine = build_engine(SHARDINGS[sharding], model, plan, options, runtime, config_file)
     engine.prove(1.0)
     metrics = MetricsFile(folder / f"{sharding}-{options.stream is not None}-{runtime.rank}.jsonl")
-    outcome = train(engine, family, open_dataset(options.data), options, runtime, metrics)
+    job = Job(
+        engine=engine,
+        family=family,
+        data=open_dataset(options.data),
+        plan=plan,
+        options=options,
+        runtime=runtime,
+        folder=folder,
+    )
+    outcome = train(job, metrics)
     proof = engine.prove(outcome.last_factor)
     source = LiveWeights(engine.model)
     fetched = {name: source.fetch(name) for name, held in source.table.items() if held.trainable}
@@ -146,10 +155,10 @@ def test_ddp_with_a_streamed_base_ends_in_the_weights_of_the_resident_run(
     ]
     resident, alone, from_file = run_ranks(on_one_rank, 1, configs, tmp_path)[0]
     assert difference(resident, alone) == difference(resident, from_file) == 0.0
-    done = run([*TORCHRUN, "2", TRAIN, "--sharding", "ddp"], streamed, tmp_path / "ddp")
-    assert done.returncode == 0, done.stderr
-    assert "verified on 2 ranks (ddp)" in done.stdout
-    assert f"streaming {BLOCKS} of {BLOCKS} units through {WINDOW + 2} slots" in done.stdout
+    (done,) = run_in_ranks(2, [call_of(streamed, tmp_path / "ddp", "--sharding", "ddp")])
+    assert done.status == 0, done.complaint
+    assert "verified on 2 ranks (ddp)" in done.said
+    assert f"streaming {BLOCKS} of {BLOCKS} units through {WINDOW + 2} slots" in done.said
     final = {name: torch.from_numpy(value) for name, value in resident["weights"].items()}
     assert largest_difference(saved_names(final), weights(tmp_path / "ddp")) <= 1e-6
     rows = [
@@ -210,7 +219,7 @@ def test_a_sharder_that_cannot_offload_as_asked_says_what_to_do(
 ) -> None:
     options = load_options(write_config(with_stagehand(run_config, {**STAGEHAND, **edit})))
     with pytest.raises(ConfigError) as caught:
-        check_streaming(options, sharding)
+        check_streaming(options, SHARDINGS[sharding])
     assert all(word in str(caught.value) for word in words) and "\n" not in str(caught.value)
 
 

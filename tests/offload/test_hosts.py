@@ -13,11 +13,10 @@ from safetensors.torch import save_file
 from torch import nn
 
 from dist_layerlr.errors import ModelSourceError, OffloadError
-from dist_layerlr.offload import codec, round_trip
-from dist_layerlr.offload import streaming as handle_module
+from dist_layerlr.offload import budget, codec, round_trip
 from dist_layerlr.offload.masters import ALIGNMENT, build, payload_bytes, slot_bytes
 from dist_layerlr.offload.streaming import stream_on
-from dist_layerlr.offload.units import cut
+from dist_layerlr.offload.units import find_units
 from tests.support.adversary import Adversary
 from tests.support.families import BLOCKS, MIN_NUMEL, toy
 from tests.support.training import (
@@ -69,11 +68,11 @@ def assert_streams_like_resident(
 def test_masters_beyond_the_pool_pass_through_staging_within_it(
     case: Case, units_in_pool: int, device: str, monkeypatch: pytest.MonkeyPatch
 ):
-    cuts = cut(case.model(), case.policy())
-    unit = payload_bytes(cuts[0], None)
-    gradients = handle_module._grad_staging(cuts)
+    specs = find_units(case.model(), case.policy())
+    unit = payload_bytes(specs[0], None)
+    gradients = budget.grad_staging_bytes(specs)
     # A pool is given in MiB; the toy's blocks have a few KiB.
-    monkeypatch.setattr(handle_module, "MEBIBYTE", unit * units_in_pool + gradients)
+    monkeypatch.setattr(budget, "MEBIBYTE", unit * units_in_pool + gradients)
     backend = backend_of(device)
     assert_streams_like_resident(case, device, backend, pinned_pool_mb=1)
     if isinstance(backend, Adversary):
@@ -88,13 +87,17 @@ def test_pinned_arenas_have_the_exact_size_and_every_parameter_is_aligned(device
     exact = sum(-(-size // ALIGNMENT) * ALIGNMENT for size in sizes[:-1]) + sizes[-1]
     with stream_on(backend, model, case.policy()) as handle:
         assert [u.host_bytes for u in handle.units] == [exact] * BLOCKS
-        assert backend.most_locked == exact * BLOCKS + handle_module._grad_staging(
-            cut(toy(), case.policy())
+        assert backend.most_locked == exact * BLOCKS + budget.grad_staging_bytes(
+            find_units(toy(), case.policy())
         )
         for unit in handle._engine.units:
             assert unit.arena.nbytes == exact
-            assert all(p.host.data_ptr() == unit.arena.data_ptr() + p.start for p in unit.pieces)
-            assert all(p.start % ALIGNMENT == p.offset % ALIGNMENT == 0 for p in unit.pieces)
+            assert all(
+                m.host.data_ptr() == unit.arena.data_ptr() + m.payload_offset for m in unit.masters
+            )
+            assert all(
+                m.payload_offset % ALIGNMENT == m.slot_offset % ALIGNMENT == 0 for m in unit.masters
+            )
     assert backend.locked == []
 
 
@@ -111,14 +114,14 @@ def test_layouts_other_than_rows_are_kept(device: str):
         {"blocks": nn.ModuleList(Convolution() for _ in range(3))}
     ).requires_grad_(False)
     before = {n: (p.clone(), p.stride()) for n, p in model.named_parameters()}
-    units = [build(c, None, None) for c in cut(model, Case().policy(min_numel=8))]
-    for piece in (p for u in units for p in u.pieces):
-        value, stride = before[piece.name]
-        assert torch.equal(piece.host, value) and torch.equal(piece.value(), value)
-        assert piece.host.stride() == (
-            stride if "attn" in piece.name else value.contiguous().stride()
+    units = [build(c, None, None) for c in find_units(model, Case().policy(min_numel=8))]
+    for master in (m for u in units for m in u.masters):
+        value, stride = before[master.name]
+        assert torch.equal(master.host, value) and torch.equal(master.value(), value)
+        assert master.host.stride() == (
+            stride if "attn" in master.name else value.contiguous().stride()
         )
-    assert units[0].device_bytes <= slot_bytes(cut(model, Case().policy(min_numel=8))[0])
+    assert units[0].device_bytes <= slot_bytes(find_units(model, Case().policy(min_numel=8))[0])
 
 
 @pytest.fixture
@@ -234,7 +237,7 @@ def test_eight_bit_masters_train_like_a_resident_model_that_was_rounded_once(
     """The numerical contract of ``host_dtype``."""
     case = Case(lora=True, reentrant=reentrant)
     rounded = case.model()
-    streamed_names = {w.name for c in cut(rounded, case.policy()) for w in c.weights}
+    streamed_names = {w.name for c in find_units(rounded, case.policy()) for w in c.weights}
     for name, p in rounded.named_parameters():
         if name in streamed_names:
             p.data = round_trip(p.data, form)

@@ -146,3 +146,68 @@ def test_function_transforms_that_differentiate_are_told_from_vmap(device: str):
     for call in (f, torch.func.grad(f), torch.func.vmap(f), torch.func.vmap(torch.func.grad(f))):
         call(x)
     assert seen == [False, True, False, True]
+
+
+def test_writes_are_counted_but_not_those_through_data(device: str):
+    weight = nn.Parameter(torch.zeros(4, 4, device=device))
+    before = internals.write_count(weight)
+    with torch.no_grad():
+        weight.add_(1)
+        weight[0].zero_()
+    assert internals.write_count(weight) == before + 2
+    weight.data.fill_(3)
+    weight.data = torch.ones(4, 4, device=device)
+    assert internals.write_count(weight) == before + 2
+
+
+def test_a_registered_parameter_is_the_object_not_what_a_parametrization_makes_of_it(device: str):
+    layer = nn.Linear(3, 3, device=device)
+    weight = layer.weight
+    assert internals.registered_parameter(layer, "weight") is weight
+    torch.nn.utils.parametrizations.orthogonal(layer)
+    assert internals.registered_parameter(layer, "weight") is None
+    held = layer.parametrizations.weight
+    assert internals.registered_parameter(held, "original") is weight
+
+
+def test_a_checkpoint_wrapper_is_told_from_the_module_it_wraps(device: str):
+    from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
+
+    layer = nn.Linear(3, 3, device=device)
+    assert not internals.wraps_checkpoint(layer)
+    assert internals.wraps_checkpoint(checkpoint_wrapper(layer))
+
+
+def test_a_compiled_module_a_compiled_call_and_a_compiled_forward_are_told_apart(device: str):
+    def kinds(module: nn.Module) -> tuple[bool, bool]:
+        return internals.wraps_compiled(module), internals.call_is_compiled(module)
+
+    call, forward = (nn.Linear(3, 3, device=device) for _ in range(2))
+    assert kinds(call) == (False, False)
+    assert internals.wraps_compiled(torch.compile(call, backend="eager"))
+    call.compile(backend="eager")
+    forward.forward = torch.compile(forward.forward, backend="eager")
+    assert kinds(call) == (False, True)
+    assert kinds(forward) == (False, False)
+
+
+def test_ddp_leaves_the_ignored_parameters_alone(device: str):
+    import torch.distributed as dist
+
+    model = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3)).to(device)
+    assert internals.ddp_ignored(model) is None
+    names = ["0.weight", "0.bias"]
+    internals.set_ddp_ignored(model, names)
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        wrapped = nn.parallel.DistributedDataParallel(model)
+        wrapped(torch.ones(2, 3, device=device)).sum().backward()
+        # DDP's reducer holds the leaves that it reduces, and no others.
+        held = {name for name, p in model.named_parameters() if internals.in_live_graph(p)}
+    finally:
+        dist.destroy_process_group()
+    assert held == {"1.weight", "1.bias"}
+    assert internals.ddp_ignored(model) == names
+    internals.set_ddp_ignored(model, None)
+    internals.set_ddp_ignored(model, None)
+    assert internals.ddp_ignored(model) is None

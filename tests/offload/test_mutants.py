@@ -11,11 +11,15 @@ import pytest
 from torch import nn
 
 from dist_layerlr.offload import engine as engine_module
+from dist_layerlr.offload import saved as saved_module
+from dist_layerlr.offload.copies import DeviceCopies
 from dist_layerlr.offload.engine import Engine
 from dist_layerlr.offload.gradients import GradSink
+from dist_layerlr.offload.saved import SavedTensors
 from dist_layerlr.offload.transfer import Fetcher
 from tests.offload.test_equality import check
-from tests.offload.test_semantics import LORA, check_memory_of_a_graph, two_forwards
+from tests.offload.test_limits import check_memory_of_a_graph
+from tests.offload.test_semantics import LORA, two_forwards
 from tests.support.forked import in_fork
 from tests.support.training import Case
 
@@ -28,43 +32,43 @@ def no_ready_wait() -> None:
 
 def no_free_wait() -> None:
     """The copy stream goes by the slot's first event for ever."""
-    rest = Engine.rest
+    rest = Engine.point_at_host
 
     def stale(self: Any) -> None:
-        free = [slot.free for slot in self._slots]
+        free = [slot.free for slot in self.copies._slots]
         rest(self)
-        for slot, before in zip(self._slots, free, strict=True):
+        for slot, before in zip(self.copies._slots, free, strict=True):
             slot.free = before
 
-    Engine.rest = stale  # type: ignore[method-assign]
+    Engine.point_at_host = stale  # type: ignore[method-assign]
 
 
 def free_event_behind_the_forward_only() -> None:
     """As if backward did not read the slot again."""
-    rest = Engine.rest
+    rest = Engine.point_at_host
 
     def early(self: Any) -> None:
-        free = [slot.free for slot in self._slots]
+        free = [slot.free for slot in self.copies._slots]
         rest(self)
         if engine_module.graph_task() != -1:
-            for slot, before in zip(self._slots, free, strict=True):
+            for slot, before in zip(self.copies._slots, free, strict=True):
                 slot.free = before
 
-    Engine.rest = early  # type: ignore[method-assign]
+    Engine.point_at_host = early  # type: ignore[method-assign]
 
 
 def _evict(self: Any, index: int) -> None:
-    self.rest()
-    if index in self.ring.holders():
-        self.ring.drop(index)
+    self.point_at_host()
+    if index in self.copies.ring.holders():
+        self.copies.ring.drop(index)
 
 
 def evict_behind_the_forward() -> None:
     leave = Engine._leave_unit
 
-    def evicting(self: Any, index: int, *args: Any) -> None:
-        leave(self, index, *args)
-        _evict(self, index)
+    def evicting(self: Any, module: nn.Module, *args: Any) -> None:
+        leave(self, module, *args)
+        _evict(self, next(i for i, unit in enumerate(self.units) if unit.module is module))
 
     Engine._leave_unit = evicting  # type: ignore[method-assign]
 
@@ -83,22 +87,22 @@ def evict_behind_the_backward_hook() -> None:
 
 
 def no_saved_tensor_hooks() -> None:
-    Engine._save_handles = lambda self: None  # type: ignore[method-assign, return-value]
+    SavedTensors.record = lambda self: None  # type: ignore[method-assign]
 
 
 def no_saved_tensor_hooks_and_no_look_at_who_refers_to_a_slot() -> None:
     no_saved_tensor_hooks()
-    Engine._referred = lambda self: set()  # type: ignore[method-assign]
+    DeviceCopies.in_use_elsewhere = lambda self: set()  # type: ignore[method-assign]
 
 
 def saved_tensor_hooks_that_cover_a_checkpoint() -> None:
-    engine_module.outer_saved_hooks = lambda: None  # type: ignore[attr-defined]
+    saved_module.outer_saved_hooks = lambda: None  # type: ignore[attr-defined]
 
 
 def no_gradient_set_aside() -> None:
     def keep(self: Any, param: nn.Parameter) -> None:
         self._begin()
-        self._sums.setdefault(param, engine_module.GradSink.__init__.__globals__["_Sum"]())
+        self._sums.setdefault(param, engine_module.GradSink.__init__.__globals__["_GradSum"]())
 
     GradSink._set_aside = keep  # type: ignore[method-assign]
 
@@ -115,8 +119,8 @@ def rebind_instead_of_data() -> None:
 
     def rebinding(self: Any, index: int) -> None:
         need(self, index)
-        for piece in self.units[index].pieces:
-            weight = piece.weight
+        for master in self.units[index].masters:
+            weight = master.weight
             weight.owner._parameters[weight.leaf] = nn.Parameter(
                 weight.param.data, weight.param.requires_grad
             )
@@ -125,22 +129,23 @@ def rebind_instead_of_data() -> None:
 
 
 def copies_frozen_weights_back() -> None:
-    rest = Engine.rest
+    rest = Engine.point_at_host
 
     def writing(self: Any) -> None:
+        backend = self.copies._backend
         if self._current is not None:
-            for piece in self.units[self._current].pieces:
-                done = self._backend.download(piece.host, piece.weight.param.data)
-                self._backend.finish(done)
+            for master in self.units[self._current].masters:
+                done = backend.download(master.host, master.weight.param.data)
+                backend.finish(done)
         rest(self)
 
-    Engine.rest = writing  # type: ignore[method-assign]
+    Engine.point_at_host = writing  # type: ignore[method-assign]
 
 
 def stale_copies_are_used() -> None:
     """The copy that a forward without backward left is taken for the stepped weight."""
-    Engine._discard_stale = lambda self, index: None  # type: ignore[method-assign]
-    Engine.forget_trainable = lambda self: None  # type: ignore[method-assign]
+    DeviceCopies.drop_outdated = lambda self, unit: None  # type: ignore[method-assign]
+    DeviceCopies.drop_trained = lambda self: None  # type: ignore[method-assign]
 
 
 FULL = Case(lora=False, accumulation=2, window=1)

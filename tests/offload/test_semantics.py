@@ -55,7 +55,7 @@ def compare(
 
 def at_rest(handle: Handle) -> list[tuple[Tensor, int]]:
     """(streamed parameter, address of its host master)."""
-    return [(piece.weight.param, piece.host.data_ptr()) for piece, _ in handle._homes]
+    return [(master.weight.param, master.host.data_ptr()) for master, _ in handle._homes]
 
 
 def two_forwards(case: Case, device: str) -> None:

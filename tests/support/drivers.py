@@ -35,6 +35,7 @@ from dist_layerlr.sharders.model import unwrap
 from tests.support.parity import GLOBAL_BATCH, Recipe, Weights
 from tests.support.toys import Frozen, TwoNormBlock
 
+torch.compile(nn.Identity())  # imports inductor, as DeepSpeed does inside each initialize
 bf16_optimizer.see_memory_usage = lambda *_, **__: None  # collects garbage for every group
 Wrap = Callable[[Any], Any]
 

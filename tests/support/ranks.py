@@ -11,7 +11,10 @@ from collections.abc import Callable
 from datetime import timedelta
 from typing import Any
 
-DEADLINE_S = 120.0
+DEADLINE_S = 600.0
+"""Only ends a hang: other work on the machine may make a test many times slower."""
+GROUP_TIMEOUT_S = 300.0
+"""How long a collective waits for the other ranks."""
 
 
 def run_ranks(
@@ -87,7 +90,7 @@ def _rank(
             init_method=f"file://{store}",
             rank=rank,
             world_size=world_size,
-            timeout=timedelta(seconds=60),
+            timeout=timedelta(seconds=GROUP_TIMEOUT_S),
         )
         queue.put((rank, True, work(rank, world_size, *args)))
     except BaseException:

@@ -32,6 +32,7 @@ def open_dataset(options: Mapping[str, Any]) -> Dataset:
     """
     kind = fields.one_of(lambda: tuple(KINDS))("data.kind", options.get("kind"))
     module, name = KINDS[kind].split(":")
+    # A kind's fields are the arguments of its class, so that each is declared once.
     dataset_class = getattr(import_module(f".{module}", __name__), name)
     settings = {key: value for key, value in options.items() if key != "kind"}
     _check_settings(kind, settings, inspect.signature(dataset_class).parameters)
@@ -40,19 +41,21 @@ def open_dataset(options: Mapping[str, Any]) -> Dataset:
 
 
 def check_dataset(data: Dataset, family: Family, model_config: Mapping[str, Any]) -> None:
-    """Refuse a dataset that the model cannot take: every sample's shapes where they are known, else
-    the first sample.
+    """Refuse a dataset that the model cannot take.
+
+    Every sample's shapes are checked where the dataset knows them without reading (``shapes``),
+    else those of the first sample.
 
     Raises:
         ModelSourceError: label, field, shape found and shape needed.
     """
     shapes = getattr(data, "shapes", None)
-    for i in range(len(data) if shapes is not None else 1):
-        sample = (
-            data[i]
-            if shapes is None
-            else {k: torch.empty(s, device="meta") for k, s in shapes(i).items()}
-        )
+    if shapes is None:
+        family.check_sample(model_config, data[0], data.name(0))
+        return
+    for i in range(len(data)):
+        # Meta tensors have a shape and no memory: nothing is read from the disk.
+        sample = {key: torch.empty(size, device="meta") for key, size in shapes(i).items()}
         family.check_sample(model_config, sample, data.name(i))
 
 

@@ -2,9 +2,18 @@
 
 from __future__ import annotations
 
-from typing import Protocol
+from collections.abc import Mapping, Sequence
+from typing import Any, Protocol
 
+import torch
 from torch import Tensor
+
+Sample = Mapping[str, Any]
+"""One sample: {field: tensor of any rank, or what else the family's ``collate`` takes}."""
+Batch = Mapping[str, Any]
+"""Several samples: {field: stacked tensor, or a list with an item per sample}."""
+LATENTS, PROMPT_EMBEDS = "latents", "prompt_embeds"
+"""Fields of the diffusion families' samples: (C, F, H, W) or (C, H, W), and (L, D)."""
 
 
 class Dataset(Protocol):
@@ -14,13 +23,30 @@ class Dataset(Protocol):
         """Return the number of samples."""
         ...
 
-    def __getitem__(self, index: int) -> dict[str, Tensor]:
+    def __getitem__(self, index: int) -> Sample:
         """Return sample ``index`` in [0, len): the same tensors on every call, rank and run.
 
-        Float32 CPU tensors: ``latents`` (C, F, H, W) in about [-1, 1] and ``prompt_embeds`` (L, D).
+        Tensors are on the CPU. Diffusion families take float32 ``latents`` (C, F, H, W) in about
+        [-1, 1] and ``prompt_embeds`` (L, D).
         """
         ...
 
     def name(self, index: int) -> str:
         """Return a short label of sample ``index`` for people: its prompt, class or file."""
         ...
+
+
+def stack(samples: Sequence[Sample]) -> Batch:
+    """Stack samples of equal shapes, field by field: the usual ``Family.collate``."""
+    return {field: torch.stack([one[field] for one in samples]) for field in samples[0]}
+
+
+def to_device(value: Any, device: torch.device) -> Any:
+    """Return a batch, or any part of it, with its tensors on ``device``."""
+    if isinstance(value, Tensor):
+        return value.to(device)
+    if isinstance(value, Mapping):
+        return {key: to_device(item, device) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [to_device(item, device) for item in value]
+    return value

@@ -15,9 +15,8 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from dist_layerlr.errors import ModelSourceError
+from launch.trainer.data.base import LATENTS, PROMPT_EMBEDS
 
-LATENTS = "latents"  # (C, F, H, W), or (C, H, W) for one frame
-PROMPT_EMBEDS = "prompt_embeds"  # (L, D)
 CAPTION = "caption"  # metadata
 
 _ALLOWED_DIMS = {LATENTS: (3, 4), PROMPT_EMBEDS: (2,)}
@@ -60,6 +59,7 @@ def read_header(path: Path) -> SampleHeader:
                     )
                 view = file.get_slice(field)
                 shapes[field], dtypes[field] = tuple(view.get_shape()), view.get_dtype()
+            # A file without metadata answers None.
             metadata = dict(file.metadata() or {})
     except (SafetensorError, OSError) as error:
         raise _damaged(path, error) from error
@@ -97,14 +97,16 @@ class CachedDataset:
         return len(self._headers)
 
     def __getitem__(self, index: int) -> dict[str, Tensor]:
-        """Load sample ``index``: ``latents`` (C, F, H, W) and ``prompt_embeds`` (L, D), float32 on
-        the CPU.
+        """Load sample ``index``, float32 on the CPU.
+
+        It holds ``latents`` (C, F, H, W) and ``prompt_embeds`` (L, D).
 
         Raises:
             ModelSourceError: the file changed or went away since the data set was made, or holds
                 NaN or infinity.
         """
         header = self._headers[index]
+        # Opened for each read: a file kept open per sample would exceed the usual limit of 1,024.
         try:
             with safe_open(header.path, framework="pt") as file:
                 sample = {
@@ -140,13 +142,12 @@ def _sample_files(folder: Path) -> list[Path]:
             f"Invalid data folder {str(folder)!r}: found 0 .safetensors files, need at least 1; "
             "make them with `python launch/cache_latents.py`."
         )
+    # The order must not depend on the file system: sample numbers decide noise and batches.
     return sorted(files, key=lambda path: path.relative_to(folder).as_posix())
 
 
 def _check_field(path: Path, field: str, shape: tuple[int, ...], dtype: str) -> None:
-    """Refuse a field with the wrong number of dims, an empty axis, or a type that is not floating
-    point.
-    """
+    """Refuse a wrong number of dims, an empty axis, or a type that is not floating point."""
     if len(shape) not in _ALLOWED_DIMS[field]:
         raise ModelSourceError(
             f"{path}: {field} has shape {shape}, need {_AXES[field]}; {_REWRITE}."

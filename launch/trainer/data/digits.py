@@ -1,6 +1,6 @@
-"""Moving digits: short clips of real handwriting that need no download, for the quickstart and the
-tests.
+"""Moving digits: short clips of real handwriting, for the quickstart and the tests.
 
+They need no download.
 The scans are scikit-learn's bundled ``load_digits`` (8x8 pixels, real people's digits). One of them
 bounces about a dark square canvas. There is no text encoder: each of the 14 words below has a fixed
 random embedding, and a prompt such as "seven backslash" is the two embeddings of its words. (One
@@ -88,8 +88,9 @@ class MovingDigits:
         return self.clips
 
     def __getitem__(self, index: int) -> dict[str, Tensor]:
-        """Return ``latents`` (1, F, H, W) in [-1, 1], -1 the dark background, and ``prompt_embeds``
-        (2, text_dim).
+        """Return ``latents`` (1, F, H, W) and ``prompt_embeds`` (2, text_dim).
+
+        Latents are in [-1, 1], and -1 is the dark background.
 
         Raises:
             IndexError: ``index`` is not in [0, len).
@@ -119,6 +120,7 @@ class MovingDigits:
         """
         if not 0 <= index < self.clips:
             raise IndexError(f"Sample {index} of {self.clips} clips.")
+        # A generator of its own for each clip, so that the order of reads does not matter.
         random = np.random.default_rng([self.seed, _CLIP_STREAM, index])
         digit = index % len(DIGIT_WORDS)
         scans = np.flatnonzero(_scans()[1] == digit)[: self.scans_per_digit]
@@ -133,19 +135,24 @@ class MovingDigits:
         )
 
     def _line(self, sign: int, random: np.random.Generator) -> tuple[int, int]:
-        """Draw a start on one axis, whole steps from the edge behind it (centred if sign is 0), and
-        its velocity.
+        """Draw a start on one axis and its velocity.
+
+        The start lies whole steps from the edge behind the digit, or in the middle if sign is 0.
         """
         room = self.canvas - SCAN
         places = min(self.starts, max(room // self.speed, 1))
         start = self.speed * int(random.integers(places))
-        return (room // 2, start, room - start)[sign], sign * self.speed
+        if sign == 0:
+            return room // 2, 0
+        # The edge behind a digit that moves down or right is at 0, else at the other end.
+        return (start if sign > 0 else room - start), sign * self.speed
 
     def _bounce(self, start: int, velocity: int, frame: int) -> int:
         """Return the position at ``frame``, reflected at both edges."""
         room = self.canvas - SCAN
         if room == 0:
             return 0
+        # On a line of twice the length, whose second half runs back, nothing is ever reflected.
         place = (start + velocity * frame) % (2 * room)
         return min(place, 2 * room - place)
 

@@ -1,6 +1,4 @@
-"""Frozen VAEs and text encoders: loaded from local folders, and run on one clip or caption at a
-time.
-"""
+"""Frozen VAEs and text encoders: loaded from local folders, run on one clip or caption a time."""
 
 from __future__ import annotations
 
@@ -14,7 +12,7 @@ import torch
 from torch import Tensor
 
 from dist_layerlr.errors import ConfigError, ModelSourceError
-from launch.trainer.blame import blame
+from launch.trainer.cli import blame
 
 IMAGE_VAES = ("AutoencoderKL",)
 VIDEO_VAES = ("AutoencoderKLWan", "AutoencoderKLQwenImage")
@@ -72,6 +70,7 @@ def check_size(size: ClipSize, layout: VaeLayout) -> None:
                 f"Invalid {flag}={value}: must be a multiple of {layout.spatial} for"
                 f" {layout.class_name}; set --height and --width, for example {flag} {below}."
             )
+    # Video VAEs encode the first frame by itself and the others in groups.
     if (size.frames - 1) % layout.temporal:
         fits = (size.frames - 1) // layout.temporal * layout.temporal + 1
         raise ConfigError(
@@ -126,6 +125,8 @@ def vae_layout(vae: Any) -> VaeLayout:
     """
     config, class_name = vae.config, type(vae).__name__
     if class_name in VIDEO_VAES:
+        # Every stage halves height and width; those listed as True halve the frames too. (The
+        # misspelling is diffusers' own.)
         spatial = 2 ** len(config.temperal_downsample) * (config.get("patch_size") or 1)
         temporal = 2 ** sum(config.temperal_downsample)
         mean, scale = _per_channel(config.latents_mean), 1.0 / _per_channel(config.latents_std)
@@ -164,20 +165,15 @@ def load_tokenizer(folder: Path) -> Any:
 
 
 def find_tokenizer(text_encoder: Path) -> Path:
-    """Guess the tokenizer folder: the text encoder's own, or ``tokenizer*`` beside it as diffusers
-    lays it out.
-    """
+    """Guess the tokenizer folder: the text encoder's own, or ``tokenizer*`` beside it."""
+    # diffusers lays a pipeline out as text_encoder_2/ beside tokenizer_2/.
     beside = text_encoder.with_name(text_encoder.name.replace("text_encoder", "tokenizer"))
-    return (
-        beside
-        if not (text_encoder / "tokenizer_config.json").is_file() and beside.is_dir()
-        else text_encoder
-    )
+    own = (text_encoder / "tokenizer_config.json").is_file()
+    return beside if not own and beside.is_dir() else text_encoder
 
 
 def load_text_encoder(folder: Path, dtype: torch.dtype, device: str) -> torch.nn.Module:
-    """Load the transformers text encoder that the config names in ``architectures[0]``, in eval
-    mode.
+    """Load the transformers text encoder of ``architectures[0]`` in its config, in eval mode.
 
     Raises:
         ModelSourceError: the folder, its config or its weights are missing or damaged, or it is no
@@ -194,6 +190,7 @@ def load_text_encoder(folder: Path, dtype: torch.dtype, device: str) -> torch.nn
             " encoder-only class such as UMT5EncoderModel, T5EncoderModel or CLIPTextModel."
         )
     transformers.logging.set_verbosity_error()
+    # Standard error is for our own progress bar.
     transformers.logging.disable_progress_bar()
     encoder: torch.nn.Module = _load_whole(
         getattr(transformers, class_name), folder, dtype, "--text-encoder"
@@ -208,6 +205,7 @@ def _load_whole(cls: Any, folder: Path, dtype: torch.dtype, flag: str) -> Any:
         # Not .to(dtype) afterwards: some classes keep part of their weights in float32.
         options = {"torch_dtype": dtype, "local_files_only": True, "output_loading_info": True}
         model, info = cls.from_pretrained(str(folder), **options)
+    # from_pretrained only warns, and leaves these weights random.
     if missing := sorted(info["missing_keys"]):
         raise ModelSourceError(
             f"{where} {len(missing)} weights of {cls.__name__} missing, first {missing[0]}; {step}."
@@ -250,6 +248,7 @@ def encode_latents(vae: Any, layout: VaeLayout, clip: Tensor) -> Tensor:
         ModelSourceError: the latents hold NaN or infinity.
     """
     pixels = clip.to(vae.device, vae.dtype)
+    # The mode and not a sample: a cache must not depend on a random draw.
     if layout.video:
         raw = vae.encode(pixels[None]).latent_dist.mode()[0]
     else:
@@ -282,6 +281,7 @@ def encode_caption(encoder: Any, tokenizer: Any, caption: str, max_tokens: int) 
         return_attention_mask=True,
         return_tensors="pt",
     )
+    # See the docstring: with an attention mask CLIP's padding would come out differently.
     keep_padding = type(encoder).__name__.startswith("CLIP")
     mask = None if keep_padding else tokens.attention_mask.to(encoder.device)
     hidden = encoder(

@@ -1,20 +1,18 @@
-"""Ways of training: one file each, one line here."""
+"""Ways of training: torch's own sharders and DeepSpeed. ``sharding.py`` has a row for each."""
 
 from __future__ import annotations
 
 from torch import nn
 
-from dist_layerlr.plan.entries import Plan
+from dist_layerlr.plan import Plan
 from launch.trainer.engines.base import Engine
+from launch.trainer.engines.sharding import Sharding
 from launch.trainer.options import RunOptions
 from launch.trainer.runtime import Runtime
 
-SHARDINGS = ("none", "ddp", "fsdp1", "fsdp1_flat", "fsdp2", "hsdp")
-ZERO = "zero"
-
 
 def build_engine(
-    sharding: str,
+    sharding: Sharding,
     model: nn.Module,
     plan: Plan,
     options: RunOptions,
@@ -24,14 +22,15 @@ def build_engine(
     """Wrap the meta model, load its weights into place, and build its optimizer from the plan.
 
     Args:
-        sharding: one of SHARDINGS, or ZERO.
-        model: on the meta device.
-        plan: made from ``model``.
-        options: of the run.
-        runtime: this rank.
-        deepspeed_config: JSON file, with ZERO.
+        sharding: How ranks share the model.
+        model: On the meta device.
+        plan: Made from ``model``.
+        options: Of the run.
+        runtime: This rank.
+        deepspeed_config: JSON file, if DeepSpeed shards.
     """
-    if sharding == ZERO:
+    if sharding.by_deepspeed:
+        # Importing DeepSpeed takes seconds and prints; only its own runs pay for that.
         from launch.trainer.engines.zero import ZeroEngine
 
         assert deepspeed_config is not None

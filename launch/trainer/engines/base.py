@@ -1,4 +1,4 @@
-"""What the loop needs from a way of training: forward, backward, step, gather, prove."""
+"""What the loop needs from a way of training: forward, backward, step, prove, save, load."""
 
 from __future__ import annotations
 
@@ -7,12 +7,12 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, Protocol
 
+import torch
 from torch import Tensor, nn
 
-from dist_layerlr.checkpoint.load import Restored
-from dist_layerlr.checkpoint.save import Saving
+from dist_layerlr.checkpoint import Restored, Saving
 from dist_layerlr.offload import Prediction
-from dist_layerlr.proof.verify import Proof
+from dist_layerlr.proof import Proof
 from launch.trainer.options import RunOptions, TrainOptions
 
 
@@ -22,10 +22,10 @@ class Engine(Protocol):
     model: nn.Module
     """What is called in the forward pass."""
 
-    def micro_step(self, *, last: bool) -> AbstractContextManager[None]:
-        """Context of one forward and backward.
+    def micro_step(self, *, last: bool) -> AbstractContextManager[Any]:
+        """Return the context of one forward and backward.
 
-        Only the last of a step needs to synchronise gradients.
+        Only the last one of a step needs to reduce gradients over ranks.
         """
         ...
 
@@ -36,10 +36,16 @@ class Engine(Protocol):
     def step(self, factor: float, *, observed: dict[str, float] | None = None) -> float:
         """Step at plan x ``factor`` and clear gradients.
 
-        Returns the global gradient norm before clipping.
+        Args:
+            factor: The schedule's multiplier.
+            observed: If given, the rate at which the step really moved each parameter is compared
+                with the plan, and filled in.
 
-        With ``observed``, the rate at which the step really moved each parameter is checked and
-        filled in.
+        Returns:
+            The global gradient norm before clipping.
+
+        Raises:
+            PlanMismatch: A parameter moved at another rate than planned.
         """
         ...
 
@@ -48,23 +54,32 @@ class Engine(Protocol):
         ...
 
     def predict(self, tokens: int, micro_steps: int, options: RunOptions) -> Prediction | None:
-        """Cost of a step of microbatches of ``tokens`` while streaming.
+        """Predict the cost of a step of microbatches of ``tokens`` while streaming.
 
         None where nothing is streamed.
         """
         ...
 
     def traffic(self) -> dict[str, int]:
-        """Bytes and copies since the last call, for the metrics.
-
-        Empty where nothing is streamed.
-        """
+        """Bytes and copies since the last call, for the metrics; empty where nothing streams."""
         ...
 
     def save(self, root: Path, step: int, extra: Mapping[str, Any], train: TrainOptions) -> Saving:
-        """Write a checkpoint of ``step`` done steps; collective."""
+        """Write a checkpoint of ``step`` done steps. Collective."""
         ...
 
     def load(self, path: Path) -> Restored:
-        """Continue from a checkpoint of any sharder and number of ranks; collective."""
+        """Continue from a checkpoint of any sharder and number of ranks. Collective."""
         ...
+
+
+def autocast(device: torch.device, options: RunOptions) -> torch.autocast:
+    """Return the context of every forward: ``train.dtype``."""
+    # While streaming no cast is cached: autocast would keep a bf16 copy of every block on the
+    # device until the end of the forward pass.
+    return torch.autocast(
+        device.type,
+        dtype=torch.bfloat16,
+        enabled=options.train.dtype == "bf16",
+        cache_enabled=options.stream is None,
+    )

@@ -1,9 +1,9 @@
-"""torch's own: one process, DDP, FSDP1, FSDP2."""
+"""torch's own sharders: one process, DDP, FSDP1, FSDP2."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -19,15 +19,16 @@ from dist_layerlr import (
     save_checkpoint,
     verify,
 )
-from dist_layerlr.checkpoint.load import Restored
-from dist_layerlr.checkpoint.save import Saving
+from dist_layerlr.checkpoint import Restored, Saving
 from dist_layerlr.offload import Handle, Prediction, StreamPolicy, stream
 from dist_layerlr.optim import scale_lrs
-from dist_layerlr.plan.entries import Plan
-from dist_layerlr.proof.verify import Proof
+from dist_layerlr.plan import Plan
+from dist_layerlr.proof import Proof
+from dist_layerlr.ranks import alike
 from dist_layerlr.sharders import materialize
-from launch.trainer.engines.offload import STREAMED, hold_in_bf16
-from launch.trainer.engines.sharding import WRAPS, blocks_of, replicate
+from launch.trainer.engines.offload import Stagehand, hold_in_bf16
+from launch.trainer.engines.sharding import Sharding
+from launch.trainer.engines.wrap import blocks_of, replicate
 from launch.trainer.options import OptimizerOptions, RunOptions, TrainOptions
 from launch.trainer.runtime import Runtime
 from launch.trainer.weights import load_base
@@ -37,16 +38,24 @@ class NativeEngine:
     """A wrapped model and a torch optimizer that is attached to it."""
 
     def __init__(
-        self, sharding: str, model: nn.Module, plan: Plan, options: RunOptions, runtime: Runtime
+        self,
+        sharding: Sharding,
+        model: nn.Module,
+        plan: Plan,
+        options: RunOptions,
+        runtime: Runtime,
     ):
+        assert sharding.wrap is not None
         self._plan, self._clip, self._sharding = plan, options.train.grad_clip, sharding
         self._handle: Handle | None = None
-        if options.stream is not None and sharding in STREAMED:
+        if options.stream is not None and sharding.stagehand is Stagehand.STREAMS:
             self._stream(model, options, options.stream, runtime)
             return
-        self.model = WRAPS[sharding](model, plan, options, runtime)
+        self.model = sharding.wrap(model, plan, options, runtime)
+        # Weights go into shards that exist, so no rank ever holds the whole model.
         load_base(self.model, options)
         self.model.train()
+        # Last: the optimizer must hold the tensors that the sharder left behind.
         self.optimizer = attach(
             plan, self.model, lambda groups: make_optimizer(groups, options.optimizer)
         )
@@ -54,21 +63,24 @@ class NativeEngine:
     def _stream(
         self, model: nn.Module, options: RunOptions, policy: StreamPolicy, runtime: Runtime
     ) -> None:
-        """Load to the host, attach, stream, and only then let DDP see what is left on the
-        device.
+        """Load to the host, attach, stream, and only then let DDP see what is left on the device.
+
+        DDP broadcasts and buckets every parameter that it sees, and streamed ones have no storage
+        on the device outside their block's forward and backward.
         """
         if options.train.dtype == "bf16":
             hold_in_bf16(blocks_of(model, self._plan))
         materialize(model, torch.device("cpu"))
         load_base(model, options)
         model.train()
+        # Groups, not segments: the optimizer steps streamed parameters on the host, one by one.
         self.optimizer = attach(
             self._plan,
             model,
             lambda groups: make_optimizer(groups, options.optimizer),
             emission="groups",
         )
-        self._handle = runtime.agree(
+        self._handle = alike(
             lambda: stream(
                 model,
                 policy,
@@ -77,18 +89,14 @@ class NativeEngine:
                 files=options.model_path,
             )
         )
-        if self._sharding == "ddp":
+        self.model = model
+        if not self._sharding.alone:
             self._handle.exclude_from_ddp()
-        self.model = replicate(model, runtime) if self._sharding == "ddp" else model
+            self.model = replicate(model, runtime)
 
-    def micro_step(self, *, last: bool) -> AbstractContextManager[None]:
+    def micro_step(self, *, last: bool) -> AbstractContextManager[Any]:
         """Skip the gradient reduction of all but the last micro step."""
-        model: Any = self.model
-        if self._sharding in ("ddp", "fsdp1", "fsdp1_flat") and not last:
-            return model.no_sync()  # type: ignore[no-any-return]
-        if self._sharding in ("fsdp2", "hsdp"):
-            model.set_requires_gradient_sync(last)
-        return nullcontext()
+        return self._sharding.micro_step(self.model, last)
 
     def backward(self, loss: Tensor) -> None:
         """Accumulate gradients."""
@@ -96,7 +104,8 @@ class NativeEngine:
 
     def step(self, factor: float, *, observed: dict[str, float] | None = None) -> float:
         """Clip, step at plan x ``factor``, clear gradients."""
-        norm: float = clip_grad_norm(self.model, self._clip or float("inf"))
+        # A bound of infinity only measures the norm.
+        norm = clip_grad_norm(self.model, self._clip or float("inf"))
         scale_lrs(self.optimizer, factor)
         with observe(self._plan, self.model, self.optimizer, factor, observed):
             self.optimizer.step()
@@ -105,11 +114,10 @@ class NativeEngine:
 
     def prove(self, factor: float) -> Proof:
         """Verify the live learning rates on all ranks."""
-        proof: Proof = verify(self._plan, self.model, self.optimizer, factor=factor)
-        return proof
+        return verify(self._plan, self.model, self.optimizer, factor=factor)
 
     def predict(self, tokens: int, micro_steps: int, options: RunOptions) -> Prediction | None:
-        """From the speeds of this machine, which take a second to measure."""
+        """Predict from the speeds of this machine, which take a second to measure."""
         if self._handle is None:
             return None
         dtype = torch.bfloat16 if options.train.dtype == "bf16" else None
@@ -126,44 +134,28 @@ class NativeEngine:
 
     def save(self, root: Path, step: int, extra: Mapping[str, Any], train: TrainOptions) -> Saving:
         """Write a checkpoint."""
-        return save(self._plan, self.model, self.optimizer, root, step, extra, train)
+        return save_checkpoint(
+            root, self._plan, self.model, self.optimizer, step=step, extra=extra, **kept(train)
+        )
 
     def load(self, path: Path) -> Restored:
         """Continue from a checkpoint."""
-        restored: Restored = load_checkpoint(
-            path, self._plan, self.model, self.optimizer, factor=1.0
-        )
-        return restored
+        return load_checkpoint(path, self._plan, self.model, self.optimizer, factor=1.0)
 
 
-def save(
-    plan: Plan,
-    model: nn.Module,
-    optimizer: Any,
-    root: Path,
-    step: int,
-    extra: Mapping[str, Any],
-    train: TrainOptions,
-) -> Saving:
-    """Write a checkpoint as the training config wants it."""
-    saving: Saving = save_checkpoint(
-        root,
-        plan,
-        model,
-        optimizer,
-        step=step,
-        extra=extra,
-        keep=train.keep,
-        background=train.background_save,
-    )
-    return saving
+def kept(train: TrainOptions) -> dict[str, Any]:
+    """Return how ``save_checkpoint`` keeps checkpoints, as the training config wants it."""
+    return {"keep": train.keep, "background": train.background_save}
 
 
 @contextmanager
 def observe(
     plan: Plan, model: nn.Module, optimizer: Any, factor: float, observed: dict[str, float] | None
 ) -> Iterator[None]:
-    """Check what the step inside really does, and report it in ``observed``; None: do not look."""
+    """Compare what the step inside really does with the plan, and fill ``observed`` with it.
+
+    With ``observed`` None nothing is compared.
+    """
     if observed is None:
         yield
         return

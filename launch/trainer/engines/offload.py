@@ -1,5 +1,4 @@
-"""``memory.stagehand`` under each sharder: blocks streamed by us, or the sharder's own offload with
-the same window.
+"""``memory.stagehand`` under each sharder: the library streams blocks, or the sharder offloads.
 
 One process and DDP stream. FSDP2 and ZeRO-3 own their parameters' storage, so they offload
 themselves, told how far ahead to fetch. The others cannot fetch a block at a time.
@@ -8,7 +7,8 @@ themselves, told how far ahead to fetch. The others cannot fetch a block at a ti
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from enum import Enum
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -17,15 +17,26 @@ from dist_layerlr.errors import ConfigError
 from dist_layerlr.offload import StreamPolicy
 from launch.trainer.options import FULL, RunOptions
 
-STREAMED = ("none", "ddp")
-DELEGATED = ("fsdp2", "hsdp")
+if TYPE_CHECKING:
+    from launch.trainer.engines.sharding import Sharding
+
 ZERO_STAGE = 3
+"""The first ZeRO stage that partitions parameters, so that they can leave the device."""
+# Layers whose weights autocast rounds to bf16 before every use.
 _CAST_BY_AUTOCAST = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 _FOLLOWED = {"prefetch_window", "pinned_pool_mb"}
 """What a sharder's own offload can follow; it keeps every shard on the host, pinned."""
 
 
-def check_streaming(options: RunOptions, sharding: str) -> None:
+class Stagehand(Enum):
+    """Who keeps weights in host memory when ``memory.stagehand`` is on."""
+
+    STREAMS = "dist_layerlr.offload streams the blocks"
+    DELEGATES = "the sharder's own offload, with the same window"
+    REFUSES = "nobody can"
+
+
+def check_streaming(options: RunOptions, sharding: Sharding) -> None:
     """Refuse a sharder that cannot do what ``memory.stagehand`` asks for.
 
     ZeRO stages are checked with the ds_config.
@@ -35,17 +46,16 @@ def check_streaming(options: RunOptions, sharding: str) -> None:
     """
     if options.stream is None:
         return
-    if sharding == "ddp" and options.training_method == FULL:
-        raise _refused(
-            "--sharding ddp in a full finetune", "its gradient reduction needs them on the device"
-        )
-    if sharding not in (*STREAMED, *DELEGATED, "zero"):
-        raise _refused(f"--sharding {sharding}", "it keeps flat parameters on the device")
-    if sharding not in STREAMED:
-        _check_delegated(options.stream, sharding)
+    if sharding.stagehand is Stagehand.REFUSES:
+        raise _refused(sharding.flag, sharding.refuses)
+    if sharding.stagehand is Stagehand.DELEGATES:
+        _check_delegated(options.stream, sharding.name)
+    elif sharding.refuses and options.training_method == FULL:
+        raise _refused(f"{sharding.flag} in a full finetune", sharding.refuses)
 
 
 def _check_delegated(policy: StreamPolicy, sharding: str) -> None:
+    """Refuse the policy's fields that a sharder's own offload has no counterpart for."""
     plain = StreamPolicy()
     for field in ("mode", "resident_blocks", "stream_trainable", "host", "host_dtype", "min_numel"):
         given, default = getattr(policy, field), getattr(plain, field)
@@ -78,7 +88,7 @@ def hold_in_bf16(blocks: Iterable[nn.Module]) -> None:
 
 
 def offload_fsdp2(device: torch.device) -> dict[str, Any]:
-    """Arguments of ``fully_shard`` that keep shards on the host."""
+    """Return arguments of ``fully_shard`` that keep shards on the host."""
     from torch.distributed.fsdp import CPUOffloadPolicy
 
     return {"offload_policy": CPUOffloadPolicy(pin_memory=device.type == "cuda")}
@@ -86,6 +96,8 @@ def offload_fsdp2(device: torch.device) -> dict[str, Any]:
 
 def prefetch_fsdp2(blocks: Sequence[Any], window: int) -> None:
     """Have every block gather the next ``window`` ones, in both directions."""
+    # Forward runs the blocks in order and backward in the reverse order; fully_shard alone
+    # prefetches one block in backward and none in forward.
     for i, block in enumerate(blocks):
         block.set_modules_to_forward_prefetch(list(blocks[i + 1 : i + 1 + window]))
         block.set_modules_to_backward_prefetch(list(reversed(blocks[max(0, i - window) : i])))
@@ -93,6 +105,7 @@ def prefetch_fsdp2(blocks: Sequence[Any], window: int) -> None:
 
 def move_buffers(model: nn.Module, device: torch.device) -> None:
     """Bring buffers to the device; FSDP2 offloads parameters only."""
+    # Through .data: modules that hold a reference to a buffer go on seeing the same tensor.
     for buffer in model.buffers():
         buffer.data = buffer.data.to(device)
 
@@ -100,14 +113,13 @@ def move_buffers(model: nn.Module, device: torch.device) -> None:
 def offload_zero(
     zero: Mapping[str, Any], policy: StreamPolicy, block_numel: int, path: str
 ) -> dict[str, Any]:
-    """A ``zero_optimization`` block that keeps parameters on the host and holds a ring of blocks on
-    the device.
+    """Return a ``zero_optimization`` block with parameters on the host, a ring on the device.
 
     Args:
-        zero: as in the ds_config; its own offload devices stay.
-        policy: the window.
-        block_numel: parameters of the largest block.
-        path: of the ds_config, for the message.
+        zero: The block of the ds_config; offload devices that it names stay.
+        policy: Gives the window of blocks that are fetched ahead.
+        block_numel: Parameters of the largest block.
+        path: Of the ds_config, for the message.
 
     Raises:
         ConfigError: another stage than 3.
@@ -117,6 +129,7 @@ def offload_zero(
         raise _refused(
             f"{path} (ZeRO stage {stage})", "stages below 3 keep whole parameters on the device"
         )
+    # DeepSpeed counts both limits in parameters, the policy counts blocks.
     host = {"device": "cpu", "pin_memory": torch.cuda.is_available()}
     return {
         "offload_param": host,

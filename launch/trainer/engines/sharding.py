@@ -1,147 +1,195 @@
-"""Put a meta-device model under torch's own sharders, its memory there but not yet filled.
+"""Every way in which ranks share a model: one row each, and the checks that read the rows.
 
-One function per sharder.
+To add a sharder, write its wrap function in ``wrap.py`` and one row here. The library must know it
+too: ``dist_layerlr/sharders``.
 """
 
 from __future__ import annotations
 
 import os
-import warnings
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
 from typing import Any
 
-import torch
-from torch import nn
+from dist_layerlr.errors import ConfigError
+from launch.trainer.engines import wrap
+from launch.trainer.engines.offload import Stagehand
+from launch.trainer.runtime import launched_world_size
 
-from dist_layerlr.plan.entries import Plan
-from dist_layerlr.sharders import materialize
-from launch.trainer.engines.offload import move_buffers, offload_fsdp2, prefetch_fsdp2
-from launch.trainer.families import get_family
-from launch.trainer.options import RunOptions
-from launch.trainer.runtime import Runtime
-
-Wrap = Callable[[nn.Module, Plan, RunOptions, Runtime], nn.Module]
+MicroStep = Callable[[Any, bool], AbstractContextManager[Any]]
+"""(wrapped model, is it the last microbatch of the step) -> context of its forward and backward."""
+TORCHRUN, DEEPSPEED = "torchrun --nproc_per_node 2", "deepspeed --num_gpus 2"
 
 
-def whole(model: nn.Module, plan: Plan, options: RunOptions, runtime: Runtime) -> nn.Module:
-    """One process, the whole model."""
-    materialize(model, runtime.device)
-    return model
+def _always_reduce(model: Any, last: bool) -> AbstractContextManager[Any]:
+    """Nothing is reduced, or the engine decides by itself when."""
+    return nullcontext()
 
 
-def ddp(model: nn.Module, plan: Plan, options: RunOptions, runtime: Runtime) -> nn.Module:
-    """A whole copy on every rank."""
-    materialize(model, runtime.device)
-    return replicate(model, runtime)
+def _no_sync(model: Any, last: bool) -> AbstractContextManager[Any]:
+    """DDP and FSDP1 reduce in backward unless it runs in their context."""
+    context: AbstractContextManager[Any] = nullcontext() if last else model.no_sync()
+    return context
 
 
-def replicate(model: nn.Module, runtime: Runtime) -> nn.Module:
-    """Wrap a model that has memory in DDP."""
-    from torch.nn.parallel import DistributedDataParallel
-
-    ids = [runtime.local_rank] if runtime.device.type == "cuda" else None
-    return DistributedDataParallel(model, device_ids=ids)
+def _set_sync(model: Any, last: bool) -> AbstractContextManager[Any]:
+    """FSDP2 keeps a switch, which must be on again for the last microbatch."""
+    model.set_requires_gradient_sync(last)
+    return nullcontext()
 
 
-def fsdp2(model: nn.Module, plan: Plan, options: RunOptions, runtime: Runtime) -> nn.Module:
-    """``fully_shard`` over all ranks."""
-    return _fully_shard(model, plan, options, runtime, (runtime.world_size,), ("shard",))
+@dataclass(frozen=True, kw_only=True)
+class Sharding:
+    """What differs between the ways in which ranks share a model."""
+
+    name: str
+    """As ``dist_layerlr.sharders.Layout.name`` spells it, and `hsdp` for FSDP2 on a 2D mesh."""
+    wrap: wrap.Wrap | None
+    """Puts a meta model under the sharder; None: DeepSpeed's engine does."""
+    launcher: str | None = TORCHRUN
+    """What starts its ranks; None: nothing may, it trains in one process."""
+    micro_step: MicroStep = _always_reduce
+    """Skips the gradient reduction of all but the last microbatch."""
+    stagehand: Stagehand
+    """Who keeps weights in host memory when ``memory.stagehand`` is on."""
+    refuses: str = ""
+    """Why it cannot do so: at all, or in a full finetune where ``stagehand`` is STREAMS."""
+    accelerate: str | None = None
+    """Flags by which ``accelerate launch`` asks for the same; None: there are none."""
+
+    @property
+    def alone(self) -> bool:
+        """Whether it trains in one process."""
+        return self.launcher is None
+
+    @property
+    def by_deepspeed(self) -> bool:
+        """Whether a ds_config asks for it, not ``--sharding``."""
+        return self.wrap is None
+
+    @property
+    def flag(self) -> str:
+        """How the command line asks for it."""
+        return "--deepspeed_config" if self.by_deepspeed else f"--sharding {self.name}"
 
 
-def hsdp(model: nn.Module, plan: Plan, options: RunOptions, runtime: Runtime) -> nn.Module:
-    """``fully_shard`` inside a node, replicated over nodes; on one node, over two halves of it."""
-    local = int(os.environ.get("LOCAL_WORLD_SIZE", runtime.world_size))
-    replicas = (
-        runtime.world_size // local if local < runtime.world_size else 2 - runtime.world_size % 2
-    )
-    shape = (replicas, runtime.world_size // replicas)
-    return _fully_shard(model, plan, options, runtime, shape, ("replicate", "shard"))
+_FLAT = "it keeps flat parameters on the device"
+_FSDP1 = "--use_fsdp --fsdp_version 1"
+_FSDP2 = "--use_fsdp --fsdp_version 2"
+_ROWS = (
+    Sharding(name="none", wrap=wrap.whole, launcher=None, stagehand=Stagehand.STREAMS),
+    Sharding(
+        name="ddp",
+        wrap=wrap.ddp,
+        micro_step=_no_sync,
+        stagehand=Stagehand.STREAMS,
+        refuses="its gradient reduction needs them on the device",
+    ),
+    Sharding(
+        name="fsdp1",
+        wrap=wrap.fsdp1,
+        micro_step=_no_sync,
+        stagehand=Stagehand.REFUSES,
+        refuses=_FLAT,
+        accelerate=_FSDP1,
+    ),
+    Sharding(
+        name="fsdp1_flat",
+        wrap=wrap.fsdp1_flat,
+        micro_step=_no_sync,
+        stagehand=Stagehand.REFUSES,
+        refuses=_FLAT,
+        accelerate=_FSDP1,
+    ),
+    Sharding(
+        name="fsdp2",
+        wrap=wrap.fsdp2,
+        micro_step=_set_sync,
+        stagehand=Stagehand.DELEGATES,
+        accelerate=_FSDP2,
+    ),
+    Sharding(
+        name="hsdp",
+        wrap=wrap.hsdp,
+        micro_step=_set_sync,
+        stagehand=Stagehand.DELEGATES,
+        accelerate=_FSDP2,
+    ),
+    # DeepSpeed refuses stages below 3 with the ds_config in hand: see offload_zero.
+    Sharding(
+        name="zero",
+        wrap=None,
+        launcher=DEEPSPEED,
+        stagehand=Stagehand.DELEGATES,
+        accelerate="--use_deepspeed",
+    ),
+)
+SHARDINGS = {row.name: row for row in _ROWS}
+NONE, ZERO = SHARDINGS["none"], SHARDINGS["zero"]
 
 
-def fsdp1(model: nn.Module, plan: Plan, options: RunOptions, runtime: Runtime) -> nn.Module:
-    """FSDP1 with original parameters kept."""
-    return _flatten(model, plan, options, runtime, use_orig_params=True)
+def check_launch(sharding: Sharding, global_batch: int) -> None:
+    """Refuse a launcher that does not fit the sharding, before any process group exists.
 
-
-def fsdp1_flat(model: nn.Module, plan: Plan, options: RunOptions, runtime: Runtime) -> nn.Module:
-    """FSDP1 with flat parameters only, Accelerate's default."""
-    return _flatten(model, plan, options, runtime, use_orig_params=False)
-
-
-WRAPS: dict[str, Wrap] = {
-    "none": whole,
-    "ddp": ddp,
-    "fsdp1": fsdp1,
-    "fsdp1_flat": fsdp1_flat,
-    "fsdp2": fsdp2,
-    "hsdp": hsdp,
-}
-
-
-def _fully_shard(
-    model: nn.Module,
-    plan: Plan,
-    options: RunOptions,
-    runtime: Runtime,
-    shape: tuple[int, ...],
-    names: tuple[str, ...],
-) -> nn.Module:
-    from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.fsdp import fully_shard
-
-    # The loop never writes into an output in place, which is what this warning is about.
-    warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
-    mesh = init_device_mesh(runtime.device.type, shape, mesh_dim_names=names)
-    blocks = blocks_of(model, plan)
-    offload = {} if options.stream is None else offload_fsdp2(runtime.device)
-    for block in blocks:
-        fully_shard(block, mesh=mesh, **offload)
-    fully_shard(model, mesh=mesh, **offload)
-    materialize(model, runtime.device if options.stream is None else torch.device("cpu"))
-    if options.stream is not None:
-        prefetch_fsdp2(blocks, options.stream.prefetch_window)
-        move_buffers(model, runtime.device)
-    return model
-
-
-def _flatten(
-    model: nn.Module, plan: Plan, options: RunOptions, runtime: Runtime, *, use_orig_params: bool
-) -> nn.Module:
-    """Wrap units one by one; each has memory of its own just before it is flattened."""
-    from torch.distributed.fsdp import FullyShardedDataParallel
-    from torch.distributed.fsdp.wrap import CustomPolicy
-
-    units = {id(m) for m in blocks_of(model, plan)}
-    if not use_orig_params:
-        units |= {id(m) for m in _trainable_leaves(model)}
-        units |= {
-            id(model.get_submodule(path)) for path in get_family(options.model_type).flat_units
-        }
-    return FullyShardedDataParallel(
-        model,
-        auto_wrap_policy=CustomPolicy(lambda module: id(module) in units),
-        param_init_fn=lambda module: materialize(module, runtime.device, recurse=False),
-        use_orig_params=use_orig_params,
-        device_id=runtime.device,
-    )
-
-
-def _trainable_leaves(model: nn.Module) -> list[nn.Module]:
-    """Adapter layers of a frozen model: a flat parameter cannot mix frozen and trainable ones."""
-    if all(p.requires_grad for p in model.parameters()):
-        return []
-    return [m for m in model.modules() if any(p.requires_grad for p in m.parameters(recurse=False))]
-
-
-def blocks_of(model: nn.Module, plan: Plan) -> list[nn.Module]:
-    """The modules that the plan calls blocks, in order."""
-    stacks = dict.fromkeys(e.stack for e in plan.entries.values() if e.stack is not None)
-    blocks: list[nn.Module] = []
-    for stack in stacks:
-        container: Any = model.get_submodule(stack)
-        blocks += (
-            list(container.children())
-            if isinstance(container, (nn.ModuleList, nn.Sequential))
-            else [container]
+    Raises:
+        ConfigError: a sharder without a launcher, several ranks without a sharder, or a batch that
+            ranks cannot share.
+    """
+    world = launched_world_size()
+    if not sharding.alone and "RANK" not in os.environ:
+        raise ConfigError(
+            f"Invalid {sharding.flag}: it needs a launcher. Start it with: {sharding.launcher}"
+            " launch/train.py ..."
         )
-    return blocks
+    if sharding.alone and world > 1:
+        raise ConfigError(
+            f"Invalid {sharding.flag} with {world} ranks: each would train alone. "
+            "Pass --sharding ddp or fsdp2, or --deepspeed_config ds_configs/zero2.json."
+        )
+    if global_batch % world:
+        raise ConfigError(
+            f"Invalid train.global_batch={global_batch}: must be a multiple of the world size"
+            f" {world}. The nearest are {global_batch - global_batch % world} and"
+            f" {global_batch + world - global_batch % world}."
+        )
+
+
+def check_accelerate_env(sharding: Sharding) -> None:
+    """Refuse an ``accelerate launch`` whose own sharding options contradict ours.
+
+    Accelerate only passes them on, as environment variables; train.py shards by its own flags.
+
+    Raises:
+        ConfigError: names what Accelerate was told, and both ways out.
+    """
+    told = _told_accelerate()
+    if told is None or sharding.accelerate == told:
+        return
+    same = [row for row in _ROWS if row.accelerate == told]
+    choice = "Launch"
+    if same:
+        flag = same[0].flag + (" FILE" if same[0].by_deepspeed else "")
+        choice = f"Pass {flag} to train.py, or launch"
+    raise ConfigError(
+        f"Invalid {sharding.flag}: accelerate launch was told {told}, which train.py would ignore."
+        f" {choice} with `accelerate launch --multi_gpu` and no sharding of its own (check its"
+        " config file)."
+    )
+
+
+def _told_accelerate() -> str | None:
+    """Flags of ``accelerate launch`` that ask for a sharder; None where there were none."""
+    # The variables by which accelerate 1.15 hands its flags, or its config file, to the ranks.
+    if _flag("ACCELERATE_USE_DEEPSPEED"):
+        return "--use_deepspeed"
+    if _flag("ACCELERATE_USE_MEGATRON_LM"):
+        return "--use_megatron_lm"
+    if _flag("ACCELERATE_USE_FSDP"):
+        return f"--use_fsdp --fsdp_version {os.environ.get('FSDP_VERSION', '1')}"
+    return None
+
+
+def _flag(name: str) -> bool:
+    # The words that accelerate's own str_to_bool takes for true.
+    return os.environ.get(name, "").lower() in ("1", "true", "t", "yes", "y", "on")

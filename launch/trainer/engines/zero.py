@@ -12,24 +12,25 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dist_layerlr import attach, bind, fields, load_checkpoint, verify
-from dist_layerlr.checkpoint.load import Restored
-from dist_layerlr.checkpoint.save import Saving
+from dist_layerlr import attach, bind, fields, load_checkpoint, save_checkpoint, verify
+from dist_layerlr.checkpoint import Restored, Saving
 from dist_layerlr.errors import ConfigError
 from dist_layerlr.files import read_json
 from dist_layerlr.offload import Prediction
 from dist_layerlr.optim import check_ds_config, scale_lrs
-from dist_layerlr.plan.entries import Plan
-from dist_layerlr.proof.verify import Proof
+from dist_layerlr.plan import Plan
+from dist_layerlr.proof import Proof
+from dist_layerlr.ranks import alike
 from dist_layerlr.sharders import materialize, partition_empty
-from launch.trainer.engines.native import make_optimizer, observe, save
-from launch.trainer.engines.offload import offload_zero
-from launch.trainer.engines.sharding import blocks_of
+from launch.trainer.engines.native import kept, make_optimizer, observe
+from launch.trainer.engines.offload import ZERO_STAGE, offload_zero
+from launch.trainer.engines.wrap import blocks_of
 from launch.trainer.options import RunOptions, TrainOptions
 from launch.trainer.runtime import Runtime
 from launch.trainer.weights import load_base
 
 STAGES = (0, 1, 2, 3)
+# Blocks of a ds_config that are read here, so that they must be JSON objects.
 _BLOCKS = ("zero_optimization", "bf16", "fp16", "optimizer", "scheduler")
 
 
@@ -49,20 +50,20 @@ class ZeroEngine:
     ):
         import deepspeed
 
-        largest = max(
-            (sum(p.numel() for p in block.parameters()) for block in blocks_of(model, plan)),
-            default=0,
-        )
-        config = runtime.agree(
+        largest = _largest_block(model, plan)
+        config = alike(
             lambda: read_zero_config(config_file, options, runtime.world_size, block_numel=largest)
         )
         _quiet()
-        if config.get("zero_optimization", {}).get("stage", 0) == 3:
+        if config.get("zero_optimization", {}).get("stage", 0) == ZERO_STAGE:
+            # Stage 3 partitions the parameters while they are created: no rank holds the model.
             with _worded(config_file):
                 partition_empty(model, config)
         else:
             materialize(model, runtime.device)
         model.train()
+        # Before deepspeed.initialize, which flattens what the optimizer holds; bind() below finds
+        # the names in the flat tensors again.
         optimizer = attach(
             plan,
             model,
@@ -70,23 +71,21 @@ class ZeroEngine:
             emission="segmented",
         )
         self._plan = plan
-        with _worded(config_file):
-            with contextlib.redirect_stdout(None):
-                self.model = deepspeed.initialize(model=model, optimizer=optimizer, config=config)[
-                    0
-                ]
+        # DeepSpeed prints a banner on standard output, where a launcher's user looks for ours.
+        with _worded(config_file), contextlib.redirect_stdout(None):
+            engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config)
+        self.model: Any = engine
         bind(plan, self.model)
         load_base(self.model, options)
 
     def micro_step(self, *, last: bool) -> AbstractContextManager[None]:
-        """Tell the engine where a step ends, so that it steps when told and not by its own
-        count.
-        """
+        """Tell the engine where a step ends, so that it does not go by a count of its own."""
         self.model.set_gradient_accumulation_boundary(is_boundary=last)
         return nullcontext()
 
     def backward(self, loss: Tensor) -> None:
         """Accumulate gradients; ``loss`` is already divided by the number of micro steps."""
+        # Otherwise DeepSpeed divides by gradient_accumulation_steps once more.
         self.model.backward(loss, scale_wrt_gas=False)
 
     def step(self, factor: float, *, observed: dict[str, float] | None = None) -> float:
@@ -99,25 +98,31 @@ class ZeroEngine:
 
     def prove(self, factor: float) -> Proof:
         """Verify the live learning rates on all ranks."""
-        proof: Proof = verify(self._plan, self.model, factor=factor)
-        return proof
+        return verify(self._plan, self.model, factor=factor)
 
     def predict(self, tokens: int, micro_steps: int, options: RunOptions) -> Prediction | None:
-        """None: DeepSpeed's own offload is not predicted."""
+        """Return None: DeepSpeed's own offload is not predicted."""
         return None
 
     def traffic(self) -> dict[str, int]:
-        """Empty: DeepSpeed does not count."""
+        """Return nothing: DeepSpeed does not count."""
         return {}
 
     def save(self, root: Path, step: int, extra: Mapping[str, Any], train: TrainOptions) -> Saving:
         """Write a checkpoint, in the same format as every other engine."""
-        return save(self._plan, self.model, None, root, step, extra, train)
+        return save_checkpoint(root, self._plan, self.model, step=step, extra=extra, **kept(train))
 
     def load(self, path: Path) -> Restored:
         """Continue from a checkpoint."""
-        restored: Restored = load_checkpoint(path, self._plan, self.model, factor=1.0)
-        return restored
+        return load_checkpoint(path, self._plan, self.model, factor=1.0)
+
+
+def _largest_block(model: nn.Module, plan: Plan) -> int:
+    """Parameters of the largest block; 0 without blocks."""
+    sizes = [0]
+    for block in blocks_of(model, plan):
+        sizes.append(sum(p.numel() for p in block.parameters()))
+    return max(sizes)
 
 
 def read_zero_config(
@@ -136,27 +141,13 @@ def read_zero_config(
             config.
     """
     config = read_json(path)
-    for block in _BLOCKS:
-        given = fields.mapping(f"{path}: {block}", config.get(block, {}))
-        fields.boolean(f"{path}: {block}.enabled", given.get("enabled", False))
-    stage = config.get("zero_optimization", {}).get("stage", 0)
-    fields.one_of(lambda: tuple(map(str, STAGES)))(f"{path}: zero_optimization.stage", str(stage))
-    with _worded(path, "zero_optimization"):
-        from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
-
-        DeepSpeedZeroConfig(**config.get("zero_optimization", {}))
+    _check_blocks(path, config)
     if config.get("bf16", {}).get("enabled") and options.train.dtype != "bf16":
         raise ConfigError(
             f"Invalid {path}: bf16.enabled=true needs train.dtype='bf16', got"
             f" {options.train.dtype!r}."
         )
-    share = options.train.global_batch // world_size
-    micro = options.train.micro_batch or share
-    filled = {
-        "train_micro_batch_size_per_gpu": micro,
-        "gradient_accumulation_steps": share // micro,
-    }
-    filled["train_batch_size"] = options.train.global_batch
+    filled = _batch_sizes(options.train, world_size)
     for key, value in filled.items():
         if config.get(key, value) not in (value, "auto"):
             raise ConfigError(
@@ -181,9 +172,33 @@ def read_zero_config(
     return complete
 
 
+def _check_blocks(path: str, config: Mapping[str, Any]) -> None:
+    """Refuse blocks that are no JSON objects, and what DeepSpeed's own schema refuses."""
+    for block in _BLOCKS:
+        given = fields.mapping(f"{path}: {block}", config.get(block, {}))
+        fields.boolean(f"{path}: {block}.enabled", given.get("enabled", False))
+    stage = config.get("zero_optimization", {}).get("stage", 0)
+    fields.one_of(lambda: tuple(map(str, STAGES)))(f"{path}: zero_optimization.stage", str(stage))
+    with _worded(path, "zero_optimization"):
+        from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
+
+        DeepSpeedZeroConfig(**config.get("zero_optimization", {}))
+
+
+def _batch_sizes(train: TrainOptions, world_size: int) -> dict[str, int]:
+    """Return the three batch sizes of a ds_config, as the training config decides them."""
+    share = train.global_batch // world_size
+    micro = train.micro_batch or share
+    return {
+        "train_batch_size": train.global_batch,
+        "train_micro_batch_size_per_gpu": micro,
+        "gradient_accumulation_steps": share // micro,
+    }
+
+
 @contextlib.contextmanager
 def _worded(path: str, block: str | None = None) -> Iterator[None]:
-    """Word DeepSpeed's refusal of a value as one line: its first problem."""
+    """Reword DeepSpeed's refusal of a value as one line, its first problem."""
     from pydantic import ValidationError
 
     try:
@@ -195,9 +210,7 @@ def _worded(path: str, block: str | None = None) -> Iterator[None]:
 
 
 def _quiet() -> None:
-    """No progress lines, no warnings about DeepSpeed's own calls, no compiling of what is not
-    needed.
-    """
+    """Switch off DeepSpeed's progress lines, its own deprecations, and a needless compilation."""
     import logging
 
     import deepspeed

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
-from torch import Tensor, nn
+from torch import nn
+
+from launch.trainer.data.base import Batch, Sample
+from launch.trainer.objectives import Objective
 
 
 class Family(Protocol):
-    """One model architecture: its class, how to call it, what data fits it.
+    """One model architecture: how it is built and called, and what data fits it.
 
     To add a family, write one file with a class like this and one line in ``families/__init__.py``.
     """
@@ -21,7 +24,10 @@ class Family(Protocol):
 
     @property
     def model_class(self) -> type[nn.Module]:
-        """The diffusers class. Imported on first use: diffusers takes seconds to load."""
+        """The diffusers or transformers class.
+
+        Import it on first use: these libraries take seconds to load.
+        """
         ...
 
     @property
@@ -31,41 +37,45 @@ class Family(Protocol):
 
     @property
     def flat_units(self) -> tuple[str, ...]:
-        """Modules whose ``parameters()`` the forward reads: each becomes a flat FSDP1 unit, else it
-        would see none.
+        """Submodules whose forward iterates ``self.parameters()``, to find a dtype for example.
+
+        With flat FSDP1 that iterator is empty unless the submodule is a unit of its own, so each
+        of these is wrapped separately.
         """
         ...
 
-    def velocity(
-        self, model: nn.Module, noisy: Tensor, timestep: Tensor, batch: Mapping[str, Tensor]
-    ) -> Tensor:
-        """Call the model, however wrapped, and return the velocity (B, C, F, H, W).
+    @property
+    def objective(self) -> Objective:
+        """What its models are trained for; it holds the family's own call of the model."""
+        ...
 
-        Args:
-            model: the model or its DDP, FSDP or DeepSpeed wrapper.
-            noisy: (B, C, F, H, W), on the model's device and in its input dtype.
-            timestep: (B,) in [0, 1000].
-            batch: stacked data samples; ``prompt_embeds`` (B, L, D) like ``noisy`` in device and
-                dtype.
+    def build(self, model_config: Mapping[str, Any]) -> nn.Module:
+        """Build the model that a checkpoint's ``config.json`` describes, its weights unset.
+
+        The caller sees to it that parameters are created on the meta device.
         """
         ...
 
-    def tokens(self, model_config: Mapping[str, Any], sample: Mapping[str, Tensor]) -> int:
+    def collate(self, samples: Sequence[Sample]) -> Batch:
+        """Make a batch of samples: ``data.base.stack`` where all have the same shapes.
+
+        A family whose samples differ in shape pads them, packs them, or returns lists.
+        """
+        ...
+
+    def tokens(self, model_config: Mapping[str, Any], sample: Sample) -> int:
         """Tokens that the blocks see for one sample."""
         ...
 
     def check_sample(
-        self,
-        model_config: Mapping[str, Any],
-        sample: Mapping[str, Tensor],
-        label: str = "data sample",
+        self, model_config: Mapping[str, Any], sample: Sample, label: str = "data sample"
     ) -> None:
         """Refuse a data sample that the model cannot take.
 
         Args:
-            model_config: content of the checkpoint's ``config.json``.
-            sample: ``latents`` (C, F, H, W) and ``prompt_embeds`` (L, D).
-            label: file or sample name for the message.
+            model_config: Content of the checkpoint's ``config.json``.
+            sample: One item of the dataset; its tensors may be on the meta device.
+            label: File or sample name for the message.
 
         Raises:
             ModelSourceError: label, field, shape found and shape needed.

@@ -1,1 +1,3 @@
-"""What a step minimises."""
+"""What a training step minimises: one file for each objective; families name theirs."""
+
+from launch.trainer.objectives.base import Objective as Objective

@@ -1,4 +1,4 @@
-"""Flow matching for any model family: noise, timesteps and targets, and a plain Euler sampler.
+"""Flow matching: noise, timesteps and targets, and a plain Euler sampler.
 
 The path is the straight line ``x_sigma = (1 - sigma) * x + sigma * noise`` and the model learns its
 velocity ``noise - x``. Everything random about a training sample derives from (seed, sample number)
@@ -10,74 +10,118 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn.functional import mse_loss
 
 from dist_layerlr import fields
+from launch.trainer.data.base import LATENTS, Batch
+from launch.trainer.seeds import SAMPLE_STREAM, TRAIN_STREAM, mix_seed
 
 TIMESTEPS = 1000.0
 """The timestep of pure noise: ``timestep = sigma * TIMESTEPS``, as Wan and most flow models
 count."""
+# Bends training sigmas a little towards noise, where a clip's layout is decided.
+TRAIN_SHIFT = 1.5
+SAMPLE_SHIFT = 2.0
+Velocity = Callable[[nn.Module, Any, Tensor, Batch], Any]
+"""(model, noisy, timestep (B,), batch) -> velocity. Noisy and velocity have the shape of the
+latents: (B, ...) stacked, or a list of B tensors of any shapes."""
 
-_TRAIN_SHIFT = 1.5
-"""Bends the training sigmas a little towards noise, where a clip's layout is decided."""
-_TRAIN_STREAM, _SAMPLE_STREAM = 1, 2
-_MASK = (1 << 64) - 1
+
+@dataclass(frozen=True, kw_only=True)
+class FlowMatching:
+    """Predicts the velocity of the latents. Satisfies ``Objective``."""
+
+    velocity: Velocity
+    """The family's call."""
+    train_shift: float = TRAIN_SHIFT
+    """Above 0; more than 1 trains more near pure noise."""
+    sample_shift: float = SAMPLE_SHIFT
+    """Above 0; more than 1 spends more of the sampling steps near pure noise."""
+
+    def loss(self, model: nn.Module, batch: Batch, numbers: Sequence[int], seed: int) -> Tensor:
+        """Return the mean squared error of the velocity, in float32; see ``Objective.loss``."""
+        flow = make_flow_batch(batch[LATENTS], numbers, seed, self.train_shift)
+        velocity = self.velocity(model, flow.noisy, flow.timestep, batch)
+        if isinstance(flow.target, Tensor):
+            return mse_loss(velocity.float(), flow.target)
+        # Samples of different sizes count alike. One mean over all elements would make a sample's
+        # weight depend on which others share its microbatch.
+        each = []
+        for found, wanted in zip(velocity, flow.target, strict=True):
+            each.append(mse_loss(found.float(), wanted))
+        return torch.stack(each).mean()
+
+    def generate(self, model: nn.Module, batch: Batch, seed: int, steps: int) -> Tensor | None:
+        """Walk from noise to latents with ``steps`` Euler steps; see ``Objective.generate``.
+
+        Latents of different shapes fit in no picture: for a list of them, return None.
+        """
+        latents = batch[LATENTS]
+        if not isinstance(latents, Tensor):
+            return None
+        return sample(
+            lambda noisy, timestep: self.velocity(model, noisy, timestep, batch),
+            latents.shape,
+            seed,
+            steps,
+            latents.device,
+            shift=self.sample_shift,
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
 class FlowBatch:
-    """One batch on the path from data to noise."""
+    """One batch on the path from data to noise.
 
-    noisy: Tensor
-    """(B, C, F, H, W) float32, the model's input."""
-    target: Tensor
-    """(B, C, F, H, W) float32, the velocity ``noise - x``."""
+    ``noisy`` and ``target`` have the form of the clean data: stacked, or a list.
+    """
+
+    noisy: Tensor | list[Tensor]
+    """The model's input, float32."""
+    target: Tensor | list[Tensor]
+    """The velocity ``noise - x``, float32."""
     sigma: Tensor
     """(B,) float32 in (0, 1): the share of noise."""
     timestep: Tensor
     """(B,) float32 in (0, 1000)."""
 
 
-def mix_seed(*numbers: int) -> int:
-    """Mix integers into one seed in [0, 2**63), the same on every machine, rank and Python
-    version.
-    """
-    state = 0x9E3779B97F4A7C15
-    for number in numbers:
-        # The finaliser of splitmix64: neighbouring numbers give unrelated seeds.
-        state = ((state ^ (number & _MASK)) + 0x9E3779B97F4A7C15) & _MASK
-        state = ((state ^ (state >> 30)) * 0xBF58476D1CE4E5B9) & _MASK
-        state = ((state ^ (state >> 27)) * 0x94D049BB133111EB) & _MASK
-        state ^= state >> 31
-    return state >> 1
-
-
 def make_flow_batch(
-    latents: Tensor, sample_numbers: Sequence[int] | Tensor, seed: int
+    latents: Tensor | Sequence[Tensor],
+    sample_numbers: Sequence[int] | Tensor,
+    seed: int,
+    shift: float = TRAIN_SHIFT,
 ) -> FlowBatch:
     """Put each sample at its own random place on the path to noise.
 
     Args:
-        latents: (B, C, F, H, W) clean data.
+        latents: Clean data: (B, ...) of any rank, or a list of B tensors of any shapes.
         sample_numbers: B integers, ``step * global_batch + position``; they alone decide the noise.
-        seed: of the run.
+        seed: Of the run.
+        shift: Above 0; more than 1 moves sigmas towards noise.
 
     Returns:
         The batch, float32, on the device of ``latents``.
     """
     numbers = [int(number) for number in sample_numbers]
     assert len(numbers) == len(latents), f"{len(numbers)} sample numbers for {len(latents)} samples"
-    draws = [
-        _draw(tuple(latents.shape[1:]), mix_seed(seed, _TRAIN_STREAM, number)) for number in numbers
-    ]
-    noise = torch.stack([noise for noise, _ in draws]).to(latents.device)  # (B, C, F, H, W)
-    sigma = torch.stack([sigma for _, sigma in draws]).to(latents.device)  # (B,)
-    clean, share = latents.float(), sigma.view(-1, *[1] * (latents.ndim - 1))
+    noisy, target, sigmas = [], [], []
+    for one, number in zip(latents, numbers, strict=True):
+        seed_of_one = mix_seed(seed, TRAIN_STREAM, number)
+        noise, sigma = (t.to(one.device) for t in _draw(tuple(one.shape), seed_of_one, shift))
+        clean = one.float()
+        noisy.append((1 - sigma) * clean + sigma * noise)
+        target.append(noise - clean)
+        sigmas.append(sigma)
+    sigma = torch.stack(sigmas)
+    stacked = isinstance(latents, Tensor)
     return FlowBatch(
-        noisy=(1 - share) * clean + share * noise,
-        target=noise - clean,
+        noisy=torch.stack(noisy) if stacked else noisy,
+        target=torch.stack(target) if stacked else target,
         sigma=sigma,
         timestep=sigma * TIMESTEPS,
     )
@@ -90,27 +134,30 @@ def sample(
     seed: int,
     steps: int,
     device: torch.device | str,
-    shift: float = 2.0,
+    shift: float = SAMPLE_SHIFT,
 ) -> Tensor:
     """Walk from noise to data with ``steps`` Euler steps.
 
     Args:
-        velocity_fn: (noisy (N, C, F, H, W), timestep (N,)) -> velocity (N, C, F, H, W).
-        shape: (N, C, F, H, W); sample i starts from noise that depends on (seed, i) alone.
-        seed: of the run.
-        steps: calls of ``velocity_fn``, 1 or more.
-        device: where to compute.
-        shift: above 0; more than 1 spends more of the steps near pure noise.
+        velocity_fn: (noisy (N, ...), timestep (N,)) -> velocity (N, ...).
+        shape: (N, ...); sample i starts from noise that depends on (seed, i) alone.
+        seed: Of the run.
+        steps: Calls of ``velocity_fn``, 1 or more.
+        device: Where to compute.
+        shift: Above 0; more than 1 spends more of the steps near pure noise.
 
     Returns:
-        (N, C, F, H, W) float32 on ``device``.
+        (N, ...) float32 on ``device``.
 
     Raises:
         ConfigError: ``steps`` or ``shift`` is out of range.
     """
     sigmas = euler_sigmas(steps, shift)
-    seeds = [mix_seed(seed, _SAMPLE_STREAM, index) for index in range(shape[0])]
-    latents = torch.stack([_draw(tuple(shape[1:]), one)[0] for one in seeds]).to(device)
+    starts = []
+    for index in range(shape[0]):
+        noise, _ = _draw(tuple(shape[1:]), mix_seed(seed, SAMPLE_STREAM, index), TRAIN_SHIFT)
+        starts.append(noise)
+    latents = torch.stack(starts).to(device)
     for now, after in zip(sigmas, sigmas[1:], strict=False):
         timestep = torch.full((shape[0],), now * TIMESTEPS, device=device)
         latents = latents + (after - now) * velocity_fn(latents, timestep).float()
@@ -119,6 +166,9 @@ def sample(
 
 def euler_sigmas(steps: int, shift: float = 1.0) -> list[float]:
     """Return the ``steps + 1`` noise shares from 1.0 down to 0.0, bent towards noise by ``shift``.
+
+    They are those of diffusers' ``FlowMatchEulerDiscreteScheduler(shift=shift)`` in double
+    precision.
 
     Raises:
         ConfigError: ``steps`` or ``shift`` is out of range.
@@ -134,11 +184,13 @@ def _bend(sigma: float, shift: float) -> float:
     return shift * sigma / (1 + (shift - 1) * sigma)
 
 
-def _draw(shape: tuple[int, ...], seed: int) -> tuple[Tensor, Tensor]:
-    """Return standard normal noise of ``shape`` and a bent logit-normal sigma (a scalar tensor),
-    both on the CPU.
+def _draw(shape: tuple[int, ...], seed: int, shift: float) -> tuple[Tensor, Tensor]:
+    """Return standard normal noise of ``shape`` and a bent logit-normal sigma, on the CPU.
+
+    Sigma is a scalar tensor.
     """
-    # Always the CPU generator: CUDA draws differ between cards and between batch shapes.
+    # Always the CPU generator: CUDA draws differ between cards and between batch shapes. Sigma is
+    # drawn first, so that it does not depend on the shape of the noise.
     generator = torch.Generator().manual_seed(seed)
-    sigma = _bend(torch.randn((), generator=generator).sigmoid().item(), _TRAIN_SHIFT)
+    sigma = _bend(torch.randn((), generator=generator).sigmoid().item(), shift)
     return torch.randn(shape, generator=generator), torch.tensor(sigma)

@@ -207,7 +207,7 @@ def run_all(recipe: str, cases: list[Resume], root: Path, soon: int = SOON) -> d
             [],
             root,
             soon,
-            deadline_s=300.0,
+            deadline_s=1200.0,
         )
     for ranks in sorted({case.target.ranks for case in cases}):
         mine = [case for case in cases if case.target.ranks == ranks]

@@ -17,8 +17,10 @@ from dist_layerlr.sharders.plain import PlainSharder
 from tests.support.cases import At, Cases, Outcomes
 from tests.support.drivers import SHARDERS, Native, Zero, fsdp2, start_deepspeed
 from tests.support.parity import LAYERED, Recipe
+from tests.support.ranks import GROUP_TIMEOUT_S
 
-SOON_S = 30.0
+SOON_S = 0.8 * GROUP_TIMEOUT_S
+"""Before a collective that waits for a rank which never comes would end."""
 cases = Cases(before=start_deepspeed)
 RECIPE = Recipe()
 

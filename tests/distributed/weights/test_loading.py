@@ -19,7 +19,7 @@ from dist_layerlr import attach, bind, plan_model
 from dist_layerlr.errors import ModelSourceError
 from dist_layerlr.sharders import materialize, partition_empty, sharder_of
 from dist_layerlr.weights import check_pretrained, load_pretrained
-from dist_layerlr.weights.tensorfile import Stored
+from dist_layerlr.weights.tensorfile import FileTensor
 from tests.support.drivers import SHARDERS, ds_config, fsdp2, start_deepspeed
 from tests.support.parity import Recipe
 from tests.support.ranks import run_ranks
@@ -99,15 +99,15 @@ class Counted:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch):
         self.read = 0
-        original = Stored.read
+        original = FileTensor.read_from
 
         def read(
-            stored: Stored, start: int, numel: int, out: torch.Tensor | None = None
+            stored: FileTensor, file: Any, start: int, numel: int, out: torch.Tensor | None = None
         ) -> torch.Tensor:
             self.read += numel * stored.dtype.itemsize
-            return original(stored, start, numel, out)
+            return original(stored, file, start, numel, out)
 
-        monkeypatch.setattr(Stored, "read", read)
+        monkeypatch.setattr(FileTensor, "read_from", read)
 
 
 def check_values(name: str, model: Any, wanted: dict[str, torch.Tensor]) -> None:

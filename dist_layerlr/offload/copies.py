@@ -1,0 +1,141 @@
+"""The copies of units on the device: which slot holds which, whether it arrived, who uses it.
+
+The ring decides which unit goes into which slot, and the fetcher copies. This module joins the two
+to slots of device memory, and knows when a copy is outdated or its slot still in use.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NoReturn
+
+import torch
+from torch import Tensor
+
+from dist_layerlr.errors import OffloadError
+from dist_layerlr.offload.device import Backend, Event
+from dist_layerlr.offload.internals import storage_key, storage_uses
+from dist_layerlr.offload.masters import Unit
+from dist_layerlr.offload.ring import Ring, RingFull, State
+from dist_layerlr.offload.transfer import Fetcher, Slot
+
+
+class DeviceCopies:
+    """Copies of units in the slots of one ring."""
+
+    def __init__(
+        self,
+        units: Sequence[Unit],
+        ring: Ring,
+        slots: Sequence[Slot],
+        fetcher: Fetcher,
+        backend: Backend,
+    ):
+        self.ring, self.fetcher = ring, fetcher
+        self.stalls = 0
+        """Units that were needed before their copy had finished."""
+        self._units, self._slots, self._backend = units, slots, backend
+        self._slot_index = {storage_key(slot.memory): i for i, slot in enumerate(slots)}
+        # Counted before any parameter points at a slot: more uses than these are somebody else's.
+        self._own_uses = [storage_uses(slot.memory) for slot in slots]
+        self._ready: dict[int, Event] = {}
+        """{unit: event of its copy}, from the fetch until compute was made to wait for it."""
+        self._stamps: dict[int, tuple[int, ...]] = {}
+        """{unit: stamp of its masters when its copy was asked for}."""
+
+    @property
+    def closed(self) -> bool:
+        """Whether the slots were given up."""
+        return not self._slots
+
+    def slot_of(self, unit: int) -> Slot:
+        """The slot of a unit that holds one."""
+        return self._slots[self.ring.slot(unit)]
+
+    def unit_behind(self, tensor: Tensor) -> int | None:
+        """The unit whose slot a tensor lies in; None: it lies elsewhere."""
+        if tensor.layout is not torch.strided:  # only strided tensors have a storage
+            return None
+        slot = self._slot_index.get(storage_key(tensor))
+        return None if slot is None else self.ring.unit_in(slot)
+
+    def bring(self, unit: int, *, backward: bool) -> Slot:
+        """Have a unit in a slot, start the copies of the next ones, and make compute wait for it.
+
+        Args:
+            unit: the one that is computed next.
+            backward: whether the next ones are those in front of it in forward order.
+
+        Raises:
+            OffloadError: every slot holds something that is still in use.
+        """
+        try:
+            loads = self.ring.need(unit, backward=backward, busy=self.in_use_elsewhere())
+        except RingFull:
+            self._refuse_full(unit)
+        for load in loads:
+            # The stamp comes first: a write during the copy must make the copy outdated.
+            self._stamps[load.unit] = self._units[load.unit].stamp()
+            self._ready[load.unit] = self.fetcher.fetch(
+                self._units[load.unit], self._slots[load.slot]
+            )
+        if self.ring.state(unit) is State.LOADING:
+            # Point 1 of [Note: stream order]. Compute waits, the host does not, and only for this
+            # unit: the copies behind it go on beside its kernels.
+            late = self.fetcher.wait(self._ready.pop(unit))
+            self.stalls += late or any(load.unit == unit for load in loads)
+            self.ring.arrived(unit)
+        return self.slot_of(unit)
+
+    def release(self, unit: int) -> None:
+        """Note that compute is done with a unit for now. Its copy stays until the slot is taken."""
+        # Point 2 of [Note: stream order]: whoever still refers to the slot may use it after this
+        # point, so the event is then recorded when the slot is taken.
+        in_use = unit in self.in_use_elsewhere()
+        self.slot_of(unit).free = None if in_use else self._backend.mark()
+
+    def drop_outdated(self, unit: int) -> None:
+        """Give up a unit's copy if its masters were written to since."""
+        if self.ring.state(unit) is State.HOST:
+            return
+        if self._stamps[unit] != self._units[unit].stamp():
+            self.ring.drop(unit)
+
+    def drop_trained(self) -> None:
+        """Give up the copies of units that train.
+
+        The optimizer is about to change their masters, maybe through ``.data``, which no version
+        counter sees.
+        """
+        for unit in self.ring.holders():
+            if self._units[unit].trained:
+                self.ring.drop(unit)
+
+    def in_use_elsewhere(self) -> set[int]:
+        """Units whose slot somebody else refers to.
+
+        That is a view that was kept, or an exception that still holds its frames.
+        """
+        found = set()
+        for unit in self.ring.holders():
+            # A slot that is being filled is referred to by its copy.
+            if self.ring.state(unit) is State.READY:
+                slot = self.ring.slot(unit)
+                if storage_uses(self._slots[slot].memory) > self._own_uses[slot]:
+                    found.add(unit)
+        return found
+
+    def close(self) -> None:
+        """Finish all copies and let go of the device memory."""
+        self.fetcher.close()
+        # Graphs that are alive refer to this object; the memory must not wait for them.
+        self._slots = ()
+
+    def _refuse_full(self, unit: int) -> NoReturn:
+        held = ", ".join(self._units[u].name for u in sorted(self.in_use_elsewhere()))
+        raise OffloadError(
+            f"No slot for {self._units[unit].name}: views of the weights of {held} are still held,"
+            " by code that kept them (clone what is to be kept), by saved-tensor hooks inside a"
+            " block, or by a graph of create_graph=True (raise prefetch_window, or run that pass"
+            " before stream())."
+        )
