@@ -11,6 +11,7 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
+from dist_layerlr.fields import integer, number, one_of, setting
 from dist_layerlr.optim.groups import scale_lrs
 
 KINDS = ("constant", "linear", "cosine")
@@ -20,13 +21,20 @@ KINDS = ("constant", "linear", "cosine")
 class Schedule:
     """Linear warmup, then constant, linear or cosine decay to ``min_ratio``."""
 
-    kind: str = "constant"
-    warmup_steps: int = 0
-    """Optimizer steps from 0 to 1; step 0 trains at 1/warmup_steps already."""
+    kind: str = setting(
+        one_of(lambda: KINDS), default="constant", key="type", doc="Shape after the warmup."
+    )
+    warmup_steps: int = setting(
+        integer(0),
+        default=0,
+        unit="optimizer steps",
+        doc="From 0 to the planned rates; step 0 trains at 1/warmup_steps already.",
+    )
     total_steps: int = 1
     """Optimizer steps of the whole run."""
-    min_ratio: float = 0.0
-    """Multiplier at the last step, 0..1."""
+    min_ratio: float = setting(
+        number(0.0, 1.0), default=0.0, doc="Multiplier of the rates at the last step."
+    )
 
     def factor(self, step: int) -> float:
         """Multiplier of optimizer step ``step``, counted from 0."""

@@ -5,7 +5,6 @@ Every error names the field, the value, what is allowed, and the nearest key whe
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -14,12 +13,12 @@ from typing import Any
 
 from dist_layerlr import fields
 from dist_layerlr.errors import ConfigError
+from dist_layerlr.fields import setting
 from dist_layerlr.files import read_json
 from dist_layerlr.plan.components import known_components
-from dist_layerlr.plan.depth import DEPTH_FUNCTIONS, LAYER_DECAY, DepthSettings
-from dist_layerlr.plan.layer_decay import CONVENTIONS
+from dist_layerlr.plan.depth import LAYER_DECAY, DepthSettings
 from dist_layerlr.plan.patterns import compile_pattern
-from dist_layerlr.plan.presets import PRESET_FUNCTIONS, PRESETS
+from dist_layerlr.plan.presets import PRESET_CLASSES, PRESETS
 
 SEED_COMPONENT_LR: Mapping[str, float] = MappingProxyType(
     {"self_attn": 4e-4, "cross_attn": 2e-4, "ffn": 3e-4, "norm": 5e-5}
@@ -30,12 +29,38 @@ FALLBACK_LR = 3e-4
 BLOCK = "per_layer_lr"
 
 
+_LR = fields.number(0.0)
+
+
+def _parse_pattern(path: str, value: object) -> str:
+    pattern = fields.text(path, value)
+    try:
+        compile_pattern(pattern)
+    except ConfigError as error:
+        raise ConfigError(f"Invalid {path}: {error}") from None
+    return pattern
+
+
+def _parse_no_decay(path: str, value: object) -> tuple[str, ...]:
+    rules = fields.strings(path, value)
+    for rule in rules:
+        if rule not in ("ndim<=1", "norm"):
+            _parse_pattern(path, rule)
+    return rules
+
+
+_PATTERN = fields.Check(_parse_pattern, "a name pattern, section 5")
+_NO_DECAY = fields.Check(
+    _parse_no_decay, "a list of name patterns, `ndim<=1` (true shape) or `norm` (owner is a norm)"
+)
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PatternRule:
     """A user rule that names the component of the parameters it matches."""
 
-    match: str
-    component: str
+    match: str = setting(_PATTERN, doc="Which parameters.")
+    component: str = setting(fields.text, doc="Their component.")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -45,105 +70,109 @@ class Region:
     What it does not give, it takes from the block around it.
     """
 
-    match: str
-    lr: float | None = None
-    """Absolute LR before depth; replaces component_lr and default_lr inside the region."""
-    lr_multiplier: float = 1.0
-    component_lr: Mapping[str, float] | None = None
+    match: str = setting(_PATTERN, doc="Which parameters.")
+    lr: float | None = setting(
+        _LR,
+        default=None,
+        shown="the block's rates",
+        doc="Absolute rate before depth; replaces component_lr and default_lr inside the region."
+        " Excludes `lr_multiplier`.",
+    )
+    lr_multiplier: float = setting(_LR, default=1.0, doc="Multiplies the rates inside the region.")
+    component_lr: Mapping[str, float] | None = setting(
+        fields.mapping_of(_LR),
+        default=None,
+        shown="the block's",
+        doc="As the block's, for this region.",
+    )
     depth: DepthSettings | None = None
     """None: the depth of the block around it, numbered with it."""
-    weight_decay: float | None = None
-    no_decay: tuple[str, ...] | None = None
+    weight_decay: float | None = setting(
+        _LR, default=None, shown="the block's", doc="Of this region."
+    )
+    no_decay: tuple[str, ...] | None = setting(
+        _NO_DECAY, default=None, shown="the block's", doc="As the block's, for this region."
+    )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PerLayerLR:
     """A validated ``per_layer_lr`` block. LRs are absolute, factors dimensionless."""
 
-    enabled: bool = False
-    component_lr: Mapping[str, float] = field(default_factory=lambda: SEED_COMPONENT_LR)
-    default_lr: float = FALLBACK_LR
+    enabled: bool = setting(
+        fields.boolean, default=False, doc="false, or no block: one flat `learning_rate`."
+    )
+    component_lr: Mapping[str, float] = setting(
+        fields.mapping_of(_LR),
+        factory=lambda: SEED_COMPONENT_LR,
+        shown="self_attn 4e-4, cross_attn 2e-4, ffn 3e-4, norm 5e-5",
+        doc="Rate by component. A block that is given means exactly what it lists.",
+    )
+    default_lr: float = setting(
+        _LR,
+        default=FALLBACK_LR,
+        shown="`learning_rate`, else 3e-4",
+        doc="Rate of whatever no listed component takes.",
+    )
     depth: DepthSettings = field(default_factory=DepthSettings)
-    log_grad_norms: bool = False
-    patterns: tuple[PatternRule, ...] = ()
-    regions: tuple[Region, ...] = ()
-    weight_decay: float | None = None
-    """None: the optimizer's."""
-    no_decay: tuple[str, ...] = ()
-    """Name patterns, ``ndim<=1`` (true shape) or ``norm`` (owner is a norm): weight decay 0."""
-    lora_plus_ratio: float = 1.0
-    unmatched: str = "warn"
-    resume_lr: str = "plan"
+    """Its fields stand in the block itself."""
+    patterns: tuple[PatternRule, ...] = setting(
+        fields.list_of(PatternRule),
+        default=(),
+        doc="Components of your own, {match, component}; section 5.",
+    )
+    regions: tuple[Region, ...] = setting(
+        fields.list_of(Region, DepthSettings),
+        default=(),
+        doc="Parts of the model with rules of their own, {match, ...}; section 6.",
+    )
+    weight_decay: float | None = setting(
+        _LR, default=None, shown="the optimizer's", doc="Of every planned parameter."
+    )
+    no_decay: tuple[str, ...] = setting(_NO_DECAY, default=(), doc="What has weight decay 0.")
+    lora_plus_ratio: float = setting(
+        fields.number(1.0), default=1.0, doc="Rate of lora_B over the rate of lora_A."
+    )
+    unmatched: str = setting(
+        fields.one_of(lambda: ("default", "warn", "error")),
+        default="warn",
+        doc="What happens to a trainable parameter that no rule names.",
+    )
+    log_grad_norms: bool = setting(
+        fields.boolean, default=False, doc="Accepted; no effect in this version."
+    )
+    resume_lr: str = setting(
+        fields.one_of(lambda: ("plan", "checkpoint")),
+        default="plan",
+        doc="Whose rates apply after a resume: the new plan's, or the checkpoint's"
+        " (`docs/checkpoints.md`).",
+    )
+
+
+PRESET = fields.Setting(
+    key="preset",
+    name="preset",
+    check=fields.one_of(lambda: (*PRESETS, *PRESET_CLASSES)),
+    doc="Settings by name, section 8; any field beside it overrides it, whole.",
+    default="none",
+)
+"""A key of the block, but no field of ``PerLayerLR``: it is replaced by what it stands for."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Config:
     """What a plan is made from: the training config's own fields that matter to learning rates."""
 
-    model_type: str = "model"
-    learning_rate: float | None = None
+    model_type: str = setting(fields.text, default="model", doc="Name of the model's family.")
+    learning_rate: float | None = setting(
+        _LR, default=None, shown="3e-4", doc="The flat rate, and `default_lr` of the block."
+    )
     per_layer_lr: PerLayerLR = field(default_factory=PerLayerLR)
 
     @property
     def flat_lr(self) -> float:
         """The one LR when per_layer_lr is off."""
         return FALLBACK_LR if self.learning_rate is None else self.learning_rate
-
-
-_DEPTH_FIELDS: dict[str, fields.Check] = {
-    "depth_strategy": fields.one_of(lambda: (*DEPTH_FUNCTIONS, LAYER_DECAY)),
-    "depth_scope": fields.one_of(lambda: ("stack", "trunk")),
-    "min_depth_factor": fields.number(0.0, 1.0),
-    "peak_position": fields.number(0.0, 1.0),
-    "layer_decay": fields.number(0.0, 1.0, open_low=True),
-    "depth_table": fields.numbers(at_least=2),
-    "convention": fields.one_of(lambda: tuple(CONVENTIONS)),
-    "num_layers": fields.integer(1),
-}
-_LR = fields.number(0.0)
-
-
-def _no_decay(path: str, value: object) -> tuple[str, ...]:
-    rules = fields.strings(path, value)
-    for rule in rules:
-        if rule not in ("ndim<=1", "norm"):
-            _pattern(path, rule)
-    return rules
-
-
-def _pattern(path: str, value: object) -> str:
-    text = fields.text(path, value)
-    try:
-        compile_pattern(text)
-    except ConfigError as error:
-        raise ConfigError(f"Invalid {path}: {error}") from None
-    return text
-
-
-_REGION_FIELDS: dict[str, fields.Check] = {
-    "match": _pattern,
-    "lr": _LR,
-    "lr_multiplier": _LR,
-    "component_lr": fields.mapping_of(_LR),
-    "weight_decay": _LR,
-    "no_decay": _no_decay,
-    **_DEPTH_FIELDS,
-}
-_PATTERN_FIELDS: dict[str, fields.Check] = {"match": _pattern, "component": fields.text}
-_BLOCK_FIELDS: dict[str, fields.Check] = {
-    "enabled": fields.boolean,
-    "component_lr": fields.mapping_of(_LR),
-    "default_lr": _LR,
-    "log_grad_norms": fields.boolean,
-    "patterns": fields.list_of(_PATTERN_FIELDS, required=("match", "component")),
-    "regions": fields.list_of(_REGION_FIELDS, required=("match",)),
-    "weight_decay": _LR,
-    "no_decay": _no_decay,
-    "lora_plus_ratio": fields.number(1.0),
-    "unmatched": fields.one_of(lambda: ("default", "warn", "error")),
-    "resume_lr": fields.one_of(lambda: ("plan", "checkpoint")),
-    **_DEPTH_FIELDS,
-}
 
 
 def load_config(source: str | Path | Mapping[str, Any] | Config) -> Config:
@@ -158,28 +187,41 @@ def load_config(source: str | Path | Mapping[str, Any] | Config) -> Config:
     if isinstance(source, Config):
         return source
     raw = source if isinstance(source, Mapping) else read_json(source)
-    fields.near_misses("config", raw, (BLOCK, "learning_rate", "model_type"))
-    if BLOCK not in raw and raw.keys() & (_BLOCK_FIELDS.keys() | {"preset"}) - {"weight_decay"}:
-        found = sorted(raw.keys() & (_BLOCK_FIELDS.keys() | {"preset"}))
-        raise ConfigError(
-            f"Invalid config: {found} must stand inside a {BLOCK!r} block, beside 'learning_rate'."
-        )
-    rate = None if raw.get("learning_rate") is None else _LR("learning_rate", raw["learning_rate"])
-    model_type = fields.text("model_type", raw.get("model_type", "model"))
-    return Config(
-        model_type=model_type, learning_rate=rate, per_layer_lr=_read_block(raw.get(BLOCK), rate)
+    known = fields.settings(Config)
+    fields.near_misses("config", raw, (BLOCK, *known))
+    _check_nested(raw)
+    # A config may say `"learning_rate": null`: the trainer's own default then holds.
+    given = {key: raw[key] for key in known if key in raw}
+    if given.get("learning_rate") is None:
+        given.pop("learning_rate", None)
+    values = {key: known[key].check(key, value) for key, value in given.items()}
+    block = _read_block(raw.get(BLOCK), values.get("learning_rate"))
+    return Config(**values, per_layer_lr=block)
+
+
+def _check_nested(raw: Mapping[str, Any]) -> None:
+    """Refuse a config whose rates stand beside the block's place, where nobody would read them."""
+    own = fields.settings(PerLayerLR, DepthSettings).keys() | {PRESET.key}
+    # weight_decay alone may be the trainer's own.
+    if BLOCK in raw or not raw.keys() & (own - {"weight_decay"}):
+        return
+    found = sorted(raw.keys() & own)
+    raise ConfigError(
+        f"Invalid config: {found} must stand inside a {BLOCK!r} block, beside 'learning_rate'."
     )
 
 
 def _read_block(raw: object, learning_rate: float | None) -> PerLayerLR:
+    fallback = FALLBACK_LR if learning_rate is None else learning_rate
     if raw is None:
-        return PerLayerLR(default_lr=FALLBACK_LR if learning_rate is None else learning_rate)
+        return PerLayerLR(default_lr=fallback)
     given = _expand_preset(fields.mapping(BLOCK, raw), learning_rate)
-    fields.known_keys(BLOCK, given, [*_BLOCK_FIELDS, "preset"])
-    values = fields.fields(BLOCK, given, _BLOCK_FIELDS)
-    depth = replace(DepthSettings(), **{k: values.pop(k) for k in _DEPTH_FIELDS if k in values})
+    depth_keys = fields.settings(DepthSettings)
+    fields.known_keys(BLOCK, given, [*fields.settings(PerLayerLR), *depth_keys, PRESET.key])
+    values = fields.read(BLOCK, given, PerLayerLR, DepthSettings)
+    depth = DepthSettings(**{key: values.pop(key) for key in depth_keys if key in values})
     _check_depth(BLOCK, depth)
-    values.setdefault("default_lr", FALLBACK_LR if learning_rate is None else learning_rate)
+    values.setdefault("default_lr", fallback)
     regions = tuple(_region(i, r, depth) for i, r in enumerate(values.pop("regions", ())))
     patterns = tuple(PatternRule(**p) for p in values.pop("patterns", ()))
     block = PerLayerLR(depth=depth, regions=regions, patterns=patterns, **values)
@@ -188,33 +230,26 @@ def _read_block(raw: object, learning_rate: float | None) -> PerLayerLR:
 
 
 def _expand_preset(given: Mapping[str, Any], learning_rate: float | None) -> dict[str, Any]:
+    """Replace ``preset`` by its settings; those of the user beside it win."""
     block = dict(given)
-    name = block.pop("preset", None)
+    name = block.pop(PRESET.key, None)
     if name is None:
         return block
-    fields.one_of(lambda: (*PRESETS, *PRESET_FUNCTIONS))(f"{BLOCK}.preset", name)
+    PRESET.check(f"{BLOCK}.{PRESET.key}", name)
     if name in PRESETS:
         return {**PRESETS[name], **block}
-    function = PRESET_FUNCTIONS[name]
-    if "layer_decay" in block:  # the region's rate has a name of its own in this preset
+    preset = PRESET_CLASSES[name]
+    # The encoder's decay has a name of its own in this preset, but users write the general one.
+    if "layer_decay" in block:
         block.setdefault("lr_vit_layer_decay", block.pop("layer_decay"))
-    own = {k: block.pop(k) for k in inspect.signature(function).parameters if k in block}
-    for key, value in own.items():
-        _PRESET_PARAMETERS[key](f"{BLOCK}.{key}", value)
-    return {**function(learning_rate=learning_rate, **own), **block}
-
-
-_PRESET_PARAMETERS: dict[str, fields.Check] = {
-    "lr_encoder": _LR,
-    "lr_vit_layer_decay": fields.number(0.0, 1.0, open_low=True),
-    "lr_component_decay": fields.number(0.0, 1.0, open_low=True),
-    "convention": fields.one_of(lambda: tuple(CONVENTIONS)),
-    "out_feature_indexes": fields.integers(at_least=1),
-}
+    own = {key: block.pop(key) for key in fields.settings(preset) if key in block}
+    parsed = preset(**fields.read(BLOCK, own, preset))
+    return {**parsed.block(learning_rate), **block}
 
 
 def _region(index: int, raw: dict[str, Any], outer: DepthSettings) -> Region:
-    own = {k: raw.pop(k) for k in _DEPTH_FIELDS if k in raw}
+    """One region, with a depth of its own where it gives any field of one."""
+    own = {k: raw.pop(k) for k in fields.settings(DepthSettings) if k in raw}
     if own.get("depth_strategy") == LAYER_DECAY:
         # A floor and a scope that were meant for a curve do not carry over to layer decay.
         own = {"min_depth_factor": None, "depth_scope": "stack", **own}
@@ -241,6 +276,7 @@ def _check_depth(path: str, depth: DepthSettings) -> None:
 
 
 def _check_components(block: PerLayerLR) -> None:
+    """Refuse component names that nothing gives: rates under a misspelt name would be lost."""
     named = {p.component for p in block.patterns}
     for i, region in enumerate(block.regions):
         fields.known_keys(

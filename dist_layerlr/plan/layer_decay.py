@@ -16,13 +16,16 @@ Projects number layers differently; each numbering is a convention. L is the num
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
 
 from dist_layerlr.errors import ConfigError
 from dist_layerlr.plan import name_rules
-from dist_layerlr.plan.depth import DepthSettings
 from dist_layerlr.plan.name_rules import NameRules
 from dist_layerlr.plan.names import ParamPath
 from dist_layerlr.plan.stacks import Location
+
+if TYPE_CHECKING:
+    from dist_layerlr.plan.depth import DepthSettings  # which lists the conventions below
 
 Member = tuple[ParamPath, Location | None]
 LayerId = Callable[[ParamPath, Location | None, int], int]

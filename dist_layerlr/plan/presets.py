@@ -5,8 +5,13 @@ Any field beside the preset overrides it, whole.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
+
+from dist_layerlr import fields
+from dist_layerlr.fields import setting
+from dist_layerlr.plan.layer_decay import CONVENTIONS
 
 Block = dict[str, Any]
 
@@ -30,47 +35,61 @@ def _grid(
     return block
 
 
-def rfdetr(
-    *,
-    learning_rate: float | None = None,
-    lr_encoder: float = 1.5e-4,
-    lr_vit_layer_decay: float = 0.8,
-    lr_component_decay: float = 0.7,
-    convention: str = "seed",
-    out_feature_indexes: list[int] | None = None,
-) -> Block:
-    """RF-DETR's three regions: ViT encoder with layer decay, decoder at ``lr *
-    lr_component_decay``, the rest at lr.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RfdetrPreset:
+    """RF-DETR's three regions: ViT encoder with layer decay, decoder, and the rest at lr."""
 
-    Args:
-        learning_rate: lr of heads, projector and queries; 1e-4 when absent.
-        lr_encoder: LR of the encoder before decay.
-        lr_vit_layer_decay: rate per encoder layer, (0, 1].
-        lr_component_decay: multiplier of the decoder, (0, 1].
-        convention: `seed`, or `rfdetr` for the live library: the encoder is multiplied by
-            lr_component_decay squared.
-        out_feature_indexes: the model's; L is the last one plus 1. Absent: L is the block count.
-    """
-    lr = 1e-4 if learning_rate is None else learning_rate
-    encoder: Block = {
-        "match": r"re:(^|\.)backbone\.(?!(\d+\.)?projector\.)",
-        "lr": lr_encoder * (lr_component_decay**2 if convention == "rfdetr" else 1.0),
-        "depth_strategy": "layer_decay",
-        "layer_decay": lr_vit_layer_decay,
-        "convention": convention,
-        "no_decay": ["re:gamma|pos_embed|rel_pos|bias|norm|embeddings"],
-    }
-    if out_feature_indexes:
-        encoder["num_layers"] = out_feature_indexes[-1] + 1
-    decoder = {"match": r"re:(^|\.)(transformer|model)\.decoder\.", "lr": lr * lr_component_decay}
-    return {
-        "enabled": True,
-        "component_lr": {},
-        "default_lr": lr,
-        "depth_strategy": "flat",
-        "unmatched": "default",
-        "regions": [encoder, decoder],
-    }
+    lr_encoder: float = setting(
+        fields.number(0.0), default=1.5e-4, doc="Rate of the encoder before decay."
+    )
+    lr_vit_layer_decay: float = setting(
+        fields.number(0.0, 1.0, open_low=True), default=0.8, doc="Rate per encoder layer."
+    )
+    lr_component_decay: float = setting(
+        fields.number(0.0, 1.0, open_low=True), default=0.7, doc="Multiplier of the decoder."
+    )
+    convention: str = setting(
+        fields.one_of(lambda: tuple(CONVENTIONS)),
+        default="seed",
+        doc="`rfdetr`, as the live library has it: the encoder is multiplied by lr_component_decay"
+        " squared.",
+    )
+    out_feature_indexes: list[int] | None = setting(
+        fields.integers(at_least=1),
+        default=None,
+        shown="none: L is the block count",
+        doc="The model's own; L is the last one plus 1.",
+    )
+
+    def block(self, learning_rate: float | None) -> Block:
+        """The ``per_layer_lr`` block; whatever is no encoder or decoder trains at lr, or 1e-4."""
+        lr = 1e-4 if learning_rate is None else learning_rate
+        shared = self.lr_component_decay**2 if self.convention == "rfdetr" else 1.0
+        encoder: Block = {
+            # The projector stands below `backbone` too, and trains as the rest does.
+            "match": r"re:(^|\.)backbone\.(?!(\d+\.)?projector\.)",
+            "lr": self.lr_encoder * shared,
+            "depth_strategy": "layer_decay",
+            "layer_decay": self.lr_vit_layer_decay,
+            "convention": self.convention,
+            # The library's own list of what has no weight decay.
+            "no_decay": ["re:gamma|pos_embed|rel_pos|bias|norm|embeddings"],
+        }
+        if self.out_feature_indexes:
+            encoder["num_layers"] = self.out_feature_indexes[-1] + 1
+        decoder = {
+            # `transformer` in the library, `model` in transformers.
+            "match": r"re:(^|\.)(transformer|model)\.decoder\.",
+            "lr": lr * self.lr_component_decay,
+        }
+        return {
+            "enabled": True,
+            "component_lr": {},
+            "default_lr": lr,
+            "depth_strategy": "flat",
+            "unmatched": "default",
+            "regions": [encoder, decoder],
+        }
 
 
 PRESETS: Mapping[str, Block] = {
@@ -81,5 +100,5 @@ PRESETS: Mapping[str, Block] = {
     "component_only": _grid("flat", None, 4e-4, 1e-4, 3e-4),
     "conservative": _grid("linear", 0.7, 4e-4, 3e-4, 3.5e-4),
 }
-PRESET_FUNCTIONS: Mapping[str, Callable[..., Block]] = {"rfdetr": rfdetr}
-"""Presets with parameters of their own; these keys are allowed beside that preset only."""
+PRESET_CLASSES: Mapping[str, type[RfdetrPreset]] = {"rfdetr": RfdetrPreset}
+"""Presets with settings of their own; these keys are allowed beside that preset only."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -11,9 +10,11 @@ from typing import Any
 
 from dist_layerlr import fields
 from dist_layerlr.errors import ConfigError
+from dist_layerlr.fields import setting
 from dist_layerlr.files import read_json
 from dist_layerlr.offload import StreamPolicy
-from dist_layerlr.optim.schedule import KINDS, Schedule
+from dist_layerlr.optim.schedule import Schedule
+from dist_layerlr.plan.config import BLOCK as PLAN_BLOCK
 from dist_layerlr.plan.config import Config, load_config
 from launch.trainer.families import get_family
 
@@ -24,71 +25,122 @@ LORA, FULL = "lora", "fine_tune"
 class AdapterOptions:
     """A PEFT LoRA adapter."""
 
-    rank: int = 16
-    alpha: float = 16.0
-    target_modules: tuple[str, ...] = ()
-    """Module name endings; empty: the family's own."""
+    kind: str = setting(
+        fields.one_of(lambda: (LORA,)), default=LORA, key="type", doc="Kind of adapter."
+    )
+    rank: int = setting(fields.integer(1), default=16, doc="Rows of lora_A.")
+    alpha: float = setting(
+        fields.number(0.0, open_low=True),
+        default=16.0,
+        shown="the rank",
+        doc="The adapter's output is multiplied by alpha / rank.",
+    )
+    target_modules: tuple[str, ...] = setting(
+        fields.strings, default=(), shown="the family's own", doc="Endings of module names."
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
 class OptimizerOptions:
     """The torch optimizer. Learning rates are the plan's."""
 
-    kind: str = "adamw"
-    betas: tuple[float, float] = (0.9, 0.999)
-    eps: float = 1e-8
-    weight_decay: float = 0.01
-    momentum: float = 0.9
-    """SGD only."""
+    kind: str = setting(
+        fields.one_of(lambda: ("adamw", "sgd")), default="adamw", key="type", doc="Its class."
+    )
+    betas: tuple[float, float] = setting(
+        fields.numbers(at_least=2), default=(0.9, 0.999), doc="AdamW only; both below 1."
+    )
+    eps: float = setting(fields.number(0.0, open_low=True), default=1e-8, doc="AdamW only.")
+    weight_decay: float = setting(
+        fields.number(0.0), default=0.01, doc="Where the plan gives no other."
+    )
+    momentum: float = setting(fields.number(0.0, 1.0), default=0.9, doc="SGD only.")
 
 
 @dataclass(frozen=True, kw_only=True)
 class TrainOptions:
     """Size and length of the run."""
 
-    steps: int
-    """Optimizer steps."""
-    global_batch: int
-    """Samples per optimizer step over all ranks."""
-    micro_batch: int | None = None
-    """Samples per rank in one forward; None: the rank's whole share."""
-    seed: int = 0
-    dtype: str = "fp32"
-    """`fp32`, or `bf16`: autocast around the forward, weights stay fp32."""
-    grad_clip: float = 0.0
-    """Largest global gradient norm; 0: no clipping."""
-    checkpointing: bool = False
-    """Blocks keep their inputs only and are computed again in backward."""
-    log_every: int = 1
-    """Steps between rows of metrics.jsonl."""
-    save_every: int | None = None
-    """Steps between checkpoints; the last step is saved too. None: only when a signal ends the
-    run."""
-    keep: int | None = None
-    """Checkpoints that stay, the newest ones; None: all."""
-    background_save: bool = False
-    """Train on while a checkpoint is written from a copy in host memory."""
+    steps: int = setting(fields.integer(1), unit="optimizer steps", doc="Length of the run.")
+    global_batch: int = setting(
+        fields.integer(1), unit="samples", doc="Per optimizer step, over all ranks."
+    )
+    micro_batch: int | None = setting(
+        fields.integer(1),
+        default=None,
+        shown="the rank's whole share",
+        unit="samples",
+        doc="Per rank in one forward.",
+    )
+    seed: int = setting(fields.integer(0), default=0, doc="Of data order, noise and new weights.")
+    dtype: str = setting(
+        fields.one_of(lambda: ("fp32", "bf16")),
+        default="fp32",
+        doc="`bf16`: autocast around the forward, weights stay fp32.",
+    )
+    grad_clip: float = setting(
+        fields.number(0.0), default=0.0, doc="Largest global gradient norm; 0: no clipping."
+    )
+    checkpointing: bool = setting(
+        fields.boolean,
+        default=False,
+        doc="Blocks keep their inputs only and are computed again in backward.",
+    )
+    log_every: int = setting(
+        fields.integer(1), default=1, unit="steps", doc="Between rows of metrics.jsonl."
+    )
+    save_every: int | None = setting(
+        fields.integer(1),
+        default=None,
+        shown="only when a signal ends the run",
+        unit="steps",
+        doc="Between checkpoints; the last step is saved too.",
+    )
+    keep: int | None = setting(
+        fields.integer(1), default=None, shown="all", doc="Checkpoints that stay, the newest ones."
+    )
+    background_save: bool = setting(
+        fields.boolean,
+        default=False,
+        doc="Train on while a checkpoint is written from a copy in host memory.",
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
 class SampleOptions:
     """The picture at the end."""
 
-    count: int = 4
-    """Clips; 0: none."""
-    steps: int = 20
-    """Euler steps per clip."""
+    count: int = setting(fields.integer(0), default=4, unit="clips", doc="0: none.")
+    steps: int = setting(fields.integer(1), default=20, doc="Euler steps per clip.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class MemoryOptions:
+    """What leaves the device."""
+
+    stagehand: Mapping[str, Any] = setting(
+        fields.mapping,
+        factory=dict,
+        shown="off",
+        doc="`enabled`, and the fields of `memory.stagehand` below.",
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
 class RunOptions:
     """Everything ``launch/train.py`` is told."""
 
-    model_type: str
-    model_path: str
-    training_method: str
+    model_type: str = setting(fields.text, doc="The model family.")
+    model_path: str = setting(fields.text, doc="Folder of the pretrained model.")
+    training_method: str = setting(
+        fields.one_of(lambda: (FULL, LORA)),
+        shown=f"`{LORA}` with an adapter block, else `{FULL}`",
+        doc="Train an adapter, or all weights.",
+    )
+    data: Mapping[str, Any] = setting(
+        fields.mapping, doc="`kind` of dataset, and that kind's own fields."
+    )
     adapter: AdapterOptions
-    data: Mapping[str, Any]
     optimizer: OptimizerOptions
     schedule: Schedule
     train: TrainOptions
@@ -100,50 +152,15 @@ class RunOptions:
     """The JSON as given, after --set."""
 
 
-_BLOCKS: dict[str, dict[str, fields.Check]] = {
-    "adapter": {
-        "type": fields.one_of(lambda: (LORA,)),
-        "rank": fields.integer(1),
-        "alpha": fields.number(0.0, open_low=True),
-        "target_modules": fields.strings,
-    },
-    "optimizer": {
-        "type": fields.one_of(lambda: ("adamw", "sgd")),
-        "betas": fields.numbers(at_least=2),
-        "eps": fields.number(0.0, open_low=True),
-        "weight_decay": fields.number(0.0),
-        "momentum": fields.number(0.0, 1.0),
-    },
-    "schedule": {
-        "type": fields.one_of(lambda: KINDS),
-        "warmup_steps": fields.integer(0),
-        "min_ratio": fields.number(0.0, 1.0),
-    },
-    "train": {
-        "steps": fields.integer(1),
-        "global_batch": fields.integer(1),
-        "micro_batch": fields.integer(1),
-        "seed": fields.integer(0),
-        "dtype": fields.one_of(lambda: ("fp32", "bf16")),
-        "grad_clip": fields.number(0.0),
-        "checkpointing": fields.boolean,
-        "log_every": fields.integer(1),
-        "save_every": fields.integer(1),
-        "keep": fields.integer(1),
-        "background_save": fields.boolean,
-    },
-    "samples": {"count": fields.integer(0), "steps": fields.integer(1)},
+BLOCKS: Mapping[str, type] = {
+    "adapter": AdapterOptions,
+    "optimizer": OptimizerOptions,
+    "schedule": Schedule,
+    "train": TrainOptions,
+    "samples": SampleOptions,
+    "memory": MemoryOptions,
 }
-_TOP = (
-    "model_type",
-    "model_path",
-    "training_method",
-    "learning_rate",
-    "per_layer_lr",
-    "memory",
-    "data",
-    *_BLOCKS,
-)
+"""Blocks of the config, by key. `per_layer_lr` is the plan's own, `data` the dataset's."""
 
 
 _NEEDED = {
@@ -175,33 +192,29 @@ def load_options(
         apply_override(raw, assignment)
     if max_steps is not None:
         raw["train"] = {**_section(raw, "train"), "steps": max_steps}
-    fields.known_keys("config", raw, _TOP)
+    known = fields.settings(RunOptions)
+    fields.known_keys("config", raw, [*known, *fields.settings(Config), PLAN_BLOCK, *BLOCKS])
     if "model_type" in raw:
-        get_family(fields.text("model_type", raw["model_type"]))
+        get_family(known["model_type"].check("model_type", raw["model_type"]))
     _check_complete(raw, path)
-    blocks = {
-        name: fields.fields(name, _section(raw, name), allowed) for name, allowed in _BLOCKS.items()
-    }
+    blocks = {name: fields.read(name, _section(raw, name), cls) for name, cls in BLOCKS.items()}
     train = TrainOptions(**blocks["train"])
-    method = fields.one_of(lambda: (FULL, LORA))(
-        "training_method", raw.get("training_method", _method(raw))
-    )
+    given = {"training_method": _method(raw), **raw}
+    values = {key: found.check(key, given[key]) for key, found in known.items()}
+    method = values["training_method"]
     if method == FULL and "adapter" in raw:
         raise ConfigError(
             f"Invalid training_method={FULL!r} with an 'adapter' block: remove one of them."
         )
     return RunOptions(
-        model_type=fields.text("model_type", raw["model_type"]),
-        model_path=fields.text("model_path", raw["model_path"]),
-        training_method=method,
+        **values,
         adapter=_adapter(blocks["adapter"]),
-        data=fields.mapping("data", raw["data"]),
         optimizer=_optimizer(blocks["optimizer"]),
         # A run cut short by --max-steps may end within its warmup.
         schedule=_schedule(blocks["schedule"], train.steps, cut_short=max_steps is not None),
         train=train,
         samples=SampleOptions(**blocks["samples"]),
-        stream=_stream_policy(raw.get("memory", {})),
+        stream=_stream_policy(blocks["memory"].get("stagehand", {})),
         plan=load_config(raw),
         raw=raw,
     )
@@ -257,40 +270,35 @@ def _method(raw: Mapping[str, Any]) -> str:
     return LORA if "adapter" in raw else FULL
 
 
-def _stream_policy(raw: object) -> StreamPolicy | None:
+def _stream_policy(given: Mapping[str, Any]) -> StreamPolicy | None:
     """The policy that ``memory.stagehand`` asks for, whose keys are the policy's own.
 
     None unless enabled.
     """
-    memory = fields.fields("memory", fields.mapping("memory", raw), {"stagehand": fields.mapping})
-    given = dict(memory.get("stagehand", {}))
-    known = [field.name for field in dataclasses.fields(StreamPolicy)]
-    fields.known_keys("memory.stagehand", given, ["enabled", *known])
-    enabled = fields.boolean("memory.stagehand.enabled", given.pop("enabled", False))
+    values = dict(given)
+    fields.known_keys("memory.stagehand", values, ["enabled", *fields.settings(StreamPolicy)])
+    enabled = fields.boolean("memory.stagehand.enabled", values.pop("enabled", False))
+    # The policy is made, and so checked, even when it is off: a typo in it is said today.
     try:
-        policy = StreamPolicy(**given)
+        policy = StreamPolicy(**values)
     except ConfigError as error:
         raise ConfigError(f"memory.stagehand: {error}") from None
     return policy if enabled else None
 
 
 def _adapter(values: dict[str, Any]) -> AdapterOptions:
-    values.pop("type", None)
-    values.setdefault("alpha", float(values.get("rank", 16)))
+    default = AdapterOptions()
+    values.setdefault("alpha", float(values.get("rank", default.rank)))
     return AdapterOptions(**values)
 
 
 def _optimizer(values: dict[str, Any]) -> OptimizerOptions:
     if "betas" in values and (len(values["betas"]) != 2 or max(values["betas"]) >= 1.0):
         raise fields.invalid("optimizer.betas", list(values["betas"]), "two numbers in [0, 1)")
-    if "type" in values:
-        values["kind"] = values.pop("type")
     return OptimizerOptions(**values)
 
 
 def _schedule(values: dict[str, Any], steps: int, *, cut_short: bool) -> Schedule:
-    if "type" in values:
-        values["kind"] = values.pop("type")
     warmup = values.get("warmup_steps", 0)
     if warmup > steps and not cut_short:
         raise fields.invalid(

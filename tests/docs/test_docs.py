@@ -18,12 +18,13 @@ from typing import Any
 import pytest
 
 from dist_layerlr import build_plan, cli
+from dist_layerlr.fields import settings
 from dist_layerlr.offload import StreamPolicy
 from dist_layerlr.plan import ParamInfo
-from dist_layerlr.plan.config import _BLOCK_FIELDS, _PRESET_PARAMETERS, _REGION_FIELDS
-from dist_layerlr.plan.depth import DEPTH_FUNCTIONS
+from dist_layerlr.plan.config import PatternRule, PerLayerLR, Region
+from dist_layerlr.plan.depth import DEPTH_FUNCTIONS, DepthSettings
 from dist_layerlr.plan.layer_decay import CONVENTIONS
-from dist_layerlr.plan.presets import PRESET_FUNCTIONS, PRESETS
+from dist_layerlr.plan.presets import PRESET_CLASSES, PRESETS, RfdetrPreset
 from launch import make_tiny_wan, train
 from tests.support.ranks import run_ranks
 
@@ -135,14 +136,12 @@ def test_offload_page_lists_every_field_of_the_policy() -> None:
 def test_names_page_lists_every_field_strategy_preset_and_convention() -> None:
     text = (DOCS / "names.md").read_text()
     keys = {
-        *_BLOCK_FIELDS,
-        *_REGION_FIELDS,
-        *_PRESET_PARAMETERS,
+        *settings(PerLayerLR, DepthSettings, Region, PatternRule, RfdetrPreset),
         "preset",
         *DEPTH_FUNCTIONS,
         *CONVENTIONS,
     }
-    keys |= {*PRESETS, *PRESET_FUNCTIONS}
+    keys |= {*PRESETS, *PRESET_CLASSES}
     assert sorted(k for k in keys if f"`{k}`" not in text) == []
 
 

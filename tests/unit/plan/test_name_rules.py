@@ -32,7 +32,7 @@ def rows(*tables: str):
 
 
 def twins(example: str) -> list[str]:
-    """The example in blocks 0 and 1, each beside a self attention: a model of two blocks."""
+    """A model of two blocks: the example in each of them, beside a self attention."""
     segments = example.split(".")
     key = next((i for i, segment in enumerate(segments) if segment.isdecimal()), None)
     if key is None:
@@ -117,8 +117,3 @@ def test_the_example_of_an_embedding_row_is_hit_by_that_row(table: str, rule: Na
 @pytest.mark.parametrize("convention", layer_decay.CONVENTIONS)
 def test_no_convention_decays_a_head(convention: str):
     assert layer_decay.CONVENTIONS[convention](parse("head.weight"), None, 12) == 13
-
-
-def test_a_census_model_is_named_by_every_table_that_one_can_fill():
-    used = {rule.model for table in TABLES.values() for rule in table.rules}
-    assert {"flux1_dev", "sd15", "wan21_i2v_14b", "ltx2_19b", "rfdetr_base"} <= used
