@@ -1,5 +1,4 @@
-"""Part `base_model` of checkpoint.py: a pretrained model into shards, beside `from_pretrained` on
-every rank.
+"""Part `base_model` of checkpoint.py: a pretrained model into shards, beside `from_pretrained`.
 
 `theirs` is what most trainers do: every rank calls from_pretrained, then shards (fully_shard,
 deepspeed.initialize). `ours`: an empty model, sharded, then load_pretrained. The model is

@@ -155,8 +155,9 @@ def _numbers(given: Mapping[str, Any]) -> Scalars:
             if not isinstance(value, list) or len(value) != 2:
                 raise fields.invalid(where, value, "[number, dtype or null]")
             number, dtype = value
-            if dtype is not None:
-                dtype_named(where, dtype)
+            # torch's optimizers refuse a counter that is a bool or complex, at their next step.
+            if dtype is not None and dtype_named(where, dtype) in (torch.bool, torch.complex64):
+                raise fields.invalid(where, value, "a number of an integer or floating-point dtype")
             numbers[name][key] = (finite(where, number), dtype)
     return numbers
 

@@ -126,15 +126,7 @@ def load_checkpoint(
     # 6. The proof walks once more: it must see what is there, not what was meant to be.
     proof = verify(job.plan, model, optimizer, factor=multiplier)
     fresh_by_rank = everyone(fresh)
-    return Restored(
-        path=path,
-        step=job.manifest.step,
-        extra=job.manifest.extra,
-        plan=job.plan,
-        changes=job.changes,
-        fresh=list(dict.fromkeys(chain.from_iterable(fresh_by_rank))),
-        proof=proof,
-    )
+    return job.restored(list(dict.fromkeys(chain.from_iterable(fresh_by_rank))), proof)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -149,6 +141,18 @@ class _Checked:
     changes: list[str]
     live: Live
     states: list[OwnerState]
+
+    def restored(self, fresh: list[str], proof: Proof) -> Restored:
+        """What to tell the caller after the load."""
+        return Restored(
+            path=self.path,
+            step=self.manifest.step,
+            extra=self.manifest.extra,
+            plan=self.plan,
+            changes=self.changes,
+            fresh=fresh,
+            proof=proof,
+        )
 
 
 def _check(

@@ -111,7 +111,7 @@ def prepare_state(
                 local(held[key]).zero_()
             spans += _state_spans(state, key, held[key], live)
         for key, number in state.numbers.items():
-            held[key] = _number(number, state.pieces[0], live.found.optimizer, same_class)
+            held[key] = _number(key, number, state.pieces[0], live.found.optimizer, same_class)
     return spans
 
 
@@ -218,13 +218,17 @@ def _room(held: Any, owner: Tensor, dtype: torch.dtype | None) -> Tensor:
     return torch.zeros_like(owner.detach(), dtype=dtype)
 
 
-def _number(number: Number, piece: Piece, optimizer: Any, same_class: bool) -> Any:
+def _number(key: str, number: Number, piece: Piece, optimizer: Any, same_class: bool) -> Any:
     """A counter as the live optimizer keeps it: torch in a tensor, DeepSpeed in a plain number."""
     value, dtype = number
+    inner = optimizer.inner if isinstance(optimizer, Segmented) else optimizer
+    is_torch = type(inner).__module__.startswith("torch.")
     if not same_class:
-        inner = optimizer.inner if isinstance(optimizer, Segmented) else optimizer
-        dtype = "float32" if type(inner).__module__.startswith("torch.") else None
+        dtype = "float32" if is_torch else None
         value = value if dtype else int(value)
+    elif dtype is None and is_torch and key == "step":
+        # torch's own optimizers step with nothing but a tensor, whatever an index says.
+        dtype = "float32"
     if dtype is None:
         return value
     # capturable and fused steps read the counter on the device; the others on the host.

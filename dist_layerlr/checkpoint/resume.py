@@ -11,7 +11,7 @@ from dist_layerlr import fields
 from dist_layerlr.checkpoint import folders
 from dist_layerlr.checkpoint.manifest import Manifest, plan_problem, read_manifest, read_sealed
 from dist_layerlr.checkpoint.schema import checked, finite
-from dist_layerlr.errors import CheckpointError
+from dist_layerlr.errors import CheckpointError, ConfigError
 from dist_layerlr.plan.diff import PLAN_FILE, plan_diff
 from dist_layerlr.plan.entries import Plan
 from dist_layerlr.ranks import alike, rank_zero
@@ -73,7 +73,9 @@ def _plan_rows(path: Path, manifest: Manifest) -> Mapping[str, Mapping[str, Any]
         for name, row in rows.items():
             given = fields.mapping(f"parameters.{name}", row)
             for key, check in _PLAN_FIELDS.items():
-                check(f"parameters.{name}.{key}", given.get(key))
+                if key not in given:
+                    raise ConfigError(f"Invalid parameters.{name}: {key!r} is missing")
+                check(f"parameters.{name}.{key}", given[key])
             # Both place a name in a stack of blocks, or neither does.
             if (given.get("stack") is None) != (given.get("block") is None):
                 raise fields.invalid(f"parameters.{name}.block", given.get("block"), "with a stack")

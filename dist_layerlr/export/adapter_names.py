@@ -43,8 +43,9 @@ def peft_name(name: str) -> str:
 
 
 def kohya_name(name: str) -> str:
-    """Name in a kohya file: ``blocks.0.to_q.lora_A.default.weight`` ->
-    ``lora_unet_blocks_0_to_q.lora_down.weight``.
+    """Name in a kohya file.
+
+    ``blocks.0.to_q.lora_A.default.weight`` -> ``lora_unet_blocks_0_to_q.lora_down.weight``
 
     Raises:
         ConfigError: a tensor for which that convention has no name.
@@ -59,8 +60,9 @@ def kohya_name(name: str) -> str:
 
 
 def kohya_alpha(name: str, rank: int, config: Mapping[str, Any]) -> tuple[str, float]:
-    """(name, value) of the ``alpha`` beside a ``lora_A``, with which kohya's ``alpha / rank`` is
-    PEFT's scaling.
+    """(name, value) of the ``alpha`` beside a ``lora_A``.
+
+    With it, kohya's scaling ``alpha / rank`` is PEFT's.
 
     Args:
         name: canonical name of the ``lora_A``.
@@ -70,7 +72,7 @@ def kohya_alpha(name: str, rank: int, config: Mapping[str, Any]) -> tuple[str, f
     owner = parse(name).owner
     path = ".".join(owner)
     patterns: Mapping[str, float] = config.get("alpha_pattern") or {}
-    # As PEFT's get_pattern_key.
+    # As PEFT's get_pattern_key: a pattern matches the end of a module's path, after a dot or alone.
     found = next(
         (patterns[p] for p in patterns if re.match(rf"(.*\.)?({p})$", path)), config["lora_alpha"]
     )

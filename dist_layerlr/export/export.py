@@ -1,5 +1,4 @@
-"""Trained weights as files that other programs load: safetensors under original names, a PEFT
-adapter, a kohya LoRA.
+"""Trained weights as files that other programs load: full weights, a PEFT adapter, a kohya LoRA.
 
 From a live model, however sharded, or from a checkpoint on disk. One whole tensor is in memory at a
 time.
@@ -41,7 +40,7 @@ SAVED_CONFIG = "adapter_config"
 """Key of the adapter's config in a checkpoint's ``extra``."""
 
 
-class Held(Protocol):
+class TensorInfo(Protocol):
     """What is known of a tensor before it is read."""
 
     @property
@@ -52,14 +51,14 @@ class Held(Protocol):
     def trainable(self) -> bool: ...  # noqa: D102
 
 
-class Source(Protocol):
+class WeightSource(Protocol):
     """Whole tensors by canonical name."""
 
     writes: bool
     """Whether this rank writes."""
 
     @property
-    def table(self) -> Mapping[str, Held]:
+    def table(self) -> Mapping[str, TensorInfo]:
         """What there is."""
         ...
 
@@ -171,7 +170,7 @@ def adapter_config(model: nn.Module, adapter: str) -> dict[str, Any] | None:
 
 
 def choose(
-    table: Mapping[str, Held],
+    table: Mapping[str, TensorInfo],
     format: str,
     dtype: torch.dtype | None,
     adapter: str,
@@ -190,9 +189,7 @@ def choose(
         raise ConfigError(
             f"Invalid dtype={dtype}: must be a floating-point dtype, such as torch.bfloat16."
         )
-    adapters = sorted(
-        {found for name in table if (found := adapter_names.adapter_of(name)) is not None}
-    )
+    adapters = sorted(filter(None, set(map(adapter_names.adapter_of, table))))
     common = {"format": "pt", **metadata}
     if format in (DIFFUSERS, TRANSFORMERS):
         if adapters:
@@ -212,6 +209,14 @@ def choose(
         raise ConfigError(
             f"No adapter {adapter!r} to export as {format}: the model has {adapters or 'none'}."
         )
+    config = _checked_config(config, adapter)
+    mine = _names_of(table, adapter)
+    if base is not None:
+        config = {**config, "base_model_name_or_path": str(base)}
+    return (_peft if format == PEFT else _kohya)(mine, table, dtype, config, common)
+
+
+def _checked_config(config: Mapping[str, Any] | None, adapter: str) -> Mapping[str, Any]:
     if config is None:
         raise ConfigError(
             f"Cannot export adapter {adapter!r}: its LoraConfig is not known. Give"
@@ -222,25 +227,26 @@ def choose(
             f"Invalid adapter config with keys {sorted(config)[:5]}: no peft_type. Give PEFT's own"
             " file."
         )
-    outside = [
-        name
-        for name, held in table.items()
-        if held.trainable and adapter_names.adapter_of(name) != adapter
-    ]
-    if outside:
-        raise ConfigError(
-            f"Cannot export {outside[0]} with adapter {adapter!r}: it is trained, but no part of"
-            " it. Add its module to modules_to_save, or freeze it."
-        )
-    mine = [name for name in table if adapter_names.adapter_of(name) == adapter]
-    if base is not None:
-        config = {**config, "base_model_name_or_path": str(base)}
-    return (_peft if format == PEFT else _kohya)(mine, table, dtype, config, common)
+    return config
+
+
+def _names_of(table: Mapping[str, TensorInfo], adapter: str) -> list[str]:
+    """Names of an adapter's tensors. Whatever else trains would be lost with this export."""
+    mine: list[str] = []
+    for name, info in table.items():
+        if adapter_names.adapter_of(name) == adapter:
+            mine.append(name)
+        elif info.trainable:
+            raise ConfigError(
+                f"Cannot export {name} with adapter {adapter!r}: it is trained, but no part of"
+                " it. Add its module to modules_to_save, or freeze it."
+            )
+    return mine
 
 
 def _peft(
     mine: Sequence[str],
-    table: Mapping[str, Held],
+    table: Mapping[str, TensorInfo],
     dtype: torch.dtype | None,
     config: Mapping[str, Any],
     metadata: Mapping[str, str],
@@ -259,7 +265,7 @@ def _peft(
 
 def _kohya(
     mine: Sequence[str],
-    table: Mapping[str, Held],
+    table: Mapping[str, TensorInfo],
     dtype: torch.dtype | None,
     config: Mapping[str, Any],
     metadata: Mapping[str, str],
@@ -281,20 +287,15 @@ def _kohya(
 
 
 def _entries(
-    names: Mapping[str, str], table: Mapping[str, Held], dtype: torch.dtype | None
+    names: Mapping[str, str], table: Mapping[str, TensorInfo], dtype: torch.dtype | None
 ) -> tuple[Entry, ...]:
-    return tuple(
-        Entry(
-            name=written,
-            shape=tuple(table[name].shape),
-            dtype=(
-                dtype
-                if dtype is not None and table[name].dtype.is_floating_point
-                else table[name].dtype
-            ),
-        )
-        for written, name in names.items()
-    )
+    entries: list[Entry] = []
+    for written, name in names.items():
+        info = table[name]
+        # ``dtype`` is for floating-point tensors: a counter among the buffers stays an integer.
+        wanted = dtype if dtype is not None and info.dtype.is_floating_point else info.dtype
+        entries.append(Entry(name=written, shape=tuple(info.shape), dtype=wanted))
+    return tuple(entries)
 
 
 def _config_of(base: str | Path | None) -> dict[str, str]:
@@ -309,9 +310,10 @@ def _config_of(base: str | Path | None) -> dict[str, str]:
         ) from None
 
 
-def _write_all(chosen: Export, source: Source, folder: Path, file_bytes: int) -> list[Path]:
+def _write_all(chosen: Export, source: WeightSource, folder: Path, file_bytes: int) -> list[Path]:
     """Write on the rank that does; the others take part in the gathering."""
     files = split(chosen.entries, chosen.stem, file_bytes)
+    # All ranks gather in this one order. Constants (kohya's alphas) are gathered from nowhere.
     order = iter(
         [entry for entries in files.values() for entry in entries if entry.name in chosen.names]
     )
@@ -332,6 +334,8 @@ def _write_all(chosen: Export, source: Source, folder: Path, file_bytes: int) ->
             f"Cannot write {where!r}: {error.strerror}. The export that was there is unchanged."
         ) from None
     finally:
-        for entry in order:  # also after a failure: ranks that do not write send everything
+        # Ranks that do not write send everything here. So does the writer after a failure: it takes
+        # what is left, or the others would wait in their sends.
+        for entry in order:
             source.fetch(chosen.names[entry.name])
     return [folder / file for file in files]

@@ -1,6 +1,4 @@
-"""Files of one export: split by size, written beside the earlier export, put in its place when they
-are complete.
-"""
+"""Files of one export: split by size, written beside the earlier one, replacing it when complete."""
 
 from __future__ import annotations
 
@@ -19,7 +17,8 @@ from dist_layerlr.weights.tensorfile import Entry, file_order, write
 FILE_BYTES = 5 * 10**9
 """A larger export is several files with an index."""
 _STAGING = ".exporting"
-Files = Mapping[str, Sequence[Entry]]
+ExportFiles = Mapping[str, Sequence[Entry]]
+"""{file name: what goes into it, in order}."""
 
 
 def split(entries: Sequence[Entry], stem: str, file_bytes: int) -> dict[str, list[Entry]]:
@@ -41,7 +40,7 @@ def split(entries: Sequence[Entry], stem: str, file_bytes: int) -> dict[str, lis
 def publish(
     folder: Path,
     stem: str,
-    files: Files,
+    files: ExportFiles,
     fetch: Callable[[Entry], Tensor],
     metadata: Mapping[str, str],
     texts: Mapping[str, str],
@@ -60,15 +59,15 @@ def publish(
         OSError: no room, no rights.
     """
     staging = folder / _STAGING
+    # What a killed export has left behind is in the way.
     shutil.rmtree(staging, ignore_errors=True)
     staging.mkdir(parents=True)
     try:
         for file, entries in files.items():
             write(staging / file, entries, fetch, metadata)
-        more = {
-            **texts,
-            **({f"{stem}.safetensors.index.json": _index(files)} if len(files) > 1 else {}),
-        }
+        more = dict(texts)
+        if len(files) > 1:
+            more[f"{stem}.safetensors.index.json"] = _index(files)
         for name, text in more.items():
             write_text(staging / name, text)
         _replace(staging, folder, stem)
@@ -76,26 +75,27 @@ def publish(
         shutil.rmtree(staging, ignore_errors=True)
 
 
-def _index(files: Files) -> str:
-    total = sum(entry.nbytes for entries in files.values() for entry in entries)
-    places = {entry.name: file for file, entries in files.items() for entry in entries}
-    return (
-        json.dumps(
-            {"metadata": {"total_size": total}, "weight_map": places}, indent=2, sort_keys=True
-        )
-        + "\n"
-    )
+def _index(files: ExportFiles) -> str:
+    total = 0
+    places: dict[str, str] = {}
+    for file, entries in files.items():
+        for entry in entries:
+            total += entry.nbytes
+            places[entry.name] = file
+    index = {"metadata": {"total_size": total}, "weight_map": places}
+    return json.dumps(index, indent=2, sort_keys=True) + "\n"
 
 
 def _replace(staging: Path, folder: Path, stem: str) -> None:
-    """The old index goes first and the new one comes last: no moment shows files of two exports as
-    one.
-    """
+    """Put the new files in the place of the old ones."""
+    # Every name that an export of this stem may have: one file, ``-00001-of-00003``, or the index.
     ours = re.compile(rf"{re.escape(stem)}(-\d+-of-\d+)?\.safetensors(\.index\.json)?")
     new = sorted(
         (file.name for file in staging.iterdir()),
         key=lambda name: (name.endswith(".index.json"), name),
     )
+    # The old index goes first and the new one comes last, so that no moment shows files of two
+    # exports as one.
     indexed = new[-1].endswith(".index.json")
     for old in folder.iterdir():
         if ours.fullmatch(old.name) and (indexed or old.name not in new):
