@@ -1,8 +1,8 @@
 """What benchmarks/step_cost.py compares: a model, a plan of many rates, and one arm per optimizer.
 
 `flat` is one rate with a foreach AdamW, which torch chooses by default on CUDA; `flat fused` is one
-rate with ``fused=True``: the fastest AdamW of torch, and so the bar. `groups` and `segmented` give every component of every block a rate
-of its own, with a fused AdamW inside.
+rate with ``fused=True``: the fastest AdamW of torch, and so the bar. `groups` and `segmented` give
+every component of every block a rate of its own, with a fused AdamW inside.
 """
 
 from __future__ import annotations

@@ -69,7 +69,8 @@ HEADER = (
     "ms of a step and of its optimizer step at one flat rate, fused; then 144 rates relative to"
     " that, and to flat\n"
     f"{'sharder':<16}{'':<6}{'step':>9}{'optim':>9}{'flat':>7}"
-    f"   {'groups':<{len(COLUMNS)}}   {'segmented':<{len(COLUMNS)}}\n{'':<47}   {COLUMNS}   {COLUMNS}"
+    f"   {'groups':<{len(COLUMNS)}}   {'segmented':<{len(COLUMNS)}}\n"
+    f"{'':<47}   {COLUMNS}   {COLUMNS}"
 )
 Row = dict[str, Any]
 

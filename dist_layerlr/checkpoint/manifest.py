@@ -15,7 +15,7 @@ from typing import Any
 
 from dist_layerlr import fields
 from dist_layerlr.checkpoint.folders import MANIFEST
-from dist_layerlr.checkpoint.schema import checked, checksum, count, damaged, record
+from dist_layerlr.checkpoint.schema import Parser, checked, checksum, count, damaged, each, record
 from dist_layerlr.errors import CheckpointError
 from dist_layerlr.files import write_text
 
@@ -249,14 +249,14 @@ def _extra(where: str, value: object) -> Mapping[str, Any]:
         raise fields.invalid(where, value, "as save_checkpoint wrote it") from None
 
 
-_RECORD: dict[str, fields.Check] = {
+_RECORD: dict[str, Parser] = {
     "shape": _shape,
     "dtype": fields.text,
     "trainable": fields.boolean,
     "aliases": fields.strings,
     "saved": fields.boolean,
 }
-_CONTENT: dict[str, fields.Check] = {
+_CONTENT: dict[str, Parser] = {
     "format": fields.integer(FORMAT),
     "step": count,
     "factor": fields.number(0.0),
@@ -264,10 +264,10 @@ _CONTENT: dict[str, fields.Check] = {
     "sharder": fields.text,
     "ranks": fields.integer(1),
     "optimizer": fields.text,
-    "parameters": fields.mapping_of(_record),
+    "parameters": each(_record),
     "extra": _extra,
     "objects": fields.strings,
     "sharder_state": fields.mapping,
-    "files": fields.mapping_of(checksum),
+    "files": each(checksum),
 }
 """Every field of ``checkpoint.json``."""

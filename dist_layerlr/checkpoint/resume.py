@@ -10,7 +10,7 @@ from typing import Any
 from dist_layerlr import fields
 from dist_layerlr.checkpoint import folders
 from dist_layerlr.checkpoint.manifest import Manifest, plan_problem, read_manifest, read_sealed
-from dist_layerlr.checkpoint.schema import checked, finite
+from dist_layerlr.checkpoint.schema import Parser, checked, finite
 from dist_layerlr.errors import CheckpointError, ConfigError
 from dist_layerlr.plan.diff import PLAN_FILE, plan_diff
 from dist_layerlr.plan.entries import Plan
@@ -82,11 +82,11 @@ def _plan_rows(path: Path, manifest: Manifest) -> Mapping[str, Mapping[str, Any]
     return rows
 
 
-def _or_null(check: fields.Check) -> fields.Check:
+def _or_null(check: Parser) -> Parser:
     return lambda where, value: None if value is None else check(where, value)
 
 
-_PLAN_FIELDS: dict[str, fields.Check] = {
+_PLAN_FIELDS: dict[str, Parser] = {
     "lr": fields.number(0.0),
     "weight_decay": _or_null(finite),
     "numel": fields.integer(0),

@@ -7,13 +7,16 @@ Every field passes one of these checks, or one of ``dist_layerlr.fields``, befor
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from dist_layerlr import fields
 from dist_layerlr.errors import CheckpointError, ConfigError
+
+Parser = Callable[[str, object], Any]
+"""(place in the file, value as read) -> value to use; raises ConfigError. A ``Check`` is one."""
 
 _MAX = 2**63
 """Above every size and offset that a file system or torch takes."""
@@ -40,7 +43,7 @@ def checked(path: Path) -> Iterator[None]:
         raise damaged(path, str(error)) from None
 
 
-def record(where: str, value: object, checks: Mapping[str, fields.Check]) -> dict[str, Any]:
+def record(where: str, value: object, checks: Mapping[str, Parser]) -> dict[str, Any]:
     """A JSON object with exactly these fields, each checked.
 
     Args:
@@ -55,7 +58,17 @@ def record(where: str, value: object, checks: Mapping[str, fields.Check]) -> dic
     for key in checks:
         if key not in given:
             raise ConfigError(f"Invalid {where}: {key!r} is missing")
-    return fields.fields(where, given, checks)
+    fields.known_keys(where, given, checks)
+    return {key: checks[key](f"{where}.{key}", item) for key, item in given.items()}
+
+
+def each(parser: Parser) -> Parser:
+    """A JSON object whose values all pass a parser."""
+
+    def parse(where: str, value: object) -> dict[str, Any]:
+        return {k: parser(f"{where}.{k}", v) for k, v in fields.mapping(where, value).items()}
+
+    return parse
 
 
 def count(where: str, value: object) -> int:

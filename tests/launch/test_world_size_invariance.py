@@ -46,7 +46,7 @@ def ranks_of(label: str) -> int:
 
 def launcher_of(label: str) -> list[str]:
     """The command that a user types."""
-    if label.startswith("zero"):
+    if "--deepspeed_config" in FLAGS[label]:
         return ["deepspeed", "--num_gpus", str(ranks_of(label)), TRAIN, *FLAGS[label]]
     return [*TORCHRUN, str(ranks_of(label)), TRAIN, *FLAGS[label]]
 
