@@ -1,5 +1,6 @@
-"""``dist-layerlr plan|explain|plot|predict|diff|export``: what a config or streaming does to a
-model, from its names.
+"""``dist-layerlr``: what a config, streaming or a checkpoint does to a model, from its names.
+
+Commands: plan, explain, plot, predict, diff, export.
 """
 
 from __future__ import annotations
