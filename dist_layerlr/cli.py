@@ -1,5 +1,6 @@
-"""``dist-layerlr plan|explain|plot|predict|diff|export``: what a config or streaming does to a
-model, from its names.
+"""``dist-layerlr``: what a config, streaming or a checkpoint does to a model, from its names.
+
+Commands: plan, explain, plot, predict, diff, export.
 """
 
 from __future__ import annotations
@@ -7,18 +8,21 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+import traceback
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from dist_layerlr.checkpoint.folders import latest
 from dist_layerlr.errors import CheckpointError, ConfigError, LayerLRError
+from dist_layerlr.files import read_json
 from dist_layerlr.offload.policy import StreamPolicy
 from dist_layerlr.offload.predict import layout_from_names, predict
 from dist_layerlr.offload.prediction import Machine, Workload
 from dist_layerlr.plan.build import build_plan
 from dist_layerlr.plan.diff import PLAN_FILE, Rows, plan_diff, read_rows
 from dist_layerlr.plan.entries import Plan
+from dist_layerlr.plan.names import parse
 from dist_layerlr.plan.read import read_model
 from dist_layerlr.report.grid import explain, grid, to_csv
 
@@ -33,7 +37,7 @@ Output = tuple[str, int]
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line.
 
-    Returns 0, 1 where ``diff`` found a difference, or 2 after a one-line error.
+    Returns 0; 1 where ``diff`` found a difference; 2 after a one-line error; 3 after a traceback.
     """
     args = _parser().parse_args(argv)
     status = 0
@@ -49,6 +53,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     except OSError as error:
         print(f"dist-layerlr: error: cannot write the output: {error.strerror}", file=sys.stderr)
         return 2
+    except Exception:
+        # Python would end with status 1, which a script reads as "the plans differ".
+        traceback.print_exc()
+        return 3
     return status
 
 
@@ -127,7 +135,7 @@ def _add_predict(commands: Any) -> None:
 
 
 def _add_diff(commands: Any) -> None:
-    text = "print what trains differently; status 0: nothing, 1: something, 2: error"
+    text = "print what trains differently; status 0: nothing, 1: something, 2: error, 3: a defect"
     diff = commands.add_parser("diff", help=text, description=text)
     where = (
         "checkpoint, folder of checkpoints or run folder, plan.json, or training config (JSON, with"
@@ -171,7 +179,21 @@ def _add_export(commands: Any) -> None:
 
 def _plan(args: argparse.Namespace, config: str) -> Plan:
     base = read_model(args.base) if args.base else None
-    return build_plan(read_model(args.model), config, base=base)
+    plan = build_plan(read_model(args.model), config, base=base)
+    _say_if_adapter(plan, config)
+    return plan
+
+
+def _say_if_adapter(plan: Plan, config: str) -> None:
+    """Say that a config trains an adapter, where MODEL lists full weights only."""
+    raw = read_json(config)
+    asked = raw.get("training_method", "lora" if "adapter" in raw else None)
+    if asked == "lora" and not any(parse(name).is_adapter for name in plan.entries):
+        print(
+            f"dist-layerlr: note: {config} trains a LoRA; this is the plan of all weights of MODEL."
+            " Give the adapter's names as MODEL and the model as --base.",
+            file=sys.stderr,
+        )
 
 
 def _run_plan(args: argparse.Namespace) -> Output:
@@ -224,7 +246,6 @@ def _run_export(args: argparse.Namespace) -> Output:
     import torch
 
     from dist_layerlr.export.export import export_checkpoint
-    from dist_layerlr.files import read_json
 
     dtypes = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
     files = export_checkpoint(

@@ -256,8 +256,9 @@ def _curve_factor(loc: Location | None, settings: DepthSettings, *, asked: bool)
 
 
 def _weight_decays(placed: list[_Placed], rules: Rules, block: PerLayerLR) -> list[float | None]:
-    """Weight decay of each parameter: 0 where a no_decay rule hits, else the region's, the block's
-    or None.
+    """Weight decay of each parameter: 0 where a no_decay rule hits, else the region's or block's.
+
+    None: the optimizer's own.
     """
     outer = _exempt(placed, rules, block.no_decay, f"{BLOCK}.no_decay")
     exempt: dict[int, set[int]] = {}

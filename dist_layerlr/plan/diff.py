@@ -1,5 +1,6 @@
-"""What changed between two plans: names that came or went, rates and weight decay old -> new, equal
-changes on one line.
+"""What changed between two plans: names that came or went, and rates old -> new.
+
+Equal changes stand on one line.
 
 Plans are compared as rows ``{name: {"lr", "weight_decay", "numel", "stack", "block", "component",
 ...}}``, the ``parameters`` of ``Plan.to_dict`` and of every ``plan.json``. Pure.

@@ -116,19 +116,19 @@ class Plan:
 
     @cached_property
     def groups(self) -> tuple[GroupSpec, ...]:
-        """Optimizer groups: equal (lr, weight decay) merged, stable order, unique names, none
-        empty.
+        """Optimizer groups: entries of equal (lr, weight decay), in a stable order.
+
+        Names are unique and no group is empty.
 
         Entries with LR 0 are a group too: they are held still, not dropped.
         """
         merged: dict[tuple[float, float | None], list[PlanEntry]] = {}
-        stack_keys = {
-            stack: natural_key(stack or "") for stack in {e.stack for e in self.entries.values()}
-        }
-        order = sorted(
-            (stack_keys[e.stack], e.block or 0, e.component, e.name) for e in self.entries.values()
-        )
-        for entry in (self.entries[key[-1]] for key in order):
+
+        def place(entry: PlanEntry) -> tuple[object, int, str, str]:
+            return natural_key(entry.stack or ""), entry.block or 0, entry.component, entry.name
+
+        # The order must not depend on the order of names: ranks and resumes compare groups by it.
+        for entry in sorted(self.entries.values(), key=place):
             merged.setdefault((entry.lr, entry.weight_decay), []).append(entry)
         taken: dict[str, int] = {}
         return tuple(_group(key, members, taken) for key, members in merged.items())

@@ -132,8 +132,9 @@ def natural_key(text: str) -> tuple[tuple[int, int | str], ...]:
 
 
 def strip_common_module(names: Iterable[str]) -> list[str]:
-    """Drop the leading ``module.`` of a checkpoint that was saved from DDP, where every name
-    carries it.
+    """Drop the leading ``module.`` of a checkpoint that was saved from DDP.
+
+    Every name carries it there; a model with one module of that name keeps it.
     """
     names = list(names)
     if names and all(name.startswith("module.") for name in names):

@@ -1,6 +1,4 @@
-"""Names and shapes of a model without loading it: safetensors headers, checkpoint folders, tsv
-lists.
-"""
+"""Names and shapes of a model without loading it, from headers, folders or lists of names."""
 
 from __future__ import annotations
 
@@ -49,8 +47,9 @@ def read_model(source: str | Path) -> list[ParamInfo]:
 
 
 def checkpoint_files(folder: str | Path) -> list[Path]:
-    """The safetensors files that make up a checkpoint folder: the index's list, else all without
-    variants.
+    """The safetensors files that make up a checkpoint folder.
+
+    They are those that the index lists, or else all that are no variant (``model.fp16``).
 
     Raises:
         ModelSourceError: none there, or one that the index lists is missing.

@@ -1,5 +1,6 @@
-"""Apply the user's rules to all parameters of a model: first match wins, and nothing that never
-applies is silent.
+"""Apply the user's rules to all parameters of a model; the first match wins.
+
+A rule that never applies is an error or a note, never silent.
 """
 
 from __future__ import annotations
@@ -20,8 +21,7 @@ class Rules:
         self._infos = infos
         self._resolved = [path.base_name for path in paths]
         self.notes: list[str] = []
-        """What a user should know: rules that an earlier one hides, or that meet frozen parameters
-        only."""
+        """Rules that an earlier one hides, or that match frozen parameters only."""
 
     def first_match(self, rules: Sequence[Any], field: str) -> list[Any]:
         """For each parameter the first rule that matches it, or None.
@@ -46,7 +46,7 @@ class Rules:
         """Indices of the parameters that a pattern matches.
 
         Raises:
-            ConfigError: none.
+            ConfigError: the pattern matches no parameter.
         """
         matches = compile_pattern(pattern)
         both = zip(self._infos, self._resolved, strict=True)

@@ -16,38 +16,23 @@ NAME_WIDTH = 51
 
 
 def cells(plan: Plan) -> dict[Cell, list[PlanEntry]]:
-    """Entries of each (stack, block, component), stacks in the model's order, outside blocks
-    last.
-    """
-    order = {
-        stack: i for i, stack in enumerate(dict.fromkeys(e.stack for e in plan.entries.values()))
-    }
+    """Entries of each (stack, block, component), stacks in forward order, outside blocks last."""
     grouped: dict[Cell, list[PlanEntry]] = {}
+    order: dict[str | None, int] = {}
+    first_block: dict[str | None, int] = {}
     for entry in plan.entries.values():
         grouped.setdefault(entry.cell, []).append(entry)
-    first_block = {
-        s: min(e.block or 0 for e in plan.entries.values() if e.stack == s) for s in order
-    }
-    return dict(
-        sorted(
-            grouped.items(),
-            key=lambda kv: (
-                kv[0][0] is None,
-                _stack_rank(kv[0][0], order, first_block),
-                kv[0][1] or 0,
-                kv[0][2],
-            ),
-        )
-    )
+        order.setdefault(entry.stack, len(order))
+        block = entry.block or 0
+        first_block[entry.stack] = min(block, first_block.get(entry.stack, block))
 
+    def place(cell: Cell) -> tuple[bool, int, int, int, str]:
+        # A UNet's stages are numbered through, so sorting stacks by their first block puts mid and
+        # up after down, whatever order they are registered in.
+        stack, block, component = cell
+        return stack is None, first_block[stack], order[stack], block or 0, component
 
-def _stack_rank(
-    stack: str | None, order: dict[str | None, int], first_block: dict[str | None, int]
-) -> tuple[int, int]:
-    """A UNet's stages are numbered through, so mid and up come after down whatever the registration
-    order.
-    """
-    return first_block[stack], order[stack]
+    return {cell: grouped[cell] for cell in sorted(grouped, key=place)}
 
 
 def grid(plan: Plan) -> str:

@@ -1,5 +1,6 @@
-"""The plan as a picture: blocks across, components down, a panel per stack, learning rate as colour
-on a log scale.
+"""The plan as a picture: blocks across, components down, a panel per stack.
+
+Colour is the learning rate, on a log scale.
 """
 
 from __future__ import annotations
