@@ -6,6 +6,7 @@ moment when it shows gathered parameters.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -106,7 +107,7 @@ def test_the_effect_check_reads_the_multiplier_too(at: At) -> None:
 @cases
 def test_deepspeed_in_one_call_trains_as_the_four_calls_do(at: At) -> None:
     """Stage 2: the same steps end in the same bits."""
-    apart = Zero(2, RECIPE, emission="segmented")
+    apart = Zero(replace(RECIPE, emission="segmented"), 2)
     plan = apart.plan
     model = RECIPE.model()
     config = ds_config(2, RECIPE)
