@@ -44,7 +44,7 @@ from load_model import base_model, resident_mb
 
 WORLD = 2
 WIDTH, BLOCKS, TOKENS = 1024, 4, 4
-SHARDERS = ("ddp", "fsdp1", "fsdp1 flat", "fsdp2", "zero 1", "zero 2", "zero 3")
+SHARDERS = ("ddp", "fsdp1", "fsdp1_flat", "fsdp2", "zero 1", "zero 2", "zero 3")
 CONFIG = {
     "per_layer_lr": {
         "enabled": True,
@@ -119,7 +119,7 @@ def wrap(sharder: str, model: nn.Module) -> nn.Module:
 
     policy, cpu = ModuleWrapPolicy({Block}), torch.device("cpu")
     return FullyShardedDataParallel(
-        model, auto_wrap_policy=policy, use_orig_params=sharder != "fsdp1 flat", device_id=cpu
+        model, auto_wrap_policy=policy, use_orig_params=sharder != "fsdp1_flat", device_id=cpu
     )
 
 

@@ -45,7 +45,7 @@ class Arm:
 
 def names_of_arms(sharder: str) -> list[str]:
     """The arms that a sharder can run: names in flat parameters cannot be told apart by groups."""
-    return [FLAT, FLAT_FUSED, *((SEGMENTED,) if sharder == "fsdp1 flat" else PLANNED)]
+    return [FLAT, FLAT_FUSED, *((SEGMENTED,) if sharder == "fsdp1_flat" else PLANNED)]
 
 
 def make_arm(sharder: str, method: str, name: str, rates: int = CELLS) -> Arm:

@@ -51,7 +51,7 @@ RESULT = Path(__file__).resolve().parent / "results" / "step_cost.json"
 SHARDERS = (
     "ddp",
     "fsdp1",
-    "fsdp1 flat",
+    "fsdp1_flat",
     "fsdp2",
     "zero 0",
     "zero 1",

@@ -50,7 +50,7 @@ class Model(nn.Module):
 
 
 def wrap(sharder: str, model: nn.Module, ranks: int) -> nn.Module:
-    """Shard a model block by block, as a user would: `ddp`, `fsdp1`, `fsdp1 flat` or `fsdp2`."""
+    """Shard a model block by block, as a user would: `ddp`, `fsdp1`, `fsdp1_flat` or `fsdp2`."""
     if sharder == "ddp":
         return nn.parallel.DistributedDataParallel(model)
     if sharder == "fsdp2":
@@ -66,7 +66,7 @@ def wrap(sharder: str, model: nn.Module, ranks: int) -> nn.Module:
     from torch.distributed.fsdp import FullyShardedDataParallel
     from torch.distributed.fsdp.wrap import CustomPolicy
 
-    units = _units_of_fsdp1(model, flat=sharder == "fsdp1 flat")
+    units = _units_of_fsdp1(model, flat=sharder == "fsdp1_flat")
     return FullyShardedDataParallel(
         model,
         auto_wrap_policy=CustomPolicy(lambda module: id(module) in units),

@@ -44,8 +44,10 @@ class Layout:
 
     @property
     def label(self) -> str:
-        """For people: `fsdp2`, `zero 2` ..."""
-        return self.name if self.stage is None else f"{self.name} {self.stage}"
+        """For people: `unsharded`, `fsdp2`, `zero 2` ..."""
+        if self.stage is not None:
+            return f"{self.name} {self.stage}"
+        return "unsharded" if self.name == "none" else self.name
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

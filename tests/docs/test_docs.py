@@ -31,7 +31,7 @@ from tests.support.ranks import run_ranks
 ROOT = Path(__file__).resolve().parent.parent.parent
 DOCS = ROOT / "docs"
 NEEDS_RANKS = re.compile(r"init_process_group|Accelerator\(")
-WRAPPED = ["ddp", "fsdp2", "fsdp1", "fsdp1 flat", "zero 2", "zero 3", "ddp"]
+WRAPPED = ["ddp", "fsdp2", "fsdp1", "fsdp1_flat", "zero 2", "zero 3", "ddp"]
 """What the blocks of own_trainer.md that need ranks say they verified, in order."""
 
 

@@ -68,7 +68,7 @@ def fsdp1_flat(model: nn.Module, **more: Any) -> FSDP:
     return fsdp1(model, flat=True, **more)
 
 
-SHARDERS: dict[str, Wrap] = {"ddp": DDP, "fsdp1": fsdp1, "fsdp1 flat": fsdp1_flat, "fsdp2": fsdp2}
+SHARDERS: dict[str, Wrap] = {"ddp": DDP, "fsdp1": fsdp1, "fsdp1_flat": fsdp1_flat, "fsdp2": fsdp2}
 
 
 class Native:

@@ -46,7 +46,7 @@ def fsdp2(model: Any) -> Any:
     return fully_shard(model, mesh=mesh)
 
 
-WRAPS = {"ddp": DDP, "fsdp1 orig": fsdp1_orig, "fsdp1 flat": fsdp1_flat, "fsdp2": fsdp2}
+WRAPS = {"ddp": DDP, "fsdp1 orig": fsdp1_orig, "fsdp1_flat": fsdp1_flat, "fsdp2": fsdp2}
 
 
 def whole(model: nn.Module) -> Weights:

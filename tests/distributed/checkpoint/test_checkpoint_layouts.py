@@ -61,7 +61,7 @@ MORE: dict[str, Callable[[Recipe], Driver]] = {
             wrap, replace(recipe, emission="groups")
         )
         for name, wrap in SHARDERS.items()
-        if name != "fsdp1 flat"
+        if name != "fsdp1_flat"
     },
     **{
         f"zero {stage}, groups": functools.partial(zero, stage=stage, emission="groups")
@@ -240,7 +240,7 @@ def pairs(sources: list[Layout], targets: list[Layout]) -> list[Resume]:
 TWO = [Layout(name, 2) for name in LAYOUTS if name not in ("none", "zero 0")]
 ELSEWHERE = [
     *pairs([Layout("fsdp2", 4)], [Layout("zero 2", 2), Layout("none", 1)]),
-    *pairs([Layout("zero 3", 4)], [Layout("fsdp1 flat", 2)]),
+    *pairs([Layout("zero 3", 4)], [Layout("fsdp1_flat", 2)]),
     *pairs([Layout("fsdp1", 2), Layout("zero 1", 2)], [Layout("fsdp2", 4), Layout("zero 3", 4)]),
 ]
 """Pairs of sharders that change the number of ranks, too."""

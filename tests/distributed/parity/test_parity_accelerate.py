@@ -130,8 +130,8 @@ def prepared(
 BUILDS: dict[str, Callable[[Recipe], Prepared]] = {
     "ddp": prepared(plain, "ddp"),
     "fsdp1, wrapped before": prepared(functools.partial(sharding, version=1), "fsdp1", fsdp1),
-    "fsdp1 flat, wrapped before": prepared(
-        functools.partial(sharding, version=1), "fsdp1 flat", fsdp1_flat
+    "fsdp1_flat, wrapped before": prepared(
+        functools.partial(sharding, version=1), "fsdp1_flat", fsdp1_flat
     ),
     "fsdp2": prepared(sharding, "fsdp2"),
     **{f"zero {stage}": functools.partial(PreparedZero, stage=stage) for stage in (1, 2, 3)},

@@ -70,25 +70,25 @@ BF16 = {
     "fsdp1": functools.partial(
         fsdp1, mixed_precision=MixedPrecision(torch.bfloat16, torch.float32)
     ),
-    "fsdp1 flat": functools.partial(
+    "fsdp1_flat": functools.partial(
         fsdp1_flat, mixed_precision=MixedPrecision(torch.bfloat16, torch.float32)
     ),
     "fsdp2": functools.partial(
         fsdp2, mp_policy=MixedPrecisionPolicy(torch.bfloat16, torch.float32)
     ),
 }
-LORA_SHARDERS: dict[str, Wrap] = {**SHARDERS, "fsdp1 flat": fsdp1_flat_lora}
+LORA_SHARDERS: dict[str, Wrap] = {**SHARDERS, "fsdp1_flat": fsdp1_flat_lora}
 COMPILED_UNITS = ModuleWrapPolicy({OptimizedModule, Frozen})
 COMPILED_SHARDERS: dict[str, Wrap] = {
     **SHARDERS,
     "fsdp1": lambda model: fsdp1(model, policy=COMPILED_UNITS),
-    "fsdp1 flat": lambda model: fsdp1(model, flat=True, policy=COMPILED_UNITS),
+    "fsdp1_flat": lambda model: fsdp1(model, flat=True, policy=COMPILED_UNITS),
 }
 VARIANTS: dict[str, Wrap] = {
     "fsdp1 SHARD_GRAD_OP": functools.partial(fsdp1, strategy="SHARD_GRAD_OP"),
     "fsdp1 NO_SHARD": functools.partial(fsdp1, strategy="NO_SHARD"),
-    "fsdp1 flat SHARD_GRAD_OP": functools.partial(fsdp1_flat, strategy="SHARD_GRAD_OP"),
-    "fsdp1 flat NO_SHARD": functools.partial(fsdp1_flat, strategy="NO_SHARD"),
+    "fsdp1_flat SHARD_GRAD_OP": functools.partial(fsdp1_flat, strategy="SHARD_GRAD_OP"),
+    "fsdp1_flat NO_SHARD": functools.partial(fsdp1_flat, strategy="NO_SHARD"),
     "fsdp2 with CPU offload": functools.partial(
         fsdp2, offload_policy=CPUOffloadPolicy(pin_memory=False)
     ),
@@ -111,7 +111,7 @@ FOUR_RANKS: dict[str, Wrap] = {
     **SHARDERS,
     "fsdp2 as HSDP 2x2": functools.partial(fsdp2, mesh=(2, 2)),
     "fsdp1 HYBRID_SHARD 2x2": functools.partial(fsdp1_hybrid, flat=False),
-    "fsdp1 flat HYBRID_SHARD 2x2": functools.partial(fsdp1_hybrid, flat=True),
+    "fsdp1_flat HYBRID_SHARD 2x2": functools.partial(fsdp1_hybrid, flat=True),
 }
 
 

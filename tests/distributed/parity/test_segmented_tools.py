@@ -117,14 +117,14 @@ def test_torchs_optimizer_state_dict_holds_every_name_and_goes_through_dcp(at: A
 
 @cases
 def test_flat_fsdp1s_optimizer_state_dict_saves_and_loads(at: At) -> None:
-    plan, model, optimizer = shard("fsdp1 flat")
+    plan, model, optimizer = shard("fsdp1_flat")
     train(model, optimizer, at.rank, range(STEPS))
     saved = FSDP.optim_state_dict(model, optimizer)
     assert_state_is_the_references(saved["state"])
     before = {n: v.clone() for n, v in model.state_dict().items()}
     train(model, optimizer, at.rank, range(STEPS, STEPS + 2))
 
-    plan, again, second = shard("fsdp1 flat")
+    plan, again, second = shard("fsdp1_flat")
     again.load_state_dict(before)
     second.load_state_dict(FSDP.optim_state_dict_to_load(again, second, saved))
     dl.verify(plan, again, second)

@@ -120,7 +120,7 @@ def passes(
     return cases(body)
 
 
-A_FEW = ("unsharded", "fsdp1 flat", "zero 2")
+A_FEW = ("unsharded", "fsdp1_flat", "zero 2")
 test_it_sees_the_planned_rates_of_adamw_auto = passes("adamw")
 test_it_sees_the_planned_rates_of_sgd_auto = passes("sgd")
 test_it_sees_the_planned_rates_of_sgd_with_momentum_auto = passes("sgd with momentum")

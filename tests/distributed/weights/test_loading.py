@@ -32,8 +32,8 @@ ZERO: dict[str, tuple[int, dict[str, Any]]] = {
     "zero 3 bf16": (3, BF16),
     "zero 3 offload": (3, {**OFFLOAD, "zero_force_ds_cpu_optimizer": False}),
 }
-SHARDED = ("fsdp1", "fsdp1 flat", "fsdp2", "hsdp", "zero 3", "zero 3 bf16", "zero 3 offload")
-NAMES = ("none", "ddp", "fsdp1", "fsdp1 flat", "fsdp2", "hsdp", *ZERO)
+SHARDED = ("fsdp1", "fsdp1_flat", "fsdp2", "hsdp", "zero 3", "zero 3 bf16", "zero 3 offload")
+NAMES = ("none", "ddp", "fsdp1", "fsdp1_flat", "fsdp2", "hsdp", *ZERO)
 
 
 class Big(Recipe):
