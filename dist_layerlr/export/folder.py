@@ -1,4 +1,4 @@
-"""Files of one export: split by size, written beside the earlier one, replacing it when complete."""
+"""Files of one export: split by size, written beside the earlier one, which they then replace."""
 
 from __future__ import annotations
 
