@@ -34,4 +34,4 @@ wheel:
 	.venv-build/bin/python -m build --no-isolation
 
 docs:
-	PYTHON=$(PYTHON) VENV=$(VENV) bash tests/run.sh tests/launch/test_docs.py
+	PYTHON=$(PYTHON) VENV=$(VENV) bash tests/run.sh tests/docs

@@ -185,9 +185,10 @@ def refused(job: Job, path: Path) -> str | None:
 # Where any content is good: the caller's own, and what has no meaning for a load.
 def is_free(name: str, path: Path_) -> bool:
     if name == PLAN:
-        # A plan is compared with the live one; only these are read.
-        read = ("lr", "weight_decay", "numel", "stack", "block", "component")
-        return path[0] != "parameters" or len(path) > 2 and path[2] not in read
+        return True  # another plan, which is compared with the live one, or an error
+    if name == INDEX:
+        # Another count, or a counter in a tensor of another dtype: nothing else knows the true one.
+        return path[0] == "numbers" and len(path) == 4
     if path[-1] == "trainable":
         return True  # what trains is the live model's affair
     return name == MANIFEST and (path[:2] in FREE or path[:2] == ("content", "extra"))
