@@ -1,8 +1,4 @@
-<<<<<<< HEAD
-"""Files of one export: split by size, written beside the earlier one, which they replace whole."""
-=======
 """Files of one export: split by size, written beside the earlier one, which they then replace."""
->>>>>>> w-ckpt
 
 from __future__ import annotations
 

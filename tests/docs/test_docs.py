@@ -89,7 +89,7 @@ def test_own_trainer_snippets_run_in_one_process() -> None:
     printed = run_ranks(one_process, 1, SHARED, ALONE)[0]
     text = "\n".join(printed)
     assert len(printed) == 6
-    assert text.count("verified on 1 rank (unsharded)") == 3
+    assert text.count("verified on 1 rank (unsharded)") == 4
     assert "planned lr 0.0002, live 0.0001" in text
     observed = [float(line) for line in text.splitlines() if re.fullmatch(r"[\d.e-]+", line)]
     assert observed == [pytest.approx(1e-4, rel=0.02)]
