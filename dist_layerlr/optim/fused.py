@@ -77,20 +77,23 @@ def step(optimizer: Optimizer) -> None:
 def _gather(optimizer: Optimizer, group: dict[str, Any]) -> Call | None:
     """None: no state yet, or tensors of several kinds, which only the optimizer itself can take."""
     states = optimizer.state
-    params = [p for p in group["params"] if p.grad is not None]
-    found = [states.get(p) for p in params]
-    if not all(found):
-        return None
+    call: Call = (group, [], [], [], [], [])
+    _, params, gradients, first, second, steps = call
+    for param in group["params"]:
+        gradient = param.grad
+        if gradient is None:
+            continue
+        state = states.get(param)
+        if not state:
+            return None
+        params.append(param)
+        gradients.append(gradient)
+        first.append(state["exp_avg"])
+        second.append(state["exp_avg_sq"])
+        steps.append(state[STEP])
     if len(params) > 1 and len({(p.device, p.dtype) for p in params}) > 1:
         return None
-    return (
-        group,
-        params,
-        [p.grad for p in params],
-        [s["exp_avg"] for s in found],  # type: ignore[index]
-        [s["exp_avg_sq"] for s in found],  # type: ignore[index]
-        [s[STEP] for s in found],  # type: ignore[index]
-    )
+    return call
 
 
 def _unshare_counters(optimizer: Optimizer) -> None:

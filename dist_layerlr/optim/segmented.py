@@ -91,6 +91,9 @@ class Segmented(Optimizer):
         }
         self._rows = self._cut(slices, group_number)
         self._known = {id(row.owner) for row in self._rows}
+        # Under DDP and FSDP1 with original parameters every owner is its own view. The two
+        # optimizers then keep one state mapping, and no row has anything to prepare or publish.
+        self._one_state = all(row.shares_state for row in self._rows)
         views = self._views(slices, group_number)
         self.inner = self._make(build_groups(self._plan, views))
         self._fused = fused.handles(self.inner)
@@ -163,32 +166,46 @@ class Segmented(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        live = {
-            id(p): p for group in self.param_groups for p in group["params"] if p.grad is not None
-        }
-        if not self._knows(live.values()) or self.inner is None:
+        if not self._knows_all() or self.inner is None:
             return loss
-        # Stage 3 steps sub-group by sub-group: others have gradients too, but are not in the group
-        # at that moment.
-        stepped = [row for row in self._rows if id(row.owner) in live]
-        for row in stepped:
+        rows: list[OwnerViews] = []
+        if self._one_state:
+            # A load replaces the outer mapping, so the inner optimizer is given it at every step.
+            self.inner.state = self.state
+        else:
+            rows = self._rows_to_step()
+        for row in rows:
             row.prepare(self.inner.state, self.state)
         scale_lrs(self.inner, self.factor)
         if self._fused:
             fused.step(self.inner)
         else:
             self.inner.step()
-        for row in stepped:
+        for row in rows:
             row.publish(self.inner.state, self.state)
         return loss
 
-    def _knows(self, live: Iterable[Tensor]) -> bool:
-        """Whether ``bind`` was told of all these tensors.
+    def _rows_to_step(self) -> list[OwnerViews]:
+        """Rows whose owner has a gradient and is in the outer group.
+
+        Stage 3 steps sub-group by sub-group: the owners of the others have gradients too, but are
+        not in the group at that moment.
+        """
+        held = {id(p) for group in self.param_groups for p in group["params"]}
+        return [row for row in self._rows if id(row.owner) in held and row.owner.grad is not None]
+
+    def _knows_all(self) -> bool:
+        """Whether ``bind`` was told of every tensor that has a gradient.
 
         False if the others' gradients are zero.
         """
-        strangers = [p for p in live if id(p) not in self._known and local(p).numel()]
-        if any(p.grad is not None and bool(local(p.grad).any()) for p in strangers):
+        strangers: list[Tensor] = []  # their gradients
+        for group in self.param_groups:
+            for param in group["params"]:
+                # Identity comes first: reading a gradient costs more, and few are strangers.
+                if id(param) not in self._known and param.grad is not None and local(param).numel():
+                    strangers.append(param.grad)
+        if any(bool(local(gradient).any()) for gradient in strangers):
             raise PlanMismatch(
                 "A segmented optimizer was stepped on tensors that it does not know. "
                 "Call dist_layerlr.bind(plan, engine) after deepspeed.initialize."
