@@ -6,11 +6,11 @@ from typing import Any
 
 import pytest
 import torch
-from training import Case, attach, loss_of
 
 from dist_layerlr.errors import OffloadError
 from dist_layerlr.offload.device import Immediate
 from dist_layerlr.offload.streaming import stream_on
+from tests.support.training import Case, attach, loss_of
 
 LORA, FULL = Case(lora=True), Case(lora=False)
 

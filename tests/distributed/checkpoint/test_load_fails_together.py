@@ -9,14 +9,14 @@ from typing import Any, NoReturn
 
 import pytest
 import torch.distributed as dist
-from drivers import Native, fsdp2
-from parity import Recipe
-from ranks import run_ranks
 
 from dist_layerlr import load_checkpoint, save_checkpoint
 from dist_layerlr.checkpoint import load, storage
 from dist_layerlr.errors import CheckpointError
 from dist_layerlr.sharders.fsdp2 import Fsdp2Sharder
+from tests.support.drivers import Native, fsdp2
+from tests.support.parity import Recipe
+from tests.support.ranks import run_ranks
 
 TOLD = "A part is loaded already"
 # (where one rank raises, whether something may have been changed before it)

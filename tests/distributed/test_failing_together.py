@@ -4,12 +4,12 @@ where."""
 from __future__ import annotations
 
 import pytest
-from ranks import run_ranks
 
 from dist_layerlr.errors import CheckpointError
 from dist_layerlr.ranks import RankFailure, alike, any_rank, is_shared
 from launch import train
 from launch.trainer import request
+from tests.support.ranks import run_ranks
 
 
 def fail_on_the_last(rank: int, world_size: int) -> tuple[str, bool, str | None, bool, bool]:
