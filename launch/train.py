@@ -44,12 +44,12 @@ def main(argv: Sequence[str] | None = None) -> int:
             request.check(options)
         runtime = start(alone=args.plan_only or request.sharding.alone)
         # Late, because it takes seconds to import: a wrong flag ends sooner.
-        from launch.trainer import job
+        from launch.trainer.run import print_plan, run
 
         if args.plan_only:
-            job.print_plan(options, runtime)
+            print_plan(options, runtime)
         else:
-            job.run(request, options, runtime)
+            run(request, options, runtime)
         runtime.barrier()
         return 0
     except LayerLRError as error:

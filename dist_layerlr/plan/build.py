@@ -229,7 +229,11 @@ def _depth_factors(placed: list[_Placed], block: PerLayerLR) -> list[float]:
         own = settings[key]
         if own.depth_strategy == LAYER_DECAY:
             values = layer_decay_factors(
-                [(placed[i].path, placed[i].location) for i in members], own
+                [(placed[i].path, placed[i].location) for i in members],
+                rate=own.layer_decay,
+                convention=own.convention,
+                num_layers=own.num_layers,
+                floor=own.min_depth_factor or 0.0,
             )
         else:
             values = [

@@ -16,16 +16,12 @@ Projects number layers differently; each numbering is a convention. L is the num
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING
 
 from dist_layerlr.errors import ConfigError
 from dist_layerlr.plan import name_rules
 from dist_layerlr.plan.name_rules import NameRules
 from dist_layerlr.plan.names import ParamPath
 from dist_layerlr.plan.stacks import Location
-
-if TYPE_CHECKING:
-    from dist_layerlr.plan.depth import DepthSettings  # which lists the conventions below
 
 Member = tuple[ParamPath, Location | None]
 LayerId = Callable[[ParamPath, Location | None, int], int]
@@ -40,19 +36,28 @@ _MMDET_DOWNSAMPLE = (0, 2, 3)
 _MMDET_STAGES = (1, 2)
 
 
-def layer_decay_factors(members: Sequence[Member], settings: DepthSettings) -> list[float]:
+def layer_decay_factors(
+    members: Sequence[Member],
+    *,
+    rate: float,
+    convention: str,
+    num_layers: int | None = None,
+    floor: float = 0.0,
+) -> list[float]:
     """Factors of all parameters of one scope (a model or a region), frozen ones included.
 
     Args:
         members: path and location of each parameter.
-        settings: uses layer_decay, convention, num_layers, and min_depth_factor as a floor when it
-            is given.
+        rate: of decay per layer, (0, 1].
+        convention: how layers are numbered, a key of ``CONVENTIONS``.
+        num_layers: L, where it is not the block count.
+        floor: smallest factor, 0..1.
 
     Raises:
         ConfigError: the scope has no blocks to number.
     """
     blocks = max((loc.blocks for _, loc in members if loc is not None), default=0)
-    layers = settings.num_layers or blocks
+    layers = num_layers or blocks
     if not layers:
         raise ConfigError(
             "depth_strategy='layer_decay' found no transformer blocks to number. "
@@ -64,22 +69,21 @@ def layer_decay_factors(members: Sequence[Member], settings: DepthSettings) -> l
             f" above the head's. Must be >= {blocks} (for RF-DETR: the last of out_feature_indexes"
             " plus 1)."
         )
-    layer_id = CONVENTIONS[settings.convention]
+    layer_id = CONVENTIONS[convention]
     ids, tops = [], []
     for path, loc in members:
         # Several stacks of one scope (two encoders) have an L each, unless the user gives it.
-        count = settings.num_layers or (loc.blocks if loc is not None else layers)
+        count = num_layers or (loc.blocks if loc is not None else layers)
         auxiliary = loc is not None and loc.auxiliary
         ids.append(count + 1 if auxiliary else layer_id(path, loc, count))
         tops.append(count + 1)
     at_the_top = [layer == top for layer, top in zip(ids, tops, strict=True)]
     # timm gives factor 1 to the last layer that exists: without a head that is the final norm's.
-    if settings.convention == "timm" and not any(at_the_top):
+    if convention == "timm" and not any(at_the_top):
         tops = [top - 1 for top in tops]
-    floor = settings.min_depth_factor or 0.0
     factors = []
     for layer, top in zip(ids, tops, strict=True):
-        factors.append(max(floor, decay(layer, top, settings.layer_decay)))
+        factors.append(max(floor, decay(layer, top, rate)))
     return factors
 
 

@@ -8,7 +8,7 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import lru_cache
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -18,15 +18,13 @@ from dist_layerlr.errors import ConfigError
 from dist_layerlr.ranks import alike
 from launch.trainer.data.base import Batch, to_device
 from launch.trainer.engines.base import autocast
+from launch.trainer.job import Job
 from launch.trainer.metrics import MetricsFile, peak_memory_gb
 from launch.trainer.options import RunOptions, TrainOptions
 from launch.trainer.runtime import LOWER, Diverged, Runtime
 from launch.trainer.seeds import ORDER_STREAM, mix_seed
 from launch.trainer.signals import StopFlag
 from launch.trainer.state import Outcome, Position
-
-if TYPE_CHECKING:
-    from launch.trainer.job import Job
 
 Save = Callable[[int, int, Mapping[str, float]], None]
 """(steps done, samples seen, rates observed at the first step) -> a checkpoint."""

@@ -5,7 +5,6 @@ from __future__ import annotations
 import errno
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 from filelock import FileLock, Timeout
@@ -19,11 +18,9 @@ from dist_layerlr.ranks import alike
 from dist_layerlr.weights import find_not_finite
 from launch.trainer.data.base import LATENTS, to_device
 from launch.trainer.engines.base import autocast
+from launch.trainer.job import Job
 from launch.trainer.options import LORA
 from launch.trainer.runtime import LOWER, Diverged
-
-if TYPE_CHECKING:
-    from launch.trainer.job import Job
 
 _WRITTEN = (
     "plan.json",

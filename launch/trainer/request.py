@@ -8,7 +8,6 @@ from dataclasses import dataclass
 
 from dist_layerlr.errors import ConfigError
 from launch.trainer.cli import Parser
-from launch.trainer.engines.offload import check_streaming
 from launch.trainer.engines.sharding import (
     NONE,
     SHARDINGS,
@@ -16,6 +15,7 @@ from launch.trainer.engines.sharding import (
     Sharding,
     check_accelerate_env,
     check_launch,
+    check_streaming,
 )
 from launch.trainer.options import RunOptions
 

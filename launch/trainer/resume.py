@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from dist_layerlr import fields
 from dist_layerlr.checkpoint import find_checkpoint, finish_background_save, resume_plan
@@ -13,14 +13,12 @@ from dist_layerlr.errors import CheckpointError
 from dist_layerlr.export.export import SAVED_CONFIG, adapter_config
 from dist_layerlr.plan import Plan
 from dist_layerlr.ranks import alike, any_rank
+from launch.trainer.job import Job
 from launch.trainer.loop import Save
 from launch.trainer.outputs import check_fresh
 from launch.trainer.runtime import Runtime
 from launch.trainer.state import Position
 from launch.trainer.weights import ADAPTER
-
-if TYPE_CHECKING:
-    from launch.trainer.job import Job
 
 LATEST = "latest"
 

@@ -19,8 +19,7 @@ from dist_layerlr.weights.gather import LiveWeights
 from launch import make_tiny_wan
 from launch.trainer.data import open_dataset
 from launch.trainer.engines import build_engine
-from launch.trainer.engines.offload import check_streaming
-from launch.trainer.engines.sharding import SHARDINGS
+from launch.trainer.engines.sharding import SHARDINGS, check_streaming
 from launch.trainer.engines.zero import read_zero_config
 from launch.trainer.families import get_family
 from launch.trainer.job import Job

@@ -8,23 +8,19 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from enum import Enum
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import nn
 
 from dist_layerlr.errors import ConfigError
 from dist_layerlr.offload import StreamPolicy
-from launch.trainer.options import FULL, RunOptions
-
-if TYPE_CHECKING:
-    from launch.trainer.engines.sharding import Sharding
 
 ZERO_STAGE = 3
 """The first ZeRO stage that partitions parameters, so that they can leave the device."""
 # Layers whose weights autocast rounds to bf16 before every use.
 _CAST_BY_AUTOCAST = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
-_FOLLOWED = {"prefetch_window", "pinned_pool_mb"}
+FOLLOWED = {"prefetch_window", "pinned_pool_mb"}
 """What a sharder's own offload can follow; it keeps every shard on the host, pinned."""
 
 
@@ -36,38 +32,8 @@ class Stagehand(Enum):
     REFUSES = "nobody can"
 
 
-def check_streaming(options: RunOptions, sharding: Sharding) -> None:
-    """Refuse a sharder that cannot do what ``memory.stagehand`` asks for.
-
-    ZeRO stages are checked with the ds_config.
-
-    Raises:
-        ConfigError: names the sharder and what to pass instead.
-    """
-    if options.stream is None:
-        return
-    if sharding.stagehand is Stagehand.REFUSES:
-        raise _refused(sharding.flag, sharding.refuses)
-    if sharding.stagehand is Stagehand.DELEGATES:
-        _check_delegated(options.stream, sharding.name)
-    elif sharding.refuses and options.training_method == FULL:
-        raise _refused(f"{sharding.flag} in a full finetune", sharding.refuses)
-
-
-def _check_delegated(policy: StreamPolicy, sharding: str) -> None:
-    """Refuse the policy's fields that a sharder's own offload has no counterpart for."""
-    plain = StreamPolicy()
-    for field in ("mode", "resident_blocks", "stream_trainable", "host", "host_dtype", "min_numel"):
-        given, default = getattr(policy, field), getattr(plain, field)
-        if given != default:
-            raise ConfigError(
-                f"Invalid memory.stagehand.{field}={given!r} with {sharding}, whose own offload"
-                f" takes {' and '.join(sorted(_FOLLOWED))} only: remove it, or train with"
-                " --sharding none or ddp."
-            )
-
-
-def _refused(what: str, why: str) -> ConfigError:
+def refused(what: str, why: str) -> ConfigError:
+    """The one wording for a sharder that cannot keep weights in host memory."""
     return ConfigError(
         f"Invalid memory.stagehand.enabled=True with {what}: {why}. Pass --sharding none, ddp"
         " (LoRA) or fsdp2, or --deepspeed_config ds_configs/zero3.json; or set it to false."
@@ -126,7 +92,7 @@ def offload_zero(
     """
     stage = zero.get("stage", 0)
     if stage != ZERO_STAGE:
-        raise _refused(
+        raise refused(
             f"{path} (ZeRO stage {stage})", "stages below 3 keep whole parameters on the device"
         )
     # DeepSpeed counts both limits in parameters, the policy counts blocks.

@@ -13,8 +13,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from dist_layerlr.errors import ConfigError
+from dist_layerlr.offload import StreamPolicy
 from launch.trainer.engines import wrap
-from launch.trainer.engines.offload import Stagehand
+from launch.trainer.engines.offload import FOLLOWED, Stagehand, refused
+from launch.trainer.options import FULL, RunOptions
 from launch.trainer.runtime import launched_world_size
 
 MicroStep = Callable[[Any, bool], AbstractContextManager[Any]]
@@ -197,3 +199,34 @@ def _told_accelerate() -> str | None:
 def _flag(name: str) -> bool:
     # The words that accelerate's own str_to_bool takes for true.
     return os.environ.get(name, "").lower() in ("1", "true", "t", "yes", "y", "on")
+
+
+def check_streaming(options: RunOptions, sharding: Sharding) -> None:
+    """Refuse a sharder that cannot do what ``memory.stagehand`` asks for.
+
+    ZeRO stages are checked with the ds_config.
+
+    Raises:
+        ConfigError: names the sharder and what to pass instead.
+    """
+    if options.stream is None:
+        return
+    if sharding.stagehand is Stagehand.REFUSES:
+        raise refused(sharding.flag, sharding.refuses)
+    if sharding.stagehand is Stagehand.DELEGATES:
+        _check_delegated(options.stream, sharding.name)
+    elif sharding.refuses and options.training_method == FULL:
+        raise refused(f"{sharding.flag} in a full finetune", sharding.refuses)
+
+
+def _check_delegated(policy: StreamPolicy, sharding: str) -> None:
+    """Refuse the policy's fields that a sharder's own offload has no counterpart for."""
+    plain = StreamPolicy()
+    for field in ("mode", "resident_blocks", "stream_trainable", "host", "host_dtype", "min_numel"):
+        given, default = getattr(policy, field), getattr(plain, field)
+        if given != default:
+            raise ConfigError(
+                f"Invalid memory.stagehand.{field}={given!r} with {sharding}, whose own offload"
+                f" takes {' and '.join(sorted(FOLLOWED))} only: remove it, or train with"
+                " --sharding none or ddp."
+            )

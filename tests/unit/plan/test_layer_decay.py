@@ -124,7 +124,13 @@ def factors(model: list[ParamInfo], settings: DepthSettings) -> dict[str, float]
     """Factors straight from the module, whose rate may exceed 1."""
     paths = [parse(info.name) for info in model]
     stacks = StackMap(paths)
-    values = layer_decay_factors([(path, stacks.locate(path)) for path in paths], settings)
+    values = layer_decay_factors(
+        [(path, stacks.locate(path)) for path in paths],
+        rate=settings.layer_decay,
+        convention=settings.convention,
+        num_layers=settings.num_layers,
+        floor=settings.min_depth_factor or 0.0,
+    )
     return {info.name: value for info, value in zip(model, values, strict=True)}
 
 
