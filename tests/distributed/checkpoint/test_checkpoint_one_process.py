@@ -132,63 +132,51 @@ def refusals(root: Path, net: Callable[[], Convolutions]) -> None:
     assert not (root / "bad").exists()
 
 
-def one_process(rank: int, world_size: int, root: Path) -> None:
-    """channels_last, batch norm, ties; another plan; a new scheduler base; weights frozen and freed
-    in between."""
-    x = torch.randn(2, 3, 8, 8)
+def net(scale: float = 1.0) -> Convolutions:
+    torch.manual_seed(3)
+    model: Any = Convolutions().to(memory_format=torch.channels_last)
+    with torch.no_grad():
+        model.first.weight.mul_(scale)
+    return model
 
-    def net(scale: float = 1.0) -> Convolutions:
-        torch.manual_seed(3)
-        model: Any = Convolutions().to(memory_format=torch.channels_last)
-        with torch.no_grad():
-            model.first.weight.mul_(scale)
-        return model
 
-    def step(layout: Layout) -> None:
-        layout.model(x).square().mean().backward()
-        layout.optimizer.step()
-        layout.optimizer.zero_grad()
+def step(layout: Layout) -> None:
+    x = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+    layout.model(x).square().mean().backward()
+    layout.optimizer.step()
+    layout.optimizer.zero_grad()
 
-    one = unsharded(net(), {"default_lr": 1e-3})
+
+def assert_same(one: Layout, other: Layout) -> None:
+    pairs = zip(one.model.state_dict().values(), other.model.state_dict().values(), strict=True)
+    assert all(torch.equal(a, b) for a, b in pairs)
+
+
+def another_plan(root: Path, one: Layout) -> None:
+    """channels_last, batch norm, ties; another plan; a new scheduler base."""
     step(one)
     scheduler = torch.optim.lr_scheduler.StepLR(one.optimizer, 5)
-    save_checkpoint(
-        root,
-        one.plan,
-        one.model,
-        one.optimizer,
-        step=1,
-        extra={"scheduler": scheduler, "note": "hi"},
-    )
+    extra = {"scheduler": scheduler, "note": "hi"}
+    save_checkpoint(root, one.plan, one.model, one.optimizer, step=1, extra=extra)
     two = unsharded(net(2.0), {"default_lr": 2e-3})
     again = torch.optim.lr_scheduler.StepLR(two.optimizer, 5)
     restored = load_checkpoint(root, two.plan, two.model, two.optimizer, extra={"scheduler": again})
     assert restored.extra["note"] == "hi" and "lr 0.001 -> 0.002" in restored.changes[0]
     assert again.base_lrs == [2e-3] and {g["lr"] for g in two.optimizer.param_groups} == {2e-3}
-    assert all(
-        torch.equal(a, b)
-        for a, b in zip(
-            one.model.state_dict().values(), two.model.state_dict().values(), strict=True
-        )
-    )
+    assert_same(one, two)
     moment = two.optimizer.state[two.model.first.weight]["exp_avg"]
     assert moment.is_contiguous(memory_format=torch.channels_last)
     assert torch.equal(moment, one.optimizer.state[one.model.first.weight]["exp_avg"])
     kept = unsharded(net(), {"default_lr": 2e-3, "resume_lr": "checkpoint"})
     restored = load_checkpoint(root, kept.plan, kept.model, kept.optimizer)
-    assert {g["lr"] for g in kept.optimizer.param_groups} == {
-        1e-3
-    } and restored.plan.digest == one.plan.digest
+    assert {g["lr"] for g in kept.optimizer.param_groups} == {1e-3}
+    assert restored.plan.digest == one.plan.digest
     step(kept), step(one)
-    assert all(
-        torch.equal(a, b)
-        for a, b in zip(
-            one.model.state_dict().values(), kept.model.state_dict().values(), strict=True
-        )
-    )
-    precisions(root / "precisions", net)
-    state_in_the_live_precision(root / "state")
-    refusals(root / "refusals", net)
+    assert_same(one, kept)
+
+
+def frozen_and_freed(root: Path) -> None:
+    """Weights frozen and freed in between start with fresh moments."""
     part = net()
     part.norm.requires_grad_(False)
     frozen = unsharded(part, {"default_lr": 1e-3})
@@ -196,29 +184,31 @@ def one_process(rank: int, world_size: int, root: Path) -> None:
     step(frozen)
     save_checkpoint(root / "frozen", frozen.plan, frozen.model, frozen.optimizer, step=2)
     freed = unsharded(net(), {"default_lr": 1e-3})
-    assert set(
-        load_checkpoint(root / "frozen", freed.plan, freed.model, freed.optimizer).fresh
-    ) == {
-        "norm.weight",
-        "norm.bias",
-    }
+    restored = load_checkpoint(root / "frozen", freed.plan, freed.model, freed.optimizer)
+    assert set(restored.fresh) == {"norm.weight", "norm.bias"}
     step(freed)
+
+
+def state_that_is_refused_or_absent(root: Path, one: Layout) -> None:
     adafactor = unsharded(net(), {"default_lr": 1e-3}, torch.optim.Adafactor)
     step(adafactor)
-    with pytest.raises(
-        CheckpointError, match="Adafactor keeps state that is quantised or not element"
-    ):
+    wanted = "Adafactor keeps state that is quantised or not element"
+    with pytest.raises(CheckpointError, match=wanted):
         save_checkpoint(root, adafactor.plan, adafactor.model, adafactor.optimizer, step=2)
-    before_any_step = unsharded(net(), {"default_lr": 1e-3})
-    start = save_checkpoint(
-        root / "start",
-        before_any_step.plan,
-        before_any_step.model,
-        before_any_step.optimizer,
-        step=0,
-    )
+    early = unsharded(net(), {"default_lr": 1e-3})
+    start = save_checkpoint(root / "start", early.plan, early.model, early.optimizer, step=0)
     load_checkpoint(start.path, one.plan, one.model, one.optimizer)
     assert not any(one.optimizer.state.values())
+
+
+def one_process(rank: int, world_size: int, root: Path) -> None:
+    one = unsharded(net(), {"default_lr": 1e-3})
+    another_plan(root, one)
+    precisions(root / "precisions", net)
+    state_in_the_live_precision(root / "state")
+    refusals(root / "refusals", net)
+    frozen_and_freed(root)
+    state_that_is_refused_or_absent(root, one)
     shutil.rmtree(root)
     assert not folders.complete(root)
 
