@@ -7,7 +7,6 @@ run", and fails.
 
 from __future__ import annotations
 
-import gc
 import tempfile
 import traceback
 from collections.abc import Callable
@@ -94,7 +93,6 @@ def _on_rank(
     folder: str,
     before: Callable[[], None] | None,
 ) -> dict[str, Outcome]:
-    gc.freeze()  # DeepSpeed collects garbage often, and the parent's imports are most of the heap
     if before is not None:
         before()
     outcomes: dict[str, Outcome] = {}

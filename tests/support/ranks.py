@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import multiprocessing as mp
 import os
 import tempfile
@@ -83,6 +84,9 @@ def _rank(
     import torch.distributed as dist
 
     torch.set_num_threads(1)
+    # DeepSpeed collects garbage in each engine, and the parent's imports are most of the heap: out
+    # of the collector's sight they cost nothing.
+    gc.freeze()
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world_size))
     try:
         dist.init_process_group(

@@ -11,7 +11,6 @@ import pytest
 
 from tests.support.drivers import start_deepspeed  # and DeepSpeed itself, before the fork
 from tests.support.ranks import run_ranks
-from tests.support.toys import Toy
 
 STEPS = 20
 NATIVE = ("ddp", "fsdp1", "fsdp1_flat", "fsdp2")
@@ -63,10 +62,40 @@ def _work(rank: int, world_size: int) -> dict[str, Any]:
 
 
 def _model(dtype: str = "fp32") -> Any:
+    """Not a toy of `tests.support`: the bars for bf16 were measured on this model."""
     import torch
+    from torch import nn
+
+    class Block(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.norm = nn.LayerNorm(19)
+            self.attn = nn.ModuleDict(
+                {"to_q": nn.Linear(19, 19), "to_k": nn.Linear(19, 19, bias=False)}
+            )
+            self.mlp = nn.Sequential(nn.Linear(19, 37), nn.GELU(), nn.Linear(37, 19))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            x = x + torch.tanh(self.attn["to_q"](self.norm(x))) * torch.sigmoid(
+                self.attn["to_k"](x)
+            )
+            return x + self.mlp(x)
+
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.embed = nn.Linear(7, 19)
+            self.blocks = nn.ModuleList(Block() for _ in range(2))
+            self.head = nn.Linear(19, 3)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            x = self.embed(x)
+            for block in self.blocks:
+                x = block(x)
+            return self.head(x)
 
     torch.manual_seed(0)
-    return Toy(blocks=2).to(torch.bfloat16 if dtype == "bf16" else torch.float32)
+    return Model().to(torch.bfloat16 if dtype == "bf16" else torch.float32)
 
 
 def _batch(step: int, rank: int, world_size: int) -> Any:
