@@ -18,7 +18,7 @@ from accelerate.utils import DistributedType
 from dist_layerlr import PlanMismatch, attach, bind, plan_model
 from dist_layerlr.optim import check_sharding
 from dist_layerlr.plan import canonical_name
-from tests.support.cases import Outcome
+from tests.support.cases import Outcomes
 from tests.support.drivers import Native, ds_config, fsdp1, fsdp1_flat, start_deepspeed, whole
 from tests.support.parity import (
     GLOBAL_BATCH,
@@ -171,12 +171,12 @@ CASES = [
 
 
 @pytest.fixture(scope="module")
-def outcomes(request: pytest.FixtureRequest) -> dict[str, list[Outcome]]:
+def outcomes(request: pytest.FixtureRequest) -> dict[int, Outcomes]:
     return run_cases(CASES, request, start_deepspeed)
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.id)
 def test_training_ends_where_one_unsharded_process_ends(
-    case: Case, outcomes: dict[str, list[Outcome]]
+    case: Case, outcomes: dict[int, Outcomes]
 ) -> None:
-    check(case, outcomes[case.id])
+    check(case, outcomes)

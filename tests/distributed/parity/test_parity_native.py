@@ -19,7 +19,7 @@ from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecision, MixedPrecis
 from torch.distributed.fsdp import FullyShardedDataParallel as FSDP
 from torch.distributed.fsdp.wrap import CustomPolicy, ModuleWrapPolicy
 
-from tests.support.cases import Outcome
+from tests.support.cases import Outcomes
 from tests.support.drivers import SHARDERS, Native, Wrap, fsdp1, fsdp1_flat, fsdp2
 from tests.support.parity import (
     Case,
@@ -147,12 +147,12 @@ CASES = [
 
 
 @pytest.fixture(scope="module")
-def outcomes(request: pytest.FixtureRequest) -> dict[str, list[Outcome]]:
+def outcomes(request: pytest.FixtureRequest) -> dict[int, Outcomes]:
     return run_cases(CASES, request)
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.id)
 def test_training_ends_where_one_unsharded_process_ends(
-    case: Case, outcomes: dict[str, list[Outcome]]
+    case: Case, outcomes: dict[int, Outcomes]
 ) -> None:
-    check(case, outcomes[case.id])
+    check(case, outcomes)

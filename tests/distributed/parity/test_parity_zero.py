@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from tests.support.cases import Outcome
+from tests.support.cases import Outcomes
 from tests.support.drivers import Zero, start_deepspeed
 from tests.support.parity import (
     Case,
@@ -85,12 +85,12 @@ CASES = [
 
 
 @pytest.fixture(scope="module")
-def outcomes(request: pytest.FixtureRequest) -> dict[str, list[Outcome]]:
+def outcomes(request: pytest.FixtureRequest) -> dict[int, Outcomes]:
     return run_cases(CASES, request, start_deepspeed)
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.id)
 def test_training_ends_where_one_unsharded_process_ends(
-    case: Case, outcomes: dict[str, list[Outcome]]
+    case: Case, outcomes: dict[int, Outcomes]
 ) -> None:
-    check(case, outcomes[case.id])
+    check(case, outcomes)
