@@ -34,4 +34,6 @@ wheel:
 	.venv-build/bin/python -m build --no-isolation
 
 docs:
+	bash requirements/install.sh requirements/test.txt $(VENV)
+	$(VENV)/bin/python docs/tables.py
 	PYTHON=$(PYTHON) VENV=$(VENV) bash tests/run.sh tests/docs
