@@ -12,6 +12,7 @@ import platform
 import statistics
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -37,7 +38,7 @@ def main() -> None:
     times: dict[int, list[float]] = {n: [] for n in SIZES}
     for _ in range(ROUNDS):
         for n, model in models.items():
-            times[n].append(once(lambda model=model: plan(model)))
+            times[n].append(once(partial(plan, model)))
     rows += [(f"synthetic {n:,}", n, statistics.median(times[n])) for n in SIZES]
     print(f"{'model':<20}{'names':>10}{'ms':>10}{'us/name':>10}")
     for label, count, seconds in rows:

@@ -74,9 +74,7 @@ def by_unit(plan: Plan, ranks: int) -> Held:
 
 
 def by_group(plan: Plan, ranks: int) -> Held:
-    """ZeRO-1 and -2 under a segmented optimizer, as the trainer has it: all parameters laid end to
-    end.
-    """
+    """ZeRO-1 and -2 under a segmented optimizer: all parameters laid end to end."""
     rates = {name: lr for name, lr, _ in stepped(plan)}
     for entry, pieces in flattened(list(plan.entries.values()), ranks, align=ZERO_ALIGN):
         yield entry.name, rates[entry.name], pieces
@@ -92,8 +90,9 @@ SHARDINGS: dict[str, Callable[[Plan, int], Held]] = {
 
 
 def stepped(plan: Plan) -> Iterator[tuple[str, float, PlanEntry]]:
-    """What the optimizer's groups hold: each group's own rate, not the entry's, so that merging is
-    under test.
+    """What the optimizer's groups hold: (name, the group's rate, its entry).
+
+    The rate is the group's, not the entry's, so that a plan which merges groups is under test.
     """
     for group in plan.groups:
         for name in group.names:

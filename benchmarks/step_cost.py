@@ -87,7 +87,8 @@ def main() -> None:
     args = parser.parse_args()
     print(HEADER)
     with tempfile.TemporaryDirectory() as folder:
-        spawn(work, (os.path.join(folder, "store"), args), nprocs=WORLD)
+        arguments = (os.path.join(folder, "store"), args)
+        spawn(work, arguments, nprocs=WORLD)  # type: ignore[no-untyped-call]
 
 
 def work(rank: int, store: str, args: argparse.Namespace) -> None:

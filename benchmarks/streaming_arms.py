@@ -1,4 +1,4 @@
-"""The model of benchmarks/streaming.py, and one builder for every way to train it."""
+"""One builder for every way to train the model of benchmarks/streaming.py."""
 
 from __future__ import annotations
 
@@ -6,186 +6,17 @@ import contextlib
 import dataclasses
 import gc
 import importlib.util
-import time
 from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from dist_layerlr.offload import StreamPolicy
 from dist_layerlr.offload.device import Backend, Cuda, choose
 from dist_layerlr.offload.streaming import stream_on
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Size:
-    """A stack of video transformer blocks."""
-
-    blocks: int
-    width: int
-    ffn: int
-    heads: int
-    text: int
-    """Tokens that cross attention looks at."""
-    rank: int
-    """Of the LoRA on every linear layer."""
-    dtype: torch.dtype
-    flops: float | None = None
-    """Operations per second that compute is held to, on few rows; None: as fast as it goes."""
-
-
-WAN_14B = Size(blocks=40, width=5120, ffn=13824, heads=40, text=512, rank=32, dtype=torch.bfloat16)
-"""0.35e9 parameters a block, 28 GB."""
-SMALL = Size(
-    blocks=16, width=256, ffn=1024, heads=4, text=16, rank=4, dtype=torch.float32, flops=12e9
-)
-"""For the CPU: 1.05e6 parameters a block, at a tenth of what a core does, so that other load does
-not matter."""
-ROWS = 16
-"""Real tokens of a step that is held to a speed."""
-
-
-class Clock:
-    """Makes stretches of work take a set time; one that ended late shortens the next."""
-
-    def __init__(self) -> None:
-        self.seconds = self._start = 0.0
-        self.settle()
-
-    def settle(self) -> None:
-        """Forget how late the last one was."""
-        self._late = 0.0
-
-    def open(self) -> None:
-        """A stretch begins."""
-        self._start = time.perf_counter() - self._late
-
-    def close(self) -> None:
-        """It ends, now or later."""
-        end = self._start + self.seconds
-        time.sleep(max(0.0, end - time.perf_counter()))
-        self._late = time.perf_counter() - end
-
-
-class _Tick(torch.autograd.Function):
-    """Identity that opens or closes a stretch in forward, and does the opposite in backward."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, clock: Clock, opens: bool) -> Tensor:
-        """(B, T, d) -> (B, T, d)."""
-        ctx.clock, ctx.opens = clock, opens
-        ctx.save_for_backward(x)  # or recomputation would stop short of this
-        clock.open() if opens else clock.close()
-        return x.view_as(x)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
-        """(B, T, d) -> (B, T, d)."""
-        assert ctx.saved_tensors
-        ctx.clock.close() if ctx.opens else ctx.clock.open()
-        return grad, None, None
-
-
-class Adapted(nn.Module):
-    """A frozen linear layer and its LoRA, without a dependency on PEFT."""
-
-    def __init__(self, inputs: int, outputs: int, size: Size, device: torch.device | str):
-        super().__init__()
-        kwargs: dict[str, Any] = {"bias": False, "dtype": size.dtype, "device": device}
-        self.base = nn.Linear(inputs, outputs, **kwargs).requires_grad_(False)
-        self.lora_A = nn.Linear(inputs, size.rank, **kwargs)
-        self.lora_B = nn.Linear(size.rank, outputs, **kwargs)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """(B, T, inputs) -> (B, T, outputs)."""
-        base: Tensor = self.base(x)
-        return base + self.lora_B(self.lora_A(x))
-
-
-class Block(nn.Module):
-    """Self attention, cross attention, feed-forward, pre-norm, as in Wan."""
-
-    def __init__(self, size: Size, device: torch.device | str, clock: Clock):
-        super().__init__()
-        self.heads = size.heads
-        d = size.width
-        self.norm1, self.norm2, self.norm3 = (
-            nn.LayerNorm(d, elementwise_affine=False) for _ in range(3)
-        )
-        self.attn1 = nn.ModuleDict(
-            {n: Adapted(d, d, size, device) for n in ("to_q", "to_k", "to_v", "to_out")}
-        )
-        self.attn2 = nn.ModuleDict(
-            {n: Adapted(d, d, size, device) for n in ("to_q", "to_k", "to_v", "to_out")}
-        )
-        self.size, self.clock = size, clock
-        self.ffn_in, self.ffn_out = (
-            Adapted(d, size.ffn, size, device),
-            Adapted(size.ffn, d, size, device),
-        )
-
-    def forward(self, x: Tensor, text: Tensor) -> Tensor:
-        """(B, T, d), (B, L, d) -> (B, T, d)."""
-        if self.size.flops is not None:
-            x = _Tick.apply(x, self.clock, True)
-        h = self.norm1(x)
-        x = x + self._attend(self.attn1, h, h)
-        x = x + self._attend(self.attn2, self.norm2(x), text)
-        out: Tensor = self.ffn_out(
-            nn.functional.gelu(self.ffn_in(self.norm3(x)), approximate="tanh")
-        )
-        if self.size.flops is not None:
-            out = _Tick.apply(out, self.clock, False)
-        return x + out
-
-    def _attend(self, attention: nn.ModuleDict, x: Tensor, other: Tensor) -> Tensor:
-        q, k, v = (
-            attention[n](t).unflatten(-1, (self.heads, -1)).transpose(1, 2)
-            for n, t in (("to_q", x), ("to_k", other), ("to_v", other))
-        )
-        y = nn.functional.scaled_dot_product_attention(q, k, v)
-        out: Tensor = attention["to_out"](y.transpose(1, 2).flatten(2))
-        return out
-
-
-class Stack(nn.Module):
-    """Blocks under checkpointing."""
-
-    def __init__(self, size: Size, device: torch.device | str):
-        super().__init__()
-        self.reentrant = False
-        self.clock = Clock()
-        self.blocks = nn.ModuleList(Block(size, device, self.clock) for _ in range(size.blocks))
-
-    def forward(self, x: Tensor, text: Tensor) -> Tensor:
-        """(B, T, d), (B, L, d) -> (B, T, d)."""
-        self.clock.settle()
-        for block in self.blocks:
-            x = checkpoint(block, x, text, use_reentrant=self.reentrant)
-        return x
-
-
-@torch.no_grad()
-def make_model(size: Size, device: torch.device | str) -> Stack:
-    """The same weights for every arm: blocks differ by a rotation of one random block, which takes
-    seconds at 28 GB.
-    """
-    model = Stack(size, device)
-    generator = torch.Generator().manual_seed(0)
-    first = dict(model.blocks[0].named_parameters())
-    for name, param in first.items():
-        value = torch.randn(param.shape, generator=generator) * (
-            0.02 if name.endswith("base.weight") else 0.002
-        )
-        param.copy_(value)
-    for i, block in enumerate(model.blocks):
-        for name, param in block.named_parameters():
-            if i:
-                param.copy_(first[name].roll(i, 0))
-    return model
+from streaming_model import Block, Size, Stack, make_model
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -243,9 +74,8 @@ class Arm:
 
 def _plain(model: Stack) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
     def backward(x: Tensor, text: Tensor, target: Tensor) -> Tensor:
-        x = (
-            x.detach().requires_grad_()
-        )  # or reentrant checkpointing gives the first block no gradients
+        # Reentrant checkpointing gives a block gradients only if an input requires one.
+        x = x.detach().requires_grad_()
         loss = nn.functional.mse_loss(model(x, text).float(), target.float())
         torch.autograd.backward(loss)
         return loss.detach()
@@ -282,6 +112,11 @@ def ours(
     )
 
 
+def _on_device(size: Size, device: torch.device, *, window: int = 1, share: float = 0.0) -> Arm:
+    # The backend is made with the arm, not with the list of arms: it holds streams and events.
+    return ours(size, choose(device), window=window, share=share)
+
+
 class SerialCuda(Cuda):
     """Waits for every copy before anything else runs: what streaming costs without overlap."""
 
@@ -295,13 +130,14 @@ class SerialCuda(Cuda):
 
 
 def naive(size: Size, device: torch.device) -> Arm:
-    """Frozen weights of a block go ``.to(device)`` before it runs and ``.to("cpu")`` behind it,
-    pageable, waited for.
+    """Move the frozen weights of a block to the device before it runs, and back behind it.
+
+    The copies are ``.to(...)`` from pageable memory, and each is waited for.
     """
     model = make_model(size, "cpu")
-    model.reentrant = (
-        True  # its first forward runs without gradients, which tells it from the recomputation
-    )
+    # Under reentrant checkpointing the first forward runs without gradients, which tells it from
+    # the recomputation.
+    model.reentrant = True
     for param in model.parameters():
         if param.requires_grad:
             param.data = param.data.to(device)
@@ -377,7 +213,7 @@ class _Chunk(nn.Module):
 
 def ramtorch(size: Size, device: torch.device) -> Arm:
     """``OffloadModel`` with its own checkpointing, and our window."""
-    from ramtorch import OffloadModel
+    from ramtorch import OffloadModel  # type: ignore[import-not-found, unused-ignore]
 
     chunks = [_Chunk(block) for block in make_model(size, "cpu").blocks]
     model = OffloadModel(chunks, device=device, window=3, keep_activations="checkpoint")
@@ -399,9 +235,9 @@ def builders(size: Size, device: torch.device) -> dict[str, Callable[[], Arm]]:
     """{key: builder} of every arm that can run here, resident first."""
     found: dict[str, Callable[[], Arm]] = {"resident": partial(resident, size, device)}
     for window in (1, 2, 3):
-        found[f"window{window}"] = lambda window=window: ours(size, choose(device), window=window)
+        found[f"window{window}"] = partial(_on_device, size, device, window=window)
     for share in (0.25, 0.5):
-        found[f"share{share:.2f}"] = lambda share=share: ours(size, choose(device), share=share)
+        found[f"share{share:.2f}"] = partial(_on_device, size, device, share=share)
     if device.type == "cuda":
         found["serial"] = lambda: ours(size, SerialCuda(device), overlap=False)
     found["naive"] = partial(naive, size, device)
