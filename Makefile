@@ -19,6 +19,7 @@ lint:
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/mypy
+	$(VENV)/bin/mypy benchmarks .ci/shape.py docs/tables.py
 
 shape:
 	bash requirements/install.sh requirements/test.txt $(VENV)

@@ -38,6 +38,7 @@ ROOT = Path(__file__).resolve().parent.parent
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.multiprocessing.spawn import spawn
 
 import dist_layerlr
 from load_model import base_model, resident_mb
@@ -72,7 +73,8 @@ class Block(nn.Module):
         """(B, WIDTH) -> (B, WIDTH)."""
         for layer in self.attn1.values():
             x = x + layer(self.norm1(x))
-        return x + self.ff["linear_out"](nn.functional.gelu(self.ff["linear_in"](self.norm2(x))))
+        out: Tensor = self.ff["linear_out"](nn.functional.gelu(self.ff["linear_in"](self.norm2(x))))
+        return x + out
 
 
 class Model(nn.Module):
@@ -93,8 +95,8 @@ class Model(nn.Module):
 class Arm:
     """One way to save and load, and what it took: {"save", "load", ...: numbers of each round}."""
 
-    save: Callable[[Path], None]
-    load: Callable[[Path], None]
+    save: Callable[[Path], object]
+    load: Callable[[Path], object]
     sync: bool = False
     """Whether its files must be brought to disk by hand."""
     seconds: dict[str, list[float]] = field(default_factory=dict)
@@ -113,7 +115,8 @@ def wrap(sharder: str, model: nn.Module) -> nn.Module:
         for module in model.modules():
             if isinstance(module, Block):
                 fully_shard(module, mesh=mesh)
-        return fully_shard(model, mesh=mesh)
+        fully_shard(model, mesh=mesh)
+        return model
     from torch.distributed.fsdp import FullyShardedDataParallel
     from torch.distributed.fsdp.wrap import ModuleWrapPolicy
 
@@ -125,7 +128,7 @@ def wrap(sharder: str, model: nn.Module) -> nn.Module:
 
 def native_arms(sharder: str) -> dict[str, Arm]:
     """DCP on an ordinary optimizer, and ours on an attached one."""
-    import torch.distributed.checkpoint as dcp
+    from torch.distributed.checkpoint import state_dict_loader, state_dict_saver
     from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 
     plain = wrap(sharder, Model())
@@ -136,12 +139,12 @@ def native_arms(sharder: str) -> dict[str, Arm]:
 
     def save(folder: Path) -> None:
         weights, state = get_state_dict(plain, optimizer)
-        dcp.save({"model": weights, "optimizer": state}, checkpoint_id=folder)
+        state_dict_saver.save({"model": weights, "optimizer": state}, checkpoint_id=folder)
 
     def load(folder: Path) -> None:
         weights, state = get_state_dict(plain, optimizer)
-        both = {"model": weights, "optimizer": state}
-        dcp.load(both, checkpoint_id=folder)
+        both: dict[str, Any] = {"model": weights, "optimizer": state}
+        state_dict_loader.load(both, checkpoint_id=folder)
         set_state_dict(
             plain, optimizer, model_state_dict=both["model"], optim_state_dict=both["optimizer"]
         )
@@ -192,10 +195,8 @@ def zero_arms(sharder: str) -> dict[str, Arm]:
 def our_arm(plan: dist_layerlr.Plan, model: Any, optimizer: Any) -> Arm:
     """Ours, the same calls everywhere."""
     return Arm(
-        lambda folder: (
-            dist_layerlr.save_checkpoint(folder, plan, model, optimizer, step=1).wait() and None
-        ),
-        lambda folder: dist_layerlr.load_checkpoint(folder, plan, model, optimizer) and None,
+        lambda folder: dist_layerlr.save_checkpoint(folder, plan, model, optimizer, step=1).wait(),
+        lambda folder: dist_layerlr.load_checkpoint(folder, plan, model, optimizer),
     )
 
 
@@ -373,7 +374,7 @@ def main() -> None:
     args = parser.parse_args()
     with tempfile.TemporaryDirectory(dir=args.folder) as scratch:
         for part in args.parts:
-            torch.multiprocessing.spawn(work, (scratch, part, args), nprocs=WORLD)  # type: ignore[no-untyped-call]
+            spawn(work, (scratch, part, args), nprocs=WORLD)  # type: ignore[no-untyped-call]
 
 
 if __name__ == "__main__":
