@@ -30,7 +30,7 @@ from tests.support.parity import (
     measure,
     run_cases,
 )
-from tests.support.toys import Block
+from tests.support.toys import TwoNormBlock
 
 SHARED = (AcceleratorState._shared_state, PartialState._shared_state)
 
@@ -51,7 +51,7 @@ def sharding(recipe: Recipe, version: int = 2) -> Accelerator:
     plugin = FullyShardedDataParallelPlugin(
         fsdp_version=version,
         auto_wrap_policy="transformer_based_wrap",
-        transformer_cls_names_to_wrap=[Block.__name__],
+        transformer_cls_names_to_wrap=[TwoNormBlock.__name__],
     )
     accelerator = fresh(cpu=True, fsdp_plugin=plugin, gradient_accumulation_steps=recipe.accumulate)
     for state in SHARED:
