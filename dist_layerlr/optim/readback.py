@@ -24,6 +24,8 @@ class LiveParam:
     """Elements that this rank steps; 0 for an empty shard."""
     replicas: int = 1
     """Number of ranks that step each element."""
+    initial_lr: float | None = None
+    """What a schedule multiplies; None where no schedule was ever built on the group."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -89,11 +91,13 @@ def live_params(found: Pieces) -> dict[str, LiveParam]:
     live: dict[str, LiveParam] = {}
     for piece in found.pieces:
         before = live.get(piece.name)
+        initial = piece.group.get(INITIAL_LR)
         live[piece.name] = LiveParam(
             lr=float(piece.group[LR]),
             weight_decay=float(piece.group.get(WEIGHT_DECAY, 0.0)),
             numel=piece.numel + (before.numel if before else 0),
             replicas=piece.replicas,
+            initial_lr=None if initial is None else float(initial),
         )
     return live
 
@@ -105,15 +109,18 @@ def factor_in_force(found: Pieces) -> float:
     count as 1. Where groups disagree, which one multiplier cannot explain, this is the multiplier
     of most names; a comparison with the plan then names the others.
     """
-    votes: Counter[float] = Counter()
+    votes: Counter[str] = Counter()
+    exact: dict[str, float] = {}
     for piece in found.pieces:
-        rate, initial = float(piece.group[LR]), piece.group.get(INITIAL_LR)
-        if initial is None:
-            votes[1.0] += 1
-        elif float(initial) > 0.0:
-            # Some optimizers keep their rate as a float32 tensor: seven digits are the same vote.
-            votes[float(f"{rate / float(initial):.7g}")] += 1
-    return votes.most_common(1)[0][0] if votes else 1.0
+        initial = piece.group.get(INITIAL_LR)
+        if initial is not None and float(initial) <= 0.0:
+            continue
+        factor = 1.0 if initial is None else float(piece.group[LR]) / float(initial)
+        # Some optimizers keep their rate as a float32 tensor: six equal digits are the same vote.
+        bucket = f"{factor:.6g}"
+        votes[bucket] += 1
+        exact.setdefault(bucket, factor)
+    return exact[votes.most_common(1)[0][0]] if votes else 1.0
 
 
 def repeated(found: Pieces) -> list[str]:

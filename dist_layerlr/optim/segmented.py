@@ -18,6 +18,7 @@ build AdamW with ``fused=True``, and slices of equal rate that touch are stepped
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
@@ -171,6 +172,9 @@ class Segmented(Optimizer):
         rows: list[OwnerViews] = []
         if self._one_state:
             # A load replaces the outer mapping, so the inner optimizer is given it at every step.
+            # Optimizers look up missing entries in it, which only a defaultdict has.
+            if not isinstance(self.state, defaultdict):
+                self.state = defaultdict(dict, self.state)
             self.inner.state = self.state
         else:
             rows = self._rows_to_step()

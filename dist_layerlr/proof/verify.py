@@ -88,9 +88,11 @@ def verify(
         found = live_pieces(sharder, optimizer)
         live = live_params(found)
         expected = factor_in_force(found) if factor is None else factor
-        if factor is None and expected > 1.0 + _ROUNDING:
+        if factor is None and not 0.0 <= expected <= 1.0 + _ROUNDING:
             problems.append(("factor", f"the groups are at {expected:g} x their initial_lr"))
             expected = 1.0  # No schedule does that: compare with the plan itself.
+        if factor is None and expected == 0.0:
+            problems += _schedule_problems(plan, live)
         problems += _local_problems(plan, found, live, expected, _default_decay(model, optimizer))
     if factor is None:
         _check_one_factor(expected)
@@ -104,6 +106,17 @@ def verify(
         digest=plan.digest,
         step_factor=expected,
     )
+
+
+def _schedule_problems(plan: Plan, live: Mapping[str, LiveParam]) -> list[Problem]:
+    """At a multiplier of 0 no live rate tells which one the schedule multiplies: compare that."""
+    problems: list[Problem] = []
+    for name, entry in plan.entries.items():
+        initial = live[name].initial_lr if name in live else None
+        if initial is not None and not math.isclose(initial, entry.lr, rel_tol=_ROUNDING):
+            text = f"{name}: planned lr {entry.lr:.6g}, a schedule multiplies {initial:.6g}"
+            problems.append(("lr", text))
+    return problems
 
 
 def _check_one_factor(factor: float) -> None:

@@ -92,6 +92,32 @@ def test_a_schedule_that_one_rank_alone_has_stepped_is_refused_on_all(at: At) ->
 
 
 @cases
+def test_every_step_of_a_warmup_is_read_exactly(at: At) -> None:
+    driver = Native(fsdp2, RECIPE)
+    for steps in (6, 7, 13):
+        warmup = Schedule(kind="cosine", warmup_steps=steps, total_steps=3 * steps)
+        schedule = PlanSchedule(driver.optimizer, warmup)
+        for _ in range(2 * steps):
+            proof = verify(driver.plan, driver.model, driver.optimizer)
+            assert proof.step_factor == pytest.approx(schedule.factor, rel=1e-12)
+            schedule.step()
+
+
+@cases
+def test_a_multiplier_of_zero_or_below_hides_no_wrong_rate(at: At) -> None:
+    driver = Native(lambda model: model, RECIPE)
+    scale_lrs(driver.optimizer, 0.0)
+    assert verify(driver.plan, driver.model, driver.optimizer).step_factor == 0.0
+    driver.optimizer.param_groups[0]["initial_lr"] *= 2.0
+    with pytest.raises(PlanMismatch, match="a schedule multiplies"):
+        verify(driver.plan, driver.model, driver.optimizer)
+    driver.optimizer.param_groups[0]["initial_lr"] /= 2.0
+    scale_lrs(driver.optimizer, -0.5)
+    with pytest.raises(PlanMismatch, match="-0.5 x their initial_lr"):
+        verify(driver.plan, driver.model, driver.optimizer)
+
+
+@cases
 def test_the_effect_check_reads_the_multiplier_too(at: At) -> None:
     driver = Native(fsdp2, RECIPE)
     scale_lrs(driver.optimizer, 0.25)

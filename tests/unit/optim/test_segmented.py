@@ -355,3 +355,14 @@ def test_reapply_after_a_load_puts_the_outer_multiplier_back_too() -> None:
     with dl.effect_check(plan, net, second, factor=0.5) as observed:
         second.step()
     assert observed["blocks.0.attn.to_q.weight"] == pytest.approx(0.5 * 4e-3, rel=0.02)
+
+
+def test_state_that_somebody_replaced_by_a_plain_dict_is_stepped_on() -> None:
+    net = torch.nn.Linear(3, 3)
+    plan = dl.plan_model(net, {"learning_rate": 1e-3})
+    optimizer = dl.attach(plan, net, torch.optim.AdamW, emission="segmented")
+    for _ in range(2):
+        net(torch.ones(3)).sum().backward()
+        optimizer.step()
+        optimizer.state = dict(optimizer.state)  # type: ignore[assignment]
+        optimizer.state.clear()
