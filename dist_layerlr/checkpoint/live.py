@@ -16,8 +16,7 @@ from dist_layerlr.checkpoint.index import OPTIM, RNG, SAMPLE, SAMPLES, WEIGHT, I
 from dist_layerlr.checkpoint.manifest import Manifest, TensorRecord
 from dist_layerlr.checkpoint.rng import read_rng
 from dist_layerlr.errors import CheckpointError
-from dist_layerlr.optim.groups import INITIAL_LR, LR
-from dist_layerlr.optim.readback import live_pieces
+from dist_layerlr.optim.readback import factor_in_force, live_pieces
 from dist_layerlr.optim.segmented import Segmented
 from dist_layerlr.plan.names import parse
 from dist_layerlr.sharders import Piece, Pieces, Sharder, Weight, sharder_of
@@ -56,13 +55,8 @@ class Live:
 
     @property
     def factor(self) -> float:
-        """The schedule's multiplier: what the live rates are of their initial ones."""
-        for piece in self.found.pieces:
-            initial = piece.group.get(INITIAL_LR, 0.0)
-            # A planned rate of 0 says nothing about the multiplier.
-            if initial:
-                return float(piece.group[LR]) / float(initial)
-        return 1.0
+        """The schedule's multiplier that is in force."""
+        return factor_in_force(self.found)
 
 
 def look(model: nn.Module, optimizer: Any) -> Live:

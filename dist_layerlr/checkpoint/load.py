@@ -114,7 +114,7 @@ def load_checkpoint(
         random, spans = alike(lambda: _targets(job))
         _fill(job, [random, *spans])
         # Low-precision copies are made from the masters that have just been read.
-        alike(lambda: job.live.sharder.refresh(optimizer))
+        alike(lambda: job.live.sharder.refresh())
         # 4. The rates, after everything that may have brought old ones: scheduler, optimizer state.
         multiplier = alike(lambda: _multiplier(given.values(), job.manifest, factor))
         # ``reapply`` walks the live optimizer again, because an object of the caller may have put

@@ -177,7 +177,7 @@ class Sharder(ABC):
         """
         return self.weights()
 
-    def refresh(self, optimizer: Any = None) -> None:  # noqa: B027 - most sharders keep no copies
+    def refresh(self) -> None:  # noqa: B027 - most sharders keep no copies
         """Bring the copies that the sharder keeps in line with the weights, or with its masters.
 
         Collective. Call it after writing into ``weights`` or ``pieces``.

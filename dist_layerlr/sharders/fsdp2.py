@@ -91,7 +91,7 @@ class Fsdp2Sharder(Sharder):
             )
         return found + buffers(self.model)
 
-    def refresh(self, optimizer: Any = None) -> None:
+    def refresh(self) -> None:
         """Drop what is gathered, if anything is: the next forward gathers it anew."""
         self.reshard()
 

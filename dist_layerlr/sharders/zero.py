@@ -103,7 +103,7 @@ class ZeroSharder(Sharder):
             for true in _masters(weight, masters.get(weight.name, []))
         ]
 
-    def refresh(self, optimizer: Any = None) -> None:
+    def refresh(self) -> None:
         """Masters into the low-precision parameters, on every rank.
 
         Raises:

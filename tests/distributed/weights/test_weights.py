@@ -98,7 +98,7 @@ def check_one(name: str) -> None:
         value.tensor.mul_(0.5)
         value.write_home()
     if name in NATIVE:
-        sharder_of(driver.model).refresh(driver.optimizer)
+        sharder_of(driver.model).refresh()
         assert all(torch.equal(value, wanted[key] / 2) for key, value in driver.full().items())
 
 
@@ -113,7 +113,7 @@ def check_refresh(name: str) -> None:
     for weight in sharder.weights():
         if not weight.trainable:
             weight.tensor.mul_(0.5)
-    sharder.refresh(None)
+    sharder.refresh()
     after = assembled(driver)
     assert all(torch.equal(after[key], before[key] / 2) for key in before), name
     inputs = torch.randn(2, 7)
