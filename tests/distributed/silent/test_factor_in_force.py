@@ -176,10 +176,11 @@ def test_naive_an_optimizer_made_after_an_evaluation_holds_gathered_tensors(at: 
 
 @cases
 def test_fsdp2_is_attached_proven_clipped_and_read_after_an_evaluation(at: At) -> None:
-    for after in (True, 2):
+    # By default the root stays gathered; with False every unit does.
+    for policy in ({}, {"reshard_after_forward": False}):
         model = RECIPE.model()
         plan = dist_layerlr.plan_model(model, RECIPE.config)
-        model = fsdp2(model, reshard_after_forward=after)
+        model = fsdp2(model, **policy)
         without_backward(model)
         optimizer = dist_layerlr.attach(plan, model, RECIPE.make)
         without_backward(model)
