@@ -21,8 +21,10 @@ from dist_layerlr.plan.entries import GroupSpec, Plan, PlanEntry, Shape
 
 RATES = (1e-3, 5e-3)
 """Each kind of group is there twice, at these two rates."""
-STEPS = 5
-"""Enough for optimizers whose first steps are special: no update yet, or no momentum yet."""
+STEPS = 32
+"""Some optimizers precondition, or move at all, from their tenth or twenty-fifth step on."""
+FEW = 5
+"""Steps of the larger scratch parameters, and of other precisions."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -51,7 +53,7 @@ class Scratch:
     weights: Tensor
     """Of all elements, at the start."""
     gradients: Tensor
-    """(STEPS, elements)."""
+    """(steps, elements)."""
 
     @property
     def plan(self) -> Plan:
@@ -71,6 +73,7 @@ def make_scratch(
     kinds: Sequence[tuple[str, float | None]],
     shapes: Iterable[Shape],
     *,
+    steps: int,
     dtype: torch.dtype,
     device: torch.device,
 ) -> Scratch:
@@ -79,13 +82,14 @@ def make_scratch(
     Args:
         kinds: (name, weight decay) of each kind of group.
         shapes: of the parameters.
+        steps: number of gradients.
         dtype: of weights and gradients.
         device: where they lie.
     """
     shapes = list(shapes)
     generator = torch.Generator().manual_seed(0)  # ranks must try the same thing
     weights = [torch.randn(shape, generator=generator) / 2 for shape in shapes]
-    gradients = [_gradients(weight, generator) for weight in weights]
+    gradients = [_gradients(weight, steps, generator) for weight in weights]
     groups: list[GroupSpec] = []
     parts: list[Part] = []
     begin = 0
@@ -105,25 +109,25 @@ def make_scratch(
         groups=tuple(groups),
         parts=tuple(parts),
         weights=torch.cat([w.reshape(-1) for w in weights] * len(groups)).to(device, dtype),
-        gradients=torch.cat([g.reshape(STEPS, -1) for g in gradients] * len(groups), dim=1).to(
+        gradients=torch.cat([g.reshape(steps, -1) for g in gradients] * len(groups), dim=1).to(
             device, dtype
         ),
     )
 
 
-def _gradients(weight: Tensor, generator: torch.Generator) -> Tensor:
+def _gradients(weight: Tensor, steps: int, generator: torch.Generator) -> Tensor:
     """One gradient per step, as unlike one another as those of a training may be.
 
     Optimizers that mix elements often do so in some regimes only: they clip large updates, or
     project a gradient that is at right angles to its weight.
     """
-    shape = (STEPS, *weight.shape)
     # Rows differ by two orders of magnitude, and so do steps: halves of a tensor then differ in
     # every mean, norm and maximum.
-    rows = (STEPS, *weight.shape[:1], *[1] * max(0, weight.ndim - 1))
+    rows = (steps, *weight.shape[:1], *[1] * max(0, weight.ndim - 1))
     scale = 10.0 ** (torch.rand(rows, generator=generator) * 2 - 1)
-    steps = torch.tensor([0.3, 3.0, 1.0, 0.1, 1.0]).reshape(STEPS, *[1] * weight.ndim)
-    found = torch.randn(shape, generator=generator) * scale * steps
+    sizes = torch.tensor([0.3, 3.0, 1.0, 0.1, 1.0]).repeat(steps)[:steps]
+    found = torch.randn((steps, *weight.shape), generator=generator) * scale
+    found *= sizes.reshape(steps, *[1] * weight.ndim)
     if weight.ndim > 1:
         found[1] -= weight * ((found[1] * weight).sum() / weight.square().sum())
         inner = tuple(range(1, weight.ndim))

@@ -17,7 +17,6 @@ from torch.optim import Optimizer
 
 from dist_layerlr.optim.groups import INITIAL_LR, LR, NAME, WEIGHT_DECAY, split_by_mesh
 from dist_layerlr.optim.scratch import (
-    STEPS,
     Part,
     Rank,
     Scratch,
@@ -121,18 +120,27 @@ def shapes_on_meshes(placed: Iterable[Placed]) -> list[Shape]:
     return shapes
 
 
-def stepped(make: MakeOptimizer, scratch: Scratch, way: Way) -> Tensor:
-    """The vector of all scratch weights after ``STEPS`` steps the given way.
+@dataclass(frozen=True, kw_only=True)
+class Trained:
+    """Weights of all elements of a scratch."""
+
+    first: Tensor
+    """After the first step: some optimizers project the weights there, whatever the rate is."""
+    last: Tensor
+
+
+def stepped(make: MakeOptimizer, scratch: Scratch, way: Way) -> Trained:
+    """Train scratch parameters in the given way.
 
     Raises:
         Exception: whatever the optimizer raises.
     """
-    final = scratch.weights.clone()
+    found = Trained(first=scratch.weights.clone(), last=scratch.weights.clone())
     for ranks in _ranks(scratch, way):
         for rank in ranks:
             if rank:
-                _step_rank(make, scratch, rank, way, final)
-    return final
+                _step_rank(make, scratch, rank, way, found)
+    return found
 
 
 def _ranks(scratch: Scratch, way: Way) -> list[list[Rank]]:
@@ -153,28 +161,36 @@ def _ranks(scratch: Scratch, way: Way) -> list[list[Rank]]:
     return [[list(scratch.parts)]]
 
 
-def _step_rank(make: MakeOptimizer, scratch: Scratch, parts: Rank, way: Way, final: Tensor) -> None:
-    """Train what one rank holds, and write the result into ``final``."""
-    segmented = way.cut is Cut.SLICES
+def _step_rank(
+    make: MakeOptimizer, scratch: Scratch, parts: Rank, way: Way, found: Trained
+) -> None:
+    """Train what one rank holds, and write the result into ``found``."""
     owners = _owners(scratch, parts, way)
-    if segmented:
+    if way.cut is Cut.SLICES:
         optimizer: Optimizer = _segmented(make, scratch, owners)
     else:
         optimizer = make(_groups(scratch, owners))
     held = [list(group["params"]) for group in optimizer.param_groups]
-    for step in range(STEPS):
-        for turn in [[owner] for owner in owners] if way.turns else [owners]:
-            active = {id(owner) for _, owner in turn}
+    turns = [[owner] for owner in owners] if way.turns else [owners]
+    for step, gradients in enumerate(scratch.gradients):
+        for turn in turns:
             for part, owner in turn:
-                owner.grad = _like(scratch.gradients[step][part.places], owner)
+                owner.grad = _like(gradients[part.places], owner)
+            active = {id(owner) for _, owner in turn}
             for group, params in zip(optimizer.param_groups, held, strict=True):
+                # As DeepSpeed does: what is not stepped in this turn is not in its group either.
                 group["params"] = [p for p in params if id(p) in active or not way.turns]
             optimizer.step()
             for _, owner in turn:
                 owner.grad = None
+        if step in (0, len(scratch.gradients) - 1):
+            _write(owners, found.last if step else found.first)
+
+
+def _write(owners: Owners, into: Tensor) -> None:
     for part, owner in owners:
         value = owner.detach()
-        final[part.places] = value.full_tensor() if isinstance(value, DTensor) else value
+        into[part.places] = value.full_tensor() if isinstance(value, DTensor) else value
 
 
 Owners = list[tuple[Part, nn.Parameter]]

@@ -127,7 +127,7 @@ USERS: dict[str, Make] = {
     "one rate for all": OneRate,
     "Adafactor renamed": _named(torch.optim.Adafactor, "Adam"),
     "NAdam with betas by group": lambda groups: torch.optim.NAdam(
-        [{**g, "betas": (0.9 - 0.05 * i, 0.99)} for i, g in enumerate(groups)]
+        [{**g, "betas": (0.9 if g["lr"] > 2e-3 else 0.8, 0.99)} for g in groups]
     ),
 }
 _TORCH = (
