@@ -234,6 +234,9 @@ def _compare(subject: _Subject, scratch: Scratch, way: Way) -> Verdict:
         # What fails on scratch parameters may train the real ones (pairs of LoRA matrices, or
         # gradients with a graph), and says so in its first step if it does not. But nothing is
         # known of how it could be cut. A closure nobody gives: no trainer of ours, or DeepSpeed's.
+        one_rate = replace(scratch, groups=tuple(replace(g, lr=RATES[0]) for g in scratch.groups))
+        if _attempt(subject, one_rate, Way(cut=Cut.WHOLE))[0] is not None:
+            return found(fault=f"it trains at one learning rate; at two {problem}")
         unknown = way.cut is Cut.WHOLE or subject.is_rebuilt
         if unknown and "closure" not in str(problem).lower():
             return found(tried=False)
@@ -253,7 +256,8 @@ def _attempt(subject: _Subject, scratch: Scratch, way: Way) -> tuple[Trained | N
         with _quiet():
             return stepped(subject.make, scratch, way), None
     except Exception as error:
-        return None, f"it raised {type(error).__name__}: {error}"
+        first = str(error).partition("\n")[0]
+        return None, f"it raised {type(error).__name__}: {first[:160]}"
 
 
 @contextlib.contextmanager

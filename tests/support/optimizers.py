@@ -23,8 +23,21 @@ def from_package(package: str, kind: str, **settings: Any) -> Make:
     return make
 
 
+def in_train_mode(make: Make) -> Make:
+    """Schedule-free optimizers must be told that they train."""
+
+    def told(groups: Any) -> torch.optim.Optimizer:
+        optimizer: Any = make(groups)
+        optimizer.train()
+        return optimizer  # type: ignore[no-any-return]
+
+    return told
+
+
 def is_installed(package: str) -> bool:
-    return importlib.util.find_spec(package.partition(".")[0]) is not None
+    """Whether it can be imported; timm's optimizers need torchvision besides."""
+    needed = [package, "torchvision"] if package == "timm" else [package]
+    return all(importlib.util.find_spec(name) is not None for name in needed)
 
 
 class ClippedByNorm(torch.optim.AdamW):
@@ -83,7 +96,7 @@ class CountsInGroup(torch.optim.Optimizer):
                 mean = self.state[param].setdefault("mean", torch.zeros_like(param))
                 mean.mul_(0.9).add_(param.grad, alpha=0.1)
                 correction = 1 - 0.9 ** group["steps"]
-                param.sub_((mean / correction).sign(), alpha=float(group["lr"]))
+                param.sub_(mean / correction, alpha=float(group["lr"]))
 
 
 class Wrapper(torch.optim.Optimizer):
@@ -135,10 +148,10 @@ _TORCH = (
 ).split()
 _PYTORCH_OPTIMIZER = (
     "A2Grad ADOPT AdaBelief AdaBound AdaDelta AdaHessian AdaMod AdaNorm AdaPNM AdaSmooth AdaFactor"
-    " Adai Adalite AdamMini AdamP AdamS AdamC AdamW AdaShift AdEMAMix SimplifiedAdEMAMix AvaGrad"
-    " Adan BSAM CAME Conda DAdaptAdam DAdaptLion DiffGrad FAdam Fira Grams Gravity Lamb LaProp LARS"
-    " Lion MADGRAD MARS MSVAG Nero NovoGrad PAdam PID Prodigy QHAdam QHM RAdam Ranger Ranger21"
-    " ScalableShampoo ScheduleFreeAdamW ScheduleFreeSGD SGDP SGDW SignSGD SM3 SOAP SophiaH"
+    " Adai Adalite AdamP AdamS AdamC AdamW AdaShift AdEMAMix SimplifiedAdEMAMix AvaGrad"
+    " Adan CAME Conda DAdaptAdam DAdaptLion DiffGrad FAdam Fira Grams Gravity Lamb LaProp LARS"
+    " Lion MADGRAD MARS MSVAG Nero NovoGrad PAdam PID Prodigy QHAdam QHM RAdam Ranger"
+    " ScalableShampoo ScheduleFreeAdamW ScheduleFreeSGD SGDP SGDW SignSGD SM3 SOAP"
     " SPlus SRMM StableAdamW SWATS Tiger VSGD Yogi Kron EmoNavi FOCUS Shampoo AccSGD AggMo"
     " RACS Alice SCION Ano Amos SPAM StableSPAM TAM AdaTAM APOLLO GaLore Emofact SNSM"
 ).split()
@@ -159,16 +172,12 @@ PACKAGES: dict[str, Make] = {
         "transformers.optimization", "Adafactor", relative_step=False, warmup_init=False
     ),
     "lion_pytorch Lion": from_package("lion_pytorch", "Lion"),
-    "lion_pytorch Lion, cautious": from_package("lion_pytorch", "Lion", cautious_factor=0.1),
     "prodigyopt Prodigy": from_package("prodigyopt", "Prodigy"),
-    "schedulefree AdamW": from_package("schedulefree", "AdamWScheduleFree"),
-    "schedulefree SGD": from_package("schedulefree", "SGDScheduleFree"),
-    "schedulefree RAdam": from_package("schedulefree", "RAdamScheduleFree"),
-    "came_pytorch CAME": from_package("came_pytorch", "CAME"),
+    "schedulefree AdamW": in_train_mode(from_package("schedulefree", "AdamWScheduleFree")),
+    "schedulefree SGD": in_train_mode(from_package("schedulefree", "SGDScheduleFree")),
+    "schedulefree RAdam": in_train_mode(from_package("schedulefree", "RAdamScheduleFree")),
+    "came_pytorch CAME": from_package("came_pytorch", "CAME", lr=1e-3),
     "dadaptation Adam": from_package("dadaptation", "DAdaptAdam"),
-    "adabelief_pytorch AdaBelief": from_package(
-        "adabelief_pytorch", "AdaBelief", print_change_log=False
-    ),
     **{
         f"timm {name}": from_package("timm.optim", name)
         for name in ("Lamb", "LaProp", "NAdamW", "AdamP", "Adan", "Mars", "Lion", "NvNovoGrad")
