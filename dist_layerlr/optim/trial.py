@@ -210,6 +210,8 @@ def _scratches(subject: _Subject, way: Way) -> Iterator[tuple[Scratch, Way]]:
         return make_scratch(kinds, shapes, steps=steps, dtype=dtype, device=subject.device)
 
     shapes = [_SMALL.get(n, (4, 3, *[2] * (n - 2))) for n in subject.ndims]
+    if way.turns and len(shapes) == 1:
+        shapes *= 2  # so that each turn has a parameter of every group
     large, matrices = [BLOCKS], way
     if way.cut is Cut.DTENSORS:
         shapes = shapes_on_meshes(way.placed)

@@ -199,8 +199,8 @@ Owners = list[tuple[Part, nn.Parameter]]
 def _owners(scratch: Scratch, parts: Rank, way: Way) -> Owners:
     """The optimizer's parameters."""
     if way.cut is Cut.SLICES:
-        # Sub-groups, each a flat tensor that several parameters of several groups share.
-        cuts = [parts[: len(parts) // 2], parts[len(parts) // 2 :]] if way.turns else [parts]
+        # Sub-groups, each a flat tensor that parameters of all groups share: every other one.
+        cuts = [parts[::2], parts[1::2]] if way.turns else [parts]
         parts = [joined(cut) for cut in cuts if cut]
     owners: Owners = []
     for number, part in enumerate(parts):
