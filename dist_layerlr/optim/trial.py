@@ -86,13 +86,21 @@ def try_out(
         owners: what the optimizer holds.
         shapes: of the model's whole trainable parameters; the same on all ranks.
     """
-    inner = optimizer
+    distinct = list({id(owner): owner for owner in owners}.values())
     segmented = isinstance(optimizer, Segmented)
+    return try_way(
+        optimizer, Way.of(layout, distinct, len(shapes), segmented=segmented), distinct, shapes
+    )
+
+
+def try_way(
+    optimizer: Any, way: Way, owners: Sequence[Tensor], shapes: Sequence[Shape]
+) -> Verdict:
+    """As ``try_out``, in a given way. Collective; never raises."""
+    inner = optimizer
     if isinstance(optimizer, Segmented) and optimizer.inner is not None:
         inner = optimizer.inner
-    distinct = list({id(owner): owner for owner in owners}.values())
-    way = Way.of(layout, distinct, len(shapes), segmented=segmented)
-    subject = _Subject.of(optimizer, inner, distinct, shapes)
+    subject = _Subject.of(optimizer, inner, owners, shapes)
     key = (subject.key, way)
     found = _SEEN.get(key)
     # A trial on DTensors is collective: if one rank makes it, all must.
