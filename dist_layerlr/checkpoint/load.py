@@ -44,7 +44,7 @@ from dist_layerlr.checkpoint.storage import ShardReader, broken
 from dist_layerlr.errors import CheckpointError, LayerLRError
 from dist_layerlr.optim.groups import INITIAL_LR, LR
 from dist_layerlr.optim.schedule import PlanSchedule
-from dist_layerlr.optim.validate import torch_scheduler
+from dist_layerlr.optim.schedulers import torch_scheduler
 from dist_layerlr.plan.entries import Plan
 from dist_layerlr.proof.reapply import reapply
 from dist_layerlr.proof.verify import Proof, verify

@@ -10,7 +10,7 @@ from torch.optim import Optimizer
 
 from dist_layerlr import fields
 from dist_layerlr.errors import PlanMismatch
-from dist_layerlr.optim.groups import build_groups, split_by_mesh
+from dist_layerlr.optim.groups import adopt, build_groups, split_by_mesh
 from dist_layerlr.optim.segmented import MakeOptimizer, Segmented
 from dist_layerlr.optim.validate import check_optimizer
 from dist_layerlr.plan.entries import Plan
@@ -87,4 +87,6 @@ def _build(plan: Plan, sharder: Sharder, make: MakeOptimizer, in_segments: bool)
         owners = {id(s.owner): s.owner for s in slices}
         return Segmented(plan, owners.values(), make, slices)
     groups = build_groups(plan, {s.name: s.owner for s in slices})
-    return make([part for group in groups for part in split_by_mesh(group)])
+    optimizer = make([part for group in groups for part in split_by_mesh(group)])
+    adopt(plan, optimizer)
+    return optimizer
