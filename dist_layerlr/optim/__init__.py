@@ -3,6 +3,8 @@
 from dist_layerlr.optim.attach import attach as attach
 from dist_layerlr.optim.attach import bind as bind
 from dist_layerlr.optim.clip import clip_grad_norm as clip_grad_norm
+from dist_layerlr.optim.follow import Follower as Follower
+from dist_layerlr.optim.follow import follow as follow
 from dist_layerlr.optim.groups import param_groups as param_groups
 from dist_layerlr.optim.groups import scale_lrs as scale_lrs
 from dist_layerlr.optim.readback import optimizer_state as optimizer_state

@@ -19,6 +19,7 @@ from dist_layerlr.optim.groups import (
     LR,
     default_lr,
     innermost,
+    is_optimizer,
     planned_rates,
     put_back,
     settings_of,
@@ -69,10 +70,7 @@ def check_scheduler(scheduler: Any, *, steps: int | None = None) -> None:
         fields.integer(1)("steps", steps)
     problem = problem_of(scheduler, steps)
     if problem is not None:
-        raise ConfigError(
-            f"Invalid scheduler {_label(scheduler, steps)}: {problem}{_settings(scheduler)}."
-            f" {_ADVICE}."
-        )
+        raise ConfigError(f"Invalid scheduler {_label(scheduler, steps)}: {problem}. {_ADVICE}.")
 
 
 def torch_scheduler(scheduler: Any) -> LRScheduler | None:
@@ -211,19 +209,37 @@ def _absolute_end(copier: Copier, optimizer: Any) -> str | None:
 
 def _label(scheduler: Any, steps: int | None) -> str:
     """The class, and the one inside it that is to blame where that can be told."""
-    name = type(scheduler).__name__
+    inside = getattr(scheduler, "scheduler", None)
+    if is_scheduler(inside):
+        return _label(inside, steps)
     blamed = [part for part in nested(scheduler) if problem_of(part, steps) is not None]
-    return f"{name} (its {type(blamed[-1]).__name__})" if blamed else name
+    return _named(scheduler) + (f" (its {_named(blamed[-1])})" if blamed else "")
 
 
-def _settings(scheduler: Any) -> str:
-    """Absolute rates among the settings, which are what mostly breaks ratios."""
+def _named(scheduler: Any) -> str:
+    """``CosineAnnealingLR(eta_min=0.0001)``: absolute rates are what mostly breaks ratios."""
     shown: list[str] = []
+    for name in _ABSOLUTE:
+        value = getattr(scheduler, name, None)
+        if isinstance(value, (list, tuple)) and any(value):
+            shown.append(f"{name}=[{', '.join(f'{float(rate):g}' for rate in value[:3])}]")
+        elif isinstance(value, float) and value:
+            shown.append(f"{name}={value:g}")
+    name = type(scheduler).__name__
+    return f"{name}({', '.join(shown)})" if shown else name
+
+
+def rebase(scheduler: Any) -> None:
+    """Give a torch scheduler, and those inside it, the rates of the plan in force.
+
+    Its saved state brings back the old plan's base rates, in the old plan's order of groups.
+    """
     for part in (scheduler, *nested(scheduler)):
-        for name in _ABSOLUTE:
-            value = getattr(part, name, None)
-            if isinstance(value, (list, tuple)):
-                value = [round(float(v), 12) for v in value[:3]] if any(value) else None
-            if value:
-                shown.append(f"{name}={value}")
-    return f" (its absolute rates: {', '.join(dict.fromkeys(shown))})" if shown else ""
+        optimizer = getattr(part, "optimizer", None)
+        if optimizer is None or not is_optimizer(optimizer):
+            continue
+        # Beside ``max_lrs``, which are absolute, base rates are no group's but the lower bound.
+        if hasattr(part, "base_lrs") and not hasattr(part, "max_lrs"):
+            part.base_lrs = [group[INITIAL_LR] for group in optimizer.param_groups]
+        # get_last_lr() reports this until the next step.
+        part._last_lr = [group[LR] for group in optimizer.param_groups]
