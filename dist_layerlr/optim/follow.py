@@ -7,7 +7,7 @@ from typing import Any
 
 from dist_layerlr import fields
 from dist_layerlr.errors import ConfigError
-from dist_layerlr.optim.groups import INITIAL_LR, LR, default_lr, innermost
+from dist_layerlr.optim.groups import LR, default_lr, innermost
 from dist_layerlr.optim.schedule import RateDriver
 from dist_layerlr.optim.schedulers import problem_of
 from dist_layerlr.optim.scratch import Scratch
@@ -24,8 +24,8 @@ class Follower(RateDriver):
         live = innermost(self.optimizer)
         self.base_lr = _base_of(live, base_lr)
         """What the scheduler sees as the optimizer's only rate."""
-        group = {LR: self.base_lr, INITIAL_LR: self.base_lr}
-        self._scratch = Scratch([group], {**getattr(live, "defaults", {}), LR: self.base_lr})
+        defaults = {**getattr(live, "defaults", {}), LR: self.base_lr}
+        self._scratch = Scratch([{LR: self.base_lr}], defaults)
         self._scheduler = make_scheduler(self._scratch)
         problem = problem_of(self._scheduler, base=self.base_lr)
         if problem is not None:

@@ -107,16 +107,19 @@ def adopt(plan: Plan, optimizer: Any) -> None:
 def default_lr(optimizer: Any) -> float | None:
     """The rate that an optimizer was told to be built for, and that absolute rates are relative to.
 
-    None: nobody said it, and no group is at the one that its class falls back to.
+    None: nobody said it, or what was said (an ``lr=1.0`` that every group overrides) is no rate of
+    this plan.
     """
     live = innermost(optimizer)
     stated = getattr(live, "defaults", {}).get(LR)
     if stated is None:
         return None
-    fallback = inspect.signature(type(live)).parameters.get(LR)
-    if fallback is None or stated != fallback.default or live in _PLANS:
+    rates = planned_rates(live)
+    if live in _PLANS or float(stated) in rates:
         return float(stated)
-    return float(stated) if float(stated) in planned_rates(live) else None
+    fallback = inspect.signature(type(live)).parameters.get(LR)
+    silent = fallback is not None and stated == fallback.default
+    return None if silent or not min(rates) <= float(stated) <= max(rates) else float(stated)
 
 
 def planned_rates(optimizer: Any) -> list[float]:

@@ -200,9 +200,9 @@ def _absolute_end(copier: Copier, optimizer: Any) -> str | None:
     for name, value in copier.rates:
         if name in _DEFAULT_RATE and value == innermost(optimizer).defaults.get(LR):
             return (
-                f"it measures its end against {name}={value:g}, the default of the optimizer's"
-                " class, at which no group is planned. Build the optimizer with attach, or with an"
-                " lr, before the scheduler"
+                f"it measures its end against {name}={value:g}, the optimizer's default rate, at"
+                " which no group is planned. Build the optimizer with attach, or with an lr that is"
+                " planned, before the scheduler"
             )
     return None
 
