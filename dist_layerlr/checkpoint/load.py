@@ -44,7 +44,8 @@ from dist_layerlr.checkpoint.storage import ShardReader, broken
 from dist_layerlr.errors import CheckpointError, LayerLRError
 from dist_layerlr.optim.follow import Follower
 from dist_layerlr.optim.schedule import PlanSchedule
-from dist_layerlr.optim.schedulers import rebase, torch_scheduler
+from dist_layerlr.optim.schedulers import rebase as _rebase
+from dist_layerlr.optim.schedulers import torch_scheduler
 from dist_layerlr.plan.entries import Plan
 from dist_layerlr.proof.reapply import reapply
 from dist_layerlr.proof.verify import Proof, verify
@@ -317,7 +318,7 @@ def _finish(
     for target in given:
         scheduler = torch_scheduler(target)
         if scheduler is not None:
-            rebase(scheduler)
+            _rebase(scheduler)
     restore_engine(model, job.manifest.sharder_state)
     _restore_rng(random, job.manifest.ranks, ranks.rank())
     return without_state(job.states)
