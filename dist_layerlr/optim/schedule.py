@@ -11,8 +11,9 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
+from dist_layerlr.errors import ConfigError
 from dist_layerlr.fields import integer, number, one_of, setting
-from dist_layerlr.optim.groups import LR, scale_lrs
+from dist_layerlr.optim.groups import INITIAL_LR, LR, scale_lrs
 from dist_layerlr.optim.pace import Pace
 
 KINDS = ("constant", "linear", "cosine")
@@ -56,10 +57,21 @@ class RateDriver:
     """
 
     def __init__(self, optimizer: Any):
-        """Drive the groups of a torch optimizer, a wrapper of one, or a DeepSpeed engine."""
+        """Drive the groups of a torch optimizer, a wrapper of one, or a DeepSpeed engine.
+
+        Raises:
+            ConfigError: a group does not say what a factor would multiply.
+        """
         self._optimizer = (
             optimizer.optimizer if hasattr(optimizer, "zero_optimization_stage") else optimizer
         )
+        for place, group in enumerate(self._optimizer.param_groups):
+            if INITIAL_LR not in group:
+                raise ConfigError(
+                    f"Invalid optimizer for a schedule: group {place} has no {INITIAL_LR!r}, the"
+                    " planned rate that a schedule multiplies. Build the optimizer with attach, or"
+                    " its groups with param_groups."
+                )
         self._pace = Pace(self._optimizer)
 
     @property

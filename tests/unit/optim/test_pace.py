@@ -91,3 +91,10 @@ def test_trainers_find_the_optimizer_and_the_rates_of_a_schedule():
     assert schedule.optimizer is optimizer
     assert schedule.get_last_lr() == [group["lr"] for group in optimizer.param_groups]
     assert schedule.get_last_lr()[0] == optimizer.param_groups[0]["initial_lr"] * 0.999
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_a_group_that_nobody_planned_is_refused(name: str):
+    optimizer = torch.optim.AdamW(make_model().parameters(), lr=1e-3)
+    with pytest.raises(ConfigError, match="group 0 has no 'initial_lr'.*attach"):
+        CALLS[name](optimizer, None)
