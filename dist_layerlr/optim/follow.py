@@ -7,10 +7,10 @@ from typing import Any
 
 from dist_layerlr import fields
 from dist_layerlr.errors import ConfigError
-from dist_layerlr.optim.groups import LR, default_lr, innermost
+from dist_layerlr.optim.groups import LR, default_lr, unwrap
 from dist_layerlr.optim.schedule import RateDriver
 from dist_layerlr.optim.schedulers import problem_of
-from dist_layerlr.optim.scratch import Scratch
+from dist_layerlr.optim.rehearsal import StandIn
 
 
 class Follower(RateDriver):
@@ -21,11 +21,11 @@ class Follower(RateDriver):
     ):
         """Build the scheduler on a scratch optimizer, and put its first rate in force."""
         super().__init__(optimizer)
-        live = innermost(self.optimizer)
+        live = unwrap(self.optimizer)
         self.base_lr = _base_of(live, base_lr)
         """What the scheduler sees as the optimizer's only rate."""
         defaults = {**getattr(live, "defaults", {}), LR: self.base_lr}
-        self._scratch = Scratch([{LR: self.base_lr}], defaults)
+        self._scratch = StandIn([{LR: self.base_lr}], defaults)
         self._scheduler = make_scheduler(self._scratch)
         problem = problem_of(self._scheduler, base=self.base_lr)
         if problem is not None:

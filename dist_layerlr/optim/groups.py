@@ -77,8 +77,8 @@ def is_optimizer(value: Any) -> bool:
     return isinstance(getattr(value, "param_groups", None), list)
 
 
-def innermost(optimizer: Any) -> Any:
-    """The optimizer inside the wrappers of trainers and sharders."""
+def unwrap(optimizer: Any) -> Any:
+    """The optimizer inside the wrappers of trainers and engines; what is none stays as it is."""
     while is_optimizer(inner := getattr(optimizer, "optimizer", None)):
         optimizer = inner
     return optimizer
@@ -110,7 +110,7 @@ def default_lr(optimizer: Any) -> float | None:
     None: nobody said it, or what was said (an ``lr=1.0`` that every group overrides) is no rate of
     this plan.
     """
-    live = innermost(optimizer)
+    live = unwrap(optimizer)
     stated = getattr(live, "defaults", {}).get(LR)
     if stated is None:
         return None
@@ -124,7 +124,7 @@ def default_lr(optimizer: Any) -> float | None:
 
 def planned_rates(optimizer: Any) -> list[float]:
     """The planned rate of each group: the plan's, where it is known, else the ``initial_lr``."""
-    live = innermost(optimizer)
+    live = unwrap(optimizer)
     plan = _PLANS.get(live) if isinstance(live, Optimizer) else None
     known = {spec.name: spec.lr for spec in plan.groups} if plan is not None else {}
     rates: list[float] = []

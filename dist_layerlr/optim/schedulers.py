@@ -18,13 +18,13 @@ from dist_layerlr.optim.groups import (
     INITIAL_LR,
     LR,
     default_lr,
-    innermost,
+    unwrap,
     is_optimizer,
     planned_rates,
     put_back,
     settings_of,
 )
-from dist_layerlr.optim.scratch import Copier, is_scheduler, nested, optimizer_of
+from dist_layerlr.optim.rehearsal import Copier, is_scheduler, nested, optimizer_of
 from dist_layerlr.optim.simulate import (
     Impossible,
     close,
@@ -129,7 +129,7 @@ def _judged(scheduler: Any, optimizer: Any, steps: int | None, base: float | Non
         if found is not None:
             return found
         copier = _copied(scheduler)
-        scratch = copier.scratch_of(optimizer)
+        scratch = copier.stand_in_of(optimizer)
         step, by_metric = stepper(copier.copy(scheduler), trend)
         run = run_of(scheduler, copier.numbers, steps, by_metric, len(planned))
         found = _absolute_end(copier, optimizer) or first_difference(
@@ -198,7 +198,7 @@ def _absolute_end(copier: Copier, optimizer: Any) -> str | None:
     if default_lr(optimizer) is not None:
         return None
     for name, value in copier.rates:
-        if name in _DEFAULT_RATE and value == innermost(optimizer).defaults.get(LR):
+        if name in _DEFAULT_RATE and value == unwrap(optimizer).defaults.get(LR):
             return (
                 f"it measures its end against {name}={value:g}, the optimizer's default rate, at"
                 " which no group is planned. Build the optimizer with attach, or with an lr that is"

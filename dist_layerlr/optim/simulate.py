@@ -15,7 +15,7 @@ from typing import Any
 from torch import Tensor
 
 from dist_layerlr.optim.groups import INITIAL_LR, LR, NAME
-from dist_layerlr.optim.scratch import Scratch, is_scheduler
+from dist_layerlr.optim.rehearsal import StandIn, is_scheduler
 
 SHORTEST, LONGEST = 100, 10_000
 """Steps of a simulation whose length nobody told."""
@@ -125,7 +125,7 @@ def _is_count(name: str) -> bool:
 
 
 def first_difference(
-    scratch: Scratch,
+    scratch: StandIn,
     planned: Sequence[float],
     step: Callable[[int], None],
     run: Run,
@@ -157,7 +157,7 @@ def first_difference(
 
 
 def _difference(
-    scratch: Scratch, planned: Sequence[float], rates: Sequence[float], tolerance: float
+    scratch: StandIn, planned: Sequence[float], rates: Sequence[float], tolerance: float
 ) -> str | None:
     """The first group that one multiplier in [0, 1] does not explain."""
     first = next((number for number, wanted in enumerate(planned) if wanted > 0.0), 0)
@@ -173,7 +173,7 @@ def _difference(
     return None
 
 
-def _rewritten(scratch: Scratch, planned: Sequence[float]) -> str | None:
+def _rewritten(scratch: StandIn, planned: Sequence[float]) -> str | None:
     for group, wanted in zip(scratch.param_groups, planned, strict=True):
         initial = float(group.get(INITIAL_LR, wanted))
         if not close(initial, wanted):
@@ -196,7 +196,7 @@ def group_name(group: Mapping[str, Any]) -> str:
     return repr(group[NAME]) if NAME in group else "without a name"
 
 
-def _told(scratch: Scratch, number: int, planned: float, rate: float) -> str:
+def _told(scratch: StandIn, number: int, planned: float, rate: float) -> str:
     group = scratch.param_groups[number]
     name = repr(group[NAME]) if NAME in group else str(number)
     times = f" (x {rate / planned:.6g})" if planned else ""

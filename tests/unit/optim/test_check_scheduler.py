@@ -14,7 +14,7 @@ from transformers import optimization as hf
 from dist_layerlr import attach, plan_model
 from dist_layerlr.errors import ConfigError
 from dist_layerlr.optim import check_scheduler, param_groups
-from dist_layerlr.optim.scratch import Copier
+from dist_layerlr.optim.rehearsal import Copier
 from tests.support.naive import CONFIG, make_model
 
 

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from dist_layerlr.optim.groups import innermost, is_optimizer
+from dist_layerlr.optim.groups import unwrap, is_optimizer
 
 _PLAIN = (bool, int, float, complex, str, bytes, type(None), type, types.ModuleType)
 _SHARED_FROM = 10_000
@@ -32,7 +32,7 @@ _COUNTERS = frozenset(
 _LONGEST = 10_000_000
 
 
-class Scratch(Optimizer):
+class StandIn(Optimizer):
     """An optimizer with given groups on parameters of one element; its steps do nothing."""
 
     step_was_skipped = False
@@ -52,7 +52,7 @@ class Scratch(Optimizer):
 
 
 # Torch's schedulers replace ``optimizer.step`` unless it says that one of them has done so.
-Scratch.step._wrapped_by_lr_sched = True  # type: ignore[attr-defined]
+StandIn.step._wrapped_by_lr_sched = True  # type: ignore[attr-defined]
 
 
 class _Synced:
@@ -73,7 +73,7 @@ class Copier:
         self._memo: dict[int, Any] = {}
         # An id names an object only as long as the object lives.
         self._alive: list[Any] = []
-        self._scratch: dict[int, Scratch] = {}
+        self._scratch: dict[int, StandIn] = {}
 
     def copy(self, value: Any, name: str = "") -> Any:
         """The copy of ``value``, which its owner calls ``name``."""
@@ -89,19 +89,19 @@ class Copier:
             self._memo.setdefault(id(value), made)
         return self._memo[id(value)]
 
-    def scratch_of(self, optimizer: Any) -> Scratch:
+    def stand_in_of(self, optimizer: Any) -> StandIn:
         """The scratch optimizer that stands for ``optimizer`` and every wrapper of it."""
         # Wrappers hand out the list of the optimizer inside them.
         groups = optimizer.param_groups
         if id(groups) not in self._scratch:
             self._alive.append(groups)
-            defaults = getattr(innermost(optimizer), "defaults", None)
-            self._scratch[id(groups)] = Scratch(groups, defaults or {})
+            defaults = getattr(unwrap(optimizer), "defaults", None)
+            self._scratch[id(groups)] = StandIn(groups, defaults or {})
         return self._scratch[id(groups)]
 
     def _made(self, value: Any, name: str) -> Any:
         if is_optimizer(value):
-            return self.scratch_of(value)
+            return self.stand_in_of(value)
         if isinstance(value, Tensor):
             return _detached(value)
         if isinstance(value, (list, tuple, dict, set, frozenset, deque)):
