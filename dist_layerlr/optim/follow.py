@@ -8,9 +8,9 @@ from typing import Any
 from dist_layerlr import fields
 from dist_layerlr.errors import ConfigError
 from dist_layerlr.optim.groups import LR, default_lr, unwrap
+from dist_layerlr.optim.rehearsal import StandIn
 from dist_layerlr.optim.schedule import RateDriver
 from dist_layerlr.optim.schedulers import problem_of
-from dist_layerlr.optim.rehearsal import StandIn
 
 
 class Follower(RateDriver):

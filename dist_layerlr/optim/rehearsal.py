@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from dist_layerlr.optim.groups import unwrap, is_optimizer
+from dist_layerlr.optim.groups import is_optimizer, unwrap
 
 _PLAIN = (bool, int, float, complex, str, bytes, type(None), type, types.ModuleType)
 _SHARED_FROM = 10_000

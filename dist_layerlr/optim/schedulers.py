@@ -18,11 +18,11 @@ from dist_layerlr.optim.groups import (
     INITIAL_LR,
     LR,
     default_lr,
-    unwrap,
     is_optimizer,
     planned_rates,
     put_back,
     settings_of,
+    unwrap,
 )
 from dist_layerlr.optim.rehearsal import Copier, is_scheduler, nested, optimizer_of
 from dist_layerlr.optim.simulate import (

@@ -63,6 +63,7 @@ class Segmented(Optimizer):
                 ``bind`` after it has.
         """
         self._plan, self._make = plan, make
+        self._slices: list[Slice] | None = None
         self._rows: list[OwnerViews] = []
         self._known: set[int] = set()
         self.inner: Optimizer | None = None
@@ -87,7 +88,7 @@ class Segmented(Optimizer):
         Raises:
             PlanMismatch: the names are not the plan's.
         """
-        slices = list(slices)
+        slices = self._slices = list(slices)
         group_number = {
             name: number for number, group in enumerate(self._plan.groups) for name in group.names
         }
@@ -105,6 +106,20 @@ class Segmented(Optimizer):
         self._places = {_place(piece) for piece in slices}
         self.defaults = {**self.inner.defaults, LR: base_lr(self._plan)}
         scale_lrs(self.inner, self.factor)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What a copy is made of, without the views: copied, they would share no storage."""
+        kept = ("_plan", "_make", "_slices")
+        return {**super().__getstate__(), **{name: getattr(self, name) for name in kept}}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Bind a copy to its own tensors, which its groups and slices hold."""
+        super().__setstate__(state)
+        if "_slices" not in state:
+            return  # torch's load_state_dict comes here too, and replaces state and groups alone
+        self._rows, self._known, self.inner = [], set(), None
+        if self._slices is not None:
+            self.bind(self._slices)
 
     def _cut(self, slices: list[Slice], group_number: Mapping[str, int]) -> list[OwnerViews]:
         """One row per outer tensor, cut into runs of slices that touch and share a group."""

@@ -5,24 +5,34 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 from torch import nn
 
 from dist_layerlr.errors import ConfigError
 from dist_layerlr.optim.schedulers import check_scheduler as check_scheduler
 from dist_layerlr.optim.schedulers import torch_scheduler as torch_scheduler
-from dist_layerlr.optim.segmented import Segmented
-from dist_layerlr.sharders import sharder_of
+from dist_layerlr.optim.trial import Verdict, try_out
+from dist_layerlr.optim.ways import Cut
+from dist_layerlr.plan.entries import Shape
+from dist_layerlr.ranks import alike
+from dist_layerlr.sharders import Layout, sharder_of
+from dist_layerlr.sharders.base import innermost
+from dist_layerlr.sharders.model import live_parameters, true_shape
 
-_NOT_ELEMENTWISE = {
-    "Adafactor": "factors its state over whole matrices, so shards train differently",
-    "Lamb": "scales each update by a norm over the whole tensor",
-    "LAMB": "scales each update by a norm over the whole tensor",
-    "LARS": "scales each update by a norm over the whole tensor",
-    "Muon": "orthogonalises whole matrices",
-    "SM3": "keeps row and column statistics of whole matrices",
-    "Shampoo": "preconditions whole matrices",
+_KNOWN = {
+    "Adafactor": "It factors its state over whole matrices.",
+    "CAME": "It factors its state over whole matrices.",
+    "Lamb": "It scales each update by a norm over the whole tensor.",
+    "LAMB": "It scales each update by a norm over the whole tensor.",
+    "LARS": "It scales each update by a norm over the whole tensor.",
+    "Muon": "It orthogonalises whole matrices.",
+    "SOAP": "It preconditions whole matrices.",
+    "SM3": "It keeps row and column statistics of whole matrices.",
+    "Shampoo": "It preconditions whole matrices.",
+    "Prodigy": "It adapts one rate for all groups.",
+    "DAdaptAdam": "It adapts one rate for all groups.",
 }
-_ONE_RATE_FOR_ALL = frozenset({"Prodigy", "DAdaptAdam", "DAdaptAdaGrad", "DAdaptSGD", "DAdaptLion"})
+"""What is known of some classes. It explains a refusal; the trial alone decides."""
 _USE_OURS = "Use PlanSchedule(optimizer, Schedule(...)): one multiplier for all rates."
 
 
@@ -64,47 +74,59 @@ def check_ds_config(config: Mapping[str, Any]) -> None:
         )
 
 
-def check_optimizer(optimizer: Any, model: nn.Module | None = None) -> None:
-    """Refuse optimizers that do not work element by element, or cannot hold several rates.
+def check_optimizer(optimizer: Any, model: nn.Module | None = None) -> Verdict:
+    """Refuse an optimizer that would train at other rates than its groups say. Collective.
+
+    It is tried on scratch parameters, whole and in the way in which the model's sharder hands over
+    the real ones; see ``dist_layerlr.optim.trial``.
 
     Args:
-        optimizer: a torch optimizer.
-        model: as it is trained; unsharded models may use any optimizer that holds several rates.
+        optimizer: a torch optimizer, segmented or not.
+        model: as it is trained; None: sharded in some way, elements in flat tensors.
+
+    Returns:
+        What the trial has shown.
 
     Raises:
-        ConfigError: names the optimizer and the reason.
+        ConfigError: on all ranks alike: names the optimizer, what was measured and what to use.
     """
-    inner = getattr(optimizer, "inner", None) or optimizer
-    name = type(inner).__name__
-    layout = None if model is None else sharder_of(model).layout
-    sharded = layout is None or layout.shards
-    if name in _NOT_ELEMENTWISE and sharded:
-        raise ConfigError(
-            f"Invalid optimizer {name} on sharded parameters: it {_NOT_ELEMENTWISE[name]}. Use"
-            " AdamW."
-        )
-    if isinstance(optimizer, Segmented) and optimizer.cuts and _is_quantised(inner):
-        raise ConfigError(
-            f"Invalid optimizer {name} on flat parameters: it keeps its state in quantised blocks,"
-            " which names that share a flat tensor cannot share. Use it with DDP or FSDP2, or use"
-            " AdamW."
-        )
-    if name in _ONE_RATE_FOR_ALL:
-        raise ConfigError(
-            f"Invalid optimizer {name}: it adapts one rate for all groups. Use AdamW, or one flat"
-            " rate."
-        )
-    if name == "Adagrad" and (layout is None or (layout.engine_steps and layout.shards)):
+    found = innermost(optimizer)
+    shapes: list[Shape] = [(1, 1), (1,)]
+    layout = Layout(name="zero", stage=2, shards=True, flat=True)
+    if model is not None:
+        layout = sharder_of(model).layout
+        shapes += [true_shape(param) for param in live_parameters(model).values()]
+    alike(lambda: _refuse_adagrad(found, layout))
+    owners = [param for group in found.param_groups for param in group["params"]]
+    verdict = try_out(found, layout, owners, shapes)
+    alike(lambda: refuse(verdict, layout))
+    return verdict
+
+
+def refuse(verdict: Verdict, layout: Layout) -> None:
+    """Raise what a trial has shown.
+
+    Raises:
+        ConfigError: it has shown a fault.
+    """
+    if verdict.fault is None:
+        return
+    known = _KNOWN.get(verdict.optimizer)
+    whole = verdict.way == Cut.WHOLE.value
+    instead = "Use AdamW." if whole else "Use AdamW, or DDP, which keeps parameters whole."
+    raise ConfigError(
+        f"Invalid optimizer {verdict.optimizer} under {layout.label}: tried on scratch parameters,"
+        f" given {verdict.way}: {verdict.fault}.{f' {known}' if known else ''} {instead}"
+    )
+
+
+def _refuse_adagrad(optimizer: Any, layout: Layout) -> None:
+    """DeepSpeed asks for this class, and builds another one in place of the user's."""
+    if isinstance(optimizer, torch.optim.Adagrad) and layout.engine_steps and layout.shards:
         raise ConfigError(
             "Invalid optimizer Adagrad under ZeRO: DeepSpeed rebuilds it from its constructor's"
-            " defaults, without the planned groups. Use AdamW."
+            " defaults, without the planned groups. Use AdamW, or attach(emission='segmented')."
         )
-
-
-def _is_quantised(optimizer: Any) -> bool:
-    """Bitsandbytes' 8-bit optimizers, and all of torchao's."""
-    bits = getattr(getattr(optimizer, "args", None), "optim_bits", 32)
-    return bits == 8 or type(optimizer).__module__.partition(".")[0] == "torchao"
 
 
 def check_sharding(model: nn.Module, wanted: str) -> None:

@@ -19,6 +19,7 @@ from dist_layerlr.optim.readback import (
     live_pieces,
     repeated,
 )
+from dist_layerlr.optim.trial import Verdict, try_out
 from dist_layerlr.plan.entries import Plan, PlanEntry
 from dist_layerlr.ranks import (
     SHOWN,
@@ -30,7 +31,7 @@ from dist_layerlr.ranks import (
     transport_device,
     world_size,
 )
-from dist_layerlr.sharders import Pieces, sharder_of
+from dist_layerlr.sharders import Layout, Pieces, sharder_of
 
 _ROUNDING = 1e-7
 """Relative; some optimizers keep their rate as a float32 tensor."""
@@ -48,6 +49,8 @@ class Proof:
     digest: str
     step_factor: float
     """The schedule's multiplier at which the rates were compared."""
+    trial: str = ""
+    """What the optimizer was tried on, in words."""
 
     def line(self) -> str:
         """One line for the log."""
@@ -56,7 +59,7 @@ class Proof:
             f"[per_layer_lr] verified on {self.ranks} rank{'s' if self.ranks > 1 else ''}"
             f" ({self.sharder}): {self.parameters} parameters, {self.elements:,} elements, each"
             f" stepped once at its planned learning rate{scaled} and weight decay;"
-            f" plan {self.digest}"
+            f" {self.trial}; plan {self.digest}"
         )
 
     def to_dict(self) -> dict[str, Any]:
@@ -97,6 +100,7 @@ def verify(
     if factor is None:
         _check_one_factor(expected)
     _check_elements(plan, live)
+    verdict = _check_trial(plan, found, sharder.layout)
     return Proof(
         sharder=sharder.layout.label,
         ranks=world_size(),
@@ -105,7 +109,21 @@ def verify(
         groups=len(plan.groups),
         digest=plan.digest,
         step_factor=expected,
+        trial=verdict.line,
     )
+
+
+def _check_trial(plan: Plan, found: Pieces, layout: Layout) -> Verdict:
+    """The optimizer trains what it is given as it would train whole parameters."""
+    owners = [piece.owner for piece in found.pieces]
+    verdict = try_out(
+        found.optimizer, layout, owners, [entry.shape for entry in plan.entries.values()]
+    )
+    with together(plan.digest) as problems:
+        if verdict.fault is not None:
+            text = f"{verdict.optimizer}, tried on {verdict.way}: {verdict.fault}"
+            problems.append(("trial", text))
+    return verdict
 
 
 def _schedule_problems(plan: Plan, live: Mapping[str, LiveParam]) -> list[Problem]:
