@@ -70,6 +70,29 @@ def test_what_a_scheduler_does_behind_its_own_end_is_no_fault():
     assert "at step 31 it cannot go on (ValueError: Tried to step 31" in message(once, steps=40)
 
 
+def test_the_end_may_be_any_number_in_the_settings():
+    seed, last = 500, 30
+    check_scheduler(lr.LambdaLR(two_groups(), lambda step: 1 - step / last + 0 * seed))
+    early = lr.LambdaLR(two_groups(), lambda step: 1.0 - step / 15.5 + 0 * seed)
+    assert "at step 16 it leaves [0, 1]" in message(early)
+
+
+def test_rates_that_no_float_can_hold_are_0():
+    check_scheduler(lr.ExponentialLR(two_groups((7e-4, 1e-4)), 0.3), steps=800)
+
+
+def test_one_that_moves_the_planned_rate_along_is_refused():
+    class Moves:
+        def __init__(self) -> None:
+            self.optimizer = two_groups()
+
+        def step(self) -> None:
+            for group in self.optimizer.param_groups:
+                group["lr"] = group["initial_lr"] = group["initial_lr"] * 0.9
+
+    assert "at step 1 it writes initial_lr=0.00045 into group 'attn'" in message(Moves())
+
+
 def test_every_part_of_a_run_that_is_too_long_is_looked_at():
     optimizer = two_groups()
     parts = [lr.ConstantLR(optimizer, 1.0), lr.CosineAnnealingLR(optimizer, 50, eta_min=1e-5)]

@@ -74,6 +74,18 @@ def test_sub_groups_that_are_stepped_one_by_one_are_one_step():
     assert schedule.last_step == 50
 
 
+def test_sub_groups_do_not_hide_a_schedule_that_runs_ahead():
+    model = make_model()
+    _, optimizer = planned(model)
+    schedule = dl.PlanSchedule(optimizer, LINEAR)
+    with pytest.raises(ConfigError, match="2 times for each optimizer step"):
+        for _ in range(10):
+            for _ in range(3):
+                step_on_filled_grads(model, optimizer)
+            for _ in range(2):
+                schedule.step()
+
+
 def test_the_optimizer_does_not_keep_a_schedule_alive():
     _, optimizer = planned(make_model())
     schedule = dl.PlanSchedule(optimizer, LINEAR)
