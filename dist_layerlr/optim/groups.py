@@ -138,10 +138,14 @@ def planned_rates(optimizer: Any) -> list[float]:
 
 def settings_of(optimizer: Any) -> list[dict[str, Any]]:
     """A copy of every group without its parameters, for ``put_back``."""
-    return [
-        {k: v.clone() if isinstance(v, Tensor) else v for k, v in group.items() if k != "params"}
-        for group in optimizer.param_groups
-    ]
+    settings: list[dict[str, Any]] = []
+    for group in optimizer.param_groups:
+        settings.append(dict(group))
+        del settings[-1]["params"]
+        for key, value in group.items():
+            if isinstance(value, Tensor):
+                settings[-1][key] = value.clone()
+    return settings
 
 
 def put_back(optimizer: Any, settings: list[dict[str, Any]]) -> bool:

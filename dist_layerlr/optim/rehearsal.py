@@ -43,7 +43,9 @@ class StandIn(Optimizer):
         params = [{"params": [nn.Parameter(torch.zeros(1))]} for _ in groups]
         super().__init__(params, dict(defaults))
         for mine, theirs in zip(self.param_groups, groups, strict=True):
-            mine.update({k: _detached(v) for k, v in theirs.items() if k != "params"})
+            for key, value in theirs.items():
+                if key != "params":
+                    mine[key] = _detached(value)
         # What torch's schedulers look at to warn of a scheduler that is stepped first.
         self._opt_called = True
 
@@ -107,9 +109,8 @@ class Copier:
         if isinstance(value, (list, tuple, dict, set, frozenset, deque)):
             return value if len(value) > _SHARED_FROM else self._container(value, name)
         if isinstance(value, functools.partial):
-            kept = {key: self.copy(v, key) for key, v in value.keywords.items()}
-            args = [self.copy(v) for v in value.args]
-            return functools.partial(self.copy(value.func), *args, **kept)
+            kept = self.copy(dict(value.keywords))
+            return functools.partial(self.copy(value.func), *map(self.copy, value.args), **kept)
         if isinstance(value, types.MethodType):
             self._note_code(value.__func__)
             return types.MethodType(value.__func__, self.copy(value.__self__))
@@ -124,14 +125,15 @@ class Copier:
                 self._note("", key)
                 found[key] = self.copy(held, key if isinstance(key, str) else name)
             return found
-        if isinstance(value, list):
+        if isinstance(value, (list, tuple)):
             filled: list[Any] = []
-            self._memo[id(value)] = filled
-            filled.extend(self.copy(held, name) for held in value)
-            return filled
-        if isinstance(value, tuple):
-            items = [self.copy(held, name) for held in value]
-            return type(value)(*items) if hasattr(value, "_fields") else tuple(items)
+            if isinstance(value, list):
+                self._memo[id(value)] = filled
+            for held in value:
+                filled.append(self.copy(held, name))
+            if isinstance(value, list):
+                return filled
+            return type(value)(*filled) if hasattr(value, "_fields") else tuple(filled)
         for held in value:
             self._note(name, held)
         return copy.copy(value)
@@ -247,10 +249,9 @@ def _is_data(value: Any, depth: int) -> bool:
         return False
     if isinstance(value, Tensor):
         return value.numel() <= 1
-    if isinstance(value, dict):
-        return all(_is_data(held, depth - 1) for held in value.values())
-    if isinstance(value, (list, tuple, set, frozenset, deque)):
-        return all(_is_data(held, depth - 1) for held in value)
+    if isinstance(value, (dict, list, tuple, set, frozenset, deque)):
+        several = value.values() if isinstance(value, dict) else value
+        return all(_is_data(held, depth - 1) for held in several)
     return False
 
 

@@ -139,8 +139,8 @@ def _judged(scheduler: Any, optimizer: Any, steps: int | None, base: float | Non
             break
     if found is None and run.total < run.certain:
         # Too long to see its end: at least every part of it must be right from where it stands.
-        problems = (problem_of(part, steps, base) for part in nested(scheduler))
-        found = next((text for text in problems if text is not None), None)
+        for part in nested(scheduler):
+            found = found or problem_of(part, steps, base)
     return found
 
 
@@ -222,7 +222,7 @@ def _named(scheduler: Any) -> str:
     for name in _ABSOLUTE:
         value = getattr(scheduler, name, None)
         if isinstance(value, (list, tuple)) and any(value):
-            shown.append(f"{name}=[{', '.join(f'{float(rate):g}' for rate in value[:3])}]")
+            shown.append(f"{name}=[{', '.join(map('{:g}'.format, value[:3]))}]")
         elif isinstance(value, float) and value:
             shown.append(f"{name}={value:g}")
     name = type(scheduler).__name__

@@ -71,8 +71,10 @@ def run_of(
     if by_metric:
         drops = _DROPS * (1 + max(numbers, default=10))
         return Run(certain=drops, total=min(drops, most))
-    stands = [getattr(scheduler, name, 0) for name in ("last_epoch", "last_batch_iteration")]
-    done = max([0, *(number for number in stands if isinstance(number, int))])
+    done = 0
+    for name in ("last_epoch", "last_batch_iteration"):
+        stands = getattr(scheduler, name, 0)
+        done = max(done, stands) if isinstance(stands, int) else done
     return Run(
         certain=max(0, longest - done),
         total=min(most, max(SHORTEST, 2 * longest)),
