@@ -10,7 +10,7 @@ from torch.optim import Optimizer
 
 from dist_layerlr import fields
 from dist_layerlr.errors import PlanMismatch
-from dist_layerlr.optim.groups import build_groups, split_by_mesh
+from dist_layerlr.optim.groups import adopt, build_groups, split_by_mesh
 from dist_layerlr.optim.segmented import MakeOptimizer, Segmented
 from dist_layerlr.optim.trial import Verdict, remember, try_out
 from dist_layerlr.optim.validate import refuse
@@ -114,5 +114,6 @@ def _build(plan: Plan, sharder: Sharder, make: MakeOptimizer, in_segments: bool)
     else:
         groups = build_groups(plan, {s.name: s.owner for s in slices})
         optimizer = make([part for group in groups for part in split_by_mesh(group)])
+        adopt(plan, optimizer)
     remember(optimizer, make)
     return optimizer

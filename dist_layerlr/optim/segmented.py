@@ -29,7 +29,7 @@ from torch.optim import Optimizer
 
 from dist_layerlr.errors import PlanMismatch
 from dist_layerlr.optim import fused
-from dist_layerlr.optim.groups import INITIAL_LR, LR, NAME, build_groups, scale_lrs
+from dist_layerlr.optim.groups import INITIAL_LR, LR, NAME, base_lr, build_groups, scale_lrs
 from dist_layerlr.optim.views import OwnerViews, merge_slices
 from dist_layerlr.plan.entries import Plan
 from dist_layerlr.sharders.base import ParamGroup, Slice, local
@@ -67,9 +67,10 @@ class Segmented(Optimizer):
         self._rows: list[OwnerViews] = []
         self._known: set[int] = set()
         self.inner: Optimizer | None = None
-        base = _base_lr(plan)
+        base = base_lr(plan)
         group = {"params": list(owners), LR: base, INITIAL_LR: base, NAME: GROUP_NAME}
-        super().__init__([group], {})
+        # Schedulers take an absolute end relative to the default rate: it must be the group's.
+        super().__init__([group], {LR: base})
         if slices is not None:
             self.bind(slices)
 
@@ -103,7 +104,7 @@ class Segmented(Optimizer):
             row.share_counters = self._fused
         self._view_of = {name: id(view) for name, view in views.items()}
         self._places = {_place(piece) for piece in slices}
-        self.defaults = dict(self.inner.defaults)
+        self.defaults = {**self.inner.defaults, LR: base_lr(self._plan)}
         scale_lrs(self.inner, self.factor)
 
     def __getstate__(self) -> dict[str, Any]:
@@ -232,13 +233,6 @@ class Segmented(Optimizer):
         # DeepSpeed 0.19.8 steps on zero gradients inside initialize (stage 0, bf16), before bind
         # can have been called. Such a step must do nothing, weight decay included.
         return not strangers
-
-
-def _base_lr(plan: Plan) -> float:
-    """The outer group's rate, which schedulers and logs show. Never 0: factors are ratios to it."""
-    settings = plan.config.per_layer_lr
-    chosen = settings.default_lr if settings.enabled else plan.config.flat_lr
-    return chosen or max((group.lr for group in plan.groups), default=1.0) or 1.0
 
 
 def _place(piece: Slice) -> tuple[str, int, int, int]:

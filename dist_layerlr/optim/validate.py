@@ -1,16 +1,16 @@
-"""Refuse, before training, schedulers, ds_configs and optimizers that would change the plan."""
+"""Refuse, before training, ds_configs and optimizers that would change the plan."""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import nn
-from torch.optim.lr_scheduler import LRScheduler
 
 from dist_layerlr.errors import ConfigError
+from dist_layerlr.optim.schedulers import check_scheduler as check_scheduler
+from dist_layerlr.optim.schedulers import torch_scheduler as torch_scheduler
 from dist_layerlr.optim.trial import Verdict, try_out
 from dist_layerlr.optim.ways import Cut
 from dist_layerlr.plan.entries import Shape
@@ -19,13 +19,6 @@ from dist_layerlr.sharders import Layout, sharder_of
 from dist_layerlr.sharders.base import innermost
 from dist_layerlr.sharders.model import live_parameters, true_shape
 
-_WRITES_ONE_RATE = {
-    "OneCycleLR": "drives every group to the same max_lr",
-    "OneCycle": "drives every group to the same rates",
-    "CyclicLR": "cycles every group between the same two rates",
-    "LRRangeTest": "gives every group the same rate",
-    "SWALR": "anneals every group to the same swa_lr",
-}
 _KNOWN = {
     "Adafactor": "It factors its state over whole matrices.",
     "CAME": "It factors its state over whole matrices.",
@@ -41,78 +34,6 @@ _KNOWN = {
 }
 """What is known of some classes. It explains a refusal; the trial alone decides."""
 _USE_OURS = "Use PlanSchedule(optimizer, Schedule(...)): one multiplier for all rates."
-
-
-def check_scheduler(scheduler: Any) -> None:
-    """Refuse a learning rate scheduler that does not keep the ratios between groups.
-
-    Args:
-        scheduler: any torch, DeepSpeed or Accelerate scheduler.
-
-    Raises:
-        ConfigError: names the scheduler and what it would do.
-    """
-    name = type(scheduler).__name__
-    if name == "AcceleratedScheduler":
-        _check_accelerated(scheduler)
-        return
-    if name in ("SequentialLR", "ChainedScheduler"):
-        for inner in scheduler._schedulers:
-            check_scheduler(inner)
-        return
-    if name in _WRITES_ONE_RATE:
-        raise ConfigError(f"Invalid scheduler {name}: it {_WRITES_ONE_RATE[name]}. {_USE_OURS}")
-    if getattr(scheduler, "eta_min", 0.0):
-        raise ConfigError(
-            f"Invalid scheduler {name}(eta_min={scheduler.eta_min:g}): all groups end at that one"
-            f" rate. Set eta_min=0, or give the floor as a ratio. {_USE_OURS}"
-        )
-    if any(getattr(scheduler, "min_lrs", [])) and name == "ReduceLROnPlateau":
-        raise ConfigError(
-            f"Invalid scheduler {name}(min_lr={scheduler.min_lrs}): low groups stop early. Set"
-            " min_lr=0."
-        )
-    if name in ("WarmupLR", "WarmupDecayLR"):
-        _check_proportional(name, scheduler)
-    if name in ("LambdaLR", "MultiplicativeLR") and len({id(f) for f in scheduler.lr_lambdas}) > 1:
-        raise ConfigError(
-            f"Invalid scheduler {name} with a function per group: ratios change. Give one function."
-        )
-
-
-def torch_scheduler(scheduler: Any) -> LRScheduler | None:
-    """The torch scheduler that this is, or that Accelerate has wrapped; None: something else."""
-    inner = scheduler.scheduler if type(scheduler).__name__ == "AcceleratedScheduler" else scheduler
-    return inner if isinstance(inner, LRScheduler) else None
-
-
-def _check_accelerated(scheduler: Any) -> None:
-    """``AcceleratedScheduler`` steps once per process unless told otherwise."""
-    from accelerate.state import AcceleratorState
-
-    ranks = AcceleratorState().num_processes
-    if scheduler.step_with_optimizer and not scheduler.split_batches and ranks > 1:
-        raise ConfigError(
-            f"Invalid scheduler {type(scheduler.scheduler).__name__} prepared by Accelerate: it is"
-            f" stepped {ranks} times per optimizer step. Do not prepare it; step PlanSchedule"
-            " yourself, or pass step_scheduler_with_optimizer=False."
-        )
-    check_scheduler(scheduler.scheduler)
-
-
-def _check_proportional(name: str, scheduler: Any) -> None:
-    """DeepSpeed's warmups go from min_lrs to max_lrs, lists that a scalar fills with one value."""
-    targets: Sequence[float] = scheduler.max_lrs
-    groups = scheduler.optimizer.param_groups
-    planned = [float(g.get("initial_lr", g["lr"])) for g in groups]
-    ratios = [t / p for t, p in zip(targets, planned, strict=False) if p > 0]
-    if len(targets) != len(planned) or any(
-        not math.isclose(r, ratios[0], rel_tol=1e-6) for r in ratios
-    ):
-        raise ConfigError(
-            f"Invalid scheduler {name}(warmup_max_lr={list(targets)[:3]}...): it would write these"
-            f" over the planned {planned[:3]}.... {_USE_OURS}"
-        )
 
 
 def check_ds_config(config: Mapping[str, Any]) -> None:
