@@ -93,9 +93,7 @@ def try_out(
     )
 
 
-def try_way(
-    optimizer: Any, way: Way, owners: Sequence[Tensor], shapes: Sequence[Shape]
-) -> Verdict:
+def try_way(optimizer: Any, way: Way, owners: Sequence[Tensor], shapes: Sequence[Shape]) -> Verdict:
     """As ``try_out``, in a given way. Collective; never raises."""
     inner = optimizer
     if isinstance(optimizer, Segmented) and optimizer.inner is not None:

@@ -7,6 +7,11 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
+import came_pytorch
+import lion_pytorch
+import prodigyopt
+import pytorch_optimizer
+import schedulefree
 import torch
 from torch import Tensor
 
@@ -171,12 +176,12 @@ PACKAGES: dict[str, Make] = {
     "transformers Adafactor, scaled": from_package(
         "transformers.optimization", "Adafactor", relative_step=False, warmup_init=False
     ),
-    "lion_pytorch Lion": from_package("lion_pytorch", "Lion"),
-    "prodigyopt Prodigy": from_package("prodigyopt", "Prodigy"),
-    "schedulefree AdamW": in_train_mode(from_package("schedulefree", "AdamWScheduleFree")),
-    "schedulefree SGD": in_train_mode(from_package("schedulefree", "SGDScheduleFree")),
-    "schedulefree RAdam": in_train_mode(from_package("schedulefree", "RAdamScheduleFree")),
-    "came_pytorch CAME": from_package("came_pytorch", "CAME", lr=1e-3),
+    "lion_pytorch Lion": lion_pytorch.Lion,
+    "prodigyopt Prodigy": prodigyopt.Prodigy,
+    "schedulefree AdamW": in_train_mode(schedulefree.AdamWScheduleFree),
+    "schedulefree SGD": in_train_mode(schedulefree.SGDScheduleFree),
+    "schedulefree RAdam": in_train_mode(schedulefree.RAdamScheduleFree),
+    "came_pytorch CAME": partial(came_pytorch.CAME, lr=1e-3),
     "dadaptation Adam": from_package("dadaptation", "DAdaptAdam"),
     **{
         f"timm {name}": from_package("timm.optim", name)
@@ -193,20 +198,16 @@ PACKAGES: dict[str, Make] = {
 }
 
 
-def _of_pytorch_optimizer() -> dict[str, Make]:
-    """Those of the list that the installed release has: it renames some between releases."""
-    if not is_installed("pytorch_optimizer"):
-        return {}
-    package = importlib.import_module("pytorch_optimizer")
-    return {
-        f"pytorch_optimizer {name}": from_package("pytorch_optimizer", name)
-        for name in _PYTORCH_OPTIMIZER
-        if hasattr(package, name)
-    }
+# A release may rename some: those that it has are tried.
+_OTHERS: dict[str, Make] = {
+    f"pytorch_optimizer {name}": getattr(pytorch_optimizer, name)
+    for name in _PYTORCH_OPTIMIZER
+    if hasattr(pytorch_optimizer, name)
+}
 
 
 def all_optimizers() -> dict[str, Make]:
-    return {**USERS, **PACKAGES, **_of_pytorch_optimizer()}
+    return {**USERS, **PACKAGES, **_OTHERS}
 
 
 def package_of(name: str) -> str:
