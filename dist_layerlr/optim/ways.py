@@ -41,6 +41,15 @@ class Cut(Enum):
     DTENSORS = "DTensors"
 
 
+class Turns(Enum):
+    """How DeepSpeed makes one step of the training of several steps of the optimizer."""
+
+    GROUPS = "one group at a time"
+    """Stages 1 and 2: the optimizer's ``param_groups`` hold that group alone."""
+    SUB_GROUPS = "some at a time"
+    """Stage 3: all groups are there, and one of them has a tensor in it."""
+
+
 Placed = tuple[Any, tuple[Any, ...], int]
 """(device mesh, placements, number of dimensions) of a DTensor."""
 
@@ -52,15 +61,14 @@ class Way:
     cut: Cut
     dims: tuple[int, ...] = ()
     """ROWS: the dimensions that are cut."""
-    turns: bool = False
-    """Whether a step of the training is several of the optimizer, each on some of the tensors."""
+    turns: Turns | None = None
     placed: tuple[Placed, ...] = ()
     """DTENSORS: on which meshes."""
 
     @property
     def text(self) -> str:
         """For messages."""
-        return self.cut.value + (", some at a time" if self.turns else "")
+        return self.cut.value + (f", {self.turns.value}" if self.turns else "")
 
     @classmethod
     def of(cls, layout: Layout, owners: Sequence[Tensor], names: int, *, segmented: bool) -> Way:
@@ -75,8 +83,8 @@ class Way:
         # Stage 0 in mixed precision has, with some optimizers, one flat copy of each group.
         if layout.name == "zero" and (layout.flat or len(owners) < names):
             cut = Cut.SLICES if segmented else Cut.GROUPS
-            # Stage 3 steps one sub-group after the other; each owner is a sub-group.
-            return cls(cut=cut, turns=layout.stage == 3 and len(owners) > 1)
+            turns = {1: Turns.GROUPS, 2: Turns.GROUPS, 3: Turns.SUB_GROUPS}.get(layout.stage or 0)
+            return cls(cut=cut, turns=turns if len(owners) > 1 else None)
         if layout.name == "fsdp1_flat":
             return cls(cut=Cut.SLICES)
         if layout.name == "fsdp1":
@@ -177,10 +185,14 @@ def _step_rank(
             for part, owner in turn:
                 owner.grad = _like(gradients[part.places], owner)
             active = {id(owner) for _, owner in turn}
-            for group, params in zip(optimizer.param_groups, held, strict=True):
+            groups = optimizer.param_groups
+            for group, params in zip(groups, held, strict=True):
                 # As DeepSpeed does: what is not stepped in this turn is not in its group either.
                 group["params"] = [p for p in params if id(p) in active or not way.turns]
+            if way.turns is Turns.GROUPS:
+                optimizer.param_groups = [group for group in groups if group["params"]]
             optimizer.step()
+            optimizer.param_groups = groups
             for _, owner in turn:
                 owner.grad = None
         if step in (0, len(scratch.gradients) - 1):

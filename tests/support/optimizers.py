@@ -104,6 +104,20 @@ class CountsInGroup(torch.optim.Optimizer):
                 param.sub_(mean / correction, alpha=float(group["lr"]))
 
 
+class CountsInItself(CountsInGroup):
+    """The same counter, one for the whole optimizer."""
+
+    def __init__(self, params: Any, lr: float = 1e-3):
+        super().__init__(params, lr)
+        self.count = 0
+
+    def step(self, closure: Any = None) -> None:
+        for group in self.param_groups:
+            group["steps"] = self.count
+        super().step(closure)
+        self.count += 1
+
+
 class Wrapper(torch.optim.Optimizer):
     """Hides another optimizer, as look-ahead and warm-up wrappers do."""
 
@@ -140,6 +154,7 @@ USERS: dict[str, Make] = {
     "AdamW that clips by a norm": ClippedByNorm,
     "Muon under an innocent name": Plain,
     "a counter in the group": CountsInGroup,
+    "a counter in the optimizer": CountsInItself,
     "a wrapper of AdamW": lambda groups: Wrapper(torch.optim.AdamW(groups)),
     "a wrapper of Muon": lambda groups: Wrapper(Plain(groups)),
     "one rate for all": OneRate,

@@ -18,6 +18,7 @@ from tests.support.naive import CONFIG, fill_grads, make_model
 from tests.support.optimizers import (
     ClippedByNorm,
     CountsInGroup,
+    CountsInItself,
     Harmless,
     Make,
     Muon,
@@ -69,7 +70,7 @@ class Needs(torch.optim.AdamW):
 
 def verdict(make: Make, layout: str, *, known: bool = True) -> Verdict:
     params = [nn.Parameter(torch.randn(6, 6)), nn.Parameter(torch.randn(6))]
-    optimizer = make([{"params": params, "lr": 1e-3, "name": "all"}])
+    optimizer = make([{"params": [p], "lr": 1e-3, "name": str(p.ndim)} for p in params])
     if known:
         remember(optimizer, make)
     return try_out(optimizer, LAYOUTS[layout], params, [(6, 6), (6,)])
@@ -113,6 +114,12 @@ def test_what_mixes_elements_may_train_whole_parameters_alone(name: str) -> None
 def test_a_counter_in_the_group_is_right_until_a_step_takes_several_turns() -> None:
     assert verdict(CountsInGroup, "zero 2").fault is None
     assert "of its move away" in str(verdict(CountsInGroup, "zero 3").fault)
+
+
+def test_a_counter_in_the_optimizer_is_wrong_where_a_step_takes_a_turn_for_each_group() -> None:
+    assert verdict(CountsInItself, "fsdp1").fault is None
+    for stage in ("zero 2", "zero 3"):
+        assert "of its move away" in str(verdict(CountsInItself, stage).fault)
 
 
 def test_one_rate_for_all_groups_is_a_fault_under_every_sharder() -> None:
