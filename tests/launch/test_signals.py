@@ -116,7 +116,7 @@ def signal_while_saving(rank: int, world_size: int, arguments: list[str]) -> int
     saved."""
     from launch.trainer import outputs
 
-    save = outputs.save_weights
+    save = outputs.save_result
 
     def interrupted(*args: Any) -> Path:
         os.kill(os.getpid(), signal.SIGINT)
@@ -124,7 +124,7 @@ def signal_while_saving(rank: int, world_size: int, arguments: list[str]) -> int
         os.kill(os.getpid(), signal.SIGTERM)
         return save(*args)
 
-    outputs.save_weights = interrupted
+    outputs.save_result = interrupted
     return train.main(arguments)
 
 
