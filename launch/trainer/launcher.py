@@ -156,14 +156,18 @@ def _say_by_marker(line: str, marker: Path, patience_s: float) -> None:
         time.sleep(_WAIT_S)
     _remove_old(marker.parent)
     handle = os.open(marker, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o600)
-    with os.fdopen(handle, "r+") as file:
+    try:
         # Said and marked under a lock, so that the mark means that the line is out.
-        fcntl.flock(file, fcntl.LOCK_EX)
+        fcntl.flock(handle, fcntl.LOCK_EX)
         # Its own mark does not keep a rank silent: it meets the same error a second time.
         if _said_by(marker) in (None, mine):
             _print(line)
-            file.truncate(0)
-            file.write(mine)
+            # On a disk that is full the others say it as well, when they have waited long enough.
+            with suppress(OSError):
+                os.ftruncate(handle, 0)
+                os.write(handle, mine.encode())
+    finally:
+        os.close(handle)
 
 
 def _said_by(marker: Path) -> str | None:

@@ -113,15 +113,14 @@ def undisturbed(config: Config, folder: Path, steps: int) -> dict[str, Any]:
 def test_a_run_that_is_hurt_again_and_again_ends_in_the_weights_of_one_that_is_not(
     run_config: Config, tmp_path: Path
 ) -> None:
-    steps = 24
+    steps = 20
     chain = Chain(run_config, tmp_path / "hurt", steps)
     assert chain.hurt("fsdp2", kill_first_rank, 3)
     assert chain.hurt("ddp", fill_disk, 2)
-    assert chain.hurt("zero 2", kill_last_rank, 2)
-    assert chain.hurt("fsdp2", kill_launcher, 2)
-    assert chain.hurt("ddp", stop, 2)
+    assert chain.hurt("zero 2", kill_launcher, 2)
+    assert chain.hurt("fsdp2", stop, 2)
     wanted = undisturbed(run_config, tmp_path / "whole", steps)
-    assert largest_difference(wanted, chain.finish("zero 2")) <= 1e-5
+    assert largest_difference(wanted, chain.finish("ddp")) <= 1e-5
 
 
 @pytest.mark.full
