@@ -93,11 +93,12 @@ def _inject_lora(model: Any, adapter: AdapterOptions, family_targets: tuple[str,
         raise fields.invalid("adapter.target_modules", targets, allowed, hint) from None
 
 
-def hold_in_file_precision(model: nn.Module, options: RunOptions) -> None:
-    """Keep frozen layers in 16 bits where the files hold no more. On the meta model.
+def hold_in_16_bits(model: nn.Module, options: RunOptions) -> None:
+    """Keep the frozen layers beside a LoRA in bf16 where their files hold 16 bits. On a meta model.
 
     Bitwise the same under bf16 autocast, which rounds the weights of these layers before every use;
-    other parameters, and those that train, stay fp32.
+    other parameters, and those that train, stay fp32. float16 is rounded to bf16 now and not then:
+    a forward that asks a layer for its dtype is told what autocast computes in.
     """
     if options.train.dtype != "bf16" or options.training_method != LORA:
         return
@@ -110,7 +111,7 @@ def hold_in_file_precision(model: nn.Module, options: RunOptions) -> None:
         for name, param in module.named_parameters(recurse=False):
             dtype = stored.get(base_name(canonical_name(f"{path}.{name}")))
             if not param.requires_grad and dtype in (torch.bfloat16, torch.float16):
-                param.data = param.data.to(dtype)
+                param.data = param.data.to(torch.bfloat16)
 
 
 def load_base(model: nn.Module, options: RunOptions) -> None:

@@ -43,7 +43,7 @@ def test_a_run_keeps_config_command_versions_and_log_of_every_start(
     for said in (first.said, second.said):
         # With the time in front of each; the last lines come when the log is long open.
         assert [line for line in said.splitlines() if line not in log] == []
-    assert re.match(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d[+-]\d\d:\d\d \[per_layer_lr\]", log)
+    assert re.match(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d[+-]\d\d:\d\d no checkpoint in", log)
     line = "training on 2 ranks, device cpu: 1000 samples, global batch 8 (each rank 2 x 2), steps"
     assert f"{line} 1 to 2\n" in first.said and f"{line} 3 to 3\n" in second.said
     assert f"saved checkpoint {out}/checkpoints/step_00000003 after 3 steps\n" in second.said
