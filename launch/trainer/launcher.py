@@ -39,8 +39,10 @@ _LAUNCHERS = {
     "torchrun",
 }
 """Programs and modules whose end is the end of the ranks below them."""
-_OUTLIVED = {"bash", "dash", "fish", "init", "ksh", "sh", "sshd", "systemd", "tini", "zsh"}
-"""Parents that training may outlive: a shell that somebody logs out of, and what adopts orphans."""
+_SHELLS = {"bash", "dash", "fish", "ksh", "sh", "sshd", "zsh"}
+"""Parents that training may outlive: somebody logs out."""
+_ADOPTERS = {"catatonit", "docker-init", "dumb-init", "init", "systemd", "tini"}
+"""Parents of processes whose own parent is gone."""
 _STARTED_BY_LAUNCHER = ("TORCHELASTIC_RUN_ID", "CROSS_RANK")
 """Environment variables that only torch's launcher or DeepSpeed's sets."""
 _OLD_S = 24 * 3600.0
@@ -62,7 +64,7 @@ def launchers() -> tuple[psutil.Process, ...]:
             continue
         named = any(Path(word).name in _LAUNCHERS for word in words[:4])
         # The direct parent may also be a Python program that uses a launcher's API.
-        if named or (level == 0 and name not in _OUTLIVED and process.pid != 1):
+        if named or (level == 0 and name not in _SHELLS | _ADOPTERS):
             found.append(process)
     return tuple(found)
 
@@ -105,7 +107,7 @@ def _is_adopted() -> bool:
     """Whether this process's parent is one that adopts orphans."""
     try:
         parent = psutil.Process().parent()
-        return parent is None or parent.pid == 1 or parent.name() in ("systemd", "tini")
+        return parent is None or parent.name() in _ADOPTERS
     except psutil.Error:
         return True
 

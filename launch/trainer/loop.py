@@ -69,7 +69,7 @@ def train(
             finite = math.isfinite(row["loss"])
             logged = done % settings.log_every == 0 or done == settings.steps - 1
             if logged or stopped or not finite:
-                _write(metrics, row)
+                write_row(metrics, row)
             if not finite:
                 raise Diverged(f"loss is {row['loss']} at step {done}; nothing is saved. {LOWER}")
             show(row)
@@ -121,7 +121,7 @@ def _told(stop: StopFlag | None) -> bool:
     return any_rank(stop is not None and stop.raised)
 
 
-def _write(metrics: MetricsFile | None, row: dict[str, Any]) -> None:
+def write_row(metrics: MetricsFile | None, row: dict[str, Any]) -> None:
     """Write a row on rank 0. Collective: all ranks end with it where the disk is full."""
     alike(lambda: None if metrics is None else metrics.write(row))
 

@@ -23,7 +23,7 @@ from launch.trainer.data import check_dataset, open_dataset
 from launch.trainer.engines import build_engine
 from launch.trainer.families import get_family
 from launch.trainer.job import Job
-from launch.trainer.loop import micro_batch_size, train
+from launch.trainer.loop import micro_batch_size, train, write_row
 from launch.trainer.metrics import MetricsFile
 from launch.trainer.options import RunOptions
 from launch.trainer.record import write_record
@@ -121,8 +121,8 @@ def _train_and_save(job: Job, stop: StopFlag, checkpoint: Path | None) -> None:
     kept = checkpoint is not None and is_own(checkpoint, job.folder)
     # All ranks, though one writes: they end together where its disk is full.
     metrics = alike(lambda: _open_files(job, begin, proof, kept=kept) if runtime.is_main else None)
-    if metrics is not None and prediction is not None:
-        metrics.write({"step": begin.step, "prediction": prediction.to_dict()})
+    if prediction is not None:
+        write_row(metrics, {"step": begin.step, "prediction": prediction.to_dict()})
     save = Saver(job)
     try:
         outcome = train(job, metrics, stop, begin, save)
@@ -131,7 +131,7 @@ def _train_and_save(job: Job, stop: StopFlag, checkpoint: Path | None) -> None:
         save.finish()
         raise
     save.finish()
-    if outcome.stopped and outcome.steps == begin.step:
+    if outcome.stopped and outcome.steps == begin.step < job.options.train.steps:
         runtime.say(f"stopped by a signal before step {begin.step + 1}; nothing new to save")
         return
     # Again, because DeepSpeed, a scheduler or an optimizer may have changed rates on the way.
@@ -166,6 +166,8 @@ def _sizes(job: Job, begin: Position) -> str:
     runtime, train = job.runtime, job.options.train
     micro = micro_batch_size(job.options, runtime.world_size)
     parts = train.global_batch // runtime.world_size // micro
+    if begin.step == train.steps:
+        return f"no step is left of {train.steps}: only the result is to be written"
     ranks = f"{runtime.world_size} rank" + "s" * (runtime.world_size > 1)
     return (
         f"training on {ranks}, device {runtime.device.type}: {len(job.data)} samples, global batch"
