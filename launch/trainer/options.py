@@ -76,8 +76,8 @@ class TrainOptions:
     dtype: str = setting(
         fields.one_of(lambda: ("fp32", "bf16")),
         default="fp32",
-        doc="`bf16`: autocast around the forward; weights that train stay fp32, and a LoRA's base in"
-        " 16 bits where its files are.",
+        doc="`bf16`: autocast around the forward; weights that train stay fp32, and a LoRA's base"
+        " in 16 bits where its files are.",
     )
     grad_clip: float = setting(
         fields.number(0.0), default=0.0, doc="Largest global gradient norm; 0: no clipping."

@@ -80,7 +80,7 @@ def check(stderr: str, case: str) -> None:
 @pytest.mark.parametrize(
     ("launcher", "ranks", "case"),
     [
-        ("torchrun", 4, "unknown config key"),
+        ("torchrun", 2, "unknown config key"),
         ("deepspeed", 2, "negative rate"),
         ("accelerate", 2, "unknown strategy"),
     ],
