@@ -181,6 +181,9 @@ def test_ranks_whose_launcher_is_killed_save_end_and_leave_the_folder_free(
     try:
         assert all_gone(ranks), "ranks train on"
     finally:
+        for rank in ranks:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                rank.kill()
         said, _ = process.communicate()
     done = len(rows(out))
     assert said.count("train.py: error: the launcher is gone") == 1
