@@ -24,6 +24,7 @@ from dist_layerlr.plan.diff import PLAN_FILE, Rows, plan_diff, read_rows
 from dist_layerlr.plan.entries import Plan
 from dist_layerlr.plan.names import parse
 from dist_layerlr.plan.read import read_model
+from dist_layerlr.plan.training_config import check_training_config
 from dist_layerlr.report.grid import explain, grid, to_csv
 
 _MODEL_HELP = (
@@ -178,6 +179,8 @@ def _add_export(commands: Any) -> None:
 
 
 def _plan(args: argparse.Namespace, config: str) -> Plan:
+    # A plan is made from a few of its keys: the others are checked, because their reader would.
+    check_training_config(read_json(config))
     base = read_model(args.base) if args.base else None
     plan = build_plan(read_model(args.model), config, base=base)
     _say_if_adapter(plan, config)

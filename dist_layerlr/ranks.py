@@ -13,6 +13,7 @@ from dist_layerlr.errors import CheckpointError, LayerLRError, PlanMismatch
 
 _SHARED = "raised_on_all_ranks"
 Result = TypeVar("Result")
+Failure = TypeVar("Failure", bound=Exception)
 Problem = tuple[str, str]
 """(kind: a key of CAUSES, text)."""
 SHOWN = 10
@@ -121,10 +122,16 @@ def alike(work: Callable[[], Result]) -> Result:
 def is_shared(error: LayerLRError) -> bool:
     """Whether every rank raises this error.
 
-    True if ranks agreed on it (``alike``, ``rank_zero``), and before they form a process group:
-    until then all of them see the same input.
+    True if ranks agreed on it (``alike``, ``rank_zero``, ``together``, a checkpoint's writing), and
+    before they form a process group: until then all of them see the same input.
     """
     return bool(getattr(error, _SHARED, False)) or not in_group()
+
+
+def shared(error: Failure) -> Failure:
+    """Mark an error that every rank raises, and return it."""
+    setattr(error, _SHARED, True)
+    return error
 
 
 def rank_zero(work: Callable[[], Result]) -> Result:
@@ -155,7 +162,7 @@ def _raise_first(heard: list[LayerLRError | None], mine: LayerLRError | None) ->
     first = next((failure for failure in heard if failure is not None), None)
     if first is None:
         return
-    setattr(first, _SHARED, True)
+    shared(first)
     if first is mine:
         # One process: the error was not sent anywhere and still carries its own cause.
         raise first
@@ -183,10 +190,10 @@ def together(digest: str) -> Iterator[list[Problem]]:
     # Every rank comes here, whatever happened to it: no other rank may wait in vain.
     heard = everyone((digest, len(problems), problems[:SHOWN]))
     if failure is not None and all(h == heard[0] for h in heard):
-        raise failure
+        raise shared(failure)
     found = _first_mismatch(heard)
     if found is not None:
-        raise found from failure
+        raise shared(found) from failure
 
 
 def _first_mismatch(heard: list[tuple[str, int, list[Problem]]]) -> PlanMismatch | None:

@@ -18,6 +18,7 @@ PYTHON=$PYTHON bash requirements/install.sh requirements/quickstart.txt "$VENV"
 
 # One thread per rank: two ranks on two cores.
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
+export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=${STOP_S:-270}   # a stop leaves ranks this many seconds to save
 "$VENV/bin/torchrun" --standalone --nproc_per_node "$NPROC" launch/train.py \
   --config launch/configs/quickstart.json --sharding fsdp2 --output-dir "$OUT" "$@"
 

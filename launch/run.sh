@@ -5,8 +5,8 @@
 #   NGPU=8 NNODES=2 HEAD=node0:29500 bash launch/run.sh hsdp --config FILE      # the same line on both machines
 #   DRY_RUN=1 bash launch/run.sh ddp --config FILE      # prints every learning rate; needs no GPU
 #
-# zero reads DS_CONFIG, a file of ds_configs/ (its README says what each is for). LAUNCHER=accelerate starts the ranks
-# by `accelerate launch` instead of torchrun. A stop (SIGTERM) leaves ranks STOP_S seconds to finish a step and save.
+# zero reads DS_CONFIG, a file of ds_configs/ (its README says what each is for). LAUNCHER=accelerate, or deepspeed,
+# starts the ranks instead of torchrun. A stop (SIGTERM) leaves ranks STOP_S seconds to finish a microbatch and save.
 set -euo pipefail
 
 SHARDER=${1:?name a sharder: none ddp fsdp1 fsdp1_flat fsdp2 hsdp zero}; shift
@@ -29,8 +29,9 @@ case "$SHARDER ${LAUNCHER:-}" in
   # --multi_gpu starts one process per rank, on CPU too (--cpu would start a single one); port 0 is any free port.
   *" accelerate") exec accelerate launch --multi_gpu --num_processes "$NGPU" --num_machines 1 --main_process_port 0 \
     --mixed_precision no --dynamo_backend no "${JOB[@]}" ;;
-  # Another job on this machine needs another PORT: DeepSpeed's launcher takes no free one by itself.
-  "zero "|*" deepspeed") exec deepspeed --num_gpus "$NGPU" --master_port "${PORT:-29500}" "${JOB[@]}" ;;
+  # Another job on this machine needs another PORT: DeepSpeed's launcher takes no free one by itself. It kills ranks
+  # 30 s after a stop, whatever STOP_S says.
+  *" deepspeed") exec deepspeed --num_gpus "$NGPU" --master_port "${PORT:-29500}" "${JOB[@]}" ;;
   *) exec torchrun --nnodes "$NNODES" --nproc_per_node "$NGPU" --rdzv_backend c10d --rdzv_endpoint "$HEAD" \
     --rdzv_id "${RUN_ID:-$SHARDER}" "${JOB[@]}" ;;
 esac

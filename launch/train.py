@@ -4,13 +4,14 @@
     torchrun --nproc_per_node 2 launch/train.py --config FILE --sharding fsdp2 --resume latest
     deepspeed --num_gpus 2 launch/train.py --config FILE --deepspeed_config ds_configs/zero2.json
 
-Writes plan.json, verify.json, metrics.jsonl, lr_grid.png, samples/ and final/ into --output-dir, in
-place of those of an earlier run, and checkpoints/ every train.save_every steps, which --resume
-continues under any sharding.
+Writes plan.json, verify.json, metrics.jsonl, lr_grid.png, samples/, run.json, resolved_config.json,
+train.log and final/ into --output-dir, in place of those of an earlier run (of its final/ when this
+one's is complete), and checkpoints/ every train.save_every steps, which --resume continues under
+any sharding.
 
-Bad input: one line, exit status 2 on every rank, before training starts. A damaged sample is found
-only when it is read. A loss of NaN or infinity: one line, status 1, nothing saved. SIGINT and
-SIGTERM: the step is finished, a checkpoint and the weights are saved, status 0.
+Bad input: one line, exit status 2, before training starts. A damaged sample is found only when it
+is read. A loss of NaN or infinity: one line, status 1, nothing saved. SIGINT and SIGTERM: the
+microbatch at hand is finished, a checkpoint and the weights are saved, status 0.
 """
 
 from __future__ import annotations
@@ -21,11 +22,18 @@ import traceback
 from collections.abc import Sequence
 
 try:
+    from launch.trainer.launcher import end_with_launcher
+
+    if __name__ == "__main__":
+        # Before torch is imported, which takes seconds: a launcher may die in these too.
+        end_with_launcher("train.py")
+
     from dist_layerlr.errors import LayerLRError
     from dist_layerlr.ranks import RankFailure, is_shared
     from launch.trainer.cli import complain
     from launch.trainer.options import load_options
     from launch.trainer.request import make_request, parse_args
+    from launch.trainer.runlog import RunLog
     from launch.trainer.runtime import Diverged, start, stop
 except ModuleNotFoundError as error:
     # Nothing of the project can be imported, so this line cannot come from the project.
@@ -36,13 +44,14 @@ except ModuleNotFoundError as error:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the job. Returns the exit status."""
     args = parse_args(argv, __doc__)
+    log = RunLog()
     try:
         options = load_options(args.config, args.set, args.max_steps)
         request = make_request(args)
         if not args.plan_only:
             # Before ranks meet: they all see the same input, so each can end by itself.
             request.check(options)
-        runtime = start(alone=args.plan_only or request.sharding.alone)
+        runtime = start(alone=args.plan_only or request.sharding.alone, log=log)
         # Late, because it takes seconds to import: a wrong flag ends sooner.
         from launch.trainer.run import print_plan, run
 
@@ -56,9 +65,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         if isinstance(error, RankFailure) and error.__cause__ is not None:
             # Not bad input but a defect, on this rank: its traceback is worth more than one line.
             traceback.print_exception(error)
+        log.write(f"error: {error}")
         complain("train.py", error, everywhere=not is_shared(error))
         return 1 if isinstance(error, Diverged) else 2
+    except Exception:
+        log.write(traceback.format_exc())
+        raise
     finally:
+        log.close()
         stop()
 
 

@@ -262,5 +262,6 @@ def worded(hidden: Path | None = None) -> Iterator[None]:
             folders.abandon(hidden)
         rank, (error, _) = min(caught.failures.items())
         if isinstance(error, LayerLRError):
-            raise error from None
-        raise CheckpointError(f"Rank {rank}: {type(error).__name__}: {error}") from error
+            raise ranks.shared(error) from None
+        failure = CheckpointError(f"Rank {rank}: {type(error).__name__}: {error}")
+        raise ranks.shared(failure) from error

@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from typing import NoReturn
 
 from dist_layerlr.errors import ModelSourceError
+from launch.trainer.launcher import say_once
 
 
 class Parser(argparse.ArgumentParser):
@@ -27,16 +28,18 @@ def complain(program: str, message: object, *, everywhere: bool = False) -> None
     Args:
         program: The program that reports the error.
         message: Its line breaks become spaces.
-        everywhere: Ranks other than the first print too, with their number in front. Pass True
-            for an error that the other ranks do not know of.
+        everywhere: This rank prints whatever the others do, with its number in front. Pass True
+            for an error that the other ranks do not know of; otherwise all of them call this, and
+            the line is printed once on each machine.
     """
     rank = os.environ.get("RANK", "0")
-    first = not rank.isdecimal() or int(rank) == 0
-    if first or everywhere:
-        who = "" if first else f"[rank {rank}] "
-        line = f"{program}: error: {who}{' '.join(str(message).split())}"
-        # Flushed, because the launcher may kill this process as soon as another rank has left.
-        print(line, file=sys.stderr, flush=True)
+    text = " ".join(str(message).split())
+    if not everywhere:
+        say_once(f"{program}: error: {text}")
+        return
+    who = f"[rank {rank}] " if rank.isdecimal() and int(rank) > 0 else ""
+    # Flushed, because the launcher may kill this process as soon as another rank has left.
+    print(f"{program}: error: {who}{text}", file=sys.stderr, flush=True)
 
 
 @contextmanager

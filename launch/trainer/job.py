@@ -29,3 +29,5 @@ class Job:
     """This rank."""
     folder: Path
     """Output folder of the run; only rank 0 writes into it."""
+    run_id: str
+    """Names this start of the run, in its checkpoints and in ``final/``."""

@@ -5,8 +5,7 @@ from __future__ import annotations
 import math
 import time
 import warnings
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from functools import lru_cache
 from typing import Any
 
@@ -15,12 +14,13 @@ import torch.distributed as dist
 from torch import Tensor
 
 from dist_layerlr.errors import ConfigError
-from dist_layerlr.ranks import alike
+from dist_layerlr.ranks import alike, any_rank
 from launch.trainer.data.base import Batch, to_device
 from launch.trainer.engines.base import autocast
 from launch.trainer.job import Job
 from launch.trainer.metrics import MetricsFile, peak_memory_gb
 from launch.trainer.options import RunOptions, TrainOptions
+from launch.trainer.progress import progress
 from launch.trainer.runtime import LOWER, Diverged, Runtime
 from launch.trainer.seeds import ORDER_STREAM, mix_seed
 from launch.trainer.signals import StopFlag
@@ -42,7 +42,8 @@ def train(
     Args:
         job: What is trained, and on what.
         metrics: Where rank 0 writes its rows; None elsewhere.
-        stop: Ends the run after the step in which any rank sees it raised.
+        stop: Ends the run as soon as any rank sees it raised: after the microbatch at hand. A step
+            whose last microbatch that was is done first, any other is dropped.
         begin: Where to continue; None: at the beginning.
         save: Writes a checkpoint. Called as train.save_every says, after the last step, and when
             stopped.
@@ -55,36 +56,48 @@ def train(
     warnings.filterwarnings("ignore", message="Mismatch dtype between input and weight")
     settings = job.options.train
     begin = begin or Position()
-    factor, stopped, done = 1.0, False, begin.step
+    factor, done, saved = 1.0, begin.step, begin.step
     observed = dict(begin.observed)
-    with _progress(settings.steps, begin.step, job.runtime) as show:
+    # The signal may have come while the model was loaded.
+    stopped = _told(stop)
+    with progress(settings.steps, begin.step, job.runtime) as show:
         while done < settings.steps and not stopped:
-            factor = job.options.schedule.factor(done)
             row, stopped = _step(job, done, begin, observed, stop)
+            if row is None:
+                break
+            factor = row["lr_factor"]
             finite = math.isfinite(row["loss"])
             logged = done % settings.log_every == 0 or done == settings.steps - 1
-            if metrics is not None and (logged or stopped or not finite):
-                metrics.write(row)
+            if logged or stopped or not finite:
+                write_row(metrics, row)
             if not finite:
                 raise Diverged(f"loss is {row['loss']} at step {done}; nothing is saved. {LOWER}")
             show(row)
             done += 1
             # After the row: what is in the checkpoint is then in metrics.jsonl too.
-            if save is not None and _due(done, settings, stopped):
+            if save is not None and not stopped and _due(done, settings):
                 save(done, begin.samples_at(done, settings.global_batch), observed)
+                saved = done
+                # Saving may take longer than a step, and a launcher's patience runs.
+                stopped = _told(stop)
+        if save is not None and stopped and saved < done:
+            save(done, begin.samples_at(done, settings.global_batch), observed)
     return Outcome(steps=done, stopped=stopped, last_factor=factor, observed=observed)
 
 
 def _step(
     job: Job, step: int, begin: Position, observed: dict[str, float], stop: StopFlag | None
-) -> tuple[dict[str, Any], bool]:
+) -> tuple[dict[str, Any] | None, bool]:
     """Do one optimizer step. Returns its row of metrics, and whether any rank was told to stop.
 
-    If the loss is not finite, weights stay as they are.
+    If the loss is not finite, weights stay as they are. There is no row where a stop came between
+    two microbatches: the weights are then those of the step before, and can be saved at once.
     """
     started = time.perf_counter()
     factor = job.options.schedule.factor(step)
-    loss = _accumulate(job, begin, step)
+    loss = _accumulate(job, begin, step, stop)
+    if loss is None:
+        return None, True
     # Every rank now holds the same loss and flag, so all of them take the same branches below.
     loss, stopped = _share(loss, stop is not None and stop.raised, job.runtime)
     norm = math.nan
@@ -103,12 +116,19 @@ def _step(
     return row, stopped
 
 
-def _due(done: int, train: TrainOptions, stopped: bool) -> bool:
-    """Whether a checkpoint is due after ``done`` steps."""
-    periodic = train.save_every is not None and (
-        done % train.save_every == 0 or done == train.steps
-    )
-    return stopped or periodic
+def _told(stop: StopFlag | None) -> bool:
+    """Whether any rank was told to stop. Collective."""
+    return any_rank(stop is not None and stop.raised)
+
+
+def write_row(metrics: MetricsFile | None, row: dict[str, Any]) -> None:
+    """Write a row on rank 0. Collective: all ranks end with it where the disk is full."""
+    alike(lambda: None if metrics is None else metrics.write(row))
+
+
+def _due(done: int, train: TrainOptions) -> bool:
+    """Whether a periodic checkpoint is due after ``done`` steps."""
+    return train.save_every is not None and (done % train.save_every == 0 or done == train.steps)
 
 
 def micro_batch_size(options: RunOptions, world_size: int) -> int:
@@ -140,8 +160,12 @@ def _order(epoch: int, length: int, seed: int) -> Tensor:
     return torch.randperm(length, generator=generator)
 
 
-def _accumulate(job: Job, begin: Position, step: int) -> float:
-    """Forward and backward over this rank's share of the step's samples. Returns its mean loss."""
+def _accumulate(job: Job, begin: Position, step: int, stop: StopFlag | None) -> float | None:
+    """Forward and backward over this rank's share of the step's samples.
+
+    Returns:
+        Its mean loss; None where a stop came before the last microbatch.
+    """
     settings, runtime = job.options.train, job.runtime
     micro = micro_batch_size(job.options, runtime.world_size)
     share = settings.global_batch // runtime.world_size
@@ -149,6 +173,9 @@ def _accumulate(job: Job, begin: Position, step: int) -> float:
     parts = share // micro
     total = 0.0
     for part in range(parts):
+        # A step of a large model takes longer than launchers wait before they kill.
+        if part > 0 and _told(stop):
+            return None
         numbers = list(range(first + part * micro, first + (part + 1) * micro))
         batch = _read(job, numbers)
         with job.engine.micro_step(last=part == parts - 1):
@@ -180,27 +207,3 @@ def _share(loss: float, stop: bool, runtime: Runtime) -> tuple[float, bool]:
     values = torch.tensor([loss, float(stop)], dtype=torch.float64, device=runtime.device)
     dist.all_reduce(values)
     return float(values[0]) / runtime.world_size, float(values[1]) > 0
-
-
-Show = Callable[[dict[str, Any]], None]
-
-
-@contextmanager
-def _progress(steps: int, done: int, runtime: Runtime) -> Iterator[Show]:
-    """Show a progress bar on rank 0."""
-    from tqdm import tqdm
-
-    with tqdm(
-        total=steps, initial=done, disable=not runtime.is_main, unit="step", dynamic_ncols=True
-    ) as bar:
-
-        def show(row: dict[str, Any]) -> None:
-            # update() below draws the bar, at most ten times a second.
-            bar.set_postfix_str(
-                f"loss {row['loss']:.4f}, {row['s_per_step']:.3f} s/step,"
-                f" {row['peak_memory_gb']:.2f} GiB",
-                refresh=False,
-            )
-            bar.update()
-
-        yield show

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from dist_layerlr.errors import ConfigError
 from dist_layerlr.files import write_text
 
 
@@ -30,14 +31,24 @@ class MetricsFile:
         self._file = path.open("a", encoding="utf-8")
 
     def write(self, row: dict[str, Any]) -> None:
-        """Append one row. JSON has no NaN or infinity, so they become null."""
+        """Append one row. JSON has no NaN or infinity, so they become null.
+
+        Raises:
+            ConfigError: it cannot be written.
+        """
         valid = {}
         for key, value in row.items():
             unwritable = isinstance(value, float) and not math.isfinite(value)
             valid[key] = None if unwritable else value
-        self._file.write(json.dumps(valid, allow_nan=False) + "\n")
-        # A run that is killed must not lose the rows before; half a row is skipped on resume.
-        self._file.flush()
+        try:
+            self._file.write(json.dumps(valid, allow_nan=False) + "\n")
+            # A run that is killed must not lose the rows before; half a row is skipped on resume.
+            self._file.flush()
+        except OSError as error:
+            raise ConfigError(
+                f"Cannot write {self._file.name!r}: {error.strerror}. Make room, and go on with"
+                " --resume latest."
+            ) from None
 
     def close(self) -> None:
         """Close the file."""

@@ -76,7 +76,8 @@ class TrainOptions:
     dtype: str = setting(
         fields.one_of(lambda: ("fp32", "bf16")),
         default="fp32",
-        doc="`bf16`: autocast around the forward, weights stay fp32.",
+        doc="`bf16`: autocast around the forward; weights that train stay fp32, and a LoRA's base"
+        " in 16 bits where its files are.",
     )
     grad_clip: float = setting(
         fields.number(0.0), default=0.0, doc="Largest global gradient norm; 0: no clipping."
@@ -218,6 +219,41 @@ def load_options(
         plan=load_config(raw),
         raw=raw,
     )
+
+
+def resolved(options: RunOptions) -> dict[str, Any]:
+    """Return the config with every default filled in, as ``--config`` takes it again."""
+    given = {key: options.raw[key] for key in ("learning_rate", PLAN_BLOCK) if key in options.raw}
+    stream = {"enabled": options.stream is not None}
+    if options.stream is not None:
+        stream |= _filled(options.stream)
+    adapter = {}
+    if options.training_method == LORA:
+        targets = options.adapter.target_modules or get_family(options.model_type).lora_targets
+        adapter = {"adapter": {**_filled(options.adapter), "target_modules": list(targets)}}
+    return {
+        "model_type": options.model_type,
+        "model_path": options.model_path,
+        "training_method": options.training_method,
+        **given,
+        "data": dict(options.data),
+        **adapter,
+        "optimizer": _filled(options.optimizer),
+        "schedule": _filled(options.schedule),
+        "train": _filled(options.train),
+        "samples": _filled(options.samples),
+        "memory": {"stagehand": stream},
+    }
+
+
+def _filled(block: Any) -> dict[str, Any]:
+    """The settings of a block by key. One that is None is left out: that is its default."""
+    found = {}
+    for key, known in fields.settings(type(block)).items():
+        value = getattr(block, known.name)
+        if value is not None:
+            found[key] = list(value) if isinstance(value, tuple) else value
+    return found
 
 
 def apply_override(raw: dict[str, Any], assignment: str) -> None:

@@ -4,53 +4,67 @@ from __future__ import annotations
 
 import errno
 import os
+import shutil
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
-from filelock import FileLock, Timeout
+from safetensors import safe_open
 from torch import nn
 
 from dist_layerlr import export_weights
 from dist_layerlr.checkpoint.folders import CHECKPOINTS, complete
 from dist_layerlr.errors import ConfigError
+from dist_layerlr.files import sync_folder, write_json, write_text
 from dist_layerlr.plan import Plan
 from dist_layerlr.ranks import alike
 from dist_layerlr.weights import find_not_finite
 from launch.trainer.data.base import LATENTS, to_device
 from launch.trainer.engines.base import autocast
 from launch.trainer.job import Job
+from launch.trainer.lock import hold
 from launch.trainer.options import LORA
+from launch.trainer.record import RECORD, RESOLVED
+from launch.trainer.runlog import LOG
 from launch.trainer.runtime import LOWER, Diverged
 
-_WRITTEN = (
-    "plan.json",
-    "verify.json",
-    "metrics.jsonl",
-    "lr_grid.png",
-    "samples/samples.png",
-    "final/adapter_config.json",
-    "final/config.json",
-    "final/diffusion_pytorch_model*.safetensors*",
-    "final/adapter_model.safetensors",
+PLAN, PROOF, METRICS = "plan.json", "verify.json", "metrics.jsonl"
+FINAL = "final"
+_STAGED, _REPLACED = ".final.new", ".final.old"
+_PER_RUN = (PLAN, PROOF, METRICS, "lr_grid.png", "samples/samples.png", RESOLVED, RECORD, LOG)
+"""What a run writes on its way. A new run begins with none of an earlier one's."""
+_IN_FINAL = (
+    PLAN,
+    PROOF,
+    "adapter_config.json",
+    "config.json",
+    "diffusion_pytorch_model*.safetensors*",
+    "adapter_model.safetensors",
 )
-"""Every file that a run may leave in its output folder."""
-_LOCKS: dict[Path, FileLock] = {}
-"""{output folder: its lock}. Held here because a FileLock lets go when it is collected; the
-operating system takes the lock back when the process ends, however it ends."""
+"""What a run's result consists of. It stays until the next one is complete."""
 
 
-def open_output_dir(path: str | Path, model_path: str, *, probe: bool) -> Path:
+def open_output_dir(
+    path: str | Path, model_path: str, *, probe: bool, say: Callable[[str], None] = print
+) -> Path:
     """Create the output folder.
 
     With ``probe`` (the rank that writes), make sure that all files can be written.
+
+    Args:
+        path: The folder.
+        model_path: Of the model that is trained.
+        probe: Whether this rank writes.
+        say: Tells the user what is waited for.
 
     Raises:
         ConfigError: it cannot be created or written to, another run writes to it, or the model that
             is trained lies in it.
     """
     folder = Path(path)
-    # remove_previous_run would delete the model before it is read.
-    if (folder / "final").resolve() == Path(model_path).resolve():
+    # The weights that are trained would replace the model that they are trained from.
+    if (folder / FINAL).resolve() == Path(model_path).resolve():
         raise ConfigError(
             f"Invalid --output-dir {str(path)!r}: model_path is its final/. Choose another folder."
         )
@@ -59,7 +73,8 @@ def open_output_dir(path: str | Path, model_path: str, *, probe: bool) -> Path:
         folder.mkdir(parents=True, exist_ok=True)
         if probe:
             # The lock first: probing must not disturb another run's files.
-            _lock(folder)
+            hold(folder, say)
+            _mend(folder)
             _probe(folder)
     except OSError as error:
         what = f"{error.strerror}: {str(error.filename)!r}"
@@ -69,34 +84,14 @@ def open_output_dir(path: str | Path, model_path: str, *, probe: bool) -> Path:
     return folder
 
 
-def _lock(folder: Path) -> None:
-    """Keep a second run out of the folder for as long as this process lives.
-
-    Raises:
-        ConfigError: there is one.
-    """
-    if folder.resolve() in _LOCKS:
-        return
-    lock = FileLock(folder / ".lock")
-    try:
-        # Not blocking: a run that waits for hours looks like one that hangs.
-        lock.acquire(blocking=False)
-    except Timeout:
-        raise ConfigError(
-            f"Invalid --output-dir {str(folder)!r}: another run is writing to it. Wait for it, or"
-            " choose another folder."
-        ) from None
-    _LOCKS[folder.resolve()] = lock
-
-
 def _probe(folder: Path) -> None:
     """Write and remove a file wherever the run will write, and look for folders in the way."""
     # Folders that do not exist yet can be made if their parent takes a file.
-    for place in (folder, folder / "samples", folder / "final", folder / CHECKPOINTS):
+    for place in (folder, folder / "samples", folder / FINAL, folder / CHECKPOINTS):
         if place == folder or place.exists():
             (place / ".probe").write_text("")
             (place / ".probe").unlink()
-    for path in _left(folder):
+    for path in [*_found(folder, _PER_RUN), *_found(folder / FINAL, _IN_FINAL)]:
         if path.is_dir():
             raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
 
@@ -115,16 +110,16 @@ def check_fresh(folder: Path) -> None:
 
 
 def remove_previous_run(folder: Path) -> None:
-    """Remove what an earlier run left in the folder, so that no two runs mix.
+    """Remove what an earlier run wrote on its way, so that no two runs mix.
 
-    Files of others stay.
+    Its result, ``final/``, stays until this one's is complete. Files of others stay.
     """
-    for path in _left(folder):
+    for path in _found(folder, _PER_RUN):
         path.unlink()
 
 
-def _left(folder: Path) -> list[Path]:
-    return [path for pattern in _WRITTEN for path in folder.glob(pattern)]
+def _found(folder: Path, patterns: tuple[str, ...]) -> list[Path]:
+    return [path for pattern in patterns for path in folder.glob(pattern)]
 
 
 def draw_plan(plan: Plan, folder: Path) -> None:
@@ -134,27 +129,95 @@ def draw_plan(plan: Plan, folder: Path) -> None:
     draw_grid(plan, folder / "lr_grid.png")
 
 
-def save_weights(job: Job, step: int) -> Path:
-    """Write the trained weights under original names. Collective.
+def save_result(job: Job, step: int, proof: dict[str, Any]) -> Path:
+    """Write the trained weights under original names, with plan and proof beside them. Collective.
 
     A full finetune becomes a diffusers model folder, a LoRA a PEFT adapter folder. The plan's
-    digest and the step are in the safetensors metadata.
+    digest, the step and the run are in the safetensors metadata.
+
+    Args:
+        job: What was trained.
+        step: Optimizer steps done.
+        proof: Content of ``verify.json``.
 
     Returns:
         The weights file, the first where there are several.
 
     Raises:
         Diverged: a weight is NaN or infinite; nothing is written.
+        ConfigError: it cannot be written; the result that was there is unchanged.
     """
     # The last step may break what no later loss will show.
     alike(lambda: _check_finite(job.engine.model, step))
-    return export_weights(
+    staged, main = job.folder / _STAGED, job.runtime.is_main
+    # What a killed run has left behind is in the way.
+    alike(lambda: shutil.rmtree(staged, ignore_errors=True) if main else None)
+    files = export_weights(
         job.engine.model,
-        job.folder / "final",
+        staged,
         format="peft" if job.options.training_method == LORA else "diffusers",
-        metadata={"plan_digest": job.plan.digest, "step": str(step)},
+        metadata={"plan_digest": job.plan.digest, "step": str(step), "run": job.run_id},
         base=job.options.model_path,
-    )[0]
+    )
+    alike(lambda: _complete(job, proof) if main else None)
+    return job.folder / FINAL / files[0].name
+
+
+def _complete(job: Job, proof: dict[str, Any]) -> None:
+    """Put the staged result in the place of the one that was there."""
+    try:
+        for folder in (job.folder, job.folder / _STAGED):
+            write_json(folder / PROOF, proof)
+            write_text(folder / PLAN, job.plan.to_json() + "\n")
+        _swap(job.folder)
+    except OSError as error:
+        raise ConfigError(
+            f"Cannot write {str(error.filename)!r}: {error.strerror}. The final/ that was there is"
+            " unchanged."
+        ) from None
+
+
+def _swap(folder: Path) -> None:
+    """Make ``.final.new`` the ``final/`` of a folder. Only names change, so it is soon done."""
+    final, staged, replaced = folder / FINAL, folder / _STAGED, folder / _REPLACED
+    if final.exists():
+        final.rename(replaced)
+    # A process that dies here leaves the earlier result under its other name: see _mend.
+    staged.rename(final)
+    sync_folder(folder)
+    _mend(folder)
+
+
+def _mend(folder: Path) -> None:
+    """Finish what ``_swap`` has begun, or undo it where the new result has no name yet."""
+    final, replaced = folder / FINAL, folder / _REPLACED
+    if not replaced.exists():
+        return
+    if not final.exists():
+        replaced.rename(final)
+        return
+    ours = set(_found(replaced, _IN_FINAL))
+    for path in replaced.iterdir():
+        if path not in ours and not (final / path.name).exists():
+            path.rename(final / path.name)
+    if replaced.is_symlink():
+        replaced.unlink()
+    else:
+        shutil.rmtree(replaced)
+
+
+def holds_result(folder: Path, run_id: str | None, step: int) -> bool:
+    """Whether ``final/`` is what this start of a run made of its weights after ``step`` steps."""
+    files = sorted(folder.glob(f"{FINAL}/*.safetensors"))
+    if run_id is None or not files:
+        return False
+    try:
+        with safe_open(str(files[0]), framework="pt") as file:
+            found = file.metadata() or {}
+    # Whatever is wrong with it, it is no result: the weights are written again.
+    except Exception:
+        return False
+    return (found.get("run"), found.get("step")) == (run_id, str(step))
 
 
 def draw_generated(job: Job) -> Path | None:
@@ -178,10 +241,11 @@ def draw_generated(job: Job) -> Path | None:
     model.train()
     if made is None:
         return None
-    path = job.folder / "samples" / "samples.png"
+    path, labels = job.folder / "samples" / "samples.png", []
     if job.runtime.is_main:
         labels = [job.data.name(index) for index in range(count)]
-        draw_samples(path, made.cpu(), batch[LATENTS], labels)
+    shown: Any = made
+    alike(lambda: draw_samples(path, shown.cpu(), batch[LATENTS], labels) if labels else None)
     return path
 
 

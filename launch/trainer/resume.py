@@ -3,24 +3,29 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from dist_layerlr import fields
-from dist_layerlr.checkpoint import find_checkpoint, finish_background_save, resume_plan
+from dist_layerlr.checkpoint import Saving, find_checkpoint, finish_background_save, resume_plan
 from dist_layerlr.checkpoint.folders import CHECKPOINTS, complete
-from dist_layerlr.errors import CheckpointError
+from dist_layerlr.checkpoint.manifest import read_manifest
+from dist_layerlr.errors import CheckpointError, ConfigError
 from dist_layerlr.export.export import SAVED_CONFIG, adapter_config
 from dist_layerlr.plan import Plan
-from dist_layerlr.ranks import alike, any_rank
+from dist_layerlr.ranks import alike, any_rank, rank_zero
 from launch.trainer.job import Job
-from launch.trainer.loop import Save
 from launch.trainer.outputs import check_fresh
 from launch.trainer.runtime import Runtime
 from launch.trainer.state import Position
 from launch.trainer.weights import ADAPTER
 
 LATEST = "latest"
+_RUN = "run"
+"""Key of ``Job.run_id`` in a checkpoint's extra."""
+_SCALING = ("r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora")
+"""What of an adapter's config decides how its weights are read."""
 
 
 def choose_checkpoint(resume: str | None, folder: Path, runtime: Runtime) -> Path | None:
@@ -54,14 +59,48 @@ def is_own(checkpoint: Path, folder: Path) -> bool:
     return checkpoint.resolve().parent == (folder / CHECKPOINTS).resolve()
 
 
-def adapt_plan(path: Path, plan: Plan, runtime: Runtime) -> Plan:
-    """Return the plan to train with, by ``resume_lr``; say what differs from the checkpoint's."""
+@dataclass(frozen=True, kw_only=True)
+class Past:
+    """What a checkpoint says of the run that wrote it."""
+
+    step: int
+    """Optimizer steps done."""
+    run_id: str | None
+    """``Job.run_id`` of the start that did the last of them; None: written before there were any,
+    or by another program."""
+
+
+def look_back(path: Path) -> Past:
+    """Read what a checkpoint says of its run. Collective."""
+
+    def read() -> Past:
+        manifest = read_manifest(path)
+        run_id = manifest.extra.get(_RUN)
+        return Past(step=manifest.step, run_id=run_id if isinstance(run_id, str) else None)
+
+    return rank_zero(read)
+
+
+def adapt_plan(path: Path, plan: Plan, runtime: Runtime, *, trained: bool) -> Plan:
+    """Return the plan to train with, by ``resume_lr``; say what differs from the checkpoint's.
+
+    Args:
+        path: Of the checkpoint.
+        plan: Of the config.
+        runtime: This rank.
+        trained: No step is left to do: the plan is the one that was trained, whatever the config
+            says by now.
+    """
+    if trained:
+        block = replace(plan.config.per_layer_lr, resume_lr="checkpoint")
+        plan = replace(plan, config=replace(plan.config, per_layer_lr=block))
     adapted, changes = resume_plan(path, plan)
     kept = plan.config.per_layer_lr.resume_lr == "checkpoint"
     if changes:
+        why = "no step is left to train at others" if trained else "resume_lr"
         runtime.say(
             f"the plan differs from the checkpoint's; {'its' if kept else 'the new'} rates apply"
-            " (resume_lr):"
+            f" ({why}):"
         )
     for line in changes:
         runtime.say(f"  {line}")
@@ -75,7 +114,7 @@ def restore(job: Job, path: Path) -> Position:
         CheckpointError: it is not of this program.
         ConfigError: the run is already longer than ``train.steps`` asks. At just that many steps
             only the weights, samples and proofs are left to write: the run was ended between its
-            last checkpoint and these.
+            last checkpoint and these. Then another adapter than the trained one is refused too.
     """
     options, runtime = job.options, job.runtime
     restored = job.engine.load(path)
@@ -88,33 +127,62 @@ def restore(job: Job, path: Path) -> Position:
     if restored.step > options.train.steps:
         allowed = f"at least {restored.step}, the steps done in {str(path)!r}"
         raise fields.invalid("train.steps", options.train.steps, allowed)
+    if restored.step == options.train.steps:
+        _check_trained_adapter(job, path, extra.get(SAVED_CONFIG))
     for line in _changed(extra.get("config", {}), options.raw):
         runtime.say(f"  config: {line}")
     runtime.say(f"resumed {path} after {restored.step} steps")
     return Position(step=restored.step, samples=extra["samples"], observed=extra["observed"])
 
 
-def saver(job: Job) -> Save:
-    """Return what the loop calls for a checkpoint."""
-    # The adapter's config lets dist-layerlr export a checkpoint without building the model.
-    config = adapter_config(job.engine.model, ADAPTER)
-    adapter = {} if config is None else {SAVED_CONFIG: config}
+def _check_trained_adapter(job: Job, path: Path, saved: Any) -> None:
+    """Refuse to write trained weights beside the settings of an adapter that was not trained."""
+    live = adapter_config(job.engine.model, ADAPTER)
+    if saved is None or live is None:
+        return
+    for key in _SCALING:
+        if saved.get(key) != live.get(key):
+            raise ConfigError(
+                f"Invalid adapter: {key}={live.get(key)!r}, but {str(path)!r} was trained with"
+                f" {saved.get(key)!r}, and no step is left to train. Set it back, or raise"
+                " train.steps."
+            )
 
-    def save(step: int, samples: int, observed: Mapping[str, float]) -> None:
+
+class Saver:
+    """Writes checkpoints, and says which ones are on disk."""
+
+    def __init__(self, job: Job):
+        self._job = job
+        # The adapter's config lets dist-layerlr export a checkpoint without building the model.
+        config = adapter_config(job.engine.model, ADAPTER)
+        self._adapter = {} if config is None else {SAVED_CONFIG: config}
+        self._pending: tuple[Saving, int] | None = None
+
+    def __call__(self, step: int, samples: int, observed: Mapping[str, float]) -> None:
+        """Write a checkpoint, or begin to. Collective."""
+        # Before the next one, because two share neither memory nor disk well.
+        self.finish()
+        job = self._job
         extra = {
             "samples": samples,
             "observed": dict(observed),
             "config": dict(job.options.raw),
-            **adapter,
+            _RUN: job.run_id,
+            **self._adapter,
         }
-        job.engine.save(job.folder / CHECKPOINTS, step, extra, job.options.train)
+        saving = job.engine.save(job.folder / CHECKPOINTS, step, extra, job.options.train)
+        self._pending = (saving, step)
+        if not job.options.train.background_save:
+            self.finish()
 
-    return save
-
-
-def finish_saving() -> None:
-    """Wait for a checkpoint that is still being written."""
-    finish_background_save()
+    def finish(self) -> None:
+        """Wait for a checkpoint that is still being written, and say where it is. Collective."""
+        finish_background_save()
+        pending, self._pending = self._pending, None
+        if pending is not None:
+            saving, step = pending
+            self._job.runtime.say(f"saved checkpoint {saving.path} after {step} steps")
 
 
 def _changed(old: Mapping[str, Any], new: Mapping[str, Any]) -> Iterator[str]:

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import uuid
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
 from dist_layerlr import plan_model
-from dist_layerlr.files import write_json, write_text
+from dist_layerlr.errors import ConfigError
+from dist_layerlr.files import write_text
 from dist_layerlr.offload import Prediction
 from dist_layerlr.plan import Plan
-from dist_layerlr.ranks import alike
+from dist_layerlr.proof import Proof
+from dist_layerlr.ranks import alike, rank_zero
 from dist_layerlr.report import grid
 from dist_layerlr.sharders import unwrap
 from dist_layerlr.weights import check_pretrained
@@ -20,18 +23,20 @@ from launch.trainer.data import check_dataset, open_dataset
 from launch.trainer.engines import build_engine
 from launch.trainer.families import get_family
 from launch.trainer.job import Job
-from launch.trainer.loop import micro_batch_size, train
+from launch.trainer.loop import micro_batch_size, train, write_row
 from launch.trainer.metrics import MetricsFile
 from launch.trainer.options import RunOptions
+from launch.trainer.record import write_record
 from launch.trainer.request import Request
 from launch.trainer.resume import (
+    Saver,
     adapt_plan,
     choose_checkpoint,
-    finish_saving,
     is_own,
+    look_back,
     restore,
-    saver,
 )
+from launch.trainer.runlog import LOG
 from launch.trainer.runtime import Diverged, Runtime
 from launch.trainer.signals import StopFlag, catch_signals
 from launch.trainer.state import Outcome, Position
@@ -61,12 +66,23 @@ def run(request: Request, options: RunOptions, runtime: Runtime) -> None:
     alike(lambda: micro_batch_size(options, runtime.world_size))
     folder = alike(
         lambda: outputs.open_output_dir(
-            request.output_dir, options.model_path, probe=runtime.is_main
+            request.output_dir, options.model_path, probe=runtime.is_main, say=runtime.say
         )
     )
     checkpoint = choose_checkpoint(request.resume, folder, runtime)
+    run_id = rank_zero(lambda: uuid.uuid4().hex[:16])
     if checkpoint is not None:
-        plan = adapt_plan(checkpoint, plan, runtime)
+        past = look_back(checkpoint)
+        trained = past.step == options.train.steps
+        if trained and rank_zero(lambda: outputs.holds_result(folder, past.run_id, past.step)):
+            runtime.say(
+                f"nothing to train: {checkpoint} is after {past.step} of {past.step} steps;"
+                f" {folder / outputs.FINAL}, plan.json and verify.json stay as that run left them"
+            )
+            return
+        # What is left to write is the result of the start that trained.
+        run_id = past.run_id or run_id if trained else run_id
+        plan = adapt_plan(checkpoint, plan, runtime, trained=trained)
     runtime.say(grid(plan))
     engine = build_engine(request.sharding, model, plan, options, runtime, request.deepspeed_config)
     job = Job(
@@ -77,6 +93,7 @@ def run(request: Request, options: RunOptions, runtime: Runtime) -> None:
         options=options,
         runtime=runtime,
         folder=folder,
+        run_id=run_id,
     )
     # Until the weights are written: a second signal must not cut the saving short.
     with catch_signals() as stop:
@@ -100,37 +117,63 @@ def _train_and_save(job: Job, stop: StopFlag, checkpoint: Path | None) -> None:
     prediction = _predict(job)
     if prediction is not None:
         runtime.say(f"[stagehand] {prediction.line()}")
-    metrics = None
-    if runtime.is_main:
-        metrics = _open_files(
-            job, begin, kept=checkpoint is not None and is_own(checkpoint, job.folder)
-        )
-        if prediction is not None:
-            metrics.write({"step": begin.step, "prediction": prediction.to_dict()})
+    runtime.say(_sizes(job, begin))
+    kept = checkpoint is not None and is_own(checkpoint, job.folder)
+    # All ranks, though one writes: they end together where its disk is full.
+    metrics = alike(lambda: _open_files(job, begin, proof, kept=kept) if runtime.is_main else None)
+    if prediction is not None:
+        write_row(metrics, {"step": begin.step, "prediction": prediction.to_dict()})
+    save = Saver(job)
     try:
-        outcome = train(job, metrics, stop, begin, saver(job))
+        outcome = train(job, metrics, stop, begin, save)
     except Diverged:
         # All ranks raise it. The last periodic checkpoint is good, so let it get onto the disk.
-        finish_saving()
+        save.finish()
         raise
-    finish_saving()
+    save.finish()
+    if outcome.stopped and outcome.steps == begin.step < job.options.train.steps:
+        runtime.say(f"stopped by a signal before step {begin.step + 1}; nothing new to save")
+        return
     # Again, because DeepSpeed, a scheduler or an optimizer may have changed rates on the way.
     after = alike(lambda: job.engine.prove(outcome.last_factor))
-    weights = outputs.save_weights(job, outcome.steps)
-    if runtime.is_main:
-        seen = {"start": proof.to_dict(), "end": after.to_dict(), "first_step_lr": outcome.observed}
-        write_json(job.folder / "verify.json", seen)
+    seen = {"start": proof.to_dict(), "end": after.to_dict(), "first_step_lr": outcome.observed}
+    weights = outputs.save_result(job, outcome.steps, seen)
     _finish(job, outcome, weights)
 
 
-def _open_files(job: Job, begin: Position, *, kept: bool) -> MetricsFile:
-    """Write the plan and open metrics.jsonl; remove an earlier run's files unless ``kept``."""
+def _open_files(job: Job, begin: Position, proof: Proof, *, kept: bool) -> MetricsFile:
+    """Begin the files of this run; go on with those that are there where ``kept``."""
     # Only now, when nothing can be refused any more: bad input must not cost the earlier results.
-    if not kept:
-        outputs.remove_previous_run(job.folder)
-    write_text(job.folder / "plan.json", job.plan.to_json() + "\n")
-    outputs.draw_plan(job.plan, job.folder)
-    return MetricsFile(job.folder / "metrics.jsonl", first_step=begin.step)
+    try:
+        if not kept:
+            outputs.remove_previous_run(job.folder)
+        write_text(job.folder / outputs.PLAN, job.plan.to_json() + "\n")
+        outputs.draw_plan(job.plan, job.folder)
+        # Where no step is left, this process's config is not what was trained.
+        if begin.step < job.options.train.steps:
+            write_record(job, begin, sharder=proof.sharder, kept=kept)
+        job.runtime.log.open(job.folder / LOG, kept=kept)
+        return MetricsFile(job.folder / outputs.METRICS, first_step=begin.step)
+    except OSError as error:
+        raise ConfigError(
+            f"Cannot write {str(error.filename)!r}: {error.strerror}. Make room, or choose another"
+            " --output-dir."
+        ) from None
+
+
+def _sizes(job: Job, begin: Position) -> str:
+    """What is trained on what, in one line."""
+    runtime, train = job.runtime, job.options.train
+    micro = micro_batch_size(job.options, runtime.world_size)
+    parts = train.global_batch // runtime.world_size // micro
+    if begin.step == train.steps:
+        return f"no step is left of {train.steps}: only the result is to be written"
+    ranks = f"{runtime.world_size} rank" + "s" * (runtime.world_size > 1)
+    return (
+        f"training on {ranks}, device {runtime.device.type}: {len(job.data)} samples, global batch"
+        f" {train.global_batch} (each rank {parts} x {micro}), steps {begin.step + 1} to"
+        f" {train.steps}"
+    )
 
 
 def _predict(job: Job) -> Prediction | None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import timedelta
 
 import torch
@@ -11,6 +11,7 @@ import torch.distributed as dist
 
 from dist_layerlr import fields
 from dist_layerlr.errors import ConfigError, LayerLRError
+from launch.trainer.runlog import RunLog
 
 # NCCL's own limit of 10 minutes is short for rank 0 reading a large checkpoint from a network disk.
 COLLECTIVE_TIMEOUT = timedelta(minutes=30)
@@ -30,6 +31,8 @@ class Runtime:
     world_size: int
     local_rank: int
     device: torch.device
+    log: RunLog = field(default_factory=RunLog, compare=False)
+    """Keeps what ``say`` prints."""
 
     @property
     def is_main(self) -> bool:
@@ -40,6 +43,7 @@ class Runtime:
         """Print a line, on the first rank only."""
         if self.is_main:
             print(line, flush=True)
+            self.log.write(line)
 
     def barrier(self) -> None:
         """Wait for all ranks, so that none leaves while another still talks to it."""
@@ -67,11 +71,12 @@ def _launched(name: str, low: int) -> int:
     return int(text)
 
 
-def start(*, alone: bool) -> Runtime:
+def start(*, alone: bool, log: RunLog) -> Runtime:
     """Join the process group (gloo on CPU, NCCL on CUDA) and choose the device.
 
     Args:
         alone: This process trains by itself, or only prints a plan: it joins no group.
+        log: Takes what this rank says.
 
     Raises:
         ConfigError: A variable of the launcher's is missing or wrong.
@@ -93,7 +98,11 @@ def start(*, alone: bool) -> Runtime:
             ) from None
     world_size = 1 if alone else launched_world_size()
     return Runtime(
-        rank=launched_rank(), world_size=world_size, local_rank=local_rank, device=device
+        rank=launched_rank(),
+        world_size=world_size,
+        local_rank=local_rank,
+        device=device,
+        log=log,
     )
 
 

@@ -1,4 +1,4 @@
-"""SIGINT and SIGTERM become a flag that the training loop reads between steps."""
+"""SIGINT and SIGTERM become a flag that the training loop reads between microbatches."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from types import FrameType
 
 
 class StopFlag:
-    """Set by SIGINT and SIGTERM. The loop then finishes the step in progress and saves."""
+    """Set by SIGINT and SIGTERM. The loop then finishes the microbatch in progress and saves."""
 
     def __init__(self) -> None:
         self.raised = False

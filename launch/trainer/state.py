@@ -27,7 +27,7 @@ class Outcome:
     """How the training loop ended."""
 
     steps: int
-    """Optimizer steps done."""
+    """Optimizer steps done, by earlier processes too."""
     stopped: bool
     """Whether a signal ended it early."""
     last_factor: float

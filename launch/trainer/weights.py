@@ -13,9 +13,12 @@ from torch import Tensor, nn
 from dist_layerlr import fields
 from dist_layerlr.errors import ModelSourceError
 from dist_layerlr.plan import canonical_name
-from dist_layerlr.plan.names import parse
+from dist_layerlr.plan.names import base_name, parse
+from dist_layerlr.plan.read import checkpoint_files
 from dist_layerlr.weights import load_pretrained
+from dist_layerlr.weights.tensorfile import stored_tensors
 from launch.trainer.cli import blame
+from launch.trainer.engines.offload import CAST_BY_AUTOCAST
 from launch.trainer.families.base import Family
 from launch.trainer.options import LORA, AdapterOptions, RunOptions
 from launch.trainer.seeds import mix_seed
@@ -88,6 +91,27 @@ def _inject_lora(model: Any, adapter: AdapterOptions, family_targets: tuple[str,
         allowed = f"name endings of linear or convolution layers of {type(model).__name__}"
         hint = f" Such as {family_targets[0]!r}; see model.named_modules()."
         raise fields.invalid("adapter.target_modules", targets, allowed, hint) from None
+
+
+def hold_in_16_bits(model: nn.Module, options: RunOptions) -> None:
+    """Keep the frozen layers beside a LoRA in bf16 where their files hold 16 bits. On a meta model.
+
+    Bitwise the same under bf16 autocast, which rounds the weights of these layers before every use;
+    other parameters, and those that train, stay fp32. float16 is rounded to bf16 now and not then:
+    a forward that asks a layer for its dtype is told what autocast computes in.
+    """
+    if options.train.dtype != "bf16" or options.training_method != LORA:
+        return
+    stored: dict[str, torch.dtype] = {}
+    for file in checkpoint_files(options.model_path):
+        stored |= {name: found.dtype for name, found in stored_tensors(file).items()}
+    for path, module in model.named_modules():
+        if not isinstance(module, CAST_BY_AUTOCAST):
+            continue
+        for name, param in module.named_parameters(recurse=False):
+            dtype = stored.get(base_name(canonical_name(f"{path}.{name}")))
+            if not param.requires_grad and dtype in (torch.bfloat16, torch.float16):
+                param.data = param.data.to(torch.bfloat16)
 
 
 def load_base(model: nn.Module, options: RunOptions) -> None:

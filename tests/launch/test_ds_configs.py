@@ -71,6 +71,7 @@ def run_one(sharding: str, options: RunOptions, runtime: Runtime, ds_config: Pat
         options=options,
         runtime=runtime,
         folder=Path(),
+        run_id="",
     )
     outcome = train(job, losses)  # type: ignore[arg-type]
     proof = engine.prove(outcome.last_factor)

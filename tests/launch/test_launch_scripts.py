@@ -25,8 +25,8 @@ STARTS = {
     "run.sh fsdp1_flat": ("torchrun", "--sharding fsdp1_flat"),
     "run.sh fsdp2": ("torchrun", "--sharding fsdp2"),
     "run.sh hsdp": ("torchrun", "--sharding hsdp"),
-    "run.sh zero": ("deepspeed", "ds_configs/zero2.json"),
-    "LAUNCHER=torchrun run.sh zero": ("torchrun", "ds_configs/zero2.json"),
+    "run.sh zero": ("torchrun", "ds_configs/zero2.json"),
+    "LAUNCHER=deepspeed run.sh zero": ("deepspeed", "ds_configs/zero2.json"),
     "LAUNCHER=accelerate run.sh fsdp2": ("accelerate", "--sharding fsdp2"),
     "slurm.sbatch": ("srun", ""),
 }
@@ -120,11 +120,13 @@ def test_slurm_job_meets_on_the_first_node_and_shares_its_cores(
 def test_a_stopped_job_has_longer_than_torchs_30_seconds_to_save(
     stubs: Path, tmp_path: Path
 ) -> None:
-    for name in ("torchrun", "srun"):
+    for name in ("torchrun", "srun", "accelerate"):
         (stubs / name).write_text("#!/usr/bin/env bash\necho $TORCH_ELASTIC_SHUTDOWN_TIMEOUT\n")
-    for start in ("run.sh fsdp2", "slurm.sbatch"):
+    # DeepSpeed's launcher knows no such time.
+    for start in (start for start, (launcher, _) in STARTS.items() if launcher != "deepspeed"):
         assert call(start, first=stubs, cwd=tmp_path, **SLURM).stdout == "270\n"
         assert call(start, first=stubs, cwd=tmp_path, STOP_S="5", **SLURM).stdout == "5\n"
+    assert "SHUTDOWN_TIMEOUT=${STOP_S:-270}" in (LAUNCH / "quickstart.sh").read_text()
 
 
 def test_one_process_needs_no_launcher(stubs: Path, tmp_path: Path) -> None:

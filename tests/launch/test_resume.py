@@ -7,6 +7,7 @@ import contextlib
 import io
 import json
 import os
+import shutil
 import signal
 from collections.abc import Callable
 from dataclasses import replace
@@ -113,9 +114,7 @@ def test_a_stopped_run_resumes_to_the_same_weights_and_rows(
         fresh[0] == 2
         and "it holds checkpoints of an earlier run. Continue it with --resume latest" in fresh[2]
     )
-    assert (
-        done[0] == 0 and "finished 6 steps; weights in" in done[1]
-    )  # ended before it wrote them, say
+    assert done[0] == 0 and "is after 6 of 6 steps" in done[1]
     assert shorter[0] == 2 and "Invalid train.steps=5: must be at least 6" in shorter[2]
     assert nowhere[0] == 2 and "No checkpoint in 'nowhere'" in nowhere[2]
 
@@ -186,3 +185,91 @@ def test_another_runs_checkpoint_starts_files_of_its_own_and_spares_other_checkp
     replace(read_manifest(newest), extra={}).write(newest)
     foreign = run_ranks(call_all, 1, [call("new", *every, "--resume", str(source))], None)[0]
     assert foreign[0][0] == 2 and "train.py did not write it" in foreign[0][2]
+
+
+def contents(out: Path) -> dict[str, bytes]:
+    """All that a run has left, but for the note of who holds the folder."""
+    found = {p.relative_to(out).as_posix(): p for p in out.rglob("*") if p.is_file()}
+    return {name: path.read_bytes() for name, path in found.items() if ".lock" not in name}
+
+
+def test_a_relaunch_that_trains_nothing_leaves_plan_proof_and_result_of_what_was_trained(
+    call: Callable[..., Call], tmp_path: Path
+) -> None:
+    run = ("--set", "train.save_every=6", "--resume", "latest")
+    other = (*run, "--set", "per_layer_lr.component_lr.ffn=9e-4", "--set", "samples.count=1")
+    out = tmp_path / "out"
+    ((status, _, _),) = run_ranks(call_all, 1, [call("out", *run)], None)[0]
+    assert status == 0
+    trained = contents(out)
+    ((status, said, _),) = run_ranks(call_all, 1, [call("out", *other)], None)[0]
+    assert status == 0 and said.count("\n") == 1
+    assert said.startswith(f"nothing to train: {out}/checkpoints/step_00000006 is after 6 of 6")
+    assert contents(out) == trained
+    # Ended between its last checkpoint and its result: that is made, and by the rates of then.
+    shutil.rmtree(out / "final")
+    (out / "verify.json").unlink()
+    ((status, said, complained),) = run_ranks(call_all, 1, [call("out", *other)], None)[0]
+    assert status == 0, complained
+    assert "its rates apply (no step is left to train at others)" in said
+    made = contents(out)
+    for name in ("plan.json", "final/plan.json", "run.json", "resolved_config.json", str(FINAL)):
+        assert made[name] == trained[name], name
+    digest = json.loads(trained["plan.json"])["digest"]
+    assert json.loads(made["final/verify.json"])["end"]["digest"] == digest
+
+
+def test_the_weights_of_an_adapter_are_not_written_beside_settings_that_were_not_trained(
+    call: Callable[..., Call], tmp_path: Path
+) -> None:
+    lora = ("--set", "training_method=lora", "--set", "train.save_every=6", "--resume", "latest")
+    out = tmp_path / "out"
+    ((status, _, _),) = run_ranks(call_all, 1, [call("out", *lora, "--max-steps", "6")], None)[0]
+    assert status == 0
+    shutil.rmtree(out / "final")
+    louder = call("out", *lora, "--set", "adapter.alpha=99")
+    ((status, _, complained),) = run_ranks(call_all, 1, [louder], None)[0]
+    assert status == 2 and not (out / "final").exists()
+    assert "Invalid adapter: lora_alpha=99.0, but" in complained
+    assert "was trained with 16" in complained and "no step is left to train" in complained
+
+
+def test_a_result_of_another_start_with_the_same_plan_and_steps_is_replaced(
+    call: Callable[..., Call], tmp_path: Path
+) -> None:
+    """The second run has all its steps but not its result, and the folder still holds the first's:
+    same plan, same step, other weights."""
+    out = tmp_path / "out"
+    first = call("out", "--set", "train.seed=1")
+    second = call("out", "--set", "train.save_every=6")
+    calls = [first, second]
+    assert [s for s, _, _ in run_ranks(call_all, 1, calls, None)[0]] == [0, 0]
+    wanted = load_file(out / FINAL)
+    shutil.rmtree(out / "final")
+    shutil.copytree(out / "checkpoints", tmp_path / "checkpoints")
+    shutil.rmtree(out / "checkpoints")
+    assert run_ranks(call_all, 1, [first], None)[0][0][0] == 0
+    shutil.copytree(tmp_path / "checkpoints", out / "checkpoints")
+    ((status, said, _),) = run_ranks(call_all, 1, [[*second, "--resume", "latest"]], None)[0]
+    assert status == 0 and "finished 6 steps" in said
+    found = load_file(out / FINAL)
+    assert all(torch.equal(found[name], wanted[name]) for name in wanted)
+
+
+def test_a_stop_before_the_first_step_leaves_the_earlier_result(
+    call: Callable[..., Call], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from launch.trainer import run
+
+    sizes = run._sizes
+
+    def interrupted(*args: Any) -> str:
+        os.kill(os.getpid(), signal.SIGTERM)
+        return sizes(*args)
+
+    assert run_ranks(call_all, 1, [call("out")], None)[0][0][0] == 0
+    trained = contents(tmp_path / "out" / "final")
+    monkeypatch.setattr(run, "_sizes", interrupted)
+    ((status, said, _),) = run_ranks(call_all, 1, [call("out")], None)[0]
+    assert status == 0 and "stopped by a signal before step 1; nothing new to save" in said
+    assert contents(tmp_path / "out" / "final") == trained

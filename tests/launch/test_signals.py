@@ -5,12 +5,10 @@ from __future__ import annotations
 
 import contextlib
 import io
-import json
 import os
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -20,7 +18,17 @@ import pytest
 from safetensors import safe_open
 
 from launch import train
-from tests.support.jobs import DEADLINE_S, TRAIN, Ended, call_of
+from tests.support.faults import rows, wait_until
+from tests.support.jobs import (
+    DEADLINE_S,
+    ROOT,
+    TRAIN,
+    Ended,
+    call_of,
+    largest_difference,
+    run_in_ranks,
+    weights,
+)
 from tests.support.ranks import run_ranks
 
 LONG = 100_000
@@ -28,21 +36,7 @@ LONG = 100_000
 
 
 def in_training(folder: Path) -> bool:
-    return len(rows(folder)) >= 3
-
-
-def rows(folder: Path) -> list[dict[str, Any]]:
-    file = folder / "out" / "metrics.jsonl"
-    return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
-
-
-def wait_until(done: Callable[[], bool], ended: Callable[[], bool]) -> None:
-    """Wait for a condition; the deadline only ends a hang."""
-    end = time.monotonic() + DEADLINE_S
-    while not done():
-        assert not ended(), "the run ended by itself"
-        assert time.monotonic() < end, "no progress"
-        time.sleep(0.05)
+    return len(rows(folder / "out")) >= 3
 
 
 def train_until_signal(rank: int, world_size: int, arguments: list[str], number: int) -> Ended:
@@ -67,7 +61,7 @@ def train_until_signal(rank: int, world_size: int, arguments: list[str], number:
 
 
 def check_saved(folder: Path, said: str) -> None:
-    done = rows(folder)[-1]["step"] + 1
+    done = rows(folder / "out")[-1]["step"] + 1
     assert f"stopped by a signal after {done} steps" in said
     with safe_open(
         str(folder / "out" / "final" / "diffusion_pytorch_model.safetensors"), framework="pt"
@@ -116,7 +110,7 @@ def signal_while_saving(rank: int, world_size: int, arguments: list[str]) -> int
     saved."""
     from launch.trainer import outputs
 
-    save = outputs.save_weights
+    save = outputs.save_result
 
     def interrupted(*args: Any) -> Path:
         os.kill(os.getpid(), signal.SIGINT)
@@ -124,7 +118,7 @@ def signal_while_saving(rank: int, world_size: int, arguments: list[str]) -> int
         os.kill(os.getpid(), signal.SIGTERM)
         return save(*args)
 
-    outputs.save_weights = interrupted
+    outputs.save_result = interrupted
     return train.main(arguments)
 
 
@@ -136,3 +130,62 @@ def test_signals_while_saving_do_not_cut_it_short(
     assert run_ranks(signal_while_saving, 1, arguments) == [0]
     assert (tmp_path / "out" / "final" / "diffusion_pytorch_model.safetensors").exists()
     assert (tmp_path / "out" / "verify.json").exists()
+
+
+SHARDERS = {
+    **{name: ["--sharding", name] for name in ("ddp", "fsdp1", "fsdp1_flat", "fsdp2")},
+    **{
+        f"zero {stage}": ["--deepspeed_config", str(ROOT / "ds_configs" / f"zero{stage}.json")]
+        for stage in range(4)
+    },
+}
+STOPPED_IN, LATER = 6, 4
+"""The microbatch in which the signal comes, the second of the second step's four; and how many the
+run after it does, which is that step again."""
+
+
+@pytest.mark.parametrize(
+    "sharders",
+    [
+        pytest.param(("fsdp1_flat", "fsdp2", "zero 2"), id="some"),
+        pytest.param(tuple(SHARDERS), id="all", marks=pytest.mark.full),
+    ],
+)
+def test_a_stop_between_microbatches_saves_the_step_before_at_once(
+    sharders: tuple[str, ...],
+    run_config: dict[str, Any],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A step of a large model takes longer than the launcher waits."""
+    from launch.trainer import loop
+
+    read, seen = loop._read, -8  # a whole run comes first
+
+    def interrupted(*args: Any) -> Any:
+        nonlocal seen
+        seen += 1
+        # Every second run is stopped; the one after it goes on.
+        if seen == STOPPED_IN:
+            os.kill(os.getpid(), signal.SIGTERM)
+        if seen == STOPPED_IN + LATER:
+            seen = 0
+        return read(*args)
+
+    run_config["train"].update(steps=2, micro_batch=1)
+    monkeypatch.setattr(loop, "_read", interrupted)
+    calls = [call_of(run_config, tmp_path / "whole", "--sharding", "ddp")]
+    for sharder in sharders:
+        call = call_of(run_config, tmp_path / sharder, *SHARDERS[sharder], "--resume", "latest")
+        calls += [call, call]
+    whole, *hurt = run_in_ranks(2, calls)
+    assert "finished 2 steps" in whole.said, whole.complaint
+    for sharder, stopped, resumed in zip(sharders, hurt[::2], hurt[1::2], strict=True):
+        assert (stopped.status, resumed.status) == (0, 0), (stopped, resumed)
+        out = tmp_path / sharder / "out"
+        assert f"saved checkpoint {out}/checkpoints/step_00000001 after 1 steps" in stopped.said
+        assert f"stopped by a signal after 1 steps; weights in {out}/final" in stopped.said
+        assert "step_00000001 after 1 steps" in resumed.said, sharder
+        assert [row["step"] for row in rows(out)] == [0, 1]
+        difference = largest_difference(weights(tmp_path / sharder), weights(tmp_path / "whole"))
+        assert difference <= 1e-5, sharder

@@ -80,6 +80,7 @@ def train_one(
         options=options,
         runtime=runtime,
         folder=folder,
+        run_id="",
     )
     outcome = train(job, metrics)
     proof = engine.prove(outcome.last_factor)

@@ -31,7 +31,7 @@ from launch.trainer.engines.sharding import Sharding
 from launch.trainer.engines.wrap import blocks_of, replicate
 from launch.trainer.options import OptimizerOptions, RunOptions, TrainOptions
 from launch.trainer.runtime import Runtime
-from launch.trainer.weights import load_base
+from launch.trainer.weights import hold_in_16_bits, load_base
 
 
 class NativeEngine:
@@ -51,6 +51,8 @@ class NativeEngine:
         if options.stream is not None and sharding.stagehand is Stagehand.STREAMS:
             self._stream(model, options, options.stream, runtime)
             return
+        if not sharding.one_dtype:
+            alike(lambda: hold_in_16_bits(model, options))
         self.model = sharding.wrap(model, plan, options, runtime)
         # Weights go into shards that exist, so no rank ever holds the whole model.
         load_base(self.model, options)

@@ -18,8 +18,8 @@ from dist_layerlr.offload import StreamPolicy
 
 ZERO_STAGE = 3
 """The first ZeRO stage that partitions parameters, so that they can leave the device."""
-# Layers whose weights autocast rounds to bf16 before every use.
-_CAST_BY_AUTOCAST = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
+CAST_BY_AUTOCAST = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
+"""Layers whose weights autocast rounds to bf16 before every use."""
 FOLLOWED = {"prefetch_window", "pinned_pool_mb"}
 """What a sharder's own offload can follow; it keeps every shard on the host, pinned."""
 
@@ -47,7 +47,7 @@ def hold_in_bf16(blocks: Iterable[nn.Module]) -> None:
     """
     for block in blocks:
         for module in block.modules():
-            if isinstance(module, _CAST_BY_AUTOCAST):
+            if isinstance(module, CAST_BY_AUTOCAST):
                 for param in module.parameters(recurse=False):
                     if not param.requires_grad:
                         param.data = param.data.to(torch.bfloat16)

@@ -53,6 +53,9 @@ class Sharding:
     """What starts its ranks; None: nothing may, it trains in one process."""
     micro_step: MicroStep = _always_reduce
     """Skips the gradient reduction of all but the last microbatch."""
+    one_dtype: bool = False
+    """Whether it flattens parameters, which must then have one dtype: a base in 16 bits becomes
+    fp32 beside an adapter."""
     stagehand: Stagehand
     """Who keeps weights in host memory when ``memory.stagehand`` is on."""
     refuses: str = ""
@@ -94,6 +97,7 @@ _ROWS = (
         name="fsdp1",
         wrap=wrap.fsdp1,
         micro_step=_no_sync,
+        one_dtype=True,
         stagehand=Stagehand.REFUSES,
         refuses=_FLAT,
         accelerate=_FSDP1,
@@ -102,6 +106,7 @@ _ROWS = (
         name="fsdp1_flat",
         wrap=wrap.fsdp1_flat,
         micro_step=_no_sync,
+        one_dtype=True,
         stagehand=Stagehand.REFUSES,
         refuses=_FLAT,
         accelerate=_FSDP1,

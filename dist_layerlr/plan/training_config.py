@@ -1,0 +1,70 @@
+"""The keys around ``per_layer_lr`` in a training config, for programs that read no more of it."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping
+from typing import Any
+
+from dist_layerlr import fields
+from dist_layerlr.errors import ConfigError
+from dist_layerlr.plan.config import BLOCK, Config
+
+TRAINER_KEYS = (
+    "model_path",
+    "training_method",
+    "data",
+    "adapter",
+    "optimizer",
+    "schedule",
+    "train",
+    "samples",
+    "memory",
+)
+"""Keys of ``launch/train.py``'s own, beside those that a plan is made from."""
+REQUIRED_KEYS = ("model_type", "model_path", "data", "train")
+"""A config with all of these is one for ``launch/train.py``, which knows every key."""
+MODEL_TYPES = (
+    "chroma_1",
+    "flux_2_dev",
+    "flux_2_klein_4b",
+    "flux_2_klein_9b",
+    "hunyuan_video",
+    "ltx2",
+    "pixart",
+    "qwen",
+    "rfdetr",
+    "sana",
+    "sd15",
+    "sd35",
+    "sdxl",
+    "wan",
+    "wan22",
+    "zimage",
+)
+"""Families with a config in ``launch/configs``. Any other name is a model of the user's own."""
+
+
+def check_training_config(raw: Mapping[str, Any]) -> None:
+    """Refuse misspelt keys and families in a config that may hold more than a plan needs.
+
+    Keys of another trainer's are left alone, unless they are almost one of ours.
+
+    Raises:
+        ConfigError: names the key or value, and what was meant.
+    """
+    known = (*fields.settings(Config), BLOCK, *TRAINER_KEYS)
+    if raw.keys() >= set(REQUIRED_KEYS):
+        fields.known_keys("config", raw, known)
+    for key in raw:
+        # As near as in ``fields.near_misses``, but beside the right key too: one block of two that
+        # look alike would be read by nobody.
+        close = difflib.get_close_matches(key, known, n=1, cutoff=0.8)
+        if close and key not in known:
+            raise ConfigError(f"Unknown key {key!r} in config. Did you mean {close[0]!r}?")
+    family = raw.get("model_type")
+    if isinstance(family, str) and family not in MODEL_TYPES:
+        hint = fields.suggestion(family, MODEL_TYPES)
+        if hint:
+            allowed = f"one of {', '.join(MODEL_TYPES)}, or a name unlike these"
+            raise fields.invalid("model_type", family, allowed, hint)
