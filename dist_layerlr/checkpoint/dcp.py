@@ -53,6 +53,8 @@ class StoredSpan(HeldSpan):
 
     size: int
     """Elements of the whole tensor."""
+    replicas: int = 1
+    """Ranks that hold each element, and of which one writes it."""
 
     @property
     def place(self) -> str:

@@ -31,6 +31,7 @@ from dist_layerlr.plan.diff import PLAN_FILE
 from dist_layerlr.plan.entries import Plan
 from dist_layerlr.proof.verify import verify
 from dist_layerlr.ranks import alike, rank_zero
+from dist_layerlr.sharders.replicas import differing
 
 
 class Saving:
@@ -128,7 +129,8 @@ def save_checkpoint(
         A handle with the path; ``wait()`` on it after a background save.
 
     Raises:
-        CheckpointError: on all ranks alike, naming file and tensor; older checkpoints stay.
+        CheckpointError: on all ranks alike, naming file and tensor, or a parameter of which ranks
+            hold different values (see ``mark_distinct``); older checkpoints stay.
         ConfigError: step or keep out of range, something in ``extra`` that JSON cannot hold, or a
             scheduler that ``check_scheduler`` refuses.
         PlanMismatch: the optimizer does not train what the plan says; nothing is written.
@@ -144,6 +146,7 @@ def save_checkpoint(
     manifest, spans, numbers = alike(collect)
     # 2. A load puts the plan's rates back, hence this plan must be the one that is trained.
     verify(plan, model, optimizer, factor=manifest.factor)
+    _refuse_differing(spans)
     # 3. One rank makes the hidden folder, and all ranks learn its name before they write into it.
     hidden = rank_zero(lambda: folders.begin(Path(root), step) if rank == 0 else Path())
 
@@ -153,6 +156,12 @@ def save_checkpoint(
     # 4. Every rank writes its file; then DCP's coordinator calls ``finish``, which adds the JSON
     #    files and makes the folder visible. In a background save that is another thread.
     return _write(hidden, spans, numbers, ShardWriter(hidden, rank, finish), background)
+
+
+def _refuse_differing(spans: list[StoredSpan]) -> None:
+    """Of what several ranks hold, one rank's values are written: they must be those of all."""
+    for found in differing(span for span in spans if span.replicas > 1):
+        raise CheckpointError(f"Cannot save {found.text}")
 
 
 def _collect(

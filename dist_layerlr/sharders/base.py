@@ -31,7 +31,7 @@ class Layout:
     """How a model is wrapped: facts that decide what may train it, save it and clip it."""
 
     name: str
-    """`none`, `ddp`, `fsdp1`, `fsdp1_flat`, `fsdp2` or `zero`."""
+    """`none`, `ddp`, `dtensor`, `fsdp1`, `fsdp1_flat`, `fsdp2` or `zero`."""
     stage: int | None = None
     """DeepSpeed's ZeRO stage, 0 to 3; None under every other sharder."""
     shards: bool = False
@@ -39,6 +39,9 @@ class Layout:
     flat: bool = False
     """Whether parameters share flat tensors, so that ordinary parameter groups cannot tell names
     apart."""
+    meshes: bool = False
+    """Whether parameters may lie on meshes of some of the ranks: how many other ranks hold a copy
+    is then known from what all of them hold."""
     engine_steps: bool = False
     """Whether an engine owns the optimizer: it steps, clips and scales the loss itself."""
 
@@ -105,7 +108,10 @@ class HeldSpan(Span):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Weight(HeldSpan):
-    """What this rank holds of one parameter, trained or frozen, or of one persistent buffer."""
+    """What this rank holds of one parameter, trained or frozen, or of one persistent buffer.
+
+    A parameter has as many of them as this rank holds separate runs of its elements.
+    """
 
     aliases: tuple[str, ...] = ()
     """Other names of the same tensor; ``name`` is the first one."""
@@ -170,6 +176,10 @@ class Sharder(ABC):
     def weights(self) -> list[Weight]:
         """List what this rank holds of every parameter and every persistent buffer."""
 
+    def requires_grad(self) -> dict[str, bool]:
+        """{name: whether it is trained now}, tied parameters once."""
+        return {name: p.requires_grad for name, p in live_parameters(self.model).items()}
+
     def true_weights(self) -> list[Weight]:
         """``weights``, with fp32 masters in place of what is made from them.
 
@@ -194,6 +204,20 @@ def local(tensor: Tensor) -> Tensor:
     # Outside no_grad each call records an autograd node, which takes twice the time.
     with torch.no_grad():
         return tensor.to_local()
+
+
+def local_gradient(owner: Tensor) -> Tensor:
+    """The gradient of this rank's part of a tensor that an optimizer holds. It has one.
+
+    Sequence parallelism leaves the gradient of a replicated parameter as one addend on each rank
+    (``Partial``): it is summed here, which is collective over the tensor's mesh.
+    """
+    gradient = owner.grad
+    assert gradient is not None
+    if isinstance(gradient, DTensor) and isinstance(owner, DTensor):
+        if gradient.placements != owner.placements:
+            gradient = gradient.redistribute(placements=owner.placements)
+    return local(gradient)
 
 
 def sample_places(numel: int, count: int) -> list[int]:
@@ -227,17 +251,19 @@ def innermost(optimizer: Any) -> Any:
     return optimizer
 
 
+PiecesOf = Callable[[str, Tensor, ParamGroup], Iterable[Piece]]
+"""(name, parameter, the group that steps it) -> its pieces on this rank."""
+
+
 def pieces_by_identity(
-    groups: Iterable[ParamGroup],
-    names: Mapping[int, str],
-    place: Callable[[Tensor], tuple[int, int, int]],
+    groups: Iterable[ParamGroup], names: Mapping[int, str], pieces_of: PiecesOf
 ) -> tuple[list[Piece], int]:
     """Pieces of groups whose tensors are the model's own parameters, and the number of strangers.
 
     Args:
         groups: the live ``param_groups``.
         names: {id of a live parameter: canonical name}.
-        place: parameter -> (start, local elements, replicas).
+        pieces_of: what this rank holds of one of them.
     """
     pieces: list[Piece] = []
     strangers = 0
@@ -246,19 +272,8 @@ def pieces_by_identity(
             name = names.get(id(param))
             if name is None:
                 strangers += 1
-                continue
-            start, numel, replicas = place(param)
-            pieces.append(
-                Piece(
-                    name=name,
-                    group=group,
-                    owner=param,
-                    offset=0,
-                    numel=numel,
-                    start=start,
-                    replicas=replicas,
-                )
-            )
+            else:
+                pieces += pieces_of(name, param, group)
     return pieces, strangers
 
 

@@ -94,6 +94,14 @@ class Fsdp1Sharder(Sharder):
                 pieces += [_piece(shard, group) for shard in found]
         return Pieces(pieces=pieces, strangers=strangers, optimizer=inner)
 
+    def requires_grad(self) -> dict[str, bool]:
+        """Of original parameters; flat ones have one answer for all of theirs."""
+        found = {shard.name: shard.trainable for shard in iterate_shards(self.model)}
+        for param, name, _ in parameters_with_names(self.model):
+            if name.rpartition(".")[2] != FLAT_PARAM:
+                found.setdefault(name, param.requires_grad)
+        return found
+
     def weights(self) -> list[Weight]:
         """Runs of the flat shards; parameters that FSDP1 was told to ignore are whole.
 

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from dist_layerlr.ranks import world_size
 from dist_layerlr.sharders.base import (
     Layout,
+    ParamGroup,
+    Piece,
     Pieces,
     Sharder,
     Slice,
@@ -42,11 +44,8 @@ class PlainSharder(Sharder):
     def pieces(self, optimizer: Any) -> Pieces:
         """Whole parameters, by identity. Ranks hold copies."""
         inner = innermost(optimizer)
-        ranks = world_size()
         names = names_by_id(self.model)
-        found, strangers = pieces_by_identity(
-            inner.param_groups, names, lambda p: (0, p.numel(), ranks)
-        )
+        found, strangers = pieces_by_identity(inner.param_groups, names, _whole_piece)
         return Pieces(pieces=found, strangers=strangers, optimizer=inner)
 
     def weights(self) -> list[Weight]:
@@ -57,3 +56,17 @@ class PlainSharder(Sharder):
             for param, name, aliases in parameters_with_names(self.model)
         ]
         return found + buffers(self.model)
+
+
+def _whole_piece(name: str, param: Tensor, group: ParamGroup) -> list[Piece]:
+    return [
+        Piece(
+            name=name,
+            start=0,
+            numel=param.numel(),
+            owner=param,
+            offset=0,
+            group=group,
+            replicas=world_size(),
+        )
+    ]

@@ -142,22 +142,6 @@ def test_zero_shows_every_element_live_and_follows_its_masters() -> None:
     run_ranks(on_rank, 2, list(ZERO))
 
 
-def other_dimension(rank: int, world_size: int) -> None:
-    model: Any = fully_shard(
-        nn.Linear(4, 4),
-        mesh=init_device_mesh("cpu", (world_size,)),
-        shard_placement_fn=lambda p: Shard(p.ndim - 1),
-    )
-    with pytest.raises(
-        PlanMismatch, match=r"weight is placed as .*dim=1.*; only shards along dimension 0"
-    ):
-        sharder_of(model).weights()
-
-
-def test_shards_along_another_dimension_are_refused_by_name() -> None:
-    run_ranks(other_dimension, 2)
-
-
 def one_process(rank: int, world_size: int) -> None:
     model = nn.Conv2d(3, 4, 3).to(memory_format=torch.channels_last)
     before = model.weight.detach().clone()
