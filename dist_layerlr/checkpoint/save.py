@@ -20,7 +20,7 @@ from dist_layerlr import fields, ranks
 from dist_layerlr.checkpoint import folders
 from dist_layerlr.checkpoint.dcp import SavePlanner, Scalars, StoredSpan, accept_one_process
 from dist_layerlr.checkpoint.deepspeed import engine_state
-from dist_layerlr.checkpoint.index import INDEX, Index
+from dist_layerlr.checkpoint.index import INDEX, WEIGHT, Index
 from dist_layerlr.checkpoint.live import describe, look, saved_spans
 from dist_layerlr.checkpoint.manifest import Manifest, packed, unpacked
 from dist_layerlr.checkpoint.storage import ShardWriter
@@ -160,8 +160,11 @@ def save_checkpoint(
 
 def _refuse_differing(spans: list[StoredSpan]) -> None:
     """Of what several ranks hold, one rank's values are written: they must be those of all."""
-    for found in differing(span for span in spans if span.replicas > 1):
-        raise CheckpointError(f"Cannot save {found.text}")
+    found = differing(span for span in spans if span.replicas > 1)
+    if found:
+        # A weight is the better name: moments that differ follow from it.
+        named = min(found, key=lambda difference: not difference.name.startswith(WEIGHT))
+        raise CheckpointError(f"Cannot save {named.text}")
 
 
 def _collect(

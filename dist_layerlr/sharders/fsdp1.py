@@ -6,7 +6,7 @@ applied in segments.
 
 Private, read in torch 2.13: ``module._handle.flat_param`` and its ``_fqns``,
 ``_shard_param_infos``, ``_params``, ``_numels``, ``_shapes``, ``_contiguities``,
-``_shared_param_infos``.
+``_shared_param_infos``, ``_param_extensions``.
 """
 
 from __future__ import annotations
@@ -159,6 +159,7 @@ def iterate_shards(model: nn.Module) -> Iterator[Shard]:
 
     Raises:
         PlanMismatch: the private attributes this relies on have changed.
+        ConfigError: a parameter that tensor parallelism had cut.
     """
     for path, module in model.named_modules():
         handle = getattr(module, "_handle", None)
@@ -180,6 +181,12 @@ def _unit(path: str, flat: Any, handle: Any) -> Iterator[Shard]:
     tied = _tied(prefix, flat)
     if sharded and flat._params is None:
         _check_ranges(flat, infos, handle)
+    for fqn, extension in zip(flat._fqns, flat._param_extensions, strict=True):
+        if extension is not None:
+            raise ConfigError(
+                f"{canonical_name(prefix + fqn)} was cut by tensor parallelism before FSDP1"
+                " flattened it, which keeps no global shape. Use fully_shard (FSDP2)."
+            )
     columns = zip(flat._fqns, infos, originals, flat._shapes, flat._contiguities, strict=True)
     for fqn, info, param, shape, contiguous in columns:
         flat_offset = (info.offset_in_shard or 0) if info.in_shard else 0

@@ -37,6 +37,7 @@ from dist_layerlr.sharders.base import (
 )
 from dist_layerlr.sharders.model import materialize
 from dist_layerlr.sharders.ranges import zero3_partition, zero3_range
+from dist_layerlr.sharders.zero_modes import refuse_modes
 
 
 class ZeroSharder(Sharder):
@@ -68,8 +69,12 @@ class ZeroSharder(Sharder):
         """Read the engine's own optimizer.
 
         The ``optimizer`` argument is ignored, it may be a stale outer object.
+
+        Raises:
+            ConfigError: a mode under which names are lost (see ``refuse_modes``).
         """
         engine: Any = self.model
+        refuse_modes(engine)
         names = {id(p): canonical_name(n) for n, p in engine.module.named_parameters()}
         pieces: list[Piece] = []
         strangers = 0
@@ -88,6 +93,7 @@ class ZeroSharder(Sharder):
 
         In the model's dtype, without the fp32 masters.
         """
+        refuse_modes(self.model)
         return [_weight(*found) for found in parameters_with_names(self.model)] + buffers(
             self.model
         )

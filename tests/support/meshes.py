@@ -115,9 +115,7 @@ def cut_sequence(net: Net, on: DeviceMesh) -> None:
     whole = PrepareModuleInput(
         input_layouts=Shard(1), desired_input_layouts=Replicate(), use_local_output=True
     )
-    parallelize_module(
-        net, on, {"emb": ColwiseParallel(output_layouts=Shard(1)), "gather": whole}
-    )
+    parallelize_module(net, on, {"emb": ColwiseParallel(output_layouts=Shard(1)), "gather": whole})
 
 
 def shard(net: Net, on: DeviceMesh, **more: Any) -> Net:

@@ -19,8 +19,6 @@ from tests.support.meshes import (
     EXACT,
     LAYOUTS,
     Trained,
-    fsdp2,
-    hybrid_and_tensor_parallel,
     unsharded,
 )
 

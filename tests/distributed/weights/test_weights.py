@@ -11,11 +11,8 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import nn
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import CPUOffloadPolicy, fully_shard
-from torch.distributed.tensor import Shard
+from torch.distributed.fsdp import CPUOffloadPolicy
 
-from dist_layerlr.errors import PlanMismatch
 from dist_layerlr.sharders import sharder_of
 from tests.support.drivers import SHARDERS, Native, Wrap, Zero, fsdp1, fsdp2, start_deepspeed
 from tests.support.parity import Recipe, Weights
