@@ -49,8 +49,9 @@ CAUSES = {
         " after the plan was made; make the plan and the optimizer anew"
     ),
     "replica": (
-        "nobody synchronises a parameter that several ranks hold; give it to DDP or FSDP, or mark"
-        " it as meant to differ"
+        "nobody synchronises a parameter that several ranks hold: experts of one rank, parameters"
+        " that DDP or FSDP2 ignores, pipeline stages with equal names, a model without DDP; or they"
+        " are meant to differ: then say so with dist_layerlr.sharders.mark_distinct(model, [patterns])"
     ),
     "steps": (
         "a step was counted twice or was taken on some ranks only; names that were trained before"

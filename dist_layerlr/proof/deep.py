@@ -34,7 +34,7 @@ def deep_problems(
     names = {*sharder.requires_grad(), *(piece.name for piece in found.pieces)}
     apart = distinct_names(model, names)
     for difference in differing(alike(lambda: _copies(sharder, found, apart))):
-        problems.append(("replica", difference.text))
+        problems.append(("replica", difference.found))
     return problems + _step_problems(found, steps, apart)
 
 

@@ -39,13 +39,20 @@ class Difference:
     other: int
 
     @property
-    def text(self) -> str:
-        """What is wrong, and what to do."""
+    def found(self) -> str:
+        """What is wrong."""
         return (
             f"{self.name}: ranks {self.rank} and {self.other} hold different values of the same"
-            " elements. Nobody synchronises them (experts of one rank, parameters that DDP or FSDP2"
-            " ignores, pipeline stages with equal names), or they are meant to differ: then say so"
-            " with dist_layerlr.sharders.mark_distinct(model, [patterns])."
+            " elements"
+        )
+
+    @property
+    def text(self) -> str:
+        """The same, and what to do."""
+        return (
+            f"{self.found}. Nobody synchronises them (experts of one rank, parameters that DDP or"
+            " FSDP2 ignores, pipeline stages with equal names), or they are meant to differ: then"
+            " say so with dist_layerlr.sharders.mark_distinct(model, [patterns])."
         )
 
 
