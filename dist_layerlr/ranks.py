@@ -51,7 +51,7 @@ CAUSES = {
     "replica": (
         "nobody synchronises a parameter that several ranks hold: experts of one rank, parameters"
         " that DDP or FSDP2 ignores, pipeline stages with equal names, a model without DDP; or they"
-        " are meant to differ: then say so with dist_layerlr.sharders.mark_distinct(model, [patterns])"
+        " are meant to differ: then say so (dist_layerlr.sharders.mark_distinct)"
     ),
     "steps": (
         "a step was counted twice or was taken on some ranks only; names that were trained before"

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+import torch._dynamo  # noqa: F401  before the fork: DTensors import it, which takes seconds
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn

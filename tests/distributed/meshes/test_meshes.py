@@ -4,6 +4,7 @@ if one process had done it."""
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -19,13 +20,15 @@ from tests.support.meshes import (
     EXACT,
     LAYOUTS,
     Trained,
+    hybrid_and_tensor_parallel,
     unsharded,
 )
+from tests.support.ranks import run_ranks
 
 STEPS = 2
 cases = Cases(world_size=4)
-OTHERS = {"plain": "fsdp2 x tensor parallel", "last dimension": "plain"}
-"""Which layout loads what another has saved; the rest are loaded by `last dimension`."""
+OTHERS = {"plain": "last dimension", "fsdp2": "last dimension"}
+"""Which layout loads what another has saved; the rest are loaded without any placement."""
 
 
 @pytest.fixture(scope="module")
@@ -63,7 +66,7 @@ def check(name: str, place: Any, at: At, emission: str) -> None:
         file = load_file(at.folder / "diffusion_pytorch_model.safetensors")
         agrees(file, unsharded(STEPS), "exported")
     # Into another layout, and into itself: other weights and moments, until they are loaded.
-    for target in (LAYOUTS[OTHERS.get(name, "last dimension")], place):
+    for target in (LAYOUTS[OTHERS.get(name, "plain")], place):
         other = Trained(target, emission=emission, seed=1)
         other.step(0)
         restored = load_checkpoint(path, other.plan, other.model, other.optimizer)
@@ -83,6 +86,15 @@ def matrix(name: str, emission: str) -> Callable[[Outcomes], None]:
 
 
 for _name in LAYOUTS:
-    for _emission in ("groups", "segmented"):
+    for _emission in ("groups", "segmented") if "parallel" in _name else ("segmented",):
         _test = matrix(_name, _emission)
         globals()[_test.__name__] = _test
+
+
+def on_eight(rank: int, world_size: int, folder: Path) -> None:
+    check("", hybrid_and_tensor_parallel, At(rank, world_size, folder), "auto")
+
+
+def test_hybrid_and_tensor_parallel_is_as_one_process_is(tmp_path: Path) -> None:
+    """On a mesh of three dimensions, hence on 8 ranks."""
+    run_ranks(on_eight, 8, tmp_path)
