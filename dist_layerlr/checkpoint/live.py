@@ -25,6 +25,9 @@ from dist_layerlr.sharders import Piece, Pieces, Sharder, Weight, sharder_of
 from dist_layerlr.sharders.base import local, sample_places
 from dist_layerlr.sharders.distinct import distinct_names
 
+Counters = dict[str, tuple[float, str | None]]
+"""{state key: (value, dtype of the tensor that held it, or None for a plain number)}."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Live:
@@ -161,25 +164,35 @@ def saved_spans(
         elif weight.name not in live.stepped and weight.numel:
             spans.append(_weight_span(weight, weight.name))
     numbers: Scalars = {}
+    # An owner has many pieces: names that share a flat tensor, or runs of one DTensor.
+    states: dict[int, tuple[dict[str, Tensor], Counters]] = {}
     for piece in live.found.pieces:
-        if piece.numel:
-            size = live.size(piece.name)
-            spans.append(piece_span(f"{WEIGHT}.{piece.name}", piece, piece.owner, size))
-            spans += _state_spans(piece, live.found.optimizer, size, numbers)
+        if not piece.numel:
+            continue
+        owner = id(piece.owner)
+        if owner not in states:
+            states[owner] = _read_state(piece, live.found.optimizer)
+        tensors, counters = states[owner]
+        size = live.size(piece.name)
+        for key, tensor in tensors.items():
+            kind = f"{OPTIM}.{piece.name}.{key}" if key else f"{WEIGHT}.{piece.name}"
+            spans.append(piece_span(kind, piece, tensor, size))
+        if counters:
+            numbers.setdefault(piece.name, {}).update(counters)
     return spans, numbers
 
 
-def _state_spans(piece: Piece, optimizer: Any, size: int, numbers: Scalars) -> list[StoredSpan]:
-    """Spans of elementwise state. Counters are added to ``numbers``."""
-    spans = []
+def _read_state(piece: Piece, optimizer: Any) -> tuple[dict[str, Tensor], Counters]:
+    """({state key: elementwise state, local}, counters) of a piece's owner; itself under ``""``."""
+    tensors = {"": local(piece.owner)}
+    counters: Counters = {}
     for key, value in optimizer.state.get(piece.owner, {}).items():
         if _is_counter(key, value, piece.owner):
-            dtype = str(value.dtype).removeprefix("torch.")
-            numbers.setdefault(piece.name, {})[key] = (value.item(), dtype)
-        elif isinstance(value, Tensor) and _elementwise(local(value), local(piece.owner)):
-            spans.append(piece_span(f"{OPTIM}.{piece.name}.{key}", piece, value, size))
+            counters[key] = (value.item(), str(value.dtype).removeprefix("torch."))
+        elif isinstance(value, Tensor) and _elementwise(local(value), tensors[""]):
+            tensors[key] = local(value)
         elif isinstance(value, (int, float)):
-            numbers.setdefault(piece.name, {})[key] = (value, None)
+            counters[key] = (value, None)
         elif value is not None:
             what = f" of shape {tuple(value.shape)}" if isinstance(value, Tensor) else ""
             raise CheckpointError(
@@ -187,7 +200,7 @@ def _state_spans(piece: Piece, optimizer: Any, size: int, numbers: Scalars) -> l
                 f" {type(optimizer).__name__} keeps state that is quantised or not element by"
                 " element. Save it with the library's own tools, or use AdamW."
             )
-    return spans
+    return tensors, counters
 
 
 def _is_counter(key: str, value: object, owner: Tensor) -> bool:

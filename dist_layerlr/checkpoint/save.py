@@ -129,8 +129,8 @@ def save_checkpoint(
         A handle with the path; ``wait()`` on it after a background save.
 
     Raises:
-        CheckpointError: on all ranks alike, naming file and tensor, or a parameter of which ranks
-            hold different values (see ``mark_distinct``); older checkpoints stay.
+        CheckpointError: on all ranks alike, naming file and tensor (one, too, of which ranks hold
+            different values: see ``mark_distinct``); older checkpoints stay.
         ConfigError: step or keep out of range, something in ``extra`` that JSON cannot hold, or a
             scheduler that ``check_scheduler`` refuses.
         PlanMismatch: the optimizer does not train what the plan says; nothing is written.
@@ -144,7 +144,7 @@ def save_checkpoint(
 
     # 1. Everything that can be refused is refused before a folder exists.
     manifest, spans, numbers = alike(collect)
-    # 2. A load puts the plan's rates back, hence this plan must be the one that is trained.
+    # 2. A load puts the plan's rates back: this plan must be the trained one. Copies must agree.
     verify(plan, model, optimizer, factor=manifest.factor)
     _refuse_differing(spans)
     # 3. One rank makes the hidden folder, and all ranks learn its name before they write into it.
@@ -153,8 +153,8 @@ def save_checkpoint(
     def finish(index: Index) -> None:
         _complete(hidden, manifest, plan, index, keep)
 
-    # 4. Every rank writes its file; then DCP's coordinator calls ``finish``, which adds the JSON
-    #    files and makes the folder visible. In a background save that is another thread.
+    # 4. Every rank writes its file; then DCP's coordinator calls ``finish``, which makes the folder
+    #    visible. In a background save that is another thread.
     return _write(hidden, spans, numbers, ShardWriter(hidden, rank, finish), background)
 
 
