@@ -88,7 +88,18 @@ class Live:
 
 
 def look(model: nn.Module, optimizer: Any) -> Live:
-    """List everything. No sharder needs a collective for it."""
+    """List everything. No sharder needs a collective for it.
+
+    Raises:
+        CheckpointError: an optimizer that keeps its state where nobody can list it, or a parameter
+            that differs by rank and is sharded as well.
+    """
+    if any(kind.__name__ == "ZeroRedundancyOptimizer" for kind in type(optimizer).__mro__):
+        raise CheckpointError(
+            "Cannot save or load ZeroRedundancyOptimizer: each rank keeps the state of its own"
+            " parameters in an optimizer inside, and a load would leave that empty. Use its own"
+            " consolidate_state_dict, or shard with FSDP2 or ZeRO."
+        )
     sharder = sharder_of(model)
     # Weights come first: listing them reshards what a forward left gathered, and pieces are found
     # by identity.

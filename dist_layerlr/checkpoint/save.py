@@ -122,8 +122,7 @@ def save_checkpoint(
         keep: delete the oldest so that this many remain; None: keep all.
         frozen: save frozen parameters too. None: unless adapters train, whose base is where it came
             from.
-        background: copy to the host and return; the files follow. One at a time: the next save
-            waits for it.
+        background: copy to the host and return; the files follow. The next save waits for them.
 
     Returns:
         A handle with the path; ``wait()`` on it after a background save.

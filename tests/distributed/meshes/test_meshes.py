@@ -11,16 +11,34 @@ import pytest
 import torch
 import torch.distributed as dist
 from safetensors.torch import load_file
-from torch import Tensor
+from torch import Tensor, nn
+from torch.distributed.fsdp import FullyShardedDataParallel as FSDP
+from torch.distributed.tensor import DTensor, Partial, Shard
 
-from dist_layerlr import export_weights, load_checkpoint, save_checkpoint, verify
+from dist_layerlr import (
+    attach,
+    effect_check,
+    export_weights,
+    load_checkpoint,
+    plan_model,
+    save_checkpoint,
+    verify,
+)
+from dist_layerlr.errors import ConfigError, PlanMismatch
+from dist_layerlr.sharders import placement
 from dist_layerlr.weights.gather import LiveWeights
 from tests.support.cases import At, Cases, Outcomes
 from tests.support.meshes import (
+    CONFIG,
     EXACT,
     LAYOUTS,
+    Net,
     Trained,
+    adamw,
+    cut,
     hybrid_and_tensor_parallel,
+    loss,
+    mesh,
     unsharded,
 )
 from tests.support.ranks import run_ranks
@@ -89,6 +107,57 @@ for _name in LAYOUTS:
     for _emission in ("groups", "segmented") if "parallel" in _name else ("segmented",):
         _test = matrix(_name, _emission)
         globals()[_test.__name__] = _test
+
+
+@cases
+def test_effects_of_sequence_parallel_norms_are_seen_at_their_rates(at: At) -> None:
+    """Their gradients are addends on each rank: one of them alone shows another rate."""
+    net = Net()
+    plan = plan_model(net, CONFIG)
+    model = LAYOUTS["sequence parallel"](net)
+    optimizer = attach(plan, model, lambda g: torch.optim.SGD(g, lr=1.0, weight_decay=0.1))
+    loss(model, 0).backward()
+    with effect_check(plan, model, optimizer) as rates:
+        optimizer.step()
+    for name, rate in rates.items():
+        assert rate == pytest.approx(plan.entries[name].lr, rel=1e-6), name
+    assert "blocks.1.norm.weight" in rates
+
+
+@cases
+def test_what_no_placement_describes_is_refused_by_name(at: At) -> None:
+    on = mesh(4)
+    halves = DTensor.from_local(torch.ones(2, 3), on, [Shard(0)], shape=(20, 3), stride=(3, 1))
+    addend = DTensor.from_local(torch.ones(2, 3), on, [Partial()])
+    for odd, told in (
+        (halves, r"gives this rank \(5, 3\), but it holds \(2, 3\)"),
+        (addend, "has its value on no rank. Place parameters as Shard or Replicate"),
+    ):
+        model: Any = nn.Module()
+        model.odd = nn.Parameter(odd)
+        with pytest.raises(PlanMismatch, match=rf"odd.* is placed as .*{told}"):
+            LiveWeights(model)
+
+
+@cases
+def test_a_parameter_in_too_many_runs_is_refused_by_name(at: At) -> None:
+    trained = Trained(LAYOUTS["last dimension"])
+    limit, placement.MAX_RUNS = placement.MAX_RUNS, 4
+    try:
+        with pytest.raises(PlanMismatch, match=r"weight .* in \d+ separate runs .*, at most 4 can"):
+            LiveWeights(trained.model)
+    finally:
+        placement.MAX_RUNS = limit
+
+
+@cases
+def test_fsdp1_over_tensor_parallelism_is_refused_by_name(at: At) -> None:
+    net, on = Net(), mesh(2, 2)
+    plan = plan_model(net, CONFIG)
+    cut(net, on["tp"])
+    model = FSDP(net, device_mesh=on["dp"], use_orig_params=True)
+    with pytest.raises(ConfigError, match=r"blocks\.0\.up\.weight was cut by tensor parallelism"):
+        attach(plan, model, adamw)
 
 
 def on_eight(rank: int, world_size: int, folder: Path) -> None:

@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.distributed.optim import ZeroRedundancyOptimizer
 from torch.nn.parallel import DistributedDataParallel as DDP
 
 from dist_layerlr import (
@@ -176,6 +177,18 @@ def test_running_statistics_of_each_rank_are_no_difference(at: At) -> None:
     verify(run.plan, run.model, run.optimizer, deep=True)
     save(run, at.folder / "buffers")
     LiveWeights(run.model).check(["seen", NAME])
+
+
+@cases
+def test_state_inside_a_zero_redundancy_optimizer_is_not_left_out_in_silence(at: At) -> None:
+    net = Net()
+    plan = plan_model(net, CONFIG)
+    model = DDP(net)
+    groups = [{"params": [net.get_parameter(n)], "lr": e.lr} for n, e in plan.entries.items()]
+    optimizer = ZeroRedundancyOptimizer(groups, torch.optim.AdamW, lr=1.0)
+    with pytest.raises(CheckpointError, match="Cannot save or load ZeroRedundancyOptimizer"):
+        save_checkpoint(at.folder / "zero", plan, model, optimizer, step=1)
+    assert not (at.folder / "zero").exists()
 
 
 class Stage(nn.Module):
