@@ -155,7 +155,8 @@ def test_fsdp1_over_tensor_parallelism_is_refused_by_name(at: At) -> None:
     net, on = Net(), mesh(2, 2)
     plan = plan_model(net, CONFIG)
     cut(net, on["tp"])
-    model = FSDP(net, device_mesh=on["dp"], use_orig_params=True)
+    cpu = torch.device("cpu")
+    model = FSDP(net, device_mesh=on["dp"], use_orig_params=True, device_id=cpu)
     with pytest.raises(ConfigError, match=r"blocks\.0\.up\.weight was cut by tensor parallelism"):
         attach(plan, model, adamw)
 
