@@ -132,6 +132,8 @@ def repeated(found: Pieces) -> list[str]:
         spans.setdefault(piece.name, []).append((piece.start, piece.start + piece.numel))
     twice: list[str] = []
     for name, held in spans.items():
+        if len(held) == 1:
+            continue
         # Two equal empty spans, too, are two groups that hold one parameter.
         doubled = len(set(held)) < len(held)
         # In the order of their starts, spans that overlap have neighbours that do.

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from dist_layerlr.plan.entries import Plan
 from dist_layerlr.ranks import Problem
-from dist_layerlr.sharders import Sharder
+from dist_layerlr.sharders import Pieces
 
 
-def current_problems(plan: Plan, sharder: Sharder) -> list[Problem]:
+def current_problems(plan: Plan, found: Pieces) -> list[Problem]:
     """Compare the plan with what requires a gradient on this rank now. Not collective."""
-    trained = sharder.requires_grad()
+    trained = found.requires_grad
     problems: list[Problem] = []
     for name in plan.entries:
         if not trained.get(name, True):

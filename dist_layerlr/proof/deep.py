@@ -31,8 +31,7 @@ def deep_problems(
         steps: optimizer steps done, which no counter may exceed; None: the counter of most names.
     """
     problems: list[Problem] = []
-    names = {*sharder.requires_grad(), *(piece.name for piece in found.pieces)}
-    apart = distinct_names(model, names)
+    apart = distinct_names(model, found.requires_grad)
     for difference in differing(alike(lambda: _copies(sharder, found, apart))):
         problems.append(("replica", difference.found))
     return problems + _step_problems(found, steps, apart)

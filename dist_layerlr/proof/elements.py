@@ -12,10 +12,10 @@ from dist_layerlr.plan.entries import Plan
 from dist_layerlr.ranks import Problem, in_group, transport_device
 from dist_layerlr.sharders import Pieces
 
-_MODULUS = 1 << 40
-"""Sums of 2**20 ranks stay below the largest int64."""
-Sums = tuple[int, int, int]
-"""Of a set of elements: how many, their positions summed, the squares of these summed."""
+_BITS = 40
+"""Of the sums: those of 2**20 ranks stay below the largest int64."""
+_MIX = 0x9E3779B97F4A7C15
+"""2**64 over the golden ratio, Knuth's multiplier of a hash."""
 
 
 def element_problems(
@@ -23,8 +23,9 @@ def element_problems(
 ) -> list[Problem]:
     """Add up which elements all ranks step, and compare with the true sizes. Collective.
 
-    Sums of positions tell a shard that two ranks step from one that nobody does, which a number of
-    elements does not.
+    A shard that two ranks step in place of one that nobody does has the right number of elements.
+    Therefore a number for each end of a span is added at its start and subtracted at its end: where
+    spans join, they cancel, and what is left is that of the whole, once for each copy.
 
     Args:
         plan: of the model.
@@ -37,37 +38,35 @@ def element_problems(
         Problems; the same on all ranks.
     """
     names = sorted(plan.entries)
-    mine = dict.fromkeys(names, (0, 0, 0))
+    row = {name: number for number, name in enumerate(names)}
+    counts, ends = [0] * len(names), [0] * len(names)
     for piece in found.pieces:
-        if piece.numel and piece.name in mine:
-            more = _sums(piece.start, piece.numel)
-            before = mine[piece.name]
-            mine[piece.name] = (before[0] + more[0], before[1] + more[1], before[2] + more[2])
-    rows = [(count, first % _MODULUS, second % _MODULUS) for count, first, second in mine.values()]
-    table = torch.tensor(rows, dtype=torch.int64).reshape(-1, 3)
+        at = row.get(piece.name)
+        if at is not None and piece.numel:
+            counts[at] += piece.numel
+            ends[at] += _mark(piece.start) - _mark(piece.start + piece.numel)
+    # A rank's own sum may be of many spans; that of all ranks must fit in int64.
+    table = torch.tensor([counts, [end % (1 << _BITS) for end in ends]], dtype=torch.int64)
     if in_group():
         table = table.to(transport_device())
         dist.all_reduce(table)
     problems: list[Problem] = []
-    for name, (count, first, second) in zip(names, table.tolist(), strict=True):
+    for name, count, end in zip(names, *table.tolist(), strict=True):
         numel = plan.entries[name].numel
         copies = live[name].replicas
-        if name in anyhow:
-            copies = max(count // numel, 1) if numel else copies
+        if name in anyhow and numel:
+            copies = max(count // numel, 1)
         if count != numel * copies:
             text = f"{name}: {count} elements stepped over all ranks, {numel * copies} expected"
             problems.append(("elements", text))
-            continue
-        _, *wanted = _sums(0, numel)
-        if any((copies * w - f) % _MODULUS for w, f in zip(wanted, (first, second), strict=True)):
+        elif numel and (end - copies * (_mark(0) - _mark(numel))) % (1 << _BITS):
             text = f"{name}: some elements are stepped by more ranks than others"
             problems.append(("elements", text))
     return problems
 
 
-def _sums(start: int, numel: int) -> Sums:
-    """Of the positions [start, start + numel)."""
-    last = numel - 1
-    first = numel * start + numel * last // 2
-    squares = last * numel * (2 * numel - 1) // 6
-    return numel, first, numel * start * start + start * numel * last + squares
+def _mark(position: int) -> int:
+    """A number for a position, such that no two sets of few positions have equal sums."""
+    mixed = (position + 1) * _MIX & 0xFFFFFFFFFFFFFFFF
+    mixed = (mixed ^ mixed >> 29) * _MIX & 0xFFFFFFFFFFFFFFFF
+    return mixed >> (64 - _BITS)

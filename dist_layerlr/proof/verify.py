@@ -105,7 +105,7 @@ def verify(
         if factor is None and expected == 0.0:
             problems += _schedule_problems(plan, live)
         # What changed in the model comes first: it is the cause of what follows.
-        problems += current_problems(plan, sharder)
+        problems += current_problems(plan, found)
         problems += _local_problems(plan, found, live, expected, _default_decay(model, optimizer))
     if factor is None:
         _check_one_factor(expected)

@@ -135,6 +135,8 @@ class Pieces:
     """Everything that this rank's optimizer steps."""
 
     pieces: list[Piece] = field(default_factory=list)
+    requires_grad: Mapping[str, bool] = field(default_factory=dict)
+    """What the model shows now: {name: whether it is trained}, tied parameters once."""
     strangers: int = 0
     """Tensors in the optimizer that are no parameter of the model (stale ones)."""
     optimizer: Any = None
@@ -175,10 +177,6 @@ class Sharder(ABC):
     @abstractmethod
     def weights(self) -> list[Weight]:
         """List what this rank holds of every parameter and every persistent buffer."""
-
-    def requires_grad(self) -> dict[str, bool]:
-        """{name: whether it is trained now}, tied parameters once."""
-        return {name: p.requires_grad for name, p in live_parameters(self.model).items()}
 
     def true_weights(self) -> list[Weight]:
         """``weights``, with fp32 masters in place of what is made from them.
@@ -255,7 +253,7 @@ PiecesOf = Callable[[str, Tensor, ParamGroup], Iterable[Piece]]
 """(name, parameter, the group that steps it) -> its pieces on this rank."""
 
 
-def pieces_by_identity(
+def _by_identity(
     groups: Iterable[ParamGroup], names: Mapping[int, str], pieces_of: PiecesOf
 ) -> tuple[list[Piece], int]:
     """Pieces of groups whose tensors are the model's own parameters, and the number of strangers.
@@ -277,9 +275,17 @@ def pieces_by_identity(
     return pieces, strangers
 
 
-def names_by_id(model: nn.Module) -> dict[int, str]:
-    """{id of a live parameter: canonical name}."""
-    return {id(param): name for name, param in live_parameters(model).items()}
+def pieces_of_parameters(model: nn.Module, optimizer: Any, pieces_of: PiecesOf) -> Pieces:
+    """What an optimizer holds whose tensors are the model's own parameters."""
+    inner = innermost(optimizer)
+    live = live_parameters(model)
+    names: dict[int, str] = {}
+    trained: dict[str, bool] = {}
+    for name, param in live.items():
+        names[id(param)] = name
+        trained[name] = param.requires_grad
+    found, strangers = _by_identity(inner.param_groups, names, pieces_of)
+    return Pieces(pieces=found, requires_grad=trained, strangers=strangers, optimizer=inner)
 
 
 def whole_slices(model: nn.Module) -> list[Slice]:

@@ -23,11 +23,9 @@ from dist_layerlr.sharders.base import (
     Weight,
     buffers,
     flat_view,
-    innermost,
     local,
-    names_by_id,
     parameters_with_names,
-    pieces_by_identity,
+    pieces_of_parameters,
     whole_slices,
 )
 from dist_layerlr.sharders.placement import place
@@ -52,10 +50,7 @@ class DTensorSharder(Sharder):
     def pieces(self, optimizer: Any) -> Pieces:
         """Local parts, by identity; one piece for each run of elements."""
         self.reshard()
-        inner = innermost(optimizer)
-        names = names_by_id(self.model)
-        found, strangers = pieces_by_identity(inner.param_groups, names, _pieces_of)
-        return Pieces(pieces=found, strangers=strangers, optimizer=inner)
+        return pieces_of_parameters(self.model, optimizer, _pieces_of)
 
     def weights(self) -> list[Weight]:
         """Local parts, one weight for each run; plain parameters beside them are whole.

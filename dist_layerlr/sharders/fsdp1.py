@@ -33,7 +33,7 @@ from dist_layerlr.sharders.base import (
     parameters_with_names,
     whole_weight,
 )
-from dist_layerlr.sharders.model import FLAT_PARAM
+from dist_layerlr.sharders.model import FLAT_PARAM, live_parameters
 from dist_layerlr.sharders.ranges import flat_ranges
 
 
@@ -83,8 +83,14 @@ class Fsdp1Sharder(Sharder):
         """Original parameters, or every run of the flat parameters that an optimizer holds."""
         inner = innermost(optimizer)
         by_owner: dict[int, list[Shard]] = {}
+        trained: dict[str, bool] = {}
         for shard in iterate_shards(self.model):
             by_owner.setdefault(id(shard.owner), []).append(shard)
+            trained[shard.name] = shard.trainable
+        for name, param in live_parameters(self.model).items():
+            # What FSDP1 ignores, or does not wrap.
+            if name.rpartition(".")[2] != FLAT_PARAM:
+                trained.setdefault(name, param.requires_grad)
         pieces: list[Piece] = []
         strangers = 0
         for group in inner.param_groups:
@@ -92,15 +98,7 @@ class Fsdp1Sharder(Sharder):
                 found = by_owner.get(id(param), [])
                 strangers += not found
                 pieces += [_piece(shard, group) for shard in found]
-        return Pieces(pieces=pieces, strangers=strangers, optimizer=inner)
-
-    def requires_grad(self) -> dict[str, bool]:
-        """Of original parameters; flat ones have one answer for all of theirs."""
-        found = {shard.name: shard.trainable for shard in iterate_shards(self.model)}
-        for param, name, _ in parameters_with_names(self.model):
-            if name.rpartition(".")[2] != FLAT_PARAM:
-                found.setdefault(name, param.requires_grad)
-        return found
+        return Pieces(pieces=pieces, requires_grad=trained, strangers=strangers, optimizer=inner)
 
     def weights(self) -> list[Weight]:
         """Runs of the flat shards; parameters that FSDP1 was told to ignore are whole.

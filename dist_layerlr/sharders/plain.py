@@ -16,10 +16,8 @@ from dist_layerlr.sharders.base import (
     Slice,
     Weight,
     buffers,
-    innermost,
-    names_by_id,
     parameters_with_names,
-    pieces_by_identity,
+    pieces_of_parameters,
     whole_slices,
     whole_weight,
 )
@@ -43,10 +41,7 @@ class PlainSharder(Sharder):
 
     def pieces(self, optimizer: Any) -> Pieces:
         """Whole parameters, by identity. Ranks hold copies."""
-        inner = innermost(optimizer)
-        names = names_by_id(self.model)
-        found, strangers = pieces_by_identity(inner.param_groups, names, _whole_piece)
-        return Pieces(pieces=found, strangers=strangers, optimizer=inner)
+        return pieces_of_parameters(self.model, optimizer, _whole_piece)
 
     def weights(self) -> list[Weight]:
         """Everything, whole."""

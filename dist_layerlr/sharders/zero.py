@@ -20,7 +20,6 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from dist_layerlr.errors import PlanMismatch
-from dist_layerlr.plan.names import canonical_name
 from dist_layerlr.ranks import world_size
 from dist_layerlr.sharders.base import (
     Layout,
@@ -35,7 +34,7 @@ from dist_layerlr.sharders.base import (
     parameters_with_names,
     whole_weight,
 )
-from dist_layerlr.sharders.model import materialize
+from dist_layerlr.sharders.model import live_parameters, materialize
 from dist_layerlr.sharders.ranges import zero3_partition, zero3_range
 from dist_layerlr.sharders.zero_modes import refuse_modes
 
@@ -75,17 +74,24 @@ class ZeroSharder(Sharder):
         """
         engine: Any = self.model
         refuse_modes(engine)
-        names = {id(p): canonical_name(n) for n, p in engine.module.named_parameters()}
+        names: dict[int, str] = {}
+        trained: dict[str, bool] = {}
+        for name, param in live_parameters(engine.module).items():
+            names[id(param)] = name
+            trained[name] = param.requires_grad
         pieces: list[Piece] = []
         strangers = 0
         for fragment in self._fragments():
-            name = names.get(id(fragment.param))
-            if name is None:
+            found = names.get(id(fragment.param))
+            if found is None:
                 strangers += 1
             else:
-                pieces.append(_piece(name, fragment))
+                pieces.append(_piece(found, fragment))
         return Pieces(
-            pieces=pieces, strangers=strangers, optimizer=_inner_optimizer(engine.optimizer)
+            pieces=pieces,
+            requires_grad=trained,
+            strangers=strangers,
+            optimizer=_inner_optimizer(engine.optimizer),
         )
 
     def weights(self) -> list[Weight]:

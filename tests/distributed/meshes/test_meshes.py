@@ -24,7 +24,7 @@ from dist_layerlr import (
     save_checkpoint,
     verify,
 )
-from dist_layerlr.errors import ConfigError, PlanMismatch
+from dist_layerlr.errors import CheckpointError, ConfigError, PlanMismatch
 from dist_layerlr.sharders import placement
 from dist_layerlr.weights.gather import LiveWeights
 from tests.support.cases import At, Cases, Outcomes
@@ -122,6 +122,20 @@ def test_effects_of_sequence_parallel_norms_are_seen_at_their_rates(at: At) -> N
     for name, rate in rates.items():
         assert rate == pytest.approx(plan.entries[name].lr, rel=1e-6), name
     assert "blocks.1.norm.weight" in rates
+
+
+@cases
+def test_halves_of_the_ranks_that_train_apart_are_refused(at: At) -> None:
+    """Each half shards a copy of the model, and nobody synchronises the halves."""
+    trained = Trained(LAYOUTS["two meshes"], seed=at.rank // 2)
+    verify(trained.plan, trained.model, trained.optimizer)
+    told = r"ranks [01] and [23] hold different values"
+    with pytest.raises(PlanMismatch, match=told):
+        verify(trained.plan, trained.model, trained.optimizer, deep=True)
+    with pytest.raises(CheckpointError, match=told):
+        save_checkpoint(at.folder / "no", trained.plan, trained.model, trained.optimizer, step=0)
+    with pytest.raises(PlanMismatch, match=told):
+        export_weights(trained.model, at.folder, format="diffusers")
 
 
 @cases
