@@ -68,6 +68,10 @@ CAUSES = {
         "the optimizer does not use its groups' rates (one that adapts or rescales them, or a stale"
         " copy of a group)"
     ),
+    "trial": (
+        "the optimizer mixes elements of a tensor, or of all tensors, so that a rank that holds a"
+        " part of them trains otherwise; use AdamW, or DDP, which keeps parameters whole"
+    ),
     "layout": (
         "groups or their order changed since the checkpoint was written; make the plan from the"
         " same config, or load by name"

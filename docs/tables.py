@@ -1,8 +1,9 @@
-"""Write the tables of config fields into the docs, from the fields' own declarations.
+"""Write the tables of the docs: config fields from their declarations, optimizers from trials.
 
     python docs/tables.py
 
-A table stands between ``<!-- fields: NAME -->`` and ``<!-- end -->``.
+A table stands between ``<!-- fields: NAME -->``, or ``<!-- optimizers -->``, and ``<!-- end -->``.
+Optimizers of packages that are not installed keep the row that was written where they were.
 """
 
 from __future__ import annotations
@@ -10,15 +11,33 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
+import torch
+from torch import nn
+
 from dist_layerlr.fields import Setting, settings
 from dist_layerlr.offload import StreamPolicy
+from dist_layerlr.optim.trial import remember, try_way
+from dist_layerlr.optim.ways import Cut, Way
 from dist_layerlr.plan.config import PRESET, Config, PatternRule, PerLayerLR, Region
 from dist_layerlr.plan.depth import DepthSettings
 from dist_layerlr.plan.presets import RfdetrPreset
+from dist_layerlr.sharders import Layout
 from launch.trainer.options import BLOCKS, RunOptions
+from tests.support.optimizers import PACKAGES, Make, is_installed, package_of
 
 DOCS = Path(__file__).resolve().parent
 PAGES = ("names.md", "config.md")
+PROOF = DOCS / "proof.md"
+OPTIMIZERS = re.compile(r"(<!-- optimizers -->\n)(.*?)(<!-- end -->)", re.DOTALL)
+WAYS = {
+    "none, DDP": Layout(name="ddp"),
+    "FSDP2, segmented": Layout(name="fsdp2", shards=True),
+    "FSDP1": Layout(name="fsdp1", shards=True),
+    "FSDP1 flat; ZeRO 1, 2 segmented": Layout(name="fsdp1_flat", shards=True, flat=True),
+    "ZeRO 1, 2 groups": Layout(name="zero", stage=2, shards=True, flat=True),
+    "ZeRO 3 groups": Layout(name="zero", stage=3, shards=True, flat=True),
+}
+"""The columns of the table of optimizers."""
 BETWEEN = re.compile(r"(<!-- fields: (\S+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
@@ -60,6 +79,49 @@ def filled(page: str) -> str:
     return BETWEEN.sub(table, (DOCS / page).read_text(encoding="utf-8"))
 
 
+def optimizer_rows() -> dict[str, str]:
+    """{optimizer: its row}, tried here and now, of what is installed."""
+    rows: dict[str, str] = {}
+    for name, make in PACKAGES.items():
+        if is_installed(package_of(name)):
+            cells = [_cell(make, column, layout) for column, layout in WAYS.items()]
+            rows[name] = f"| {name} | " + " | ".join(cells) + " |"
+    return rows
+
+
+def _cell(make: Make, column: str, layout: Layout) -> str:
+    params = [nn.Parameter(torch.ones(6, 6)), nn.Parameter(torch.ones(6))]
+    try:
+        optimizer = make([{"params": params, "lr": 1e-3, "name": "all"}])
+    except Exception:
+        return "refused"  # by its own constructor, as LBFGS refuses groups
+    remember(optimizer, make)
+    shapes = [(6, 6), (6,)]
+    way = Way.of(layout, params, len(shapes), segmented=layout.name == "fsdp1_flat")
+    if layout.name == "fsdp2":
+        way = Way(cut=Cut.ROWS, dims=(0,))
+    verdict = try_way(optimizer, way, params, shapes)
+    if verdict.fault is not None:
+        return "refused"
+    return "exact" if verdict.tried else "not tried"
+
+
+def optimizer_table(written: str) -> str:
+    """The table, with the written rows of what is not installed."""
+    old = {line.split("|")[1].strip(): line for line in written.splitlines()[2:]}
+    new = optimizer_rows()
+    head = ["| optimizer | " + " | ".join(WAYS) + " |", "|---" * (len(WAYS) + 1) + "|"]
+    rows = [new.get(name, old.get(name)) for name in PACKAGES]
+    return "\n".join([*head, *(row for row in rows if row)]) + "\n"
+
+
+def filled_proof() -> str:
+    """docs/proof.md with its table as trials give it now."""
+    text = PROOF.read_text(encoding="utf-8")
+    return OPTIMIZERS.sub(lambda found: found[1] + optimizer_table(found[2]) + found[3], text)
+
+
 if __name__ == "__main__":
+    PROOF.write_text(filled_proof(), encoding="utf-8")
     for name in PAGES:
         (DOCS / name).write_text(filled(name), encoding="utf-8")

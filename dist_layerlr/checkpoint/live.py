@@ -105,6 +105,7 @@ def look(model: nn.Module, optimizer: Any) -> Live:
     # by identity.
     weights = sharder.weights()
     found = live_pieces(sharder, optimizer)
+    # From here on a name that differs by rank is one name for each rank.
     apart = distinct_names(model, {weight.name for weight in weights if not weight.is_buffer})
     if apart:
         weights = [_of_this_rank(weight) if weight.name in apart else weight for weight in weights]

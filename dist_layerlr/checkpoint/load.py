@@ -47,9 +47,10 @@ from dist_layerlr.checkpoint.rng import fork_rng, write_rng
 from dist_layerlr.checkpoint.save import finish_background_save, worded
 from dist_layerlr.checkpoint.storage import ShardReader, broken
 from dist_layerlr.errors import CheckpointError, LayerLRError
-from dist_layerlr.optim.groups import INITIAL_LR, LR
+from dist_layerlr.optim.follow import Follower
 from dist_layerlr.optim.schedule import PlanSchedule
-from dist_layerlr.optim.validate import torch_scheduler
+from dist_layerlr.optim.schedulers import rebase as _rebase
+from dist_layerlr.optim.schedulers import torch_scheduler
 from dist_layerlr.plan.entries import Plan
 from dist_layerlr.plan.names import without_rank
 from dist_layerlr.proof.reapply import reapply
@@ -312,7 +313,7 @@ def _multiplier(given: Iterable[Any], manifest: Manifest, factor: float | None) 
     if factor is not None:
         return factor
     for schedule in given:
-        if isinstance(schedule, PlanSchedule):
+        if isinstance(schedule, (PlanSchedule, Follower)):
             return schedule.factor
     return manifest.factor
 
@@ -328,20 +329,6 @@ def _finish(
     restore_engine(model, job.manifest.sharder_state)
     _restore_rng(random, job.manifest.ranks, ranks.rank())
     return without_state(job.states)
-
-
-def _rebase(scheduler: Any) -> None:
-    """Give a torch scheduler, and those inside it, the rates of the plan in force.
-
-    Its saved state brings back the old plan's base rates, in the old plan's order of groups.
-    """
-    for inner in getattr(scheduler, "_schedulers", ()):
-        _rebase(inner)
-    groups = scheduler.optimizer.param_groups
-    if hasattr(scheduler, "base_lrs"):
-        scheduler.base_lrs = [group[INITIAL_LR] for group in groups]
-    # get_last_lr() reports this until the next step.
-    scheduler._last_lr = [group[LR] for group in groups]
 
 
 def _restore_rng(saved: torch.Tensor, saved_ranks: int, rank: int) -> None:

@@ -26,7 +26,7 @@ from dist_layerlr.checkpoint.manifest import Manifest, packed, unpacked
 from dist_layerlr.checkpoint.storage import ShardWriter
 from dist_layerlr.errors import CheckpointError, ConfigError, LayerLRError
 from dist_layerlr.files import write_text
-from dist_layerlr.optim.validate import check_scheduler, torch_scheduler
+from dist_layerlr.optim.schedulers import check_scheduler, torch_scheduler
 from dist_layerlr.plan.diff import PLAN_FILE
 from dist_layerlr.plan.entries import Plan
 from dist_layerlr.proof.verify import verify

@@ -10,11 +10,12 @@ from torch.optim import Optimizer
 
 from dist_layerlr import fields
 from dist_layerlr.errors import PlanMismatch
-from dist_layerlr.optim.groups import build_groups, split_by_mesh
+from dist_layerlr.optim.groups import adopt, build_groups, split_by_mesh
 from dist_layerlr.optim.segmented import MakeOptimizer, Segmented
-from dist_layerlr.optim.validate import check_optimizer
-from dist_layerlr.plan.entries import Plan
-from dist_layerlr.ranks import together
+from dist_layerlr.optim.trial import Verdict, remember, try_out
+from dist_layerlr.optim.validate import refuse
+from dist_layerlr.plan.entries import Plan, Shape
+from dist_layerlr.ranks import alike, together
 from dist_layerlr.sharders import Layout, Sharder, sharder_of
 
 GROUPS, SEGMENTED, AUTO = "groups", "segmented", "auto"
@@ -48,7 +49,17 @@ def attach(plan: Plan, model: nn.Module, make: MakeOptimizer, *, emission: str =
     with together(plan.digest):
         sharder = sharder_of(model)
         optimizer = _build(plan, sharder, make, _in_segments(sharder.layout, emission))
-        check_optimizer(optimizer, model)
+    layout = sharder.layout
+    verdict = _tried(plan, optimizer, layout)
+    if verdict.fault and emission == AUTO and layout.shards and not layout.flat:
+        # What needs whole matrices gets them where the sharder's own tensors stand for them:
+        # operations on DTensors gather what they need.
+        with together(plan.digest):
+            in_groups = _build(plan, sharder, make, False)
+        other = _tried(plan, in_groups, layout)
+        if other.fault is None:
+            return in_groups
+    alike(lambda: refuse(verdict, layout))
     return optimizer
 
 
@@ -63,7 +74,8 @@ def bind(plan: Plan, engine: nn.Module) -> None:
         ConfigError: an optimizer that cannot step slices (see ``check_optimizer``).
     """
     with together(plan.digest):
-        found = sharder_of(engine).pieces(None)
+        sharder = sharder_of(engine)
+        found = sharder.pieces(None)
         if not isinstance(found.optimizer, Segmented):
             raise PlanMismatch(
                 "bind() needs a segmented optimizer, the engine has"
@@ -71,7 +83,19 @@ def bind(plan: Plan, engine: nn.Module) -> None:
                 " emission='segmented') before deepspeed.initialize."
             )
         found.optimizer.bind(found.pieces)
-        check_optimizer(found.optimizer, engine)
+    layout = sharder.layout
+    owners = [piece.owner for piece in found.pieces]
+    verdict = try_out(found.optimizer, layout, owners, _shapes(plan))
+    alike(lambda: refuse(verdict, layout))
+
+
+def _tried(plan: Plan, optimizer: Optimizer, layout: Layout) -> Verdict:
+    owners = [param for group in optimizer.param_groups for param in group["params"]]
+    return try_out(optimizer, layout, owners, _shapes(plan))
+
+
+def _shapes(plan: Plan) -> list[Shape]:
+    return [entry.shape for entry in plan.entries.values()]
 
 
 def _in_segments(layout: Layout, emission: str) -> bool:
@@ -83,8 +107,13 @@ def _in_segments(layout: Layout, emission: str) -> bool:
 
 def _build(plan: Plan, sharder: Sharder, make: MakeOptimizer, in_segments: bool) -> Optimizer:
     slices = sharder.slices()
+    optimizer: Optimizer
     if in_segments:
         owners = {id(s.owner): s.owner for s in slices}
-        return Segmented(plan, owners.values(), make, slices)
-    groups = build_groups(plan, {s.name: s.owner for s in slices})
-    return make([part for group in groups for part in split_by_mesh(group)])
+        optimizer = Segmented(plan, owners.values(), make, slices)
+    else:
+        groups = build_groups(plan, {s.name: s.owner for s in slices})
+        optimizer = make([part for group in groups for part in split_by_mesh(group)])
+        adopt(plan, optimizer)
+    remember(optimizer, make)
+    return optimizer

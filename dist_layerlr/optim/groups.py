@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Mapping
 from typing import Any
+from weakref import WeakKeyDictionary
 
+import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
+from torch.optim import Optimizer
 
 from dist_layerlr.errors import PlanMismatch
 from dist_layerlr.plan.entries import GroupSpec, Plan
@@ -19,6 +23,9 @@ INITIAL_LR = "initial_lr"
 WEIGHT_DECAY = "weight_decay"
 # Unique per group, for people and logs. Groups are never matched by it: a plan may merge others.
 NAME = "name"
+_PLANS: WeakKeyDictionary[Optimizer, Plan] = WeakKeyDictionary()
+"""The plan of each optimizer whose groups `attach` made: what its groups are to be, whoever writes
+another ``initial_lr`` into them."""
 
 
 def param_groups(plan: Plan, model: nn.Module) -> list[ParamGroup]:
@@ -63,6 +70,97 @@ def split_by_mesh(group: ParamGroup) -> list[ParamGroup]:
         {**group, "params": params, NAME: name}
         for name, params in zip(names, parts.values(), strict=True)
     ]
+
+
+def is_optimizer(value: Any) -> bool:
+    """Whether this is an optimizer or stands for one."""
+    return isinstance(getattr(value, "param_groups", None), list)
+
+
+def unwrap(optimizer: Any) -> Any:
+    """The optimizer inside the wrappers of trainers and engines; what is none stays as it is."""
+    while is_optimizer(inner := getattr(optimizer, "optimizer", None)):
+        optimizer = inner
+    return optimizer
+
+
+def base_lr(plan: Plan) -> float:
+    """The rate that stands for the plan where only one can be shown. Never 0."""
+    settings = plan.config.per_layer_lr
+    chosen = settings.default_lr if settings.enabled else plan.config.flat_lr
+    return chosen or max((group.lr for group in plan.groups), default=1.0) or 1.0
+
+
+def adopt(plan: Plan, optimizer: Any) -> None:
+    """Tell an optimizer on the plan's groups which rate they are relative to.
+
+    transformers' and diffusers' schedulers turn an absolute end (``lr_end``, ``min_lr``) into a
+    ratio to the optimizer's default rate, which is the constructor's (0.001) unless somebody says.
+    """
+    if not isinstance(optimizer, Optimizer):
+        return
+    _PLANS[optimizer] = plan
+    if not isinstance(optimizer.defaults.get(LR), Tensor):
+        optimizer.defaults[LR] = base_lr(plan)
+
+
+def default_lr(optimizer: Any) -> float | None:
+    """The rate that an optimizer was told to be built for, and that absolute rates are relative to.
+
+    None: nobody said it, or what was said (an ``lr=1.0`` that every group overrides) is no rate of
+    this plan.
+    """
+    live = unwrap(optimizer)
+    stated = getattr(live, "defaults", {}).get(LR)
+    if stated is None:
+        return None
+    rates = planned_rates(live)
+    if live in _PLANS or float(stated) in rates:
+        return float(stated)
+    fallback = inspect.signature(type(live)).parameters.get(LR)
+    silent = fallback is not None and stated == fallback.default
+    return None if silent or not min(rates) <= float(stated) <= max(rates) else float(stated)
+
+
+def planned_rates(optimizer: Any) -> list[float]:
+    """The planned rate of each group: the plan's, where it is known, else the ``initial_lr``."""
+    live = unwrap(optimizer)
+    plan = _PLANS.get(live) if isinstance(live, Optimizer) else None
+    known = {spec.name: spec.lr for spec in plan.groups} if plan is not None else {}
+    rates: list[float] = []
+    for group in optimizer.param_groups:
+        # ``split_by_mesh`` has put a number behind some names.
+        name = str(group.get(NAME, ""))
+        planned = known.get(name, known.get(name.rpartition("@")[0]))
+        rates.append(float(group.get(INITIAL_LR, group[LR])) if planned is None else planned)
+    return rates
+
+
+def settings_of(optimizer: Any) -> list[dict[str, Any]]:
+    """A copy of every group without its parameters, for ``put_back``."""
+    settings: list[dict[str, Any]] = []
+    for group in optimizer.param_groups:
+        settings.append(dict(group))
+        del settings[-1]["params"]
+        for key, value in group.items():
+            if isinstance(value, Tensor):
+                settings[-1][key] = value.clone()
+    return settings
+
+
+def put_back(optimizer: Any, settings: list[dict[str, Any]]) -> bool:
+    """Write settings into the groups that they were read from; whether any had changed."""
+    changed = False
+    for group, before in zip(optimizer.param_groups, settings, strict=True):
+        for key, value in before.items():
+            live = group.get(key)
+            if isinstance(live, Tensor) and isinstance(value, Tensor):
+                changed |= not torch.equal(live, value)
+                live.copy_(value)
+            elif live != value:
+                changed = True
+                group[key] = value
+    return changed
 
 
 def scale_lrs(optimizer: Any, factor: float) -> None:

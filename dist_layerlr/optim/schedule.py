@@ -11,8 +11,10 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
+from dist_layerlr.errors import ConfigError
 from dist_layerlr.fields import integer, number, one_of, setting
-from dist_layerlr.optim.groups import scale_lrs
+from dist_layerlr.optim.groups import INITIAL_LR, LR, scale_lrs
+from dist_layerlr.optim.pace import Pace
 
 KINDS = ("constant", "linear", "cosine")
 
@@ -48,12 +50,58 @@ class Schedule:
         return self.min_ratio + (1.0 - self.min_ratio) * shape
 
 
-class PlanSchedule:
+class RateDriver:
+    """What multiplies all planned rates of an optimizer by one ``factor``, step by step.
+
+    It reads the live groups on every call, so groups may be replaced by a load or a wrapper.
+    """
+
+    def __init__(self, optimizer: Any):
+        """Drive the groups of a torch optimizer, a wrapper of one, or a DeepSpeed engine.
+
+        Raises:
+            ConfigError: a group does not say what a factor would multiply.
+        """
+        self._optimizer = (
+            optimizer.optimizer if hasattr(optimizer, "zero_optimization_stage") else optimizer
+        )
+        for place, group in enumerate(self._optimizer.param_groups):
+            if INITIAL_LR not in group:
+                raise ConfigError(
+                    f"Invalid optimizer for a schedule: group {place} has no {INITIAL_LR!r}, the"
+                    " planned rate that a schedule multiplies. Build the optimizer with attach, or"
+                    " its groups with param_groups."
+                )
+        self._pace = Pace(self._optimizer)
+
+    @property
+    def optimizer(self) -> Any:
+        """The optimizer whose groups are driven; trainers look a scheduler up by it."""
+        return self._optimizer
+
+    @property
+    def factor(self) -> float:
+        """The multiplier in force."""
+        raise NotImplementedError
+
+    def get_last_lr(self) -> list[float]:
+        """The rates in force, by group, as torch's schedulers tell them."""
+        return [float(group[LR]) for group in self._optimizer.param_groups]
+
+    def _counts(self) -> bool:
+        """Whether this call of ``step()`` belongs to an optimizer step, as far as can be told."""
+        return self._pace.counts()
+
+    def _put(self) -> None:
+        scale_lrs(self._optimizer, self.factor)
+
+
+class PlanSchedule(RateDriver):
     """Multiplies every planned rate by ``schedule.factor(step)``.
 
     It is no torch scheduler, so neither Accelerate nor DeepSpeed steps it: call ``step()`` once
-    after each optimizer step. It reads the live groups on every call, so groups may be replaced by
-    a load or a wrapper.
+    after each optimizer step. In the micro-steps of Accelerate's ``accumulate``, when an optimizer
+    that it has prepared does nothing, ``step()`` does nothing either.
     """
 
     def __init__(self, optimizer: Any, schedule: Schedule):
@@ -63,12 +111,10 @@ class PlanSchedule:
             optimizer: a torch optimizer, a wrapper of one, or a DeepSpeed engine.
             schedule: step -> multiplier.
         """
-        self._optimizer = (
-            optimizer.optimizer if hasattr(optimizer, "zero_optimization_stage") else optimizer
-        )
+        super().__init__(optimizer)
         self._schedule = schedule
         self.last_step = 0
-        scale_lrs(self._optimizer, self.factor)
+        self._put()
 
     @property
     def factor(self) -> float:
@@ -76,9 +122,14 @@ class PlanSchedule:
         return self._schedule.factor(self.last_step)
 
     def step(self) -> None:
-        """Advance by one optimizer step."""
-        self.last_step += 1
-        scale_lrs(self._optimizer, self.factor)
+        """Advance by one optimizer step.
+
+        Raises:
+            ConfigError: it is called several times for each optimizer step.
+        """
+        if self._counts():
+            self.last_step += 1
+            self._put()
 
     def state_dict(self) -> dict[str, int]:
         """The step alone: rates come from the plan."""
@@ -87,4 +138,4 @@ class PlanSchedule:
     def load_state_dict(self, state: dict[str, int]) -> None:
         """Continue from a saved step."""
         self.last_step = state["last_step"]
-        scale_lrs(self._optimizer, self.factor)
+        self._put()

@@ -29,7 +29,7 @@ from torch.optim import Optimizer
 
 from dist_layerlr.errors import PlanMismatch
 from dist_layerlr.optim import fused
-from dist_layerlr.optim.groups import INITIAL_LR, LR, NAME, build_groups, scale_lrs
+from dist_layerlr.optim.groups import INITIAL_LR, LR, NAME, base_lr, build_groups, scale_lrs
 from dist_layerlr.optim.views import OwnerViews, merge_slices
 from dist_layerlr.plan.entries import Plan
 from dist_layerlr.sharders.base import ParamGroup, Slice, local
@@ -63,12 +63,14 @@ class Segmented(Optimizer):
                 ``bind`` after it has.
         """
         self._plan, self._make = plan, make
+        self._slices: list[Slice] | None = None
         self._rows: list[OwnerViews] = []
         self._known: set[int] = set()
         self.inner: Optimizer | None = None
-        base = _base_lr(plan)
+        base = base_lr(plan)
         group = {"params": list(owners), LR: base, INITIAL_LR: base, NAME: GROUP_NAME}
-        super().__init__([group], {})
+        # Schedulers take an absolute end relative to the default rate: it must be the group's.
+        super().__init__([group], {LR: base})
         if slices is not None:
             self.bind(slices)
 
@@ -86,7 +88,7 @@ class Segmented(Optimizer):
         Raises:
             PlanMismatch: the names are not the plan's.
         """
-        slices = list(slices)
+        slices = self._slices = list(slices)
         group_number = {
             name: number for number, group in enumerate(self._plan.groups) for name in group.names
         }
@@ -104,8 +106,22 @@ class Segmented(Optimizer):
         self._bound: dict[tuple[str, int], list[tuple[int, int]]] = defaultdict(list)
         for piece in slices:
             self._bound[_whose(piece)].append((piece.offset, piece.offset + piece.numel))
-        self.defaults = dict(self.inner.defaults)
+        self.defaults = {**self.inner.defaults, LR: base_lr(self._plan)}
         scale_lrs(self.inner, self.factor)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What a copy is made of, without the views: copied, they would share no storage."""
+        kept = ("_plan", "_make", "_slices")
+        return {**super().__getstate__(), **{name: getattr(self, name) for name in kept}}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Bind a copy to its own tensors, which its groups and slices hold."""
+        super().__setstate__(state)
+        if "_slices" not in state:
+            return  # torch's load_state_dict comes here too, and replaces state and groups alone
+        self._rows, self._known, self.inner = [], set(), None
+        if self._slices is not None:
+            self.bind(self._slices)
 
     def _cut(self, slices: list[Slice], group_number: Mapping[str, int]) -> list[OwnerViews]:
         """One row per outer tensor, cut into runs of slices that touch and share a group."""
@@ -222,13 +238,6 @@ class Segmented(Optimizer):
         # DeepSpeed 0.19.8 steps on zero gradients inside initialize (stage 0, bf16), before bind
         # can have been called. Such a step must do nothing, weight decay included.
         return not strangers
-
-
-def _base_lr(plan: Plan) -> float:
-    """The outer group's rate, which schedulers and logs show. Never 0: factors are ratios to it."""
-    settings = plan.config.per_layer_lr
-    chosen = settings.default_lr if settings.enabled else plan.config.flat_lr
-    return chosen or max((group.lr for group in plan.groups), default=1.0) or 1.0
 
 
 def _whose(piece: Slice) -> tuple[str, int]:

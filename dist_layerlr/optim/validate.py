@@ -1,108 +1,39 @@
-"""Refuse, before training, schedulers, ds_configs and optimizers that would change the plan."""
+"""Refuse, before training, ds_configs and optimizers that would change the plan."""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
+import torch
 from torch import nn
-from torch.optim.lr_scheduler import LRScheduler
 
 from dist_layerlr.errors import ConfigError
-from dist_layerlr.optim.segmented import Segmented
-from dist_layerlr.sharders import sharder_of
+from dist_layerlr.optim.schedulers import check_scheduler as check_scheduler
+from dist_layerlr.optim.schedulers import torch_scheduler as torch_scheduler
+from dist_layerlr.optim.trial import Verdict, try_out
+from dist_layerlr.optim.ways import Cut
+from dist_layerlr.plan.entries import Shape
+from dist_layerlr.ranks import alike
+from dist_layerlr.sharders import Layout, sharder_of
+from dist_layerlr.sharders.base import innermost
+from dist_layerlr.sharders.model import live_parameters, true_shape
 
-_WRITES_ONE_RATE = {
-    "OneCycleLR": "drives every group to the same max_lr",
-    "OneCycle": "drives every group to the same rates",
-    "CyclicLR": "cycles every group between the same two rates",
-    "LRRangeTest": "gives every group the same rate",
-    "SWALR": "anneals every group to the same swa_lr",
+_KNOWN = {
+    "Adafactor": "It factors its state over whole matrices.",
+    "CAME": "It factors its state over whole matrices.",
+    "Lamb": "It scales each update by a norm over the whole tensor.",
+    "LAMB": "It scales each update by a norm over the whole tensor.",
+    "LARS": "It scales each update by a norm over the whole tensor.",
+    "Muon": "It orthogonalises whole matrices.",
+    "SOAP": "It preconditions whole matrices.",
+    "SM3": "It keeps row and column statistics of whole matrices.",
+    "Shampoo": "It preconditions whole matrices.",
+    "Prodigy": "It adapts one rate for all groups.",
+    "DAdaptAdam": "It adapts one rate for all groups.",
 }
-_NOT_ELEMENTWISE = {
-    "Adafactor": "factors its state over whole matrices, so shards train differently",
-    "Lamb": "scales each update by a norm over the whole tensor",
-    "LAMB": "scales each update by a norm over the whole tensor",
-    "LARS": "scales each update by a norm over the whole tensor",
-    "Muon": "orthogonalises whole matrices",
-    "SM3": "keeps row and column statistics of whole matrices",
-    "Shampoo": "preconditions whole matrices",
-}
-_ONE_RATE_FOR_ALL = frozenset({"Prodigy", "DAdaptAdam", "DAdaptAdaGrad", "DAdaptSGD", "DAdaptLion"})
+"""What is known of some classes. It explains a refusal; the trial alone decides."""
 _USE_OURS = "Use PlanSchedule(optimizer, Schedule(...)): one multiplier for all rates."
-
-
-def check_scheduler(scheduler: Any) -> None:
-    """Refuse a learning rate scheduler that does not keep the ratios between groups.
-
-    Args:
-        scheduler: any torch, DeepSpeed or Accelerate scheduler.
-
-    Raises:
-        ConfigError: names the scheduler and what it would do.
-    """
-    name = type(scheduler).__name__
-    if name == "AcceleratedScheduler":
-        _check_accelerated(scheduler)
-        return
-    if name in ("SequentialLR", "ChainedScheduler"):
-        for inner in scheduler._schedulers:
-            check_scheduler(inner)
-        return
-    if name in _WRITES_ONE_RATE:
-        raise ConfigError(f"Invalid scheduler {name}: it {_WRITES_ONE_RATE[name]}. {_USE_OURS}")
-    if getattr(scheduler, "eta_min", 0.0):
-        raise ConfigError(
-            f"Invalid scheduler {name}(eta_min={scheduler.eta_min:g}): all groups end at that one"
-            f" rate. Set eta_min=0, or give the floor as a ratio. {_USE_OURS}"
-        )
-    if any(getattr(scheduler, "min_lrs", [])) and name == "ReduceLROnPlateau":
-        raise ConfigError(
-            f"Invalid scheduler {name}(min_lr={scheduler.min_lrs}): low groups stop early. Set"
-            " min_lr=0."
-        )
-    if name in ("WarmupLR", "WarmupDecayLR"):
-        _check_proportional(name, scheduler)
-    if name in ("LambdaLR", "MultiplicativeLR") and len({id(f) for f in scheduler.lr_lambdas}) > 1:
-        raise ConfigError(
-            f"Invalid scheduler {name} with a function per group: ratios change. Give one function."
-        )
-
-
-def torch_scheduler(scheduler: Any) -> LRScheduler | None:
-    """The torch scheduler that this is, or that Accelerate has wrapped; None: something else."""
-    inner = scheduler.scheduler if type(scheduler).__name__ == "AcceleratedScheduler" else scheduler
-    return inner if isinstance(inner, LRScheduler) else None
-
-
-def _check_accelerated(scheduler: Any) -> None:
-    """``AcceleratedScheduler`` steps once per process unless told otherwise."""
-    from accelerate.state import AcceleratorState
-
-    ranks = AcceleratorState().num_processes
-    if scheduler.step_with_optimizer and not scheduler.split_batches and ranks > 1:
-        raise ConfigError(
-            f"Invalid scheduler {type(scheduler.scheduler).__name__} prepared by Accelerate: it is"
-            f" stepped {ranks} times per optimizer step. Do not prepare it; step PlanSchedule"
-            " yourself, or pass step_scheduler_with_optimizer=False."
-        )
-    check_scheduler(scheduler.scheduler)
-
-
-def _check_proportional(name: str, scheduler: Any) -> None:
-    """DeepSpeed's warmups go from min_lrs to max_lrs, lists that a scalar fills with one value."""
-    targets: Sequence[float] = scheduler.max_lrs
-    groups = scheduler.optimizer.param_groups
-    planned = [float(g.get("initial_lr", g["lr"])) for g in groups]
-    ratios = [t / p for t, p in zip(targets, planned, strict=False) if p > 0]
-    if len(targets) != len(planned) or any(
-        not math.isclose(r, ratios[0], rel_tol=1e-6) for r in ratios
-    ):
-        raise ConfigError(
-            f"Invalid scheduler {name}(warmup_max_lr={list(targets)[:3]}...): it would write these"
-            f" over the planned {planned[:3]}.... {_USE_OURS}"
-        )
 
 
 def check_ds_config(config: Mapping[str, Any]) -> None:
@@ -143,47 +74,59 @@ def check_ds_config(config: Mapping[str, Any]) -> None:
         )
 
 
-def check_optimizer(optimizer: Any, model: nn.Module | None = None) -> None:
-    """Refuse optimizers that do not work element by element, or cannot hold several rates.
+def check_optimizer(optimizer: Any, model: nn.Module | None = None) -> Verdict:
+    """Refuse an optimizer that would train at other rates than its groups say. Collective.
+
+    It is tried on scratch parameters, whole and in the way in which the model's sharder hands over
+    the real ones; see ``dist_layerlr.optim.trial``.
 
     Args:
-        optimizer: a torch optimizer.
-        model: as it is trained; unsharded models may use any optimizer that holds several rates.
+        optimizer: a torch optimizer, segmented or not.
+        model: as it is trained; None: sharded in some way, elements in flat tensors.
+
+    Returns:
+        What the trial has shown.
 
     Raises:
-        ConfigError: names the optimizer and the reason.
+        ConfigError: on all ranks alike: names the optimizer, what was measured and what to use.
     """
-    inner = getattr(optimizer, "inner", None) or optimizer
-    name = type(inner).__name__
-    layout = None if model is None else sharder_of(model).layout
-    sharded = layout is None or layout.shards
-    if name in _NOT_ELEMENTWISE and sharded:
-        raise ConfigError(
-            f"Invalid optimizer {name} on sharded parameters: it {_NOT_ELEMENTWISE[name]}. Use"
-            " AdamW."
-        )
-    if isinstance(optimizer, Segmented) and optimizer.cuts and _is_quantised(inner):
-        raise ConfigError(
-            f"Invalid optimizer {name} on flat parameters: it keeps its state in quantised blocks,"
-            " which names that share a flat tensor cannot share. Use it with DDP or FSDP2, or use"
-            " AdamW."
-        )
-    if name in _ONE_RATE_FOR_ALL:
-        raise ConfigError(
-            f"Invalid optimizer {name}: it adapts one rate for all groups. Use AdamW, or one flat"
-            " rate."
-        )
-    if name == "Adagrad" and (layout is None or (layout.engine_steps and layout.shards)):
+    found = innermost(optimizer)
+    shapes: list[Shape] = [(1, 1), (1,)]
+    layout = Layout(name="zero", stage=2, shards=True, flat=True)
+    if model is not None:
+        layout = sharder_of(model).layout
+        shapes += [true_shape(param) for param in live_parameters(model).values()]
+    alike(lambda: _refuse_adagrad(found, layout))
+    owners = [param for group in found.param_groups for param in group["params"]]
+    verdict = try_out(found, layout, owners, shapes)
+    alike(lambda: refuse(verdict, layout))
+    return verdict
+
+
+def refuse(verdict: Verdict, layout: Layout) -> None:
+    """Raise what a trial has shown.
+
+    Raises:
+        ConfigError: it has shown a fault.
+    """
+    if verdict.fault is None:
+        return
+    known = _KNOWN.get(verdict.optimizer)
+    whole = verdict.way == Cut.WHOLE.value
+    instead = "Use AdamW." if whole else "Use AdamW, or DDP, which keeps parameters whole."
+    raise ConfigError(
+        f"Invalid optimizer {verdict.optimizer} under {layout.label}: tried on scratch parameters,"
+        f" given {verdict.way}: {verdict.fault}.{f' {known}' if known else ''} {instead}"
+    )
+
+
+def _refuse_adagrad(optimizer: Any, layout: Layout) -> None:
+    """DeepSpeed asks for this class, and builds another one in place of the user's."""
+    if isinstance(optimizer, torch.optim.Adagrad) and layout.engine_steps and layout.shards:
         raise ConfigError(
             "Invalid optimizer Adagrad under ZeRO: DeepSpeed rebuilds it from its constructor's"
-            " defaults, without the planned groups. Use AdamW."
+            " defaults, without the planned groups. Use AdamW, or attach(emission='segmented')."
         )
-
-
-def _is_quantised(optimizer: Any) -> bool:
-    """Bitsandbytes' 8-bit optimizers, and all of torchao's."""
-    bits = getattr(getattr(optimizer, "args", None), "optim_bits", 32)
-    return bits == 8 or type(optimizer).__module__.partition(".")[0] == "torchao"
 
 
 def check_sharding(model: nn.Module, wanted: str) -> None:

@@ -55,6 +55,7 @@ def _copies(sharder: Sharder, found: Pieces, apart: Set[str]) -> list[HeldSpan]:
         if piece.replicas == 1 or piece.name in apart or not piece.numel:
             continue
         tensor = piece.of(piece.owner)
+        # Outside DeepSpeed what is stepped is the weight itself, which is in already.
         if tensor.data_ptr() not in seen and sharder.layout.engine_steps:
             name = f"{piece.name} (fp32 master)"
             copies.append(HeldSpan(name=name, start=piece.start, numel=piece.numel, tensor=tensor))
@@ -97,6 +98,7 @@ def _counters(found: Pieces) -> dict[str, float]:
     """{name: steps that the optimizer has counted for it on this rank}."""
     counters: dict[str, float] = {}
     state: Any = getattr(found.optimizer, "state", {})
+    # One owner may have many pieces; a counter on the device is read once.
     of_owner: dict[int, float | None] = {}
     for piece in found.pieces:
         owner = id(piece.owner)

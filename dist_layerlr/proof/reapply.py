@@ -8,20 +8,37 @@ from torch import Tensor, nn
 
 from dist_layerlr.optim.groups import scale_lrs, write_group
 from dist_layerlr.optim.readback import live_pieces
+from dist_layerlr.optim.schedulers import check_scheduler, rebase
 from dist_layerlr.optim.segmented import Segmented
 from dist_layerlr.plan.entries import Plan
-from dist_layerlr.ranks import Problem, together
+from dist_layerlr.ranks import Problem, alike, together
 from dist_layerlr.sharders import Pieces, sharder_of
 
 
-def reapply(plan: Plan, model: nn.Module, optimizer: Any = None, *, factor: float = 1.0) -> None:
+def reapply(
+    plan: Plan,
+    model: nn.Module,
+    optimizer: Any = None,
+    *,
+    factor: float = 1.0,
+    scheduler: Any = None,
+) -> None:
     """Write the plan's lr, initial_lr and weight decay into the live groups, by name. Collective.
 
-    Call it after every load: a checkpoint puts the rates of its own plan there. ``factor`` is the
-    schedule's multiplier to put in force.
+    Call it after every load: a checkpoint puts the rates of its own plan there.
+
+    Args:
+        plan: in force.
+        model: as it is trained.
+        optimizer: the one that is stepped; a DeepSpeed engine brings its own.
+        factor: the schedule's multiplier to put in force.
+        scheduler: a torch scheduler that drives the groups. It keeps base rates of its own, and
+            its next step would bring the old plan's back: it is given the plan's, and refused if it
+            does not take them. PlanSchedule keeps none.
 
     Raises:
         PlanMismatch: on all ranks alike, when one group steps names with different planned rates.
+        ConfigError: the scheduler would write other rates than the plan's at its next step.
     """
     chosen: dict[int, tuple[Any, Any]] = {}
     with together(plan.digest) as problems:
@@ -43,6 +60,9 @@ def reapply(plan: Plan, model: nn.Module, optimizer: Any = None, *, factor: floa
     if isinstance(found.optimizer, Segmented):
         # The outer group's multiplier is put on the inner groups again at every step.
         scale_lrs(found.optimizer, factor)
+    if scheduler is not None:
+        rebase(scheduler)
+        alike(lambda: check_scheduler(scheduler))
 
 
 def _unshare_steps(found: Pieces) -> None:

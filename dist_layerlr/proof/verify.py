@@ -17,6 +17,7 @@ from dist_layerlr.optim.readback import (
     live_pieces,
     repeated,
 )
+from dist_layerlr.optim.trial import Verdict, try_out
 from dist_layerlr.plan.entries import Plan, PlanEntry
 from dist_layerlr.proof.current import current_problems
 from dist_layerlr.proof.deep import deep_problems
@@ -29,7 +30,7 @@ from dist_layerlr.ranks import (
     together,
     world_size,
 )
-from dist_layerlr.sharders import Pieces, sharder_of
+from dist_layerlr.sharders import Layout, Pieces, sharder_of
 from dist_layerlr.sharders.distinct import distinct_names
 
 _ROUNDING = 1e-7
@@ -48,6 +49,8 @@ class Proof:
     digest: str
     step_factor: float
     """The schedule's multiplier at which the rates were compared."""
+    trial: str = ""
+    """What the optimizer was tried on, in words."""
 
     def line(self) -> str:
         """One line for the log."""
@@ -56,7 +59,7 @@ class Proof:
             f"[per_layer_lr] verified on {self.ranks} rank{'s' if self.ranks > 1 else ''}"
             f" ({self.sharder}): {self.parameters} parameters, {self.elements:,} elements, each"
             f" stepped once at its planned learning rate{scaled} and weight decay;"
-            f" plan {self.digest}"
+            f" {self.trial}; plan {self.digest}"
         )
 
     def to_dict(self) -> dict[str, Any]:
@@ -113,6 +116,7 @@ def verify(
     _refuse(element_problems(plan, found, live, anyhow))
     if deep:
         _refuse(deep_problems(model, sharder, found, steps))
+    verdict = _check_trial(plan, found, sharder.layout)
     return Proof(
         sharder=sharder.layout.label,
         ranks=world_size(),
@@ -121,6 +125,7 @@ def verify(
         groups=len(plan.groups),
         digest=plan.digest,
         step_factor=expected,
+        trial=verdict.line,
     )
 
 
@@ -128,6 +133,19 @@ def _refuse(problems: list[Problem]) -> None:
     """Raise problems that all ranks have found together."""
     if problems:
         raise mismatch(0, problems[:SHOWN], len(problems))
+
+
+def _check_trial(plan: Plan, found: Pieces, layout: Layout) -> Verdict:
+    """The optimizer trains what it is given as it would train whole parameters."""
+    owners = [piece.owner for piece in found.pieces]
+    verdict = try_out(
+        found.optimizer, layout, owners, [entry.shape for entry in plan.entries.values()]
+    )
+    with together(plan.digest) as problems:
+        if verdict.fault is not None:
+            text = f"{verdict.optimizer}, tried on {verdict.way}: {verdict.fault}"
+            problems.append(("trial", text))
+    return verdict
 
 
 def _schedule_problems(plan: Plan, live: Mapping[str, LiveParam]) -> list[Problem]:

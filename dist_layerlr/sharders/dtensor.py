@@ -68,6 +68,7 @@ class DTensorSharder(Sharder):
 
 def _pieces_of(name: str, param: Tensor, group: ParamGroup) -> Iterator[Piece]:
     placed = place(name, param, local(param))
+    # Runs come in the order in which the local part holds their elements.
     offset = 0
     for start, numel in placed.runs:
         yield Piece(

@@ -51,6 +51,7 @@ def place(name: str, tensor: Tensor, here: Tensor) -> Placed:
         return Placed(runs=[(0, tensor.numel())], replicas=world_size())
     mesh, placements = tensor.device_mesh, tensor.placements
     coordinate = mesh.get_coordinate()
+    # None: this rank has no part in the mesh.
     at = None if coordinate is None else tuple(coordinate)
     box = _box(mesh, placements, tensor.shape, at, world_size())
     if box.unreadable is not None:
@@ -112,6 +113,7 @@ def _box(
         elif placement.is_partial() or not isinstance(dim, int):
             unreadable = str(placement)
         elif coordinate is not None:
+            # A plain Shard cuts one part: all that is left of the dimension.
             parts = int(getattr(placement, "split_factor", 1))
             cuts.setdefault(dim, []).append((size, coordinate[mesh_dim], parts))
     held = tuple(shard_ranges(size, cuts.get(dim, ())) for dim, size in enumerate(shape))

@@ -105,6 +105,7 @@ def box_runs(shape: Sequence[int], held: Sequence[Sequence[Range]]) -> list[Rang
     runs: list[Range] = [(0, 1)]
     width = 1
     for size, taken in zip(reversed(shape), reversed(held), strict=True):
+        # While all later dimensions are whole, what is taken of this one stays together.
         if runs == [(0, width)]:
             runs = [(start * width, count * width) for start, count in taken]
         else:

@@ -98,6 +98,7 @@ def _digests(spans: Iterable[HeldSpan]) -> dict[str, tuple[int, int]]:
     by_name: dict[str, list[HeldSpan]] = {}
     for span in spans:
         by_name.setdefault(span.name, []).append(span)
+    # Names of which this rank holds nothing stay in: all ranks compare tables of equal length.
     places: dict[str, int] = {}
     contents: list[Tensor] = []
     for name, held in by_name.items():

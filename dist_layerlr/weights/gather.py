@@ -110,6 +110,7 @@ class LiveWeights:
             for span, part in zip(spans, parts, strict=True):
                 whole[span.start : span.start + span.numel] = part
         elif parts:
+            # A single run is sent from where it lies; several are put together first.
             sent = parts[0] if len(parts) == 1 else torch.cat(parts)
             # Bytes, because gloo and NCCL do not send every dtype.
             dist.send(sent.to(transport_device()).contiguous().view(torch.uint8), 0)

@@ -48,3 +48,10 @@ def test_a_declaration_gives_key_value_default_and_unit():
     assert tables.markdown([row]).splitlines()[-1] == (
         "| `type` | an integer >= 2; steps | 3 | What it is. |"
     )
+
+
+def test_the_table_of_optimizers_is_what_trials_show() -> None:
+    committed = tables.PROOF.read_text(encoding="utf-8")
+    assert committed == tables.filled_proof(), "run `python docs/tables.py` and commit the page"
+    for quantised in ("bitsandbytes AdamW8bit", "torchao AdamW8bit"):
+        assert f"| {quantised} | exact | refused |" in committed

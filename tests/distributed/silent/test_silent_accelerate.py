@@ -313,6 +313,31 @@ def test_08_plan_schedule_steps_once_whatever_accelerate_prepared(at: At) -> Non
 
 
 @cases
+def test_08_schedules_step_once_per_optimizer_step_under_accumulate(at: At) -> None:
+    schedule = dist_layerlr.Schedule(kind="linear", total_steps=101)
+    with fresh_state():
+        accelerator = Accelerator(cpu=True, gradient_accumulation_steps=4)
+        model = make_model()
+        plan = dist_layerlr.plan_model(model, CONFIG)
+        raw = dist_layerlr.attach(plan, model, adamw)
+        model, optimizer = accelerator.prepare(model, raw)
+        driver = dist_layerlr.PlanSchedule(optimizer, schedule)
+        # Built on what Accelerate has not prepared, a schedule cannot see the micro-steps.
+        blind = dist_layerlr.PlanSchedule(raw, schedule)
+        with pytest.raises(ConfigError, match="4 times for each optimizer step"):
+            for step in range(40):
+                with accelerator.accumulate(model):
+                    backward(model, step, at.rank)
+                    optimizer.step()
+                    driver.step()
+                    optimizer.zero_grad()
+                    blind.step()
+        assert driver.last_step == 8 and blind.last_step > 30
+        dist_layerlr.PlanSchedule(optimizer, schedule).load_state_dict(driver.state_dict())
+        assert dist_layerlr.verify(plan, model, optimizer).step_factor == pytest.approx(0.92)
+
+
+@cases
 def test_08_verify_finds_a_schedule_that_ran_ahead(at: At) -> None:
     with fresh_state():
         accelerator = Accelerator(cpu=True)

@@ -104,6 +104,47 @@ def test_05_warmup_cosine_keeps_ratios_and_is_let_through(at: At) -> None:
     )
 
 
+def engine_in(emission: str, stage: int, scheduler: dict[str, Any]) -> Any:
+    model = make_model()
+    plan = dist_layerlr.plan_model(model, CONFIG)
+    optimizer = dist_layerlr.attach(plan, model, sgd, emission=emission)
+    engine = start(model, optimizer, ds_config(stage, scheduler=scheduler))
+    if emission == "segmented":
+        dist_layerlr.bind(plan, engine)
+    return engine
+
+
+@cases
+def test_05_the_schedulers_of_live_engines_are_judged_by_what_they_do(at: At) -> None:
+    """A warmup to one rate is wrong over groups, right as a ratio, wrong again above 1."""
+    base = RATES["default"]
+    warmup = {"warmup_min_lr": 0.0, "warmup_num_steps": 4}
+    for stage in (1, 2, 3):
+        for emission, top, right in (
+            ("groups", base, False),
+            ("segmented", base, True),
+            ("segmented", 2.5 * base, False),
+        ):
+            params = {**warmup, "warmup_max_lr": top}
+            engine = engine_in(emission, stage, {"type": "WarmupLR", "params": params})
+            if right:
+                dist_layerlr.optim.check_scheduler(engine.lr_scheduler)
+            else:
+                with pytest.raises(ConfigError, match=r"WarmupLR\(max_lrs=.*at step \d+ it"):
+                    dist_layerlr.optim.check_scheduler(engine.lr_scheduler)
+            run(engine, at, steps=6)
+            live = dist_layerlr.optim.read_back(engine)
+            factors = {
+                live[f"{name}.weight"].lr / rate
+                for name, rate in (
+                    ("blocks.0.attn.to_q", RATES["self_attn"]),
+                    ("head", RATES["default"]),
+                )
+            }
+            one = max(factors) - min(factors) < 1e-9 and max(factors) <= 1.0 + 1e-9
+            assert one == right, (stage, emission, factors)
+
+
 # --- 9: the default of gradient_clipping ---
 
 

@@ -227,6 +227,58 @@ def test_06_reapply_and_plan_schedule_keep_the_new_plan_through_a_load() -> None
     dist_layerlr.verify(plan, model, new, factor=0.5)
 
 
+BACK_TO_OLD_RATES: dict[str, Make] = {
+    "LambdaLR": lambda o: lr_scheduler.LambdaLR(o, lambda step: 1 - step / 20),
+    "SequentialLR": KEEPS["SequentialLR"],
+}
+
+
+def resumed(kind: str) -> tuple[nn.Module, Any, Any, Any]:
+    """A run under a changed plan that loaded the state of one under the old plan."""
+    model = make_model()
+    _, old = planned(model)
+    before = BACK_TO_OLD_RATES[kind](old)
+    changed = config(component_lr={"self_attn": 1e-2, "ffn": 2e-2}, default_lr=3e-2)
+    plan, new = planned(model, changed)
+    scheduler = BACK_TO_OLD_RATES[kind](new)
+    new.load_state_dict(old.state_dict())
+    scheduler.load_state_dict(before.state_dict())
+    return model, plan, new, scheduler
+
+
+@pytest.mark.parametrize("kind", BACK_TO_OLD_RATES)
+def test_06_naive_scheduler_brings_the_old_rates_back_one_step_after_reapply(kind: str) -> None:
+    model, plan, new, scheduler = resumed(kind)
+    factor = new.param_groups[0]["lr"] / new.param_groups[0]["initial_lr"]
+    dist_layerlr.proof.reapply(plan, model, new, factor=factor)
+    dist_layerlr.verify(plan, model, new)
+    if kind == "LambdaLR":  # the other multiplies live rates until its second part begins
+        with pytest.raises(ConfigError, match="at step 1 it"):
+            dist_layerlr.optim.check_scheduler(scheduler, steps=10)
+        scheduler.step()
+        with pytest.raises(PlanMismatch, match="planned lr"):
+            dist_layerlr.verify(plan, model, new)
+
+
+@pytest.mark.parametrize("kind", BACK_TO_OLD_RATES)
+def test_06_reapply_gives_the_scheduler_the_rates_of_the_new_plan(kind: str) -> None:
+    model, plan, new, scheduler = resumed(kind)
+    factor = new.param_groups[0]["lr"] / new.param_groups[0]["initial_lr"]
+    dist_layerlr.proof.reapply(plan, model, new, factor=factor, scheduler=scheduler)
+    for _ in range(15):
+        scheduler.step()
+        dist_layerlr.verify(plan, model, new)
+        assert scheduler.get_last_lr() == [group["lr"] for group in new.param_groups]
+
+
+def test_06_reapply_refuses_a_scheduler_that_keeps_the_old_rates() -> None:
+    model = make_model()
+    plan, optimizer = planned(model)
+    scheduler = lr_scheduler.CosineAnnealingLR(optimizer, 20, eta_min=1e-4)
+    with pytest.raises(ConfigError, match="at step 1 it does not keep"):
+        dist_layerlr.proof.reapply(plan, model, optimizer, scheduler=scheduler)
+
+
 # --- 16: stale group dicts ---
 
 

@@ -16,7 +16,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel as DDP
 
 import dist_layerlr
-from dist_layerlr.errors import PlanMismatch
+from dist_layerlr.errors import ConfigError, PlanMismatch
 from tests.support.cases import At, Cases, Outcomes
 from tests.support.naive import (
     CONFIG,
@@ -111,22 +111,33 @@ def test_01_verify_names_what_load_with_assign_took_out_of_the_optimizer(at: At)
         dist_layerlr.verify(plan, model, optimizer)
 
 
-@cases
-def test_01_effect_check_sees_that_nothing_moved(at: At) -> None:
-    class Idle(torch.optim.SGD):
-        def step(self, closure: Any = None) -> None:
-            """Report rates, apply none."""
+class Idle(torch.optim.SGD):
+    """Reports rates, applies none."""
 
+    def step(self, closure: Any = None) -> None: ...
+
+
+@cases
+def test_01_an_optimizer_that_moves_nothing_is_refused(at: At) -> None:
     model = make_model()
     plan = dist_layerlr.plan_model(model, CONFIG)
-    optimizer = dist_layerlr.attach(plan, fsdp2(model), lambda groups: Idle(groups, lr=1.0))
+    with pytest.raises(ConfigError, match="Idle.*moved scratch weights by 0"):
+        dist_layerlr.attach(plan, fsdp2(model), lambda groups: Idle(groups, lr=1.0))
+
+
+@cases
+def test_01_effect_check_sees_that_nothing_moved(at: At) -> None:
+    model = make_model()
+    plan = dist_layerlr.plan_model(model, CONFIG)
+    optimizer = dist_layerlr.attach(plan, fsdp2(model), adamw)
     dist_layerlr.verify(plan, model, optimizer)
     backward(model, 0, at.rank)
+    optimizer.step()
     with (
         pytest.raises(PlanMismatch, match=r"planned lr 0\.00"),
         dist_layerlr.effect_check(plan, model, optimizer),
     ):
-        optimizer.step()
+        pass  # a step that is skipped, as by a wrapper
 
 
 @cases

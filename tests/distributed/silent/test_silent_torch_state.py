@@ -185,7 +185,7 @@ def test_18_adafactor_on_shards_is_refused_with_the_reason(at: At) -> None:
     for wrap in (fsdp1_orig, fsdp1_flat, fsdp2):
         model = wrap(make_model())
         optimizer = torch.optim.Adafactor(model.parameters(), lr=1e-3)
-        with pytest.raises(ConfigError, match="Adafactor.*whole matrices"):
+        with pytest.raises(ConfigError, match="Adafactor.* matrices"):
             dist_layerlr.optim.check_optimizer(optimizer, model)
         dist_layerlr.optim.check_optimizer(adamw(model.parameters()), model)
     model = DDP(make_model())

@@ -1,0 +1,319 @@
+"""Try an optimizer before it trains: may its parameters be cut, does each group keep its own rate?
+
+A name says nothing: a subclass of AdamW may clip by a norm, and a wrapper may hide Muon. So the
+optimizer steps scratch parameters, whole and in the way in which the sharder will hand over the
+real ones, with the same gradients. Equal: it may train them. Different: it would train another
+model than the unsharded run does, although every group reports the planned rate.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import sys
+import warnings
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from dist_layerlr.optim.groups import INITIAL_LR, LR, NAME, WEIGHT_DECAY
+from dist_layerlr.optim.scratch import FEW, RATES, STEPS, Scratch, make_scratch
+from dist_layerlr.optim.segmented import MakeOptimizer, Segmented
+from dist_layerlr.optim.ways import Cut, Trained, Way, shapes_on_meshes, stepped
+from dist_layerlr.plan.entries import Shape
+from dist_layerlr.ranks import any_rank
+from dist_layerlr.sharders.base import Layout, ParamGroup
+
+SAME = 1e-4
+"""A difference below this share of the move, and a few roundings, is no difference."""
+HEARD = 2.0
+"""Five times the rate must move weights at least so many times as far. Most move five times as far;
+a few, such as MADGRAD, by a lower power of the rate, sharded or not."""
+BLOCKS: Shape = (64, 128)
+"""8,192 elements: optimizers that keep their state in quantised blocks do so from 4,096 on."""
+_SMALL: dict[int, Shape] = {0: (), 1: (37,), 2: (12, 20), 3: (7, 6, 5), 4: (8, 4, 3, 3)}
+_KINDS = 4
+"""Groups with settings of their own (betas ...) that are tried; more are not looked at."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Verdict:
+    """What a trial has shown."""
+
+    optimizer: str
+    """Class name."""
+    way: str
+    """How parameters were handed over."""
+    deviation: float = 0.0
+    """Largest distance from the unsharded result, in largest moves of a parameter."""
+    fault: str | None = None
+    """What went wrong, in words; None: it trains as it would unsharded."""
+    tried: bool = True
+    """False if it could not be built anew on scratch parameters, so that nothing is known."""
+
+    @property
+    def line(self) -> str:
+        """For the log."""
+        if not self.tried:
+            return f"{self.optimizer} could not be tried on scratch parameters"
+        return f"{self.optimizer} tried on {self.way}"
+
+
+_MAKERS: WeakKeyDictionary[Optimizer, MakeOptimizer] = WeakKeyDictionary()
+_SEEN: dict[Any, Verdict] = {}
+
+
+def remember(optimizer: Optimizer, make: MakeOptimizer) -> None:
+    """Keep how an optimizer was built: a later trial builds it the same way."""
+    _MAKERS[optimizer] = make
+
+
+def try_out(
+    optimizer: Any, layout: Layout, owners: Iterable[Tensor], shapes: Sequence[Shape]
+) -> Verdict:
+    """Step scratch parameters whole, and as a sharder hands them over. Collective; never raises.
+
+    Ranks agree: where one finds a fault, all do, though each in its own words.
+
+    Args:
+        optimizer: the live one; a segmented one stands for what is inside it.
+        layout: of the sharder.
+        owners: what the optimizer holds.
+        shapes: of the model's whole trainable parameters; the same on all ranks.
+    """
+    distinct = list({id(owner): owner for owner in owners}.values())
+    segmented = isinstance(optimizer, Segmented)
+    return try_way(
+        optimizer, Way.of(layout, distinct, len(shapes), segmented=segmented), distinct, shapes
+    )
+
+
+def try_way(optimizer: Any, way: Way, owners: Sequence[Tensor], shapes: Sequence[Shape]) -> Verdict:
+    """As ``try_out``, in a given way. Collective; never raises."""
+    inner = optimizer
+    if isinstance(optimizer, Segmented) and optimizer.inner is not None:
+        inner = optimizer.inner
+    subject = _Subject.of(optimizer, inner, owners, shapes)
+    key = (subject.key, way)
+    found = _SEEN.get(key)
+    # A trial on DTensors is collective: if one rank makes it, all must.
+    if any_rank(found is None):
+        found = _try(subject, way)
+        if any_rank(found.fault is not None) and found.fault is None:
+            found = replace(found, fault="it failed on another rank")
+        _SEEN[key] = found
+    assert found is not None
+    return found
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Subject:
+    """An optimizer, and what decides how it behaves."""
+
+    name: str
+    make: MakeOptimizer
+    is_rebuilt: bool
+    """Whether nobody has told how it is made, so that its constructor is called anew."""
+    kinds: tuple[tuple[str, float | None], ...]
+    """(name, weight decay) of groups that differ in their settings."""
+    ndims: tuple[int, ...]
+    dtypes: tuple[torch.dtype, ...]
+    device: torch.device
+    key: Any
+
+    @classmethod
+    def of(
+        cls, optimizer: Any, inner: Any, owners: Sequence[Tensor], shapes: Iterable[Shape]
+    ) -> _Subject:
+        make = _MAKERS.get(optimizer) if isinstance(optimizer, Optimizer) else None
+        ndims = tuple(sorted({len(shape) for shape in shapes}))
+        dtypes = tuple(sorted({owner.dtype for owner in owners}, key=str))
+        devices = [owner.device for owner in owners if not owner.is_meta]
+        device = devices[0] if devices else torch.device("cpu")
+        groups = _different(inner.param_groups)
+        return cls(
+            name=type(inner).__name__,
+            make=make or _rebuild(inner),
+            is_rebuilt=make is None,
+            kinds=tuple((g.get(NAME, "group"), g.get(WEIGHT_DECAY)) for g in groups),
+            ndims=ndims,
+            dtypes=dtypes,
+            device=device,
+            key=(
+                _fingerprint(inner),
+                tuple(repr(_settings(g)) for g in groups),
+                make is None,
+                ndims,
+                dtypes,
+                device.type,
+            ),
+        )
+
+
+def _settings(group: ParamGroup) -> dict[str, Any]:
+    """What a group says besides its tensors and what the plan gives it."""
+    given = ("params", LR, INITIAL_LR, NAME, "param_names")
+    return {key: value for key, value in group.items() if key not in given}
+
+
+def _different(groups: Iterable[ParamGroup]) -> list[ParamGroup]:
+    """One group for each setting; weight decay apart, which the plan gives, it is mostly one."""
+    found: dict[str, ParamGroup] = {}
+    for group in groups:
+        settings = {k: v for k, v in _settings(group).items() if k != WEIGHT_DECAY}
+        found.setdefault(repr(settings), group)
+    return list(found.values())[:_KINDS]
+
+
+def _fingerprint(optimizer: Any) -> tuple[Any, ...]:
+    """Class and settings, those of optimizers inside it included."""
+    parts: list[Any] = [type(optimizer), repr(getattr(optimizer, "defaults", None))]
+    for name, value in sorted(vars(optimizer).items()):
+        if isinstance(value, (bool, int, float, str)) and not name.startswith("_"):
+            parts.append((name, value))
+        elif isinstance(value, Optimizer) and value is not optimizer:
+            parts.append((name, _fingerprint(value)))
+    return tuple(parts)
+
+
+def _rebuild(optimizer: Any) -> MakeOptimizer:
+    """Build an optimizer of the same class and settings by its constructor."""
+
+    def make(groups: list[ParamGroup]) -> Optimizer:
+        defaults = dict(optimizer.defaults)
+        live: list[ParamGroup] = _different(optimizer.param_groups) or [{}]
+        # Counters that an optimizer keeps in its groups are no settings: a new one starts at 0.
+        settings = {key: live[0][key] for key in defaults if key in live[0]}
+        told = [{**settings, **group} for group in groups]
+        kind: Any = type(optimizer)
+        with contextlib.suppress(TypeError):
+            return kind(told, **defaults)  # type: ignore[no-any-return]
+        with contextlib.suppress(TypeError):
+            return kind(told, lr=RATES[0])  # type: ignore[no-any-return]
+        return kind(told)  # type: ignore[no-any-return]
+
+    return make
+
+
+def _try(subject: _Subject, way: Way) -> Verdict:
+    for scratch, its_way in _scratches(subject, way):
+        verdict = _compare(subject, scratch, its_way)
+        if verdict.fault is not None or not verdict.tried:
+            return verdict
+    return Verdict(optimizer=subject.name, way=way.text)
+
+
+def _scratches(subject: _Subject, way: Way) -> Iterator[tuple[Scratch, Way]]:
+    """Small parameters first: an optimizer that mixes elements may be slow on large ones."""
+    kinds = subject.kinds or (("group", None),)
+
+    def scratch(shapes: Sequence[Shape], steps: int, dtype: torch.dtype) -> Scratch:
+        return make_scratch(kinds, shapes, steps=steps, dtype=dtype, device=subject.device)
+
+    shapes = [_SMALL.get(n, (4, 3, *[2] * (n - 2))) for n in subject.ndims]
+    if way.turns and len(shapes) == 1:
+        shapes *= 2  # so that each turn has a parameter of every group
+    large, matrices = [BLOCKS], way
+    if way.cut is Cut.DTENSORS:
+        shapes = shapes_on_meshes(way.placed)
+        matrices = replace(way, placed=tuple(p for p in way.placed if p[2] == 2))
+        large = [(16 * rows, 16 * columns) for rows, columns in shapes_on_meshes(matrices.placed)]
+    yield scratch(shapes, STEPS, torch.float32), way
+    for dtype in subject.dtypes:
+        if dtype is not torch.float32:
+            yield scratch(shapes, FEW, dtype), way
+    if way.cut is not Cut.WHOLE and 2 in subject.ndims and large:
+        yield scratch(large, FEW, torch.float32), matrices
+
+
+def _compare(subject: _Subject, scratch: Scratch, way: Way) -> Verdict:
+    def found(deviation: float = 0.0, fault: str | None = None, tried: bool = True) -> Verdict:
+        return Verdict(
+            optimizer=subject.name, way=way.text, deviation=deviation, fault=fault, tried=tried
+        )
+
+    whole, problem = _attempt(subject, scratch, Way(cut=Cut.WHOLE))
+    if whole is None:
+        # What fails on scratch parameters may train the real ones (pairs of LoRA matrices, or
+        # gradients with a graph), and says so in its first step if it does not. But nothing is
+        # known of how it could be cut. A closure nobody gives: no trainer of ours, or DeepSpeed's.
+        one_rate = replace(scratch, groups=tuple(replace(g, lr=RATES[0]) for g in scratch.groups))
+        if _attempt(subject, one_rate, Way(cut=Cut.WHOLE))[0] is not None:
+            return found(fault=f"it trains at one learning rate; at two {problem}")
+        unknown = way.cut is Cut.WHOLE or subject.is_rebuilt
+        if unknown and "closure" not in str(problem).lower():
+            return found(tried=False)
+        return found(fault=problem)
+    problem = _rate_fault(scratch, whole)
+    if problem is not None or way.cut is Cut.WHOLE:
+        return found(fault=problem)
+    cut, problem = _attempt(subject, scratch, way)
+    if cut is None:
+        return found(fault=problem)
+    return found(*_difference(scratch, whole.last, cut.last))
+
+
+def _attempt(subject: _Subject, scratch: Scratch, way: Way) -> tuple[Trained | None, str | None]:
+    """(weights after training, what was raised instead)."""
+    try:
+        with _quiet():
+            return stepped(subject.make, scratch, way), None
+    except Exception as error:
+        first = str(error).partition("\n")[0]
+        return None, f"it raised {type(error).__name__}: {first[:160]}"
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Leave no trace: no output, no warning, no random number drawn, nothing compiled."""
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(warnings.catch_warnings())
+        warnings.simplefilter("ignore")
+        stack.enter_context(contextlib.redirect_stdout(io.StringIO()))
+        stack.enter_context(torch.random.fork_rng())
+        torch.manual_seed(0)
+        if "torch._dynamo" in sys.modules:
+            # Some optimizers compile their step for every shape, which takes seconds. What has
+            # not imported the compiler compiles nothing.
+            stack.enter_context(torch.compiler.set_stance("force_eager"))
+        yield
+
+
+def _rate_fault(scratch: Scratch, whole: Trained) -> str | None:
+    """Whether each group moved, and farther where its rate is higher."""
+    if len(scratch.gradients) < STEPS:
+        return None  # The first scratch has been looked at; some move nothing for ten steps.
+    moves = [0.0] * len(scratch.groups)
+    for part in scratch.parts:
+        move = whole.last[part.places].double() - whole.first[part.places].double()
+        moves[part.group] += float(move.abs().sum())
+    for slow, fast in zip(moves[::2], moves[1::2], strict=True):
+        if not slow > 0.0 or not fast < float("inf"):
+            return f"at a learning rate of {RATES[0]:g} it moved scratch weights by {slow:.3g}"
+        if fast < HEARD * slow:
+            return (
+                f"a learning rate {RATES[1] / RATES[0]:g} times as high moved scratch weights"
+                f" {fast / slow:.2f} times as far"
+            )
+    return None
+
+
+def _difference(scratch: Scratch, whole: Tensor, cut: Tensor) -> tuple[float, str | None]:
+    """(largest distance in moves, what to say of it)."""
+    worst = 0.0
+    eps = torch.finfo(scratch.weights.dtype).eps
+    for part in scratch.parts:
+        start, wanted, got = (t[part.places].double() for t in (scratch.weights, whole, cut))
+        move = float((wanted - start).abs().max())
+        apart = float((wanted - got).abs().max())
+        rounding = 8.0 * eps * float(wanted.abs().max())
+        if not apart <= SAME * move + rounding:
+            worst = max(worst, apart / move if move > 0.0 else float("inf"))
+    if worst == 0.0:
+        return 0.0, None
+    return worst, f"it ends {worst:.2g} of its move away from the unsharded result"
