@@ -37,9 +37,34 @@ CAUSES = {
     ),
     "elements": "a shard is stepped twice or not at all; one sharder wraps part of the model only",
     "unplanned": "adapters or requires_grad changed after the plan was made; make the plan last",
+    "frozen": (
+        "requires_grad was changed after attach (staged unfreezing, PEFT's set_adapter); make the"
+        " plan and the optimizer anew after such a change, or freeze before the plan is made"
+    ),
+    "new": (
+        "modules or adapters were added, or unfrozen, after the plan was made: nothing steps them;"
+        " make the plan and the optimizer anew"
+    ),
+    "gone": (
+        "modules or adapters were removed, replaced or renamed (parametrized, merged, resized)"
+        " after the plan was made; make the plan and the optimizer anew"
+    ),
+    "replica": (
+        "nobody synchronises a parameter that several ranks hold: experts of one rank, parameters"
+        " that DDP or FSDP2 ignores, pipeline stages with equal names, a model without DDP; or they"
+        " are meant to differ: then say so (dist_layerlr.sharders.mark_distinct)"
+    ),
+    "steps": (
+        "a step was counted twice or was taken on some ranks only; names that were trained before"
+        " the others are in order: then pass verify(..., steps=the optimizer steps done)"
+    ),
     "repeated": "two groups hold the same parameter",
     "error": "an exception of that rank, not of all; its own log has the traceback",
     "plan": "ranks read different configs or models; give every rank the same files",
+    "unseen": (
+        "nothing was stepped inside the block, no parameter had a gradient, or the optimizer is one"
+        " whose direction is not known (effect_check knows Adam, AdamW and SGD)"
+    ),
     "effect": (
         "the optimizer does not use its groups' rates (one that adapts or rescales them, or a stale"
         " copy of a group)"

@@ -12,6 +12,7 @@ and ``(numel,)``. When 2.14 is the oldest torch that is supported, the two plann
 from __future__ import annotations
 
 import warnings
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -53,6 +54,8 @@ class StoredSpan(HeldSpan):
 
     size: int
     """Elements of the whole tensor."""
+    replicas: int = 1
+    """Ranks that hold each element, and of which one writes it."""
 
     @property
     def place(self) -> str:
@@ -102,8 +105,13 @@ class SavePlanner(DefaultSavePlanner):
         It is taken from ``state_dict``, not from the span, because in a background save DCP has
         put copies on the host there, while training changes the span's own memory.
         """
-        assert index.offset is not None
-        return self.state_dict[f"{index.fqn}@{index.offset[0]}"]
+        return self.state_dict[_place(index)]
+
+
+def _place(index: MetadataIndex) -> str:
+    """As ``StoredSpan.place``."""
+    assert index.offset is not None
+    return f"{index.fqn}@{index.offset[0]}"
 
 
 def _write_item(span: StoredSpan) -> WriteItem:
@@ -137,25 +145,33 @@ class LoadPlanner(DefaultLoadPlanner):
         assert self.metadata is not None
         saved: Mapping[str, Any] = self.metadata.state_dict_metadata
         items: list[ReadItem] = []
-        for span in self._spans.values():
-            found: list[ReadItem] = []
-            if span.name in saved:
-                found = create_read_items_for_chunk_list(span.name, saved[span.name], [span.chunk])
+        # All spans of a tensor at once: DCP sorts the saved ones anew in each call.
+        for key, spans in self._by_key().items():
+            if key in saved:
+                chunks = [span.chunk for span in spans]
+                items += create_read_items_for_chunk_list(key, saved[key], chunks)
+        covered: Counter[str] = Counter()
+        for item in items:
+            covered[_place(item.dest_index)] += item.lengths[0]
+        for place, span in self._spans.items():
             # DCP itself leaves elements that nobody saved as they are, without a word.
-            covered = sum(item.lengths[0] for item in found)
-            if covered != span.numel:
+            if covered[place] != span.numel:
                 raise CheckpointError(
-                    f"The checkpoint holds {covered} of the {span.numel} elements of {span.name}"
-                    f" from {span.start} on. It was not written whole; resume from another one."
+                    f"The checkpoint holds {covered[place]} of the {span.numel} elements of"
+                    f" {span.name} from {span.start} on. It was not written whole; resume from"
+                    " another one."
                 )
-            items += found
         return LoadPlan(items)
+
+    def _by_key(self) -> dict[str, list[StoredSpan]]:
+        found: dict[str, list[StoredSpan]] = {}
+        for span in self._spans.values():
+            found.setdefault(span.name, []).append(span)
+        return found
 
     def resolve_tensor(self, read_item: ReadItem) -> Tensor:
         """The elements of a span that one read fills: a view, so that the file is read in place."""
-        index = read_item.dest_index
-        assert index.offset is not None
-        span = self._spans[f"{index.fqn}@{index.offset[0]}"]
+        span = self._spans[_place(read_item.dest_index)]
         return span.tensor.narrow(0, read_item.dest_offsets[0], read_item.lengths[0])
 
 

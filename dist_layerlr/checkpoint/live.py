@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
 from functools import cached_property
 from math import prod
 from typing import Any
@@ -11,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from dist_layerlr import ranks
 from dist_layerlr.checkpoint.dcp import Scalars, StoredSpan, sizes
 from dist_layerlr.checkpoint.index import OPTIM, RNG, SAMPLE, SAMPLES, WEIGHT, Index
 from dist_layerlr.checkpoint.manifest import Manifest, TensorRecord
@@ -18,9 +20,13 @@ from dist_layerlr.checkpoint.rng import read_rng
 from dist_layerlr.errors import CheckpointError
 from dist_layerlr.optim.readback import factor_in_force, live_pieces
 from dist_layerlr.optim.segmented import Segmented
-from dist_layerlr.plan.names import parse
+from dist_layerlr.plan.names import of_rank, parse, without_rank
 from dist_layerlr.sharders import Piece, Pieces, Sharder, Weight, sharder_of
 from dist_layerlr.sharders.base import local, sample_places
+from dist_layerlr.sharders.distinct import distinct_names
+
+Counters = dict[str, tuple[float, str | None]]
+"""{state key: (value, dtype of the tensor that held it, or None for a plain number)}."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,12 +35,34 @@ class Live:
 
     sharder: Sharder
     weights: list[Weight]
+    """A name has one for each separate run of its elements. Names of parameters that differ by rank
+    on purpose end in ``@rankN`` here, and in the checkpoint."""
     found: Pieces
 
     @cached_property
     def by_name(self) -> dict[str, Weight]:
-        """Weights by canonical name."""
+        """One weight of each canonical name, for what all of them have in common."""
         return {w.name: w for w in self.weights}
+
+    @cached_property
+    def of_all_ranks(self) -> dict[str, Weight]:
+        """``by_name``, and what other ranks hold under names of their own."""
+        table: dict[str, Weight] = {}
+        for name, weight in self.by_name.items():
+            own = without_rank(name)
+            if own is None:
+                table[name] = weight
+                continue
+            for rank in range(ranks.world_size()):
+                aliases = tuple(of_rank(str(without_rank(a)), rank) for a in weight.aliases)
+                named = of_rank(own, rank)
+                table[named] = replace(weight, name=named, aliases=aliases)
+        return table
+
+    @cached_property
+    def distinct(self) -> frozenset[str]:
+        """Parameters that differ by rank on purpose."""
+        return frozenset(own for name in self.by_name if (own := without_rank(name)) is not None)
 
     @cached_property
     def stepped(self) -> frozenset[str]:
@@ -60,12 +88,55 @@ class Live:
 
 
 def look(model: nn.Module, optimizer: Any) -> Live:
-    """List everything. No sharder needs a collective for it."""
+    """List everything. No sharder needs a collective for it.
+
+    Raises:
+        CheckpointError: an optimizer that keeps its state where nobody can list it, or a parameter
+            that differs by rank and is sharded as well.
+    """
+    if any(kind.__name__ == "ZeroRedundancyOptimizer" for kind in type(optimizer).__mro__):
+        raise CheckpointError(
+            "Cannot save or load ZeroRedundancyOptimizer: each rank keeps the state of its own"
+            " parameters in an optimizer inside, and a load would leave that empty. Use its own"
+            " consolidate_state_dict, or shard with FSDP2 or ZeRO."
+        )
     sharder = sharder_of(model)
     # Weights come first: listing them reshards what a forward left gathered, and pieces are found
     # by identity.
     weights = sharder.weights()
-    return Live(sharder=sharder, weights=weights, found=live_pieces(sharder, optimizer))
+    found = live_pieces(sharder, optimizer)
+    # From here on a name that differs by rank is one name for each rank.
+    apart = distinct_names(model, {weight.name for weight in weights if not weight.is_buffer})
+    if apart:
+        weights = [_of_this_rank(weight) if weight.name in apart else weight for weight in weights]
+        pieces = [
+            replace(p, name=of_rank(p.name, ranks.rank()), replicas=1) if p.name in apart else p
+            for p in found.pieces
+        ]
+        found = replace(found, pieces=pieces)
+        _check_whole(weights)
+    return Live(sharder=sharder, weights=weights, found=found)
+
+
+def _of_this_rank(weight: Weight) -> Weight:
+    aliases = tuple(of_rank(alias, ranks.rank()) for alias in weight.aliases)
+    return replace(weight, name=of_rank(weight.name, ranks.rank()), aliases=aliases, replicas=1)
+
+
+def _check_whole(weights: Iterable[Weight]) -> None:
+    """What is saved once per rank must be whole on each."""
+    held: Counter[str] = Counter()
+    for weight in weights:
+        held[weight.name] += weight.numel
+    for weight in weights:
+        own = without_rank(weight.name)
+        if own is not None and held[weight.name] != prod(weight.shape):
+            raise CheckpointError(
+                f"Cannot save or load {own}: it differs by rank on purpose (mark_distinct) and is"
+                f" sharded as well, so that this rank holds {held[weight.name]} of its"
+                f" {prod(weight.shape)} elements. Give it a placement on a mesh of all ranks that"
+                " hold a part of it (expert parallelism as Shard), and no mark."
+            )
 
 
 def describe(live: Live, *, frozen: bool | None) -> dict[str, TensorRecord]:
@@ -78,8 +149,8 @@ def describe(live: Live, *, frozen: bool | None) -> dict[str, TensorRecord]:
     if frozen is None:
         frozen = not any(w.trainable and parse(w.name).is_adapter for w in live.weights)
     table: dict[str, TensorRecord] = {}
-    for weight in live.weights:
-        table[weight.name] = TensorRecord(
+    for name, weight in live.of_all_ranks.items():
+        table[name] = TensorRecord(
             shape=tuple(weight.shape),
             dtype=str(weight.dtype).removeprefix("torch."),
             trainable=weight.trainable,
@@ -105,25 +176,35 @@ def saved_spans(
         elif weight.name not in live.stepped and weight.numel:
             spans.append(_weight_span(weight, weight.name))
     numbers: Scalars = {}
+    # An owner has many pieces: names that share a flat tensor, or runs of one DTensor.
+    states: dict[int, tuple[dict[str, Tensor], Counters]] = {}
     for piece in live.found.pieces:
-        if piece.numel:
-            size = live.size(piece.name)
-            spans.append(piece_span(f"{WEIGHT}.{piece.name}", piece, piece.owner, size))
-            spans += _state_spans(piece, live.found.optimizer, size, numbers)
+        if not piece.numel:
+            continue
+        owner = id(piece.owner)
+        if owner not in states:
+            states[owner] = _read_state(piece, live.found.optimizer)
+        tensors, counters = states[owner]
+        size = live.size(piece.name)
+        for key, tensor in tensors.items():
+            kind = f"{OPTIM}.{piece.name}.{key}" if key else f"{WEIGHT}.{piece.name}"
+            spans.append(piece_span(kind, piece, tensor, size))
+        if counters:
+            numbers.setdefault(piece.name, {}).update(counters)
     return spans, numbers
 
 
-def _state_spans(piece: Piece, optimizer: Any, size: int, numbers: Scalars) -> list[StoredSpan]:
-    """Spans of elementwise state. Counters are added to ``numbers``."""
-    spans = []
+def _read_state(piece: Piece, optimizer: Any) -> tuple[dict[str, Tensor], Counters]:
+    """({state key: elementwise state, local}, counters) of a piece's owner; itself under ``""``."""
+    tensors = {"": local(piece.owner)}
+    counters: Counters = {}
     for key, value in optimizer.state.get(piece.owner, {}).items():
         if _is_counter(key, value, piece.owner):
-            dtype = str(value.dtype).removeprefix("torch.")
-            numbers.setdefault(piece.name, {})[key] = (value.item(), dtype)
-        elif isinstance(value, Tensor) and _elementwise(local(value), local(piece.owner)):
-            spans.append(piece_span(f"{OPTIM}.{piece.name}.{key}", piece, value, size))
+            counters[key] = (value.item(), str(value.dtype).removeprefix("torch."))
+        elif isinstance(value, Tensor) and _elementwise(local(value), tensors[""]):
+            tensors[key] = local(value)
         elif isinstance(value, (int, float)):
-            numbers.setdefault(piece.name, {})[key] = (value, None)
+            counters[key] = (value, None)
         elif value is not None:
             what = f" of shape {tuple(value.shape)}" if isinstance(value, Tensor) else ""
             raise CheckpointError(
@@ -131,7 +212,7 @@ def _state_spans(piece: Piece, optimizer: Any, size: int, numbers: Scalars) -> l
                 f" {type(optimizer).__name__} keeps state that is quantised or not element by"
                 " element. Save it with the library's own tools, or use AdamW."
             )
-    return spans
+    return tensors, counters
 
 
 def _is_counter(key: str, value: object, owner: Tensor) -> bool:
@@ -153,17 +234,32 @@ def _elementwise(value: Tensor, owner: Tensor) -> bool:
 
 
 def piece_span(key: str, piece: Piece, tensor: Tensor, size: int) -> StoredSpan:
-    """A piece's elements of its owner or of a state tensor laid out as the owner."""
+    """A piece's elements of its owner or of a state tensor laid out as the owner.
+
+    Raises:
+        CheckpointError: a part of a tensor that lies in memory in another order.
+    """
     here = local(tensor).detach()
     flat, home = here, None
     if here.is_contiguous():
         flat = here.view(-1)[piece.offset : piece.offset + piece.numel]
-    else:
-        # No view shows the elements in order. Only whole tensors keep such a layout, so that the
-        # copy is all of it; a load copies it back (write_home).
+    elif piece.numel == here.numel():
+        # No view shows the elements in order. The copy is all of the tensor; a load copies it back
+        # (write_home).
         flat, home = here.reshape(-1), here
+    else:
+        raise CheckpointError(
+            f"{key} is cut along a later dimension than the first and lies in memory in another"
+            " order (channels_last, or transposed). Make it contiguous before it is placed."
+        )
     return StoredSpan(
-        name=key, start=piece.start, numel=flat.numel(), size=size, tensor=flat, home=home
+        name=key,
+        start=piece.start,
+        numel=flat.numel(),
+        size=size,
+        replicas=piece.replicas,
+        tensor=flat,
+        home=home,
     )
 
 
@@ -173,6 +269,8 @@ def _weight_span(weight: Weight, saved_name: str) -> StoredSpan:
         start=weight.start,
         numel=weight.tensor.numel(),
         size=prod(weight.shape),
+        # Running statistics of each rank's own batches may differ; rank 0's are kept.
+        replicas=1 if weight.is_buffer else weight.replicas,
         tensor=weight.tensor,
         home=weight.home,
     )

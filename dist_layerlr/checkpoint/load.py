@@ -37,7 +37,12 @@ from dist_layerlr.checkpoint.manifest import (
     read_manifest,
 )
 from dist_layerlr.checkpoint.optim_state import OwnerState, plan_state, prepare_state, without_state
-from dist_layerlr.checkpoint.resume import adapted, find_checkpoint, refuse_other_model
+from dist_layerlr.checkpoint.resume import (
+    adapted,
+    find_checkpoint,
+    refuse_other_model,
+    refuse_other_ranks,
+)
 from dist_layerlr.checkpoint.rng import fork_rng, write_rng
 from dist_layerlr.checkpoint.save import finish_background_save, worded
 from dist_layerlr.checkpoint.storage import ShardReader, broken
@@ -47,6 +52,7 @@ from dist_layerlr.optim.schedule import PlanSchedule
 from dist_layerlr.optim.schedulers import rebase as _rebase
 from dist_layerlr.optim.schedulers import torch_scheduler
 from dist_layerlr.plan.entries import Plan
+from dist_layerlr.plan.names import without_rank
 from dist_layerlr.proof.reapply import reapply
 from dist_layerlr.proof.verify import Proof, verify
 from dist_layerlr.ranks import alike, everyone
@@ -126,7 +132,7 @@ def load_checkpoint(
         fresh = alike(lambda: _finish(job, model, given.values(), random.tensor))
     # 6. The proof walks once more: it must see what is there, not what was meant to be.
     proof = verify(job.plan, model, optimizer, factor=multiplier)
-    fresh_by_rank = everyone(fresh)
+    fresh_by_rank = everyone([without_rank(name) or name for name in fresh])
     return job.restored(list(dict.fromkeys(chain.from_iterable(fresh_by_rank))), proof)
 
 
@@ -171,7 +177,8 @@ def _check(
     index = read_index(path, manifest)
     effective, changes = adapted(path, manifest, plan)
     live = look(model, optimizer)
-    shapes = {w.name: (tuple(w.shape), w.aliases) for w in live.weights}
+    refuse_other_ranks(path, manifest, live.distinct)
+    shapes = {name: (tuple(w.shape), w.aliases) for name, w in live.of_all_ranks.items()}
     refuse_other_model(path, model_problem(manifest, shapes))
     states = plan_state(live, manifest, index)
     # The bytes come last: they take the longest, and every other refusal is better known at once.

@@ -18,6 +18,7 @@ from dist_layerlr.checkpoint.folders import MANIFEST
 from dist_layerlr.checkpoint.schema import Parser, checked, checksum, count, damaged, each, record
 from dist_layerlr.errors import CheckpointError
 from dist_layerlr.files import write_text
+from dist_layerlr.plan.names import without_rank
 
 FORMAT = 1
 SHOWN = 5
@@ -85,6 +86,10 @@ class Manifest:
         known: dict[str, str] = {}
         for name, row in self.parameters.items():
             known |= dict.fromkeys(row.aliases, name)
+            own = without_rank(name)
+            if own is not None:
+                # Saved once for each rank: any of them tells the shape.
+                known.setdefault(own, name)
         # Names come last: a name of its own is no alias of another tensor.
         return known | dict(zip(self.parameters, self.parameters, strict=True))
 

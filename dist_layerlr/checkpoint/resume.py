@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Set
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from dist_layerlr import fields
+from dist_layerlr import fields, ranks
 from dist_layerlr.checkpoint import folders
 from dist_layerlr.checkpoint.manifest import Manifest, plan_problem, read_manifest, read_sealed
 from dist_layerlr.checkpoint.schema import Parser, checked, finite
 from dist_layerlr.errors import CheckpointError, ConfigError
 from dist_layerlr.plan.diff import PLAN_FILE, plan_diff
 from dist_layerlr.plan.entries import Plan
+from dist_layerlr.plan.names import without_rank
 from dist_layerlr.ranks import alike, rank_zero
 
 
@@ -104,3 +105,28 @@ def refuse_other_model(path: Path, problem: str | None) -> None:
     """
     if problem is not None:
         raise CheckpointError(f"Checkpoint {str(path)!r} is of another model: {problem}.")
+
+
+def refuse_other_ranks(path: Path, manifest: Manifest, distinct: Set[str]) -> None:
+    """Refuse parameters that were saved once per rank, and have no such place in this job.
+
+    Args:
+        path: of the checkpoint.
+        manifest: of the checkpoint.
+        distinct: live parameters that differ by rank on purpose.
+
+    Raises:
+        CheckpointError: marked otherwise than when they were saved, or another number of ranks.
+    """
+    saved = {own for name in manifest.parameters if (own := without_rank(name)) is not None}
+    for name in sorted(saved ^ distinct):
+        how = "for each rank" if name in saved else "once, for all ranks"
+        raise CheckpointError(
+            f"Checkpoint {str(path)!r} holds {name} {how}. Mark the model as it was marked when it"
+            " was saved (dist_layerlr.sharders.mark_distinct)."
+        )
+    if saved and manifest.ranks != ranks.world_size():
+        raise CheckpointError(
+            f"Checkpoint {str(path)!r} holds {min(saved)} for each of {manifest.ranks} ranks, this"
+            f" job has {ranks.world_size()}. Start it with as many."
+        )

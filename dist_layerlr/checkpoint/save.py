@@ -20,7 +20,7 @@ from dist_layerlr import fields, ranks
 from dist_layerlr.checkpoint import folders
 from dist_layerlr.checkpoint.dcp import SavePlanner, Scalars, StoredSpan, accept_one_process
 from dist_layerlr.checkpoint.deepspeed import engine_state
-from dist_layerlr.checkpoint.index import INDEX, Index
+from dist_layerlr.checkpoint.index import INDEX, WEIGHT, Index
 from dist_layerlr.checkpoint.live import describe, look, saved_spans
 from dist_layerlr.checkpoint.manifest import Manifest, packed, unpacked
 from dist_layerlr.checkpoint.storage import ShardWriter
@@ -31,6 +31,7 @@ from dist_layerlr.plan.diff import PLAN_FILE
 from dist_layerlr.plan.entries import Plan
 from dist_layerlr.proof.verify import verify
 from dist_layerlr.ranks import alike, rank_zero
+from dist_layerlr.sharders.replicas import differing
 
 
 class Saving:
@@ -121,14 +122,14 @@ def save_checkpoint(
         keep: delete the oldest so that this many remain; None: keep all.
         frozen: save frozen parameters too. None: unless adapters train, whose base is where it came
             from.
-        background: copy to the host and return; the files follow. One at a time: the next save
-            waits for it.
+        background: copy to the host and return; the files follow. The next save waits for them.
 
     Returns:
         A handle with the path; ``wait()`` on it after a background save.
 
     Raises:
-        CheckpointError: on all ranks alike, naming file and tensor; older checkpoints stay.
+        CheckpointError: on all ranks alike, naming file and tensor (one, too, of which ranks hold
+            different values: see ``mark_distinct``); older checkpoints stay.
         ConfigError: step or keep out of range, something in ``extra`` that JSON cannot hold, or a
             scheduler that ``check_scheduler`` refuses.
         PlanMismatch: the optimizer does not train what the plan says; nothing is written.
@@ -142,17 +143,27 @@ def save_checkpoint(
 
     # 1. Everything that can be refused is refused before a folder exists.
     manifest, spans, numbers = alike(collect)
-    # 2. A load puts the plan's rates back, hence this plan must be the one that is trained.
+    # 2. A load puts the plan's rates back: this plan must be the trained one. Copies must agree.
     verify(plan, model, optimizer, factor=manifest.factor)
+    _refuse_differing(spans)
     # 3. One rank makes the hidden folder, and all ranks learn its name before they write into it.
     hidden = rank_zero(lambda: folders.begin(Path(root), step) if rank == 0 else Path())
 
     def finish(index: Index) -> None:
         _complete(hidden, manifest, plan, index, keep)
 
-    # 4. Every rank writes its file; then DCP's coordinator calls ``finish``, which adds the JSON
-    #    files and makes the folder visible. In a background save that is another thread.
+    # 4. Every rank writes its file; then DCP's coordinator calls ``finish``, which makes the folder
+    #    visible. In a background save that is another thread.
     return _write(hidden, spans, numbers, ShardWriter(hidden, rank, finish), background)
+
+
+def _refuse_differing(spans: list[StoredSpan]) -> None:
+    """Of what several ranks hold, one rank's values are written: they must be those of all."""
+    found = differing(span for span in spans if span.replicas > 1)
+    if found:
+        # A weight is the better name: moments that differ follow from it.
+        named = min(found, key=lambda difference: not difference.name.startswith(WEIGHT))
+        raise CheckpointError(f"Cannot save {named.text}")
 
 
 def _collect(

@@ -113,12 +113,14 @@ def export_weights(
     Raises:
         ConfigError: on all ranks alike; nothing fits the format, or it has no name for something
             trained.
+        PlanMismatch: on all ranks alike: ranks hold different values of a tensor.
     """
     source = LiveWeights(model)
     config = adapter_config(model, adapter)
     chosen = alike(
         lambda: choose(source.table, format, dtype, adapter, config, metadata or {}, base)
     )
+    source.check(chosen.names.values())
     return alike(lambda: _write_all(chosen, source, Path(folder), file_bytes))
 
 

@@ -17,6 +17,7 @@ from dist_layerlr.checkpoint.manifest import read_manifest
 from dist_layerlr.checkpoint.storage import ShardReader, broken
 from dist_layerlr.errors import CheckpointError
 from dist_layerlr.plan.entries import Shape
+from dist_layerlr.plan.names import without_rank
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -58,6 +59,13 @@ class SavedWeights:
         Raises:
             CheckpointError: a changed byte, or a wanted name whose values are not here.
         """
+        names = list(names)
+        apart = next((name for name in names if without_rank(name) is not None), None)
+        if apart is not None:
+            raise CheckpointError(
+                f"Checkpoint {str(self._path)!r} holds {without_rank(apart)} for each rank: there"
+                " is one tensor of a name in a file. Load it into as many ranks."
+            )
         absent = next((name for name in names if not self.manifest.parameters[name].saved), None)
         if absent is not None:
             raise CheckpointError(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -111,7 +112,8 @@ def factor_in_force(found: Pieces) -> float:
     """
     votes: Counter[str] = Counter()
     exact: dict[str, float] = {}
-    for piece in found.pieces:
+    # A name has one vote, in however many pieces this rank holds it.
+    for piece in {piece.name: piece for piece in found.pieces}.values():
         initial = piece.group.get(INITIAL_LR)
         if initial is not None and float(initial) <= 0.0:
             continue
@@ -125,12 +127,17 @@ def factor_in_force(found: Pieces) -> float:
 
 def repeated(found: Pieces) -> list[str]:
     """Names with two pieces that overlap: stepped twice."""
-    seen: dict[str, list[tuple[int, int]]] = {}
-    twice: dict[str, None] = {}
+    spans: dict[str, list[tuple[int, int]]] = {}
     for piece in found.pieces:
-        end = piece.start + piece.numel
-        for start, stop in seen.setdefault(piece.name, []):
-            if max(start, piece.start) < min(stop, end) or (start, stop) == (piece.start, end):
-                twice[piece.name] = None
-        seen[piece.name].append((piece.start, end))
-    return list(twice)
+        spans.setdefault(piece.name, []).append((piece.start, piece.start + piece.numel))
+    twice: list[str] = []
+    for name, held in spans.items():
+        if len(held) == 1:
+            continue
+        # Two equal empty spans, too, are two groups that hold one parameter.
+        doubled = len(set(held)) < len(held)
+        # In the order of their starts, spans that overlap have neighbours that do.
+        full = sorted(span for span in held if span[1] > span[0])
+        if doubled or any(now[0] < before[1] for before, now in itertools.pairwise(full)):
+            twice.append(name)
+    return twice

@@ -103,7 +103,9 @@ class Segmented(Optimizer):
         for row in self._rows:
             row.share_counters = self._fused
         self._view_of = {name: id(view) for name, view in views.items()}
-        self._places = {_place(piece) for piece in slices}
+        self._bound: dict[tuple[str, int], list[tuple[int, int]]] = defaultdict(list)
+        for piece in slices:
+            self._bound[_whose(piece)].append((piece.offset, piece.offset + piece.numel))
         self.defaults = {**self.inner.defaults, LR: base_lr(self._plan)}
         scale_lrs(self.inner, self.factor)
 
@@ -161,8 +163,11 @@ class Segmented(Optimizer):
         return {name: group_of[view] for name, view in self._view_of.items() if view in group_of}
 
     def steps(self, piece: Slice) -> bool:
-        """Whether exactly this slice of a live tensor is what is stepped for its name."""
-        return _place(piece) in self._places
+        """Whether this slice of a live tensor is stepped for its name, alone or in a longer one."""
+        end = piece.offset + piece.numel
+        return any(
+            first <= piece.offset and end <= last for first, last in self._bound[_whose(piece)]
+        )
 
     @property
     def cuts(self) -> bool:
@@ -235,5 +240,5 @@ class Segmented(Optimizer):
         return not strangers
 
 
-def _place(piece: Slice) -> tuple[str, int, int, int]:
-    return piece.name, id(piece.owner), piece.offset, piece.numel
+def _whose(piece: Slice) -> tuple[str, int]:
+    return piece.name, id(piece.owner)

@@ -134,7 +134,8 @@ def check_sharding(model: nn.Module, wanted: str) -> None:
 
     Args:
         model: as it is trained.
-        wanted: `none`, `ddp`, `fsdp1` (flat or not), `fsdp1_flat`, `fsdp2` or `zero` (any stage).
+        wanted: `none`, `ddp`, `dtensor`, `fsdp1` (flat or not), `fsdp1_flat`, `fsdp2` or `zero` (of
+            any stage).
 
     Raises:
         ConfigError: something else, or nothing, wraps it.

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from dist_layerlr.errors import ConfigError
-from dist_layerlr.sharders.base import Slice, local
+from dist_layerlr.sharders.base import Slice, local, local_gradient
 
 State = dict[Any, dict[str, Any]]
 """``optimizer.state``: {tensor: {key: value}}."""
@@ -86,8 +86,8 @@ class OwnerViews:
             # The sharder has moved its storage (FSDP1 after a gather, an offload): follow it.
             for view, cut in zip(self.views, self.cut(tensor.detach()), strict=True):
                 view.data = cut
-        assert self.owner.grad is not None
-        for view, gradient in zip(self.views, self.cut(local(self.owner.grad)), strict=True):
+        gradients = self.cut(local_gradient(self.owner))
+        for view, gradient in zip(self.views, gradients, strict=True):
             view.grad = gradient
         held = outer.get(self.owner, {})
         if self._was_replaced(held):

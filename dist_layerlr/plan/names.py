@@ -39,6 +39,8 @@ _PIPELINE_PREFIXES = (
     ("lora_transformer",),
 )
 
+_RANK = "@rank"
+
 FlatIndex = Mapping[str, tuple[str, ...]]
 
 
@@ -75,6 +77,20 @@ def canonical_name(name: str) -> str:
     if tuple(segments[:2]) == PEFT_PREFIX:
         del segments[:2]
     return ".".join(segments)
+
+
+def of_rank(name: str, rank: int) -> str:
+    """The name under which a checkpoint keeps one rank's values of a parameter.
+
+    For those that differ by rank on purpose. A module's own name has no ``@``.
+    """
+    return f"{name}{_RANK}{rank}"
+
+
+def without_rank(name: str) -> str | None:
+    """The parameter's own name; None for what is one for all ranks."""
+    own, found, rank = name.rpartition(_RANK)
+    return own if found and rank.isdigit() else None
 
 
 def parse(name: str, modules: FlatIndex | None = None) -> ParamPath:

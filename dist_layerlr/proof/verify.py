@@ -7,8 +7,6 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
-import torch
-import torch.distributed as dist
 from torch import nn
 
 from dist_layerlr.optim.groups import WEIGHT_DECAY
@@ -21,17 +19,19 @@ from dist_layerlr.optim.readback import (
 )
 from dist_layerlr.optim.trial import Verdict, try_out
 from dist_layerlr.plan.entries import Plan, PlanEntry
+from dist_layerlr.proof.current import current_problems
+from dist_layerlr.proof.deep import deep_problems
+from dist_layerlr.proof.elements import element_problems
 from dist_layerlr.ranks import (
     SHOWN,
     Problem,
     everyone,
-    in_group,
     mismatch,
     together,
-    transport_device,
     world_size,
 )
 from dist_layerlr.sharders import Layout, Pieces, sharder_of
+from dist_layerlr.sharders.distinct import distinct_names
 
 _ROUNDING = 1e-7
 """Relative; some optimizers keep their rate as a float32 tensor."""
@@ -68,7 +68,13 @@ class Proof:
 
 
 def verify(
-    plan: Plan, model: nn.Module, optimizer: Any = None, *, factor: float | None = None
+    plan: Plan,
+    model: nn.Module,
+    optimizer: Any = None,
+    *,
+    factor: float | None = None,
+    deep: bool = False,
+    steps: int | None = None,
 ) -> Proof:
     """Compare the live optimizer with the plan on every rank. Collective: call it on all ranks.
 
@@ -81,6 +87,11 @@ def verify(
         factor: the schedule's multiplier that must be in force. None: the one that the live groups
             are at (``lr / initial_lr``), which must be one for all names and ranks and lie in
             [0, 1]; the proof and its log line say which it was.
+        deep: read values, too: what several ranks hold must be equal on them, bit by bit (see
+            ``mark_distinct`` for what is meant to differ), and no step may have been counted twice.
+            It reads every parameter once; do it at the start and after a load.
+        steps: optimizer steps done, which no counter may exceed, under ``deep``. None: no name may
+            be ahead of most names.
 
     Raises:
         PlanMismatch: on all ranks alike, naming the first ten parameters, the rank, the likely
@@ -96,10 +107,15 @@ def verify(
             expected = 1.0  # No schedule does that: compare with the plan itself.
         if factor is None and expected == 0.0:
             problems += _schedule_problems(plan, live)
+        # What changed in the model comes first: it is the cause of what follows.
+        problems += current_problems(plan, found)
         problems += _local_problems(plan, found, live, expected, _default_decay(model, optimizer))
     if factor is None:
         _check_one_factor(expected)
-    _check_elements(plan, live)
+    anyhow = plan.entries.keys() if sharder.layout.meshes else distinct_names(model, plan.entries)
+    _refuse(element_problems(plan, found, live, anyhow))
+    if deep:
+        _refuse(deep_problems(model, sharder, found, steps))
     verdict = _check_trial(plan, found, sharder.layout)
     return Proof(
         sharder=sharder.layout.label,
@@ -111,6 +127,12 @@ def verify(
         step_factor=expected,
         trial=verdict.line,
     )
+
+
+def _refuse(problems: list[Problem]) -> None:
+    """Raise problems that all ranks have found together."""
+    if problems:
+        raise mismatch(0, problems[:SHOWN], len(problems))
 
 
 def _check_trial(plan: Plan, found: Pieces, layout: Layout) -> Verdict:
@@ -198,21 +220,3 @@ def _compare(
             )
         )
     return problems
-
-
-def _check_elements(plan: Plan, live: Mapping[str, LiveParam]) -> None:
-    """Local element counts, summed over ranks, must equal the true sizes."""
-    names = sorted(plan.entries)
-    counts = torch.tensor([live[n].numel for n in names], dtype=torch.int64)
-    if in_group():
-        counts = counts.to(transport_device())
-        dist.all_reduce(counts)
-    problems: list[Problem] = []
-    for name, count in zip(names, counts.tolist(), strict=True):
-        wanted = plan.entries[name].numel * live[name].replicas
-        if count != wanted:
-            problems.append(
-                ("elements", f"{name}: {count} elements stepped over all ranks, {wanted} expected")
-            )
-    if problems:
-        raise mismatch(0, problems[:SHOWN], len(problems))

@@ -11,6 +11,7 @@ from dist_layerlr.sharders.base import Slice as Slice
 from dist_layerlr.sharders.base import Span as Span
 from dist_layerlr.sharders.base import Weight as Weight
 from dist_layerlr.sharders.choose import sharder_of as sharder_of
+from dist_layerlr.sharders.distinct import mark_distinct as mark_distinct
 from dist_layerlr.sharders.model import materialize as materialize
 from dist_layerlr.sharders.model import plan_model as plan_model
 from dist_layerlr.sharders.model import unwrap as unwrap

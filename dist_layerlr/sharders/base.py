@@ -31,7 +31,7 @@ class Layout:
     """How a model is wrapped: facts that decide what may train it, save it and clip it."""
 
     name: str
-    """`none`, `ddp`, `fsdp1`, `fsdp1_flat`, `fsdp2` or `zero`."""
+    """`none`, `ddp`, `dtensor`, `fsdp1`, `fsdp1_flat`, `fsdp2` or `zero`."""
     stage: int | None = None
     """DeepSpeed's ZeRO stage, 0 to 3; None under every other sharder."""
     shards: bool = False
@@ -39,6 +39,9 @@ class Layout:
     flat: bool = False
     """Whether parameters share flat tensors, so that ordinary parameter groups cannot tell names
     apart."""
+    meshes: bool = False
+    """Whether parameters may lie on meshes of some of the ranks: how many other ranks hold a copy
+    is then known from what all of them hold."""
     engine_steps: bool = False
     """Whether an engine owns the optimizer: it steps, clips and scales the loss itself."""
 
@@ -105,7 +108,10 @@ class HeldSpan(Span):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Weight(HeldSpan):
-    """What this rank holds of one parameter, trained or frozen, or of one persistent buffer."""
+    """What this rank holds of one parameter, trained or frozen, or of one persistent buffer.
+
+    A parameter has as many of them as this rank holds separate runs of its elements.
+    """
 
     aliases: tuple[str, ...] = ()
     """Other names of the same tensor; ``name`` is the first one."""
@@ -129,6 +135,8 @@ class Pieces:
     """Everything that this rank's optimizer steps."""
 
     pieces: list[Piece] = field(default_factory=list)
+    requires_grad: Mapping[str, bool] = field(default_factory=dict)
+    """What the model shows now: {name: whether it is trained}, tied parameters once."""
     strangers: int = 0
     """Tensors in the optimizer that are no parameter of the model (stale ones)."""
     optimizer: Any = None
@@ -196,6 +204,20 @@ def local(tensor: Tensor) -> Tensor:
         return tensor.to_local()
 
 
+def local_gradient(owner: Tensor) -> Tensor:
+    """The gradient of this rank's part of a tensor that an optimizer holds. It has one.
+
+    Sequence parallelism leaves the gradient of a replicated parameter as one addend on each rank
+    (``Partial``): it is summed here, which is collective over the tensor's mesh.
+    """
+    gradient = owner.grad
+    assert gradient is not None
+    if isinstance(gradient, DTensor) and isinstance(owner, DTensor):
+        if gradient.placements != owner.placements:
+            gradient = gradient.redistribute(placements=owner.placements)
+    return local(gradient)
+
+
 def sample_places(numel: int, count: int) -> list[int]:
     """At most ``count`` evenly spaced positions in ``numel`` elements, the first and last included.
 
@@ -227,17 +249,19 @@ def innermost(optimizer: Any) -> Any:
     return optimizer
 
 
-def pieces_by_identity(
-    groups: Iterable[ParamGroup],
-    names: Mapping[int, str],
-    place: Callable[[Tensor], tuple[int, int, int]],
+PiecesOf = Callable[[str, Tensor, ParamGroup], Iterable[Piece]]
+"""(name, parameter, the group that steps it) -> its pieces on this rank."""
+
+
+def _by_identity(
+    groups: Iterable[ParamGroup], names: Mapping[int, str], pieces_of: PiecesOf
 ) -> tuple[list[Piece], int]:
     """Pieces of groups whose tensors are the model's own parameters, and the number of strangers.
 
     Args:
         groups: the live ``param_groups``.
         names: {id of a live parameter: canonical name}.
-        place: parameter -> (start, local elements, replicas).
+        pieces_of: what this rank holds of one of them.
     """
     pieces: list[Piece] = []
     strangers = 0
@@ -246,25 +270,22 @@ def pieces_by_identity(
             name = names.get(id(param))
             if name is None:
                 strangers += 1
-                continue
-            start, numel, replicas = place(param)
-            pieces.append(
-                Piece(
-                    name=name,
-                    group=group,
-                    owner=param,
-                    offset=0,
-                    numel=numel,
-                    start=start,
-                    replicas=replicas,
-                )
-            )
+            else:
+                pieces += pieces_of(name, param, group)
     return pieces, strangers
 
 
-def names_by_id(model: nn.Module) -> dict[int, str]:
-    """{id of a live parameter: canonical name}."""
-    return {id(param): name for name, param in live_parameters(model).items()}
+def pieces_of_parameters(model: nn.Module, optimizer: Any, pieces_of: PiecesOf) -> Pieces:
+    """What an optimizer holds whose tensors are the model's own parameters."""
+    inner = innermost(optimizer)
+    live = live_parameters(model)
+    names: dict[int, str] = {}
+    trained: dict[str, bool] = {}
+    for name, param in live.items():
+        names[id(param)] = name
+        trained[name] = param.requires_grad
+    found, strangers = _by_identity(inner.param_groups, names, pieces_of)
+    return Pieces(pieces=found, requires_grad=trained, strangers=strangers, optimizer=inner)
 
 
 def whole_slices(model: nn.Module) -> list[Slice]:

@@ -6,7 +6,7 @@ applied in segments.
 
 Private, read in torch 2.13: ``module._handle.flat_param`` and its ``_fqns``,
 ``_shard_param_infos``, ``_params``, ``_numels``, ``_shapes``, ``_contiguities``,
-``_shared_param_infos``.
+``_shared_param_infos``, ``_param_extensions``.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from dist_layerlr.sharders.base import (
     parameters_with_names,
     whole_weight,
 )
-from dist_layerlr.sharders.model import FLAT_PARAM
+from dist_layerlr.sharders.model import FLAT_PARAM, live_parameters
 from dist_layerlr.sharders.ranges import flat_ranges
 
 
@@ -83,8 +83,14 @@ class Fsdp1Sharder(Sharder):
         """Original parameters, or every run of the flat parameters that an optimizer holds."""
         inner = innermost(optimizer)
         by_owner: dict[int, list[Shard]] = {}
+        trained: dict[str, bool] = {}
         for shard in iterate_shards(self.model):
             by_owner.setdefault(id(shard.owner), []).append(shard)
+            trained[shard.name] = shard.trainable
+        for name, param in live_parameters(self.model).items():
+            # What FSDP1 ignores, or does not wrap.
+            if name.rpartition(".")[2] != FLAT_PARAM:
+                trained.setdefault(name, param.requires_grad)
         pieces: list[Piece] = []
         strangers = 0
         for group in inner.param_groups:
@@ -92,7 +98,7 @@ class Fsdp1Sharder(Sharder):
                 found = by_owner.get(id(param), [])
                 strangers += not found
                 pieces += [_piece(shard, group) for shard in found]
-        return Pieces(pieces=pieces, strangers=strangers, optimizer=inner)
+        return Pieces(pieces=pieces, requires_grad=trained, strangers=strangers, optimizer=inner)
 
     def weights(self) -> list[Weight]:
         """Runs of the flat shards; parameters that FSDP1 was told to ignore are whole.
@@ -151,6 +157,7 @@ def iterate_shards(model: nn.Module) -> Iterator[Shard]:
 
     Raises:
         PlanMismatch: the private attributes this relies on have changed.
+        ConfigError: a parameter that tensor parallelism had cut.
     """
     for path, module in model.named_modules():
         handle = getattr(module, "_handle", None)
@@ -172,6 +179,12 @@ def _unit(path: str, flat: Any, handle: Any) -> Iterator[Shard]:
     tied = _tied(prefix, flat)
     if sharded and flat._params is None:
         _check_ranges(flat, infos, handle)
+    for fqn, extension in zip(flat._fqns, flat._param_extensions, strict=True):
+        if extension is not None:
+            raise ConfigError(
+                f"{canonical_name(prefix + fqn)} was cut by tensor parallelism before FSDP1"
+                " flattened it, which keeps no global shape. Use fully_shard (FSDP2)."
+            )
     columns = zip(flat._fqns, infos, originals, flat._shapes, flat._contiguities, strict=True)
     for fqn, info, param, shape, contiguous in columns:
         flat_offset = (info.offset_in_shard or 0) if info.in_shard else 0

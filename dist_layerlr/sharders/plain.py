@@ -4,20 +4,20 @@ from __future__ import annotations
 
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from dist_layerlr.ranks import world_size
 from dist_layerlr.sharders.base import (
     Layout,
+    ParamGroup,
+    Piece,
     Pieces,
     Sharder,
     Slice,
     Weight,
     buffers,
-    innermost,
-    names_by_id,
     parameters_with_names,
-    pieces_by_identity,
+    pieces_of_parameters,
     whole_slices,
     whole_weight,
 )
@@ -41,13 +41,7 @@ class PlainSharder(Sharder):
 
     def pieces(self, optimizer: Any) -> Pieces:
         """Whole parameters, by identity. Ranks hold copies."""
-        inner = innermost(optimizer)
-        ranks = world_size()
-        names = names_by_id(self.model)
-        found, strangers = pieces_by_identity(
-            inner.param_groups, names, lambda p: (0, p.numel(), ranks)
-        )
-        return Pieces(pieces=found, strangers=strangers, optimizer=inner)
+        return pieces_of_parameters(self.model, optimizer, _whole_piece)
 
     def weights(self) -> list[Weight]:
         """Everything, whole."""
@@ -57,3 +51,17 @@ class PlainSharder(Sharder):
             for param, name, aliases in parameters_with_names(self.model)
         ]
         return found + buffers(self.model)
+
+
+def _whole_piece(name: str, param: Tensor, group: ParamGroup) -> list[Piece]:
+    return [
+        Piece(
+            name=name,
+            start=0,
+            numel=param.numel(),
+            owner=param,
+            offset=0,
+            group=group,
+            replicas=world_size(),
+        )
+    ]

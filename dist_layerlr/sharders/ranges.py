@@ -65,3 +65,89 @@ def flat_ranges(
         ranges.append((first - offset, last - first) if last > first else (0, 0))
         offset += numel
     return ranges
+
+
+def shard_ranges(size: int, cuts: Sequence[tuple[int, int, int]]) -> list[Range]:
+    """What a rank holds of one dimension that DTensor placements cut, one after the other.
+
+    ``Shard`` cuts into chunks of ``ceil(size / count)``, as ``torch.chunk`` does. ``_StridedShard``
+    first cuts into ``parts``, as another mesh dimension did before it, and takes its chunk of each
+    part.
+
+    Args:
+        size: of the dimension.
+        cuts: (ranks that share what is left, this rank among them, parts; 1 for ``Shard``).
+
+    Returns:
+        Runs of indices, in order; those that touch are one.
+    """
+    held = [(0, size)]
+    for count, rank, parts in cuts:
+        total = sum(numel for _, numel in held)
+        taken: list[Range] = []
+        for part in range(parts):
+            first, numel = _chunk(total, parts, part)
+            start, length = _chunk(numel, count, rank)
+            taken += _within(held, first + start, length)
+        held = _joined(taken)
+    return _joined(held)
+
+
+def box_runs(shape: Sequence[int], held: Sequence[Sequence[Range]]) -> list[Range]:
+    """Runs of the flattened whole that a box of it covers, in the order of the box's own elements.
+
+    One run where the box spans all dimensions behind its first, else one for each of its rows.
+
+    Args:
+        shape: of the whole.
+        held: for each dimension the runs of indices inside the box, as ``shard_ranges`` gives them.
+    """
+    runs: list[Range] = [(0, 1)]
+    width = 1
+    for size, taken in zip(reversed(shape), reversed(held), strict=True):
+        # While all later dimensions are whole, what is taken of this one stays together.
+        if runs == [(0, width)]:
+            runs = [(start * width, count * width) for start, count in taken]
+        else:
+            rows = (row for start, count in taken for row in range(start, start + count))
+            runs = [(row * width + start, numel) for row in rows for start, numel in runs]
+        width *= size
+    return [run for run in runs if run[1]]
+
+
+def count_box_runs(shape: Sequence[int], held: Sequence[Sequence[Range]]) -> int:
+    """How many runs ``box_runs`` gives, without making them; at most."""
+    runs, whole = 1, True
+    for size, taken in zip(reversed(shape), reversed(held), strict=True):
+        runs = len(taken) if whole else runs * sum(count for _, count in taken)
+        whole = whole and list(taken) == [(0, size)]
+    return runs
+
+
+def _chunk(size: int, count: int, rank: int) -> Range:
+    """(first, length) of a chunk as ``torch.chunk`` cuts; the last ones may be empty."""
+    chunk = -(-size // count)
+    first = min(rank * chunk, size)
+    return first, min(first + chunk, size) - first
+
+
+def _within(held: Sequence[Range], first: int, numel: int) -> list[Range]:
+    """Positions [first, first + numel) of the indices that ``held`` lists, as runs of indices."""
+    taken: list[Range] = []
+    before = 0
+    for start, count in held:
+        low, high = max(first, before), min(first + numel, before + count)
+        if high > low:
+            taken.append((start + low - before, high - low))
+        before += count
+    return taken
+
+
+def _joined(runs: Sequence[Range]) -> list[Range]:
+    joined: list[Range] = []
+    for start, count in runs:
+        if joined and sum(joined[-1]) == start:
+            joined[-1] = (joined[-1][0], joined[-1][1] + count)
+        else:
+            joined.append((start, count))
+    return joined

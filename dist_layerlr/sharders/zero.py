@@ -20,7 +20,6 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from dist_layerlr.errors import PlanMismatch
-from dist_layerlr.plan.names import canonical_name
 from dist_layerlr.ranks import world_size
 from dist_layerlr.sharders.base import (
     Layout,
@@ -35,8 +34,9 @@ from dist_layerlr.sharders.base import (
     parameters_with_names,
     whole_weight,
 )
-from dist_layerlr.sharders.model import materialize
+from dist_layerlr.sharders.model import live_parameters, materialize
 from dist_layerlr.sharders.ranges import zero3_partition, zero3_range
+from dist_layerlr.sharders.zero_modes import refuse_modes
 
 
 class ZeroSharder(Sharder):
@@ -68,19 +68,30 @@ class ZeroSharder(Sharder):
         """Read the engine's own optimizer.
 
         The ``optimizer`` argument is ignored, it may be a stale outer object.
+
+        Raises:
+            ConfigError: a mode under which names are lost (see ``refuse_modes``).
         """
         engine: Any = self.model
-        names = {id(p): canonical_name(n) for n, p in engine.module.named_parameters()}
+        refuse_modes(engine)
+        names: dict[int, str] = {}
+        trained: dict[str, bool] = {}
+        for name, param in live_parameters(engine.module).items():
+            names[id(param)] = name
+            trained[name] = param.requires_grad
         pieces: list[Piece] = []
         strangers = 0
         for fragment in self._fragments():
-            name = names.get(id(fragment.param))
-            if name is None:
+            found = names.get(id(fragment.param))
+            if found is None:
                 strangers += 1
             else:
-                pieces.append(_piece(name, fragment))
+                pieces.append(_piece(found, fragment))
         return Pieces(
-            pieces=pieces, strangers=strangers, optimizer=_inner_optimizer(engine.optimizer)
+            pieces=pieces,
+            requires_grad=trained,
+            strangers=strangers,
+            optimizer=_inner_optimizer(engine.optimizer),
         )
 
     def weights(self) -> list[Weight]:
@@ -88,6 +99,7 @@ class ZeroSharder(Sharder):
 
         In the model's dtype, without the fp32 masters.
         """
+        refuse_modes(self.model)
         return [_weight(*found) for found in parameters_with_names(self.model)] + buffers(
             self.model
         )

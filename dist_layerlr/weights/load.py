@@ -120,13 +120,16 @@ def _check_fit(weight: Weight, stored: FileTensor) -> None:
 @torch.no_grad()
 def _fill(matched: Matched, fresh: Fresh | None) -> None:
     by_file: dict[Path, list[tuple[Weight, FileTensor]]] = {}
+    made: tuple[str, Tensor] | None = None
     for weight, stored in matched:
         if stored is not None:
             by_file.setdefault(stored.file, []).append((weight, stored))
         elif weight.numel:
             assert fresh is not None
-            full = fresh(weight.name, weight.shape).reshape(-1)
-            weight.tensor.copy_(full[weight.start : weight.start + weight.numel])
+            # The spans of one name follow each other: its value is made once for all of them.
+            if made is None or made[0] != weight.name:
+                made = (weight.name, fresh(weight.name, weight.shape).reshape(-1))
+            weight.tensor.copy_(made[1][weight.start : weight.start + weight.numel])
             weight.write_home()
     for path, rows in by_file.items():
         _fill_from(path, rows)

@@ -117,7 +117,7 @@ class NativeEngine:
 
     def prove(self, factor: float) -> Proof:
         """Verify the live learning rates on all ranks."""
-        return verify(self._plan, self.model, self.optimizer, factor=factor)
+        return verify(self._plan, self.model, self.optimizer, factor=factor, deep=True)
 
     def predict(self, tokens: int, micro_steps: int, options: RunOptions) -> Prediction | None:
         """Predict from the speeds of this machine, which take a second to measure."""

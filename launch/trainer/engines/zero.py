@@ -98,7 +98,7 @@ class ZeroEngine:
 
     def prove(self, factor: float) -> Proof:
         """Verify the live learning rates on all ranks."""
-        return verify(self._plan, self.model, factor=factor)
+        return verify(self._plan, self.model, factor=factor, deep=True)
 
     def predict(self, tokens: int, micro_steps: int, options: RunOptions) -> Prediction | None:
         """Return None: DeepSpeed's own offload is not predicted."""

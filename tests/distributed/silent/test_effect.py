@@ -144,10 +144,34 @@ test_it_sees_the_planned_rates_of_sgd_segmented = passes("sgd", "segmented", A_F
 
 
 @cases
-def test_it_is_silent_where_the_direction_is_unknown(at: At) -> None:
-    for name, build in UNKNOWN.items():
+def test_it_says_so_where_the_direction_is_unknown(at: At) -> None:
+    for build in UNKNOWN.values():
         for wrap in (SHARDERS["ddp"], fsdp2):
-            assert observed(Native(wrap, recipe(build))) == {}, name
+            with pytest.raises(PlanMismatch, match=r"no step was seen of any of \d+ planned"):
+                observed(Native(wrap, recipe(build)))
+
+
+@cases
+def test_a_model_that_was_frozen_after_attach_is_no_proof(at: At) -> None:
+    for make in drivers(OPTIMIZERS["adamw"], only=("unsharded", "ddp", "fsdp2")).values():
+        driver = make()
+        with pytest.raises(PlanMismatch, match="no step was seen of any"):
+            with effect_check(driver.plan, driver.model, driver.optimizer):
+                driver.optimizer.step()
+
+
+@cases
+def test_pure_bf16_weights_are_compared_in_their_own_precision(at: At) -> None:
+    model = Recipe().model().bfloat16()
+    plan = plan_model(model, {"learning_rate": 3e-3, "per_layer_lr": {"enabled": False}})
+    optimizer = dist_layerlr.attach(plan, model, lambda g: torch.optim.AdamW(g, lr=1.0))
+    for step in range(2):
+        x, y = batch(step)
+        optimizer.zero_grad()
+        F.mse_loss(model(x.bfloat16()), y.bfloat16()).backward()
+        with effect_check(plan, model, optimizer) as rates:
+            optimizer.step()
+    assert rates
 
 
 @cases

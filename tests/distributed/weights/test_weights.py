@@ -11,11 +11,8 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import nn
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import CPUOffloadPolicy, fully_shard
-from torch.distributed.tensor import Shard
+from torch.distributed.fsdp import CPUOffloadPolicy
 
-from dist_layerlr.errors import PlanMismatch
 from dist_layerlr.sharders import sharder_of
 from tests.support.drivers import SHARDERS, Native, Wrap, Zero, fsdp1, fsdp2, start_deepspeed
 from tests.support.parity import Recipe, Weights
@@ -140,22 +137,6 @@ def test_torchs_own_sharders_show_every_element_live(ranks: int) -> None:
 
 def test_zero_shows_every_element_live_and_follows_its_masters() -> None:
     run_ranks(on_rank, 2, list(ZERO))
-
-
-def other_dimension(rank: int, world_size: int) -> None:
-    model: Any = fully_shard(
-        nn.Linear(4, 4),
-        mesh=init_device_mesh("cpu", (world_size,)),
-        shard_placement_fn=lambda p: Shard(p.ndim - 1),
-    )
-    with pytest.raises(
-        PlanMismatch, match=r"weight is placed as .*dim=1.*; only shards along dimension 0"
-    ):
-        sharder_of(model).weights()
-
-
-def test_shards_along_another_dimension_are_refused_by_name() -> None:
-    run_ranks(other_dimension, 2)
 
 
 def one_process(rank: int, world_size: int) -> None:
