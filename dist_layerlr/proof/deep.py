@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Iterable, Set
+from collections.abc import Set
 from typing import Any
 
 from torch import Tensor, nn
@@ -28,7 +27,7 @@ def deep_problems(
         model: as it is trained.
         sharder: of the model.
         found: what this rank steps.
-        steps: optimizer steps done, which no counter may exceed; None: the counter of most names.
+        steps: optimizer steps done, which no counter may exceed; None: unknown.
     """
     problems: list[Problem] = []
     apart = distinct_names(model, found.requires_grad)
@@ -80,18 +79,10 @@ def _step_problems(found: Pieces, steps: int | None, apart: Set[str]) -> list[Pr
                     f" {counted[name]:g} on rank {first}"
                 )
                 problems.append(("steps", text))
-    if not counted:
-        return problems
-    done: float = _most(counted.values()) if steps is None else steps
     for name, count in counted.items():
-        if count > done:
-            what = "of most names" if steps is None else "done"
-            problems.append(("steps", f"{name}: {count:g} steps counted, {done:g} {what}"))
+        if steps is not None and count > steps:
+            problems.append(("steps", f"{name}: {count:g} steps counted, {steps} done"))
     return problems
-
-
-def _most(counts: Iterable[float]) -> float:
-    return Counter(counts).most_common(1)[0][0]
 
 
 def _counters(found: Pieces) -> dict[str, float]:

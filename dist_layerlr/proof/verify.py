@@ -90,8 +90,8 @@ def verify(
         deep: read values, too: what several ranks hold must be equal on them, bit by bit (see
             ``mark_distinct`` for what is meant to differ), and no step may have been counted twice.
             It reads every parameter once; do it at the start and after a load.
-        steps: optimizer steps done, which no counter may exceed, under ``deep``. None: no name may
-            be ahead of most names.
+        steps: optimizer steps done, which no counter may exceed, under ``deep``. None: counters
+            are compared between ranks alone, because a name may be trained since earlier.
 
     Raises:
         PlanMismatch: on all ranks alike, naming the first ten parameters, the rank, the likely

@@ -112,7 +112,7 @@ def _train_and_save(job: Job, stop: StopFlag, checkpoint: Path | None) -> None:
     runtime = job.runtime
     begin = Position() if checkpoint is None else restore(job, checkpoint)
     # After a checkpoint was loaded, which may have overwritten rates.
-    proof = alike(lambda: job.engine.prove(1.0))
+    proof = alike(lambda: job.engine.prove(1.0, begin.step))
     runtime.say(proof.line())
     prediction = _predict(job)
     if prediction is not None:
@@ -135,7 +135,7 @@ def _train_and_save(job: Job, stop: StopFlag, checkpoint: Path | None) -> None:
         runtime.say(f"stopped by a signal before step {begin.step + 1}; nothing new to save")
         return
     # Again, because DeepSpeed, a scheduler or an optimizer may have changed rates on the way.
-    after = alike(lambda: job.engine.prove(outcome.last_factor))
+    after = alike(lambda: job.engine.prove(outcome.last_factor, outcome.steps))
     seen = {"start": proof.to_dict(), "end": after.to_dict(), "first_step_lr": outcome.observed}
     weights = outputs.save_result(job, outcome.steps, seen)
     _finish(job, outcome, weights)

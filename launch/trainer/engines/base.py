@@ -49,8 +49,8 @@ class Engine(Protocol):
         """
         ...
 
-    def prove(self, factor: float) -> Proof:
-        """Verify the live learning rates on all ranks."""
+    def prove(self, factor: float, steps: int) -> Proof:
+        """Verify the live learning rates on all ranks, and values after ``steps`` steps."""
         ...
 
     def predict(self, tokens: int, micro_steps: int, options: RunOptions) -> Prediction | None:

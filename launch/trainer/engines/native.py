@@ -115,9 +115,9 @@ class NativeEngine:
         self.optimizer.zero_grad(set_to_none=True)
         return norm
 
-    def prove(self, factor: float) -> Proof:
-        """Verify the live learning rates on all ranks."""
-        return verify(self._plan, self.model, self.optimizer, factor=factor, deep=True)
+    def prove(self, factor: float, steps: int) -> Proof:
+        """Verify the live learning rates on all ranks, and values after ``steps`` steps."""
+        return verify(self._plan, self.model, self.optimizer, factor=factor, deep=True, steps=steps)
 
     def predict(self, tokens: int, micro_steps: int, options: RunOptions) -> Prediction | None:
         """Predict from the speeds of this machine, which take a second to measure."""

@@ -96,9 +96,9 @@ class ZeroEngine:
         norm = self.model.get_global_grad_norm()
         return float(norm) if norm is not None else float("nan")
 
-    def prove(self, factor: float) -> Proof:
-        """Verify the live learning rates on all ranks."""
-        return verify(self._plan, self.model, factor=factor, deep=True)
+    def prove(self, factor: float, steps: int) -> Proof:
+        """Verify the live learning rates on all ranks, and values after ``steps`` steps."""
+        return verify(self._plan, self.model, factor=factor, deep=True, steps=steps)
 
     def predict(self, tokens: int, micro_steps: int, options: RunOptions) -> Prediction | None:
         """Return None: DeepSpeed's own offload is not predicted."""

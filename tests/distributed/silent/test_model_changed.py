@@ -107,13 +107,14 @@ def test_a_step_that_was_counted_twice_is_found(at: At) -> None:
 
 
 @cases
-def test_names_that_are_ahead_of_the_others_are_named(at: At) -> None:
+def test_names_that_are_ahead_of_the_steps_done_are_named(at: At) -> None:
     driver = drivers()["ddp"]()
     stepped(driver)
     counter = optimizer_state(driver.model, driver.optimizer)["gate"][0].tensors["step"]
     counter.add_(1)
-    with pytest.raises(PlanMismatch, match="gate: 2 steps counted, 1 of most names"):
-        proven(driver, deep=True)
+    with pytest.raises(PlanMismatch, match="gate: 2 steps counted, 1 done"):
+        proven(driver, deep=True, steps=1)
+    proven(driver, deep=True)  # it may have been trained before the others were
     counter.sub_(1 + at.rank)
     with pytest.raises(PlanMismatch, match="gate: 0 steps counted on rank 1, 1 on rank 0"):
         proven(driver, deep=True)
