@@ -305,12 +305,20 @@ def _whole(param: nn.Parameter, group: ParamGroup, owner: Tensor, offset: int) -
 def _mapped(optimizer: Any, originals: Any, owners: Any) -> list[Fragment]:
     """Stage 1, 2 and BF16_Optimizer: a parameter's fragment in this rank's flat fp32 partition."""
     found: list[Fragment] = []
+    here, wanted = len(optimizer.param_groups), len(originals)
+    if here != wanted:
+        kind = type(getattr(optimizer, "optimizer", optimizer)).__name__
+        raise PlanMismatch(
+            f"DeepSpeed has built {kind} anew, with {here} parameter groups in place of {wanted}:"
+            " the planned rates are gone. It does so with Adagrad. Use initialize_deepspeed(plan,"
+            " model, make, config), which hands it one group, or AdamW."
+        )
     for group, params, owner in zip(optimizer.param_groups, originals, owners, strict=True):
         for param in params:
             offset, numel, start = 0, 0, 0
             if param._hp_mapping is not None:  # None: the parameter lies on other ranks only
-                here = param._hp_mapping.hp_fragment_address
-                offset, numel = here.start, here.numel
+                address = param._hp_mapping.hp_fragment_address
+                offset, numel = address.start, address.numel
                 start = param._hp_mapping.lp_fragment_address.start
             found.append(
                 Fragment(
