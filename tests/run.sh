@@ -6,6 +6,7 @@
 #   bash tests/run.sh --latest             # with the newest releases that pyproject.toml allows
 #   PYTHON=python3.10 bash tests/run.sh --oldest   # with the oldest ones, requirements/oldest.txt
 #   TORCH=torch==2.13.0 bash tests/run.sh --latest  # the newest of all but torch
+#   WORKERS=0 bash tests/run.sh            # in one process, as a debugger needs it
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
@@ -32,4 +33,5 @@ esac
 
 # DeepSpeed compiles its ops on first use; environments must not share what they compiled.
 export TORCH_EXTENSIONS_DIR=${TORCH_EXTENSIONS_DIR:-$PWD/$VENV/torch_extensions}
-exec "$VENV/bin/python" -m pytest "$@"
+# Files are shared out among workers, each whole to one: many tests of a file share a set of ranks.
+exec "$VENV/bin/python" -m pytest -n "${WORKERS:-2}" --dist loadfile "$@"

@@ -27,6 +27,7 @@ from launch.trainer.families import get_family
 from launch.trainer.loop import sample_index
 from launch.trainer.options import load_options
 from launch.trainer.weights import empty_model
+from tests.support.jobs import free_port
 from tests.support.ranks import run_ranks
 
 ROOT = Path(__file__).resolve().parent.parent.parent
@@ -143,7 +144,7 @@ def _broken(case: str, config: Config, folder: Path) -> list[str]:
 
 
 def _train_on_rank(
-    rank: int, world_size: int, files: list[str], folder: str
+    rank: int, world_size: int, files: list[str], ports: list[int], folder: str
 ) -> list[tuple[int, str]]:
     """Exit status and standard error of every case, on one rank."""
     import contextlib
@@ -153,8 +154,8 @@ def _train_on_rank(
 
     dist.destroy_process_group()
     results = []
-    for number, file in enumerate(files):
-        os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(29700 + number))
+    for file, port in zip(files, ports, strict=True):
+        os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
         said = io.StringIO()
         with contextlib.redirect_stderr(said), contextlib.redirect_stdout(io.StringIO()):
             status = train.main(
@@ -173,7 +174,8 @@ def test_every_rank_ends_with_status_2_and_rank_0_says_one_line(
         folder.mkdir()
         wanted.append(_broken(case, run_config, folder))
         files.append(str(folder / "config.json"))
-    by_rank = run_ranks(_train_on_rank, 2, files, str(tmp_path), deadline_s=900.0)
+    ports = [free_port() for _ in files]
+    by_rank = run_ranks(_train_on_rank, 2, files, ports, str(tmp_path), deadline_s=900.0)
     for i, case in enumerate(CASES):
         (status0, said0), (status1, said1) = by_rank[0][i], by_rank[1][i]
         assert (status0, status1) == (2, 2), f"{case}: {said0} {said1}"
@@ -197,7 +199,7 @@ def test_a_broken_sample_on_one_rank_ends_all_with_its_error(
     run_config["data"] = {"kind": "cached", "folder": str(tmp_path)}
     file = tmp_path / "config.json"
     file.write_text(json.dumps(run_config))
-    first, second = run_ranks(_train_on_rank, 2, [str(file)], str(tmp_path))
+    first, second = run_ranks(_train_on_rank, 2, [str(file)], [free_port()], str(tmp_path))
     (status0, said0), (status1, said1) = first[0], second[0]
     assert (status0, status1) == (2, 2)
     assert f"train.py: error: {tmp_path}/{victim}.safetensors: latents holds NaN" in said0

@@ -61,7 +61,7 @@ def run_one(sharding: str, options: RunOptions, runtime: Runtime, ds_config: Pat
     plan = plan_model(model, options.plan)
     config_file = None if ds_config is None else str(ds_config)
     engine = build_engine(SHARDINGS[sharding], model, plan, options, runtime, config_file)
-    engine.prove(1.0)
+    engine.prove(1.0, 0)
     losses = Losses()
     job = Job(
         engine=engine,
@@ -74,7 +74,7 @@ def run_one(sharding: str, options: RunOptions, runtime: Runtime, ds_config: Pat
         run_id="",
     )
     outcome = train(job, losses)  # type: ignore[arg-type]
-    proof = engine.prove(outcome.last_factor)
+    proof = engine.prove(outcome.last_factor, outcome.steps)
     source = LiveWeights(engine.model)
     gathered = {name: source.fetch(name) for name, held in source.table.items() if held.trainable}
     weights = {name: whole.numpy() for name, whole in gathered.items() if whole is not None}

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 from tests.launch.test_bad_input import CASES
-from tests.support.jobs import BIN, DEADLINE_S, PORTS, ROOT, TRAIN, call_of
+from tests.support.jobs import BIN, DEADLINE_S, ROOT, TRAIN, call_of, free_port
 
 LATE_S = 2.0
 """How much later than the others the first rank starts: about half as long as they need to fail."""
@@ -30,7 +30,7 @@ ZERO = ["--deepspeed_config", str(ROOT / "ds_configs" / "zero2.json")]
 
 def command(launcher: str, ranks: int) -> list[str]:
     if launcher == "deepspeed":
-        port = f"--master_port={next(PORTS)}"
+        port = f"--master_port={free_port()}"
         return ["deepspeed", "--num_gpus", str(ranks), port, TRAIN, *ZERO]
     if launcher == "accelerate":
         plain = ["--mixed_precision", "no", "--dynamo_backend", "no", "--num_machines", "1"]

@@ -31,10 +31,10 @@ from tests.support.faults import (
 )
 from tests.support.jobs import (
     BIN,
-    PORTS,
     ROOT,
     TRAIN,
     call_of,
+    free_port,
     largest_difference,
     run_in_ranks,
     weights,
@@ -160,7 +160,7 @@ def test_ranks_whose_launcher_is_killed_save_end_and_leave_the_folder_free(
     flags = SHARDERS["zero 2" if program == "deepspeed" else "fsdp2"]
     counts = {
         "torchrun": ["--standalone", "--nproc_per_node", "2"],
-        "deepspeed": ["--num_gpus", "2", f"--master_port={next(PORTS)}"],
+        "deepspeed": ["--num_gpus", "2", f"--master_port={free_port()}"],
     }
     arguments = call_of(run_config, tmp_path, *flags)
     process = subprocess.Popen(

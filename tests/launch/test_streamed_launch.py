@@ -70,7 +70,7 @@ def train_one(
     plan = plan_model(model, options.plan)
     config_file = None if ds_config is None else str(ds_config)
     engine = build_engine(SHARDINGS[sharding], model, plan, options, runtime, config_file)
-    engine.prove(1.0)
+    engine.prove(1.0, 0)
     metrics = MetricsFile(folder / f"{sharding}-{options.stream is not None}-{runtime.rank}.jsonl")
     job = Job(
         engine=engine,
@@ -83,7 +83,7 @@ def train_one(
         run_id="",
     )
     outcome = train(job, metrics)
-    proof = engine.prove(outcome.last_factor)
+    proof = engine.prove(outcome.last_factor, outcome.steps)
     source = LiveWeights(engine.model)
     fetched = {name: source.fetch(name) for name, held in source.table.items() if held.trainable}
     final = {name: whole.float().numpy() for name, whole in fetched.items() if whole is not None}

@@ -11,6 +11,7 @@ import contextlib
 import io
 import json
 import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -39,8 +40,14 @@ BIN = Path(sys.executable).parent
 TORCHRUN = ["torchrun", "--nproc_per_node"]
 DEADLINE_S = 900.0
 """A run ends in seconds; this only ends a hang, and leaves room for a busy machine."""
-PORTS = iter(range(29610, 29700))
 Config = dict[str, Any]
+
+
+def free_port() -> int:
+    """A port that nobody listens on: other tests may run beside this one."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
 
 
 class Ended(NamedTuple):
@@ -61,7 +68,7 @@ def call_of(config: Config, folder: Path, *flags: str) -> list[str]:
 
 def run(command: list[str], config: Config, folder: Path) -> subprocess.CompletedProcess[str]:
     """Run the main job as a user would, in a process of its own."""
-    program = [str(BIN / command[0]), f"--master_port={next(PORTS)}", *command[1:]]
+    program = [str(BIN / command[0]), f"--master_port={free_port()}", *command[1:]]
     if command[0] == "python":
         program = [sys.executable, *command[1:]]
     return subprocess.run(

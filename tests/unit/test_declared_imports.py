@@ -24,7 +24,7 @@ FOLDERS = {
 """Folder: the extras that its imports may come from, besides the dependencies."""
 OPTIONAL = {("benchmarks", "ramtorch")}
 """Imported only if someone installed it, to be compared with."""
-TOOLS = {"ruff", "mypy", "pre-commit"}
+TOOLS = {"ruff", "mypy", "pre-commit", "pytest-xdist"}
 """Declared to be run, not imported."""
 
 
