@@ -51,7 +51,7 @@ def live_pieces(sharder: Sharder, optimizer: Any = None) -> Pieces:
     segmented = found.optimizer
     groups = segmented.groups_by_name()
     pieces = [
-        replace(piece, group=groups[piece.name])
+        piece.in_group(groups[piece.name])
         for piece in found.pieces
         if piece.name in groups and (segmented.steps(piece) or not piece.numel)
     ]

@@ -164,10 +164,11 @@ class Segmented(Optimizer):
 
     def steps(self, piece: Slice) -> bool:
         """Whether this slice of a live tensor is stepped for its name, alone or in a longer one."""
-        end = piece.offset + piece.numel
-        return any(
-            first <= piece.offset and end <= last for first, last in self._bound[_whose(piece)]
-        )
+        first, last = piece.offset, piece.offset + piece.numel
+        for start, end in self._bound.get(_whose(piece), ()):
+            if start <= first and last <= end:
+                return True
+        return False
 
     @property
     def cuts(self) -> bool:

@@ -61,7 +61,9 @@ class Verdict:
         """For the log."""
         if not self.tried:
             return f"{self.optimizer} could not be tried on scratch parameters"
-        return f"{self.optimizer} tried on {self.way}"
+        if self.way == Cut.WHOLE.value:
+            return f"{self.optimizer} heeds the rate of each group"
+        return f"{self.optimizer} steps {self.way} as it steps whole parameters"
 
 
 _MAKERS: WeakKeyDictionary[Optimizer, MakeOptimizer] = WeakKeyDictionary()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Set
+from functools import lru_cache
 
 import torch
 import torch.distributed as dist
@@ -65,6 +66,7 @@ def element_problems(
     return problems
 
 
+@lru_cache(maxsize=1 << 16)  # sizes recur
 def _mark(position: int) -> int:
     """A number for a position, such that no two sets of few positions have equal sums."""
     mixed = (position + 1) * _MIX & 0xFFFFFFFFFFFFFFFF

@@ -50,7 +50,7 @@ class Proof:
     step_factor: float
     """The schedule's multiplier at which the rates were compared."""
     trial: str = ""
-    """What the optimizer was tried on, in words."""
+    """What the trial of the optimizer has shown, in words."""
 
     def line(self) -> str:
         """One line for the log."""
@@ -141,8 +141,9 @@ def _check_trial(plan: Plan, found: Pieces, layout: Layout) -> Verdict:
     verdict = try_out(
         found.optimizer, layout, owners, [entry.shape for entry in plan.entries.values()]
     )
-    with together(plan.digest) as problems:
-        if verdict.fault is not None:
+    # Ranks have agreed on whether there is a fault: either all of them go on, or all enter here.
+    if verdict.fault is not None:
+        with together(plan.digest) as problems:
             text = f"{verdict.optimizer}, tried on {verdict.way}: {verdict.fault}"
             problems.append(("trial", text))
     return verdict

@@ -89,6 +89,18 @@ class Piece(Slice):
     replicas: int = 1
     """Ranks that step each element."""
 
+    def in_group(self, group: ParamGroup) -> Piece:
+        """The same piece, stepped by another group; for thousands of pieces, unlike ``replace``."""
+        return Piece(
+            name=self.name,
+            start=self.start,
+            numel=self.numel,
+            owner=self.owner,
+            offset=self.offset,
+            group=group,
+            replicas=self.replicas,
+        )
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class HeldSpan(Span):

@@ -33,7 +33,7 @@ from dist_layerlr.sharders.base import (
     parameters_with_names,
     whole_weight,
 )
-from dist_layerlr.sharders.model import FLAT_PARAM, live_parameters
+from dist_layerlr.sharders.model import FLAT_PARAM, unwrap
 from dist_layerlr.sharders.ranges import flat_ranges
 
 
@@ -87,10 +87,10 @@ class Fsdp1Sharder(Sharder):
         for shard in iterate_shards(self.model):
             by_owner.setdefault(id(shard.owner), []).append(shard)
             trained[shard.name] = shard.trainable
-        for name, param in live_parameters(self.model).items():
+        for raw, param in unwrap(self.model).named_parameters():
             # What FSDP1 ignores, or does not wrap.
-            if name.rpartition(".")[2] != FLAT_PARAM:
-                trained.setdefault(name, param.requires_grad)
+            if id(param) not in by_owner and raw.rpartition(".")[2] != FLAT_PARAM:
+                trained.setdefault(canonical_name(raw), param.requires_grad)
         pieces: list[Piece] = []
         strangers = 0
         for group in inner.param_groups:

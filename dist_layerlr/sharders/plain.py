@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
@@ -41,7 +42,9 @@ class PlainSharder(Sharder):
 
     def pieces(self, optimizer: Any) -> Pieces:
         """Whole parameters, by identity. Ranks hold copies."""
-        return pieces_of_parameters(self.model, optimizer, _whole_piece)
+        return pieces_of_parameters(
+            self.model, optimizer, partial(_whole_piece, ranks=world_size())
+        )
 
     def weights(self) -> list[Weight]:
         """Everything, whole."""
@@ -53,7 +56,7 @@ class PlainSharder(Sharder):
         return found + buffers(self.model)
 
 
-def _whole_piece(name: str, param: Tensor, group: ParamGroup) -> list[Piece]:
+def _whole_piece(name: str, param: Tensor, group: ParamGroup, *, ranks: int) -> list[Piece]:
     return [
         Piece(
             name=name,
@@ -62,6 +65,6 @@ def _whole_piece(name: str, param: Tensor, group: ParamGroup) -> list[Piece]:
             owner=param,
             offset=0,
             group=group,
-            replicas=world_size(),
+            replicas=ranks,
         )
     ]

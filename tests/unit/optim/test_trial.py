@@ -173,7 +173,7 @@ def test_the_proof_says_what_was_tried() -> None:
     model = make_model()
     plan = dl.plan_model(model, CONFIG)
     proof = dl.verify(plan, model, dl.attach(plan, model, torch.optim.AdamW))
-    assert proof.trial == "AdamW tried on whole parameters"
+    assert proof.trial == "AdamW heeds the rate of each group"
     assert proof.trial in proof.line()
 
 
