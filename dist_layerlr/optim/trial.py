@@ -263,7 +263,7 @@ def _compare(subject: _Subject, scratch: Scratch, way: Way) -> Verdict:
 def _attempt(subject: _Subject, scratch: Scratch, way: Way) -> tuple[Trained | None, str | None]:
     """(weights after training, what was raised instead)."""
     try:
-        with _quiet():
+        with _quiet(subject.device):
             return stepped(subject.make, scratch, way), None
     except Exception as error:
         first = str(error).partition("\n")[0]
@@ -271,14 +271,20 @@ def _attempt(subject: _Subject, scratch: Scratch, way: Way) -> tuple[Trained | N
 
 
 @contextlib.contextmanager
-def _quiet() -> Iterator[None]:
+def _quiet(device: torch.device) -> Iterator[None]:
     """Leave no trace: no output, no warning, no random number drawn, nothing compiled."""
     with contextlib.ExitStack() as stack:
         stack.enter_context(warnings.catch_warnings())
         warnings.simplefilter("ignore")
         stack.enter_context(contextlib.redirect_stdout(io.StringIO()))
-        stack.enter_context(torch.random.fork_rng())
-        torch.manual_seed(0)
+        # Of this rank's device alone: asking another card for its state puts a context onto it.
+        card: Any = getattr(torch, device.type, None)
+        if hasattr(card, "get_rng_state"):  # torch.cpu has none: its generator is torch's own
+            stack.enter_context(torch.random.fork_rng([device], device_type=device.type))
+            card.manual_seed(0)
+        else:
+            stack.enter_context(torch.random.fork_rng([]))
+        torch.default_generator.manual_seed(0)
         if "torch._dynamo" in sys.modules:
             # Some optimizers compile their step for every shape, which takes seconds. What has
             # not imported the compiler compiles nothing.

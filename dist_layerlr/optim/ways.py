@@ -202,7 +202,9 @@ def _step_rank(
 def _write(owners: Owners, into: Tensor) -> None:
     for part, owner in owners:
         value = owner.detach()
-        into[part.places] = value.full_tensor() if isinstance(value, DTensor) else value
+        whole = value.full_tensor() if isinstance(value, DTensor) else value
+        # A mesh of cards takes scratch tensors to its cards, also where parameters are offloaded.
+        into[part.places] = whole.to(into.device)
 
 
 Owners = list[tuple[Part, nn.Parameter]]
