@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.parameter import UninitializedParameter
 
 from dist_layerlr.errors import ModelSourceError, PlanMismatch
 from dist_layerlr.plan.build import build_plan
@@ -40,13 +41,19 @@ def describe(model: nn.Module) -> list[ParamInfo]:
     """List all parameters, frozen ones included, with true shapes and owner classes.
 
     Raises:
-        PlanMismatch: the model was flattened by FSDP1, so that original names or shapes are gone.
+        PlanMismatch: the model was flattened by FSDP1, so that original names or shapes are gone,
+            or a lazy parameter has no shape yet.
     """
     inner = unwrap(model)
     classes = _owner_classes(inner)
     infos = []
     for raw, param in inner.named_parameters():
         _refuse_flat(raw, inner)
+        if isinstance(param, UninitializedParameter):
+            raise PlanMismatch(
+                f"Parameter {raw!r} of {type(inner).__name__} has no shape before the first forward"
+                " (LazyLinear ...). Run one batch through the model, then make the plan."
+            )
         name = canonical_name(raw)
         infos.append(
             ParamInfo(
@@ -87,7 +94,7 @@ def _tie_warnings(model: nn.Module, infos: list[ParamInfo], plan: Plan) -> list[
 
 
 def unwrap(model: nn.Module) -> nn.Module:
-    """Take off DDP, a DeepSpeed engine and torch.compile.
+    """Take off DDP, DataParallel, a DeepSpeed engine, Fabric's wrapper and torch.compile.
 
     FSDP stays: it is told by segments of the names.
     """
@@ -97,6 +104,8 @@ def unwrap(model: nn.Module) -> nn.Module:
             model = model.get_submodule("module")
         elif "OptimizedModule" in kinds:
             model = model.get_submodule("_orig_mod")
+        elif "_FabricModule" in kinds:
+            model = model.get_submodule("_forward_module")
         else:
             return model
 
