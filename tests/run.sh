@@ -33,5 +33,6 @@ esac
 
 # DeepSpeed compiles its ops on first use; environments must not share what they compiled.
 export TORCH_EXTENSIONS_DIR=${TORCH_EXTENSIONS_DIR:-$PWD/$VENV/torch_extensions}
-# Files are shared out among workers, each whole to one: many tests of a file share a set of ranks.
-exec "$VENV/bin/python" -m pytest -n "${WORKERS:-2}" --dist loadfile "$@"
+# Files are shared out among workers, each whole to one: many tests of a file share a set of ranks. They keep their
+# order, because the fake device of tests/offload cannot be registered in a process that has run a backward pass.
+exec "$VENV/bin/python" -m pytest -n "${WORKERS:-2}" --dist loadfile --no-loadscope-reorder "$@"
