@@ -3,7 +3,11 @@ where."""
 
 from __future__ import annotations
 
+from pathlib import Path
+from typing import Any
+
 import pytest
+import torch.distributed as dist
 
 from dist_layerlr.errors import CheckpointError
 from dist_layerlr.ranks import RankFailure, alike, any_rank, is_shared
@@ -65,3 +69,20 @@ def test_two_sharders_are_refused(capsys: pytest.CaptureFixture[str]) -> None:
     )
     with pytest.raises(Exception, match="Invalid --sharding with --deepspeed_config"):
         request.make_request(args)
+
+
+def test_ranks_that_do_not_find_each_other_begin_anew(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """The harness of these tests: gloo may lose a connection before any work has run."""
+    connect = dist.init_process_group
+
+    def once_in_vain(*args: Any, rank: int, **more: Any) -> None:
+        marker = tmp_path / str(rank)
+        if not marker.exists():
+            marker.touch()
+            raise RuntimeError("Connection closed by peer")
+        connect(*args, rank=rank, **more)
+
+    monkeypatch.setattr(dist, "init_process_group", once_in_vain)
+    assert run_ranks(lambda rank, size: (rank, size), 2) == [(0, 2), (1, 2)]

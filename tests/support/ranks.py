@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import multiprocessing as mp
 import os
@@ -14,8 +15,14 @@ from typing import Any
 
 DEADLINE_S = 600.0
 """Only ends a hang: other work on the machine may make a test many times slower."""
+CONNECTS = 3
+"""Gloo's ranks sometimes close a connection while they meet, on a machine that is busy."""
 GROUP_TIMEOUT_S = 300.0
 """How long a collective waits for the other ranks."""
+
+
+class Unconnected(AssertionError):
+    """A rank that could not join the process group."""
 
 
 def run_ranks(
@@ -30,6 +37,16 @@ def run_ranks(
     Raises:
         AssertionError: a rank raised (with its traceback), died, or was not done in time.
     """
+    for _ in range(CONNECTS - 1):
+        # Nothing of the work has run when ranks do not find each other: they begin anew.
+        with contextlib.suppress(Unconnected):
+            return _run_once(work, world_size, args, deadline_s)
+    return _run_once(work, world_size, args, deadline_s)
+
+
+def _run_once(
+    work: Callable[..., Any], world_size: int, args: tuple[Any, ...], deadline_s: float
+) -> list[Any]:
     context = mp.get_context("fork")
     queue = context.Queue()
     with tempfile.TemporaryDirectory() as folder:
@@ -67,6 +84,8 @@ def _collect(queue: Any, ranks: list[Any], world_size: int, deadline_s: float) -
             ]
             assert not dead, f"ranks {dead} died with {[ranks[i].exitcode for i in dead]}"
             continue
+        if good is None:
+            raise Unconnected(f"rank {rank} did not reach the others:\n{value}")
         assert good, f"rank {rank} raised:\n{value}"
         results[rank] = value
     return [results[rank] for rank in range(world_size)]
@@ -88,6 +107,7 @@ def _rank(
     # of the collector's sight they cost nothing.
     gc.freeze()
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world_size))
+    connected = False
     try:
         dist.init_process_group(
             "gloo",
@@ -96,9 +116,10 @@ def _rank(
             world_size=world_size,
             timeout=timedelta(seconds=GROUP_TIMEOUT_S),
         )
+        connected = True
         queue.put((rank, True, work(rank, world_size, *args)))
     except BaseException:
-        queue.put((rank, False, traceback.format_exc()))
+        queue.put((rank, False if connected else None, traceback.format_exc()))
     finally:
         queue.close()
         queue.join_thread()
