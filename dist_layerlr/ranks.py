@@ -55,8 +55,8 @@ CAUSES = {
         " are meant to differ: then say so (dist_layerlr.sharders.mark_distinct)"
     ),
     "steps": (
-        "a step was counted twice or was taken on some ranks only; names that were trained before"
-        " the others are in order: then pass verify(..., steps=the optimizer steps done)"
+        "a step was counted twice or was taken on some ranks only; or the steps given to"
+        " verify(..., steps=) are not those that were done, earlier runs included"
     ),
     "repeated": "two groups hold the same parameter",
     "error": "an exception of that rank, not of all; its own log has the traceback",

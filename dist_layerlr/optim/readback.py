@@ -51,7 +51,7 @@ def live_pieces(sharder: Sharder, optimizer: Any = None) -> Pieces:
     segmented = found.optimizer
     groups = segmented.groups_by_name()
     pieces = [
-        piece.in_group(groups[piece.name])
+        piece.piece(groups[piece.name], piece.replicas)
         for piece in found.pieces
         if piece.name in groups and (segmented.steps(piece) or not piece.numel)
     ]

@@ -164,7 +164,8 @@ def _ranks(scratch: Scratch, way: Way) -> list[list[Rank]]:
         for group in range(len(scratch.groups)):
             halves = cut_stretch(part for part in scratch.parts if part.group == group)
             for rank, half in zip(ranks, halves, strict=True):
-                rank.append(joined(half))
+                if half:  # a group of one number lies on one rank
+                    rank.append(joined(half))
         return [ranks]
     return [[list(scratch.parts)]]
 

@@ -80,6 +80,18 @@ class Slice(Span):
         """
         return local(tensor).detach().reshape(-1)[self.offset : self.offset + self.numel]
 
+    def piece(self, group: ParamGroup, replicas: int) -> Piece:
+        """This slice, stepped by a group; quicker than ``replace`` for thousands of them."""
+        return Piece(
+            name=self.name,
+            start=self.start,
+            numel=self.numel,
+            owner=self.owner,
+            offset=self.offset,
+            group=group,
+            replicas=replicas,
+        )
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Piece(Slice):
@@ -88,18 +100,6 @@ class Piece(Slice):
     group: ParamGroup
     replicas: int = 1
     """Ranks that step each element."""
-
-    def in_group(self, group: ParamGroup) -> Piece:
-        """The same piece, stepped by another group; for thousands of pieces, unlike ``replace``."""
-        return Piece(
-            name=self.name,
-            start=self.start,
-            numel=self.numel,
-            owner=self.owner,
-            offset=self.offset,
-            group=group,
-            replicas=self.replicas,
-        )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -97,7 +97,7 @@ class Fsdp1Sharder(Sharder):
             for param in group["params"]:
                 found = by_owner.get(id(param), [])
                 strangers += not found
-                pieces += [_piece(shard, group) for shard in found]
+                pieces += [shard.piece(group, shard.replicas) for shard in found]
         return Pieces(pieces=pieces, requires_grad=trained, strangers=strangers, optimizer=inner)
 
     def weights(self) -> list[Weight]:
@@ -119,18 +119,6 @@ class Fsdp1Sharder(Sharder):
 
 def _is_unit(module: nn.Module) -> bool:
     return any(c.__name__ == "FullyShardedDataParallel" for c in type(module).__mro__)
-
-
-def _piece(shard: Shard, group: Any) -> Piece:
-    return Piece(
-        name=shard.name,
-        start=shard.start,
-        numel=shard.numel,
-        owner=shard.owner,
-        offset=shard.offset,
-        group=group,
-        replicas=shard.replicas,
-    )
 
 
 def _weight(shard: Shard) -> Weight:

@@ -16,14 +16,19 @@ from typing import Any
 
 import pytest
 import torch
-from accelerate import Accelerator
-from accelerate.state import AcceleratorState, GradientState
 from torch import nn
 
 from dist_layerlr import Plan, attach, plan_model
 from dist_layerlr.errors import ConfigError
 from dist_layerlr.optim import check_scheduler
-from tests.support.foreign_schedulers import BASE, BY_METRIC, RUN, SCHEDULERS, advance
+from tests.support.foreign_schedulers import (
+    BASE,
+    BY_METRIC,
+    RUN,
+    SCHEDULERS,
+    accelerate_state,
+    advance,
+)
 
 pytestmark = pytest.mark.filterwarnings("ignore:Detected call of `lr_scheduler.step")
 EMISSIONS = ("groups", "segmented")
@@ -34,11 +39,8 @@ CASES = [(name, emission) for name in SCHEDULERS for emission in EMISSIONS]
 
 @pytest.fixture(scope="module", autouse=True)
 def accelerate() -> Iterator[None]:
-    """Accelerate's objects need its state, a singleton."""
-    Accelerator(cpu=True)
-    yield
-    AcceleratorState._reset_state(reset_partial_state=True)
-    GradientState._reset_state()
+    with accelerate_state():
+        yield
 
 
 def sgd(groups: Any) -> torch.optim.Optimizer:

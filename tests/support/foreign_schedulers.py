@@ -7,13 +7,16 @@ them for one learning rate, ``BASE``.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
 import torch
+from accelerate import Accelerator
 from accelerate.optimizer import AcceleratedOptimizer
 from accelerate.scheduler import AcceleratedScheduler
+from accelerate.state import AcceleratorState, GradientState
 from accelerate.utils import DeepSpeedSchedulerWrapper
 from deepspeed.runtime import lr_schedules as ds
 from diffusers import optimization as diffusers
@@ -26,6 +29,15 @@ RUN = 60
 """Steps of the whole run."""
 BY_METRIC = (lr.ReduceLROnPlateau, hf.GreedyLR)
 Make = Callable[[torch.optim.Optimizer], Any]
+
+
+@contextmanager
+def accelerate_state() -> Iterator[None]:
+    """Accelerate's objects need its state, a singleton."""
+    Accelerator(cpu=True)
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)
+    GradientState._reset_state()
 
 
 def advance(scheduler: Any, number: int, metric: float = 1.0) -> None:

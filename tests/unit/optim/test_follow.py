@@ -8,8 +8,6 @@ from typing import Any
 
 import pytest
 import torch
-from accelerate import Accelerator
-from accelerate.state import AcceleratorState, GradientState
 from torch import nn
 from torch.optim import lr_scheduler as lr
 
@@ -17,7 +15,7 @@ import dist_layerlr as dl
 from dist_layerlr.checkpoint import load_checkpoint, save_checkpoint
 from dist_layerlr.errors import ConfigError
 from dist_layerlr.optim import follow, param_groups
-from tests.support.foreign_schedulers import BASE, RUN, SCHEDULERS, advance
+from tests.support.foreign_schedulers import BASE, RUN, SCHEDULERS, accelerate_state, advance
 from tests.support.naive import CONFIG, RATES, make_model, step_on_filled_grads
 
 pytestmark = pytest.mark.filterwarnings("ignore:Detected call of `lr_scheduler.step")
@@ -29,10 +27,8 @@ NAMES = {"blocks.0.attn.to_q.weight": RATES["self_attn"], "head.weight": BASE}
 
 @pytest.fixture(scope="module", autouse=True)
 def accelerate() -> Iterator[None]:
-    Accelerator(cpu=True)
-    yield
-    AcceleratorState._reset_state(reset_partial_state=True)
-    GradientState._reset_state()
+    with accelerate_state():
+        yield
 
 
 def adamw(groups: Any) -> torch.optim.Optimizer:

@@ -11,7 +11,6 @@ import torch
 from torch import nn
 
 import dist_layerlr as dl
-from dist_layerlr.optim import trial
 from dist_layerlr.optim.trial import Verdict, remember, try_out
 from dist_layerlr.sharders import Layout
 from tests.support.naive import CONFIG, fill_grads, make_model
@@ -177,8 +176,12 @@ def test_the_proof_says_what_was_tried() -> None:
     assert proof.trial in proof.line()
 
 
-def test_every_way_of_a_sharder_has_words() -> None:
-    assert all(cut.value for cut in trial.Cut)
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_parameters_of_one_number_can_be_tried(layout: str) -> None:
+    gate = nn.Parameter(torch.ones(()))
+    optimizer = torch.optim.AdamW([{"params": [gate], "lr": 1e-3, "name": "gate"}])
+    found = try_out(optimizer, LAYOUTS[layout], [gate], [()])
+    assert found.tried and found.fault is None
 
 
 @pytest.mark.parametrize("steps_before", [0, 2])
