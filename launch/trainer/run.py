@@ -19,7 +19,8 @@ from dist_layerlr.report import grid
 from dist_layerlr.sharders import unwrap
 from dist_layerlr.weights import check_pretrained
 from launch.trainer import outputs
-from launch.trainer.data import check_dataset, open_dataset
+from launch.trainer.batches import check_dropout, order_of
+from launch.trainer.data import fit_dataset, open_dataset
 from launch.trainer.engines import build_engine
 from launch.trainer.families import get_family
 from launch.trainer.job import Job
@@ -63,7 +64,8 @@ def run(request: Request, options: RunOptions, runtime: Runtime) -> None:
     objective = alike(lambda: family.objective(options.objective, Path(options.model_path)))
     data = alike(lambda: open_dataset(options.data))
     shape: Any = model.config
-    alike(lambda: check_dataset(data, family, shape))
+    alike(lambda: fit_dataset(data, family, shape))
+    alike(lambda: check_dropout(options.train.caption_dropout, data, family))
     alike(lambda: micro_batch_size(options, runtime.world_size))
     folder = alike(
         lambda: outputs.open_output_dir(
@@ -175,10 +177,18 @@ def _sizes(job: Job, begin: Position) -> str:
         return f"no step is left of {train.steps}: only the result is to be written"
     ranks = f"{runtime.world_size} rank" + "s" * (runtime.world_size > 1)
     return (
-        f"training on {ranks}, device {runtime.device.type}: {len(job.data)} samples, global batch"
+        f"training on {ranks}, device {runtime.device.type}: {_samples(job, begin)}, global batch"
         f" {train.global_batch} (each rank {parts} x {micro}), steps {begin.step + 1} to"
         f" {train.steps}"
     )
+
+
+def _samples(job: Job, begin: Position) -> str:
+    """How many there are, and of how many sizes."""
+    order, text = order_of(job, begin), f"{len(job.data)} samples"
+    if order.buckets == 1:
+        return text
+    return f"{text} in {order.buckets} buckets ({order.filled} seen again an epoch to fill batches)"
 
 
 def _predict(job: Job) -> Prediction | None:
