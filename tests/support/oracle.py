@@ -34,6 +34,7 @@ from torch.utils._pytree import tree_flatten, tree_map
 from launch.trainer.data.base import LATENTS, PROMPT_EMBEDS, PROMPT_MASK, Batch, Sample
 from launch.trainer.families.diffusion import Diffusion
 from launch.trainer.objectives.flow import FlowMatching
+from tests.support.forked import in_fork
 
 LENGTHS = (3, 5)
 """Tokens of the two prompts, where the family leaves their number free."""
@@ -337,7 +338,12 @@ def check_ragged(case: Case, family: Diffusion | None = None) -> None:
 
 
 def check_train(case: Case, folder: Path, **settings: Any) -> None:
-    """One backward pass of the family's own objective."""
+    """One backward pass of the family's own objective, in a process of its own: see ``forked``."""
+    kind, text = in_fork(lambda: _one_pass(case, folder, settings), "cpu")
+    assert kind == "passed", text
+
+
+def _one_pass(case: Case, folder: Path, settings: dict[str, Any]) -> None:
     family, pipeline = case.family, make_pipeline(case)
     pipeline.scheduler.save_pretrained(folder / "scheduler")
     batch = family.collate(make_samples(case, family, pipeline))
