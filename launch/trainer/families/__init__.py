@@ -10,6 +10,9 @@ from launch.trainer.families.base import Family
 
 # Imported only when asked for: each family has its own dependencies.
 FAMILIES: dict[str, str] = {
+    "pixart": "pixart:PixArt",
+    "sd15": "sd15:SD15",
+    "sdxl": "sdxl:SDXL",
     "wan": "wan:Wan",
 }
 """``model_type`` -> module and class."""
