@@ -26,6 +26,7 @@ from launch.trainer.families import get_family
 from launch.trainer.job import Job
 from launch.trainer.loop import micro_batch_size, train, write_row
 from launch.trainer.metrics import MetricsFile
+from launch.trainer.objectives import Noted
 from launch.trainer.options import RunOptions
 from launch.trainer.record import write_record
 from launch.trainer.request import Request
@@ -41,7 +42,7 @@ from launch.trainer.runlog import LOG
 from launch.trainer.runtime import Diverged, Runtime
 from launch.trainer.signals import StopFlag, catch_signals
 from launch.trainer.state import Outcome, Position
-from launch.trainer.weights import empty_model, frozen_line
+from launch.trainer.weights import empty_model, frozen_line, spare_from_decay, spared_line
 
 
 def print_plan(options: RunOptions, runtime: Runtime) -> None:
@@ -87,9 +88,10 @@ def run(request: Request, options: RunOptions, runtime: Runtime) -> None:
         run_id = past.run_id or run_id if trained else run_id
         plan = adapt_plan(checkpoint, plan, runtime, trained=trained)
     runtime.say(grid(plan))
-    frozen = frozen_line(family, model, options)
-    if frozen is not None:
-        runtime.say(frozen)
+    note = objective.note if isinstance(objective, Noted) else None
+    for line in (frozen_line(family, model, options), spared_line(family, model, plan), note):
+        if line is not None:
+            runtime.say(line)
     engine = build_engine(request.sharding, model, plan, options, runtime, request.deepspeed_config)
     job = Job(
         engine=engine,
@@ -111,7 +113,7 @@ def _planned(options: RunOptions) -> tuple[nn.Module, Plan]:
     """Build the model on the meta device, and its plan. Collective."""
     family = get_family(options.model_type)
     model = alike(lambda: empty_model(family, options))
-    return model, alike(lambda: plan_model(model, options.plan))
+    return model, alike(lambda: spare_from_decay(family, model, plan_model(model, options.plan)))
 
 
 def _train_and_save(job: Job, stop: StopFlag, checkpoint: Path | None) -> None:
