@@ -21,6 +21,7 @@ from dist_layerlr.plan import Plan
 from dist_layerlr.ranks import alike
 from dist_layerlr.weights import find_not_finite
 from launch.trainer.data.base import LATENTS, to_device
+from launch.trainer.data.order import one_batch
 from launch.trainer.engines.base import autocast
 from launch.trainer.job import Job
 from launch.trainer.lock import hold
@@ -228,10 +229,10 @@ def draw_generated(job: Job) -> Path | None:
     from launch.trainer.samples import draw_samples
 
     options, device, model = job.options, job.runtime.device, job.engine.model
-    count = min(options.samples.count, len(job.data))
-    if count == 0:
+    chosen = one_batch(job.data, options.samples.count)
+    if not chosen:
         return None
-    batch = alike(lambda: job.family.collate([job.data[index] for index in range(count)]))
+    batch = alike(lambda: job.family.collate([job.data[index] for index in chosen]))
     # Dropout and the like are for training; generate() runs the forward pass alone.
     model.eval()
     with torch.no_grad(), autocast(device, options):
@@ -243,7 +244,7 @@ def draw_generated(job: Job) -> Path | None:
         return None
     path, labels = job.folder / "samples" / "samples.png", []
     if job.runtime.is_main:
-        labels = [job.data.name(index) for index in range(count)]
+        labels = [job.data.name(index) for index in chosen]
     shown: Any = made
     alike(lambda: draw_samples(path, shown.cpu(), batch[LATENTS], labels) if labels else None)
     return path

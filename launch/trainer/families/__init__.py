@@ -14,9 +14,12 @@ FAMILIES: dict[str, str] = {
     "flux_2_dev": "flux2:Flux2Dev",
     "flux_2_klein_4b": "flux2:Flux2Klein4B",
     "flux_2_klein_9b": "flux2:Flux2Klein9B",
+    "pixart": "pixart:PixArt",
     "qwen": "qwen:Qwen",
     "sana": "sana:Sana",
+    "sd15": "sd15:SD15",
     "sd35": "sd35:SD35",
+    "sdxl": "sdxl:SDXL",
     "wan": "wan:Wan",
     "zimage": "zimage:ZImage",
 }
