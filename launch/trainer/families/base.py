@@ -58,6 +58,16 @@ class Family(Protocol):
         """
         ...
 
+    def checkpoint_blocks(self, model: nn.Module) -> None:
+        """Have the blocks' activations recomputed in backward, output and gradients unchanged.
+
+        Names of parameters must stay as they are.
+
+        Args:
+            model: What ``build`` returned, its parameters on the meta device.
+        """
+        ...
+
     def lora_targets(self, model_config: Mapping[str, Any]) -> tuple[str, ...] | str:
         """Modules that LoRA adapts unless the config says otherwise.
 

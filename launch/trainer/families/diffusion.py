@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from dist_layerlr.errors import ModelSourceError
 from launch.trainer.data.base import LATENTS, PROMPT_EMBEDS, PROMPT_MASK, Batch, Sample, pad, stack
-from launch.trainer.families.checks import Layout, check_shape
+from launch.trainer.families.checks import Layout, check_shape, misfit, spelled
 from launch.trainer.objectives import Objective
 from launch.trainer.objectives.flow import FlowMatching
 
@@ -41,6 +41,8 @@ class Diffusion(ABC):
     """Fields of a sample that hold its prompt: those of the empty prompt replace them together."""
     ragged: ClassVar[bool] = False
     """Whether prompts of several lengths share a batch: padded, with a mask."""
+    patch: ClassVar[int] = 1
+    """Latent pixels of a token, each way: height and width must be multiples of it."""
 
     # Building
 
@@ -71,6 +73,10 @@ class Diffusion(ABC):
         """Build the network; see ``Family.build``."""
         model: nn.Module = self.model_class.from_config(model_config)
         return model
+
+    def checkpoint_blocks(self, model: nn.Module) -> None:
+        """Turn on the network's own checkpointing; see ``Family.checkpoint_blocks``."""
+        model.enable_gradient_checkpointing()  # type: ignore[operator]
 
     def lora_targets(self, model_config: Mapping[str, Any]) -> tuple[str, ...] | str:
         """Return the projections of all attentions; see ``Family.lora_targets``."""
@@ -133,10 +139,15 @@ class Diffusion(ABC):
     def check_sample(
         self, model_config: Mapping[str, Any], sample: Sample, label: str = "data sample"
     ) -> None:
-        """Refuse fields that are missing or have other axes; see ``Family.check_sample``."""
+        """Refuse fields that are missing, or have other axes or sizes; see ``Family``."""
         step = "encode it with the model's own VAE and text encoders"
-        for name, axes in self.layout(model_config).items():
+        layout = self.layout(model_config)
+        for name, axes in layout.items():
             check_shape(sample, name, axes, label, step)
+        shape = tuple(sample[LATENTS].shape)
+        if any(size % self.patch for size in shape[-2:]):
+            needed = f"{spelled(layout[LATENTS])} with H, W multiples of {self.patch}"
+            raise misfit(label, LATENTS, shape, needed, "crop the pictures")
 
     # Encoding and sampling with the pipeline
 
