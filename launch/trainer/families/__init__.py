@@ -10,7 +10,9 @@ from launch.trainer.families.base import Family
 
 # Imported only when asked for: each family has its own dependencies.
 FAMILIES: dict[str, str] = {
+    "hunyuan_video": "hunyuan_video:HunyuanVideo",
     "wan": "wan:Wan",
+    "wan22": "wan22:Wan22",
 }
 """``model_type`` -> module and class."""
 
