@@ -7,7 +7,8 @@ takes cached prompts. Everything else has a default here.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -181,6 +182,25 @@ class Diffusion(ABC):
             guidance: 1 samples without a negative prompt. More needs the fields of the empty prompt
                 in ``batch["negative"]``, collated like the others.
         """
+
+    def pipeline_name(self, model_config: Mapping[str, Any]) -> str:
+        """Return the class of the pipeline that samples with a checkpoint, in diffusers.
+
+        Args:
+            model_config: Content of its ``config.json``: variants may have pipelines of their own.
+        """
+        return self.pipeline_class
+
+    @contextmanager
+    def pipeline_with(self, pipeline: Any, batch: Batch) -> Iterator[None]:
+        """Have the pipeline take from a batch what it has no argument for, while inside.
+
+        Args:
+            pipeline: Is called inside, with ``pipeline_inputs`` of the same batch. It is left as
+                it was.
+            batch: What ``collate`` returned, on the network's device.
+        """
+        yield
 
     def pixel_size(self, pipeline: Any, latents: Tensor) -> dict[str, int]:
         """Height and width, for clips also the frames, as the pipeline takes them.
