@@ -21,6 +21,7 @@ from dist_layerlr.weights import check_pretrained
 from launch.trainer import outputs
 from launch.trainer.data import check_dataset, open_dataset
 from launch.trainer.engines import build_engine
+from launch.trainer.estimate import check_cards, estimate
 from launch.trainer.families import get_family
 from launch.trainer.job import Job
 from launch.trainer.loop import micro_batch_size, train, write_row
@@ -47,6 +48,13 @@ def print_plan(options: RunOptions, runtime: Runtime) -> None:
     """Print the grid of learning rates. Collective."""
     _, plan = _planned(options)
     runtime.say(grid(plan))
+
+
+def print_estimate(options: RunOptions, runtime: Runtime, cards: int, card_gb: float) -> None:
+    """Print the memory of a run under each sharder. Collective."""
+    check_cards(cards, card_gb)
+    _, plan = _planned(options)
+    runtime.say(alike(lambda: estimate(options, plan, cards, card_gb)).table())
 
 
 def run(request: Request, options: RunOptions, runtime: Runtime) -> None:
