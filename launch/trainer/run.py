@@ -138,7 +138,9 @@ def _train_and_save(job: Job, stop: StopFlag, checkpoint: Path | None) -> None:
         write_row(metrics, {"step": begin.step, "prediction": prediction.to_dict()})
     save = Saver(job)
     try:
-        outcome = train(job, metrics, stop, begin, save)
+        outcome = train(
+            job, metrics, stop, begin, save, lambda done: outputs.draw_generated(job, done)
+        )
     except Diverged:
         # All ranks raise it. The last periodic checkpoint is good, so let it get onto the disk.
         save.finish()
