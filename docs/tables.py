@@ -23,6 +23,7 @@ from dist_layerlr.plan.depth import DepthSettings
 from dist_layerlr.plan.presets import RfdetrPreset
 from dist_layerlr.sharders import Layout
 from launch.trainer.objectives.flow import FlowMatching
+from launch.trainer.objectives.noise import NoisePrediction
 from launch.trainer.options import BLOCKS, RunOptions
 from tests.support.optimizers import PACKAGES, Make, is_installed, package_of
 
@@ -54,6 +55,7 @@ def tables() -> dict[str, list[Setting]]:
         "memory.stagehand": [*settings(StreamPolicy).values()],
     }
     found["objective.flow"] = [*settings(FlowMatching).values()]
+    found["objective.noise"] = [*settings(NoisePrediction).values()]
     for name, block in BLOCKS.items():
         found[name] = [*settings(block).values()]
     return found

@@ -6,23 +6,20 @@ import math
 import time
 import warnings
 from collections.abc import Callable, Mapping
-from functools import lru_cache
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
 
 from dist_layerlr.errors import ConfigError
 from dist_layerlr.ranks import alike, any_rank
-from launch.trainer.data.base import Batch, to_device
+from launch.trainer.batches import Batches
 from launch.trainer.engines.base import autocast
 from launch.trainer.job import Job
 from launch.trainer.metrics import MetricsFile, peak_memory_gb
 from launch.trainer.options import RunOptions, TrainOptions
 from launch.trainer.progress import progress
 from launch.trainer.runtime import LOWER, Diverged, Runtime
-from launch.trainer.seeds import ORDER_STREAM, mix_seed
 from launch.trainer.signals import StopFlag
 from launch.trainer.state import Outcome, Position
 
@@ -60,13 +57,14 @@ def train(
     warnings.filterwarnings("ignore", message="Mismatch dtype between input and weight")
     settings = job.options.train
     begin = begin or Position()
+    batches = Batches(job, begin)
     factor, done, saved = 1.0, begin.step, begin.step
     observed = dict(begin.observed)
     # The signal may have come while the model was loaded.
     stopped = _told(stop)
     with progress(settings.steps, begin.step, job.runtime) as show:
         while done < settings.steps and not stopped:
-            row, stopped = _step(job, done, begin, observed, stop)
+            row, stopped = _step(job, done, batches, observed, stop)
             if row is None:
                 break
             factor = row["lr_factor"]
@@ -93,7 +91,7 @@ def train(
 
 
 def _step(
-    job: Job, step: int, begin: Position, observed: dict[str, float], stop: StopFlag | None
+    job: Job, step: int, batches: Batches, observed: dict[str, float], stop: StopFlag | None
 ) -> tuple[dict[str, Any] | None, bool]:
     """Do one optimizer step. Returns its row of metrics, and whether any rank was told to stop.
 
@@ -102,7 +100,7 @@ def _step(
     """
     started = time.perf_counter()
     factor = job.options.schedule.factor(step)
-    loss = _accumulate(job, begin, step, stop)
+    loss = _accumulate(job, batches, step, stop)
     if loss is None:
         return None, True
     # Every rank now holds the same loss and flag, so all of them take the same branches below.
@@ -160,20 +158,7 @@ def micro_batch_size(options: RunOptions, world_size: int) -> int:
     return micro
 
 
-def sample_index(number: int, length: int, seed: int) -> int:
-    """Index in the dataset of sample ``number`` of the run: a fresh permutation every epoch."""
-    epoch, position = divmod(number, length)
-    return int(_order(epoch, length, seed)[position])
-
-
-@lru_cache(maxsize=2)  # a batch may straddle two epochs
-def _order(epoch: int, length: int, seed: int) -> Tensor:
-    """Return the permutation of one epoch."""
-    generator = torch.Generator().manual_seed(mix_seed(seed, ORDER_STREAM, epoch))
-    return torch.randperm(length, generator=generator)
-
-
-def _accumulate(job: Job, begin: Position, step: int, stop: StopFlag | None) -> float | None:
+def _accumulate(job: Job, batches: Batches, step: int, stop: StopFlag | None) -> float | None:
     """Forward and backward over this rank's share of the step's samples.
 
     Returns:
@@ -182,7 +167,7 @@ def _accumulate(job: Job, begin: Position, step: int, stop: StopFlag | None) -> 
     settings, runtime = job.options.train, job.runtime
     micro = micro_batch_size(job.options, runtime.world_size)
     share = settings.global_batch // runtime.world_size
-    first = begin.samples_at(step, settings.global_batch) + runtime.rank * share
+    first = batches.begin.samples_at(step, settings.global_batch) + runtime.rank * share
     parts = share // micro
     total = 0.0
     for part in range(parts):
@@ -190,7 +175,7 @@ def _accumulate(job: Job, begin: Position, step: int, stop: StopFlag | None) -> 
         if part > 0 and _told(stop):
             return None
         numbers = list(range(first + part * micro, first + (part + 1) * micro))
-        batch = _read(job, numbers)
+        batch = batches.read(numbers)
         with job.engine.micro_step(last=part == parts - 1):
             with autocast(runtime.device, job.options):
                 loss = job.objective.loss(job.engine.model, batch, numbers, settings.seed)
@@ -199,17 +184,6 @@ def _accumulate(job: Job, begin: Position, step: int, stop: StopFlag | None) -> 
             job.engine.backward(mean)
         total += mean.item()
     return total
-
-
-def _read(job: Job, numbers: list[int]) -> Batch:
-    """Read the samples with these numbers. Collective: ranks fail together on a broken sample."""
-
-    def collate() -> Batch:
-        seed, length = job.options.train.seed, len(job.data)
-        return job.family.collate([job.data[sample_index(n, length, seed)] for n in numbers])
-
-    batch: Batch = to_device(alike(collate), job.runtime.device)
-    return batch
 
 
 def _share(loss: float, stop: bool, runtime: Runtime) -> tuple[float, bool]:

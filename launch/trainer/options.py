@@ -75,6 +75,12 @@ class TrainOptions:
         doc="Per rank in one forward.",
     )
     seed: int = setting(fields.integer(0), default=0, doc="Of data order, noise and new weights.")
+    caption_dropout: float = setting(
+        fields.number(0.0, 1.0),
+        default=0.0,
+        doc="Share of the samples that are trained with the empty prompt, as guidance needs. The"
+        " cache must hold it.",
+    )
     dtype: str = setting(
         fields.one_of(lambda: ("fp32", "bf16")),
         default="fp32",

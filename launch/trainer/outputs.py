@@ -21,6 +21,7 @@ from dist_layerlr.plan import Plan
 from dist_layerlr.ranks import alike
 from dist_layerlr.weights import find_not_finite
 from launch.trainer.data.base import LATENTS, Batch, to_device
+from launch.trainer.data.order import one_batch
 from launch.trainer.engines.base import autocast
 from launch.trainer.families.diffusion import Diffusion
 from launch.trainer.job import Job
@@ -34,7 +35,17 @@ from launch.trainer.runtime import LOWER, Diverged
 PLAN, PROOF, METRICS = "plan.json", "verify.json", "metrics.jsonl"
 FINAL = "final"
 _STAGED, _REPLACED = ".final.new", ".final.old"
-_PER_RUN = (PLAN, PROOF, METRICS, "lr_grid.png", "samples/*.png", RESOLVED, RECORD, LOG)
+_PER_RUN = (
+    PLAN,
+    PROOF,
+    METRICS,
+    "lr_grid.png",
+    "samples/samples.png",
+    "samples/step_*.png",
+    RESOLVED,
+    RECORD,
+    LOG,
+)
 """What a run writes on its way. A new run begins with none of an earlier one's."""
 _IN_FINAL = (
     PLAN,
@@ -238,10 +249,10 @@ def draw_generated(job: Job, step: int | None = None) -> Path | None:
     from launch.trainer.samples import draw_samples
 
     options, device, model = job.options, job.runtime.device, job.engine.model
-    count = min(options.samples.count, len(job.data))
-    if count == 0:
+    chosen = one_batch(job.data, options.samples.count)
+    if not chosen:
         return None
-    batch = alike(lambda: job.family.collate([job.data[index] for index in range(count)]))
+    batch = alike(lambda: job.family.collate([job.data[index] for index in chosen]))
     # Dropout and the like are for training; generate() runs the forward pass alone.
     model.eval()
     with torch.no_grad(), autocast(device, options):
@@ -252,7 +263,7 @@ def draw_generated(job: Job, step: int | None = None) -> Path | None:
     name = "samples.png" if step is None else f"step_{step:06d}.png"
     path, labels = job.folder / "samples" / name, []
     if job.runtime.is_main:
-        labels = [job.data.name(index) for index in range(count)]
+        labels = [job.data.name(index) for index in chosen]
     shown: Any = made
     alike(lambda: draw_samples(path, shown.cpu(), real, labels) if labels else None)
     return path

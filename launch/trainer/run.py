@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import uuid
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,13 +20,15 @@ from dist_layerlr.report import grid
 from dist_layerlr.sharders import unwrap
 from dist_layerlr.weights import check_pretrained
 from launch.trainer import outputs
-from launch.trainer.data import check_dataset, open_dataset
+from launch.trainer.batches import check_dropout, order_of
+from launch.trainer.data import fit_dataset, open_dataset
 from launch.trainer.engines import build_engine
 from launch.trainer.estimate import check_cards, estimate
 from launch.trainer.families import get_family
 from launch.trainer.job import Job
 from launch.trainer.loop import micro_batch_size, train, write_row
 from launch.trainer.metrics import MetricsFile
+from launch.trainer.objectives import Noted
 from launch.trainer.options import RunOptions
 from launch.trainer.record import write_record
 from launch.trainer.request import Request
@@ -41,7 +44,7 @@ from launch.trainer.runlog import LOG
 from launch.trainer.runtime import Diverged, Runtime
 from launch.trainer.signals import StopFlag, catch_signals
 from launch.trainer.state import Outcome, Position
-from launch.trainer.weights import empty_model, frozen_line
+from launch.trainer.weights import empty_model, frozen_line, spare_from_decay, spared_line
 
 
 def print_plan(options: RunOptions, runtime: Runtime) -> None:
@@ -71,7 +74,8 @@ def run(request: Request, options: RunOptions, runtime: Runtime) -> None:
     objective = alike(lambda: family.objective(options.objective, Path(options.model_path)))
     data = alike(lambda: open_dataset(options.data))
     shape: Any = model.config
-    alike(lambda: check_dataset(data, family, shape))
+    alike(lambda: fit_dataset(data, family, shape))
+    alike(lambda: check_dropout(options.train.caption_dropout, data, family))
     alike(lambda: micro_batch_size(options, runtime.world_size))
     folder = alike(
         lambda: outputs.open_output_dir(
@@ -93,9 +97,10 @@ def run(request: Request, options: RunOptions, runtime: Runtime) -> None:
         run_id = past.run_id or run_id if trained else run_id
         plan = adapt_plan(checkpoint, plan, runtime, trained=trained)
     runtime.say(grid(plan))
-    frozen = frozen_line(family, model, options)
-    if frozen is not None:
-        runtime.say(frozen)
+    note = objective.note if isinstance(objective, Noted) else None
+    for line in (frozen_line(family, model, options), spared_line(family, model, plan), note):
+        if line is not None:
+            runtime.say(line)
     engine = build_engine(request.sharding, model, plan, options, runtime, request.deepspeed_config)
     job = Job(
         engine=engine,
@@ -117,7 +122,7 @@ def _planned(options: RunOptions) -> tuple[nn.Module, Plan]:
     """Build the model on the meta device, and its plan. Collective."""
     family = get_family(options.model_type)
     model = alike(lambda: empty_model(family, options))
-    return model, alike(lambda: plan_model(model, options.plan))
+    return model, alike(lambda: spare_from_decay(family, model, plan_model(model, options.plan)))
 
 
 def _train_and_save(job: Job, stop: StopFlag, checkpoint: Path | None) -> None:
@@ -138,9 +143,7 @@ def _train_and_save(job: Job, stop: StopFlag, checkpoint: Path | None) -> None:
         write_row(metrics, {"step": begin.step, "prediction": prediction.to_dict()})
     save = Saver(job)
     try:
-        outcome = train(
-            job, metrics, stop, begin, save, lambda done: outputs.draw_generated(job, done)
-        )
+        outcome = train(job, metrics, stop, begin, save, partial(outputs.draw_generated, job))
     except Diverged:
         # All ranks raise it. The last periodic checkpoint is good, so let it get onto the disk.
         save.finish()
@@ -185,10 +188,18 @@ def _sizes(job: Job, begin: Position) -> str:
         return f"no step is left of {train.steps}: only the result is to be written"
     ranks = f"{runtime.world_size} rank" + "s" * (runtime.world_size > 1)
     return (
-        f"training on {ranks}, device {runtime.device.type}: {len(job.data)} samples, global batch"
+        f"training on {ranks}, device {runtime.device.type}: {_samples(job, begin)}, global batch"
         f" {train.global_batch} (each rank {parts} x {micro}), steps {begin.step + 1} to"
         f" {train.steps}"
     )
+
+
+def _samples(job: Job, begin: Position) -> str:
+    """How many there are, and of how many sizes."""
+    order, text = order_of(job, begin), f"{len(job.data)} samples"
+    if order.buckets == 1:
+        return text
+    return f"{text} in {order.buckets} buckets ({order.filled} seen again an epoch to fill batches)"
 
 
 def _predict(job: Job) -> Prediction | None:

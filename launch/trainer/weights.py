@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 
 from dist_layerlr import fields
 from dist_layerlr.errors import ModelSourceError
-from dist_layerlr.plan import canonical_name
+from dist_layerlr.plan import Plan, canonical_name
 from dist_layerlr.plan.names import base_name, parse
 from dist_layerlr.plan.read import checkpoint_files
 from dist_layerlr.weights import load_pretrained
@@ -106,6 +107,27 @@ def frozen_line(family: Family, model: nn.Module, options: RunOptions) -> str | 
         return None
     more = f" and {len(names) - 1} more" if len(names) > 1 else ""
     return f"frozen, because the objective gives them no gradient: {names[0]}{more}"
+
+
+def spare_from_decay(family: Family, model: Any, plan: Plan) -> Plan:
+    """Give weight decay 0 to what the family names; see ``Family.without_decay``."""
+    spared = set(family.without_decay(model.config)) & plan.entries.keys()
+    entries = {
+        name: replace(entry, weight_decay=0.0) if name in spared else entry
+        for name, entry in plan.entries.items()
+    }
+    return replace(plan, entries=entries) if spared else plan
+
+
+def spared_line(family: Family, model: Any, plan: Plan) -> str | None:
+    """Say which parameters have no weight decay because of the family; None where none."""
+    spared = [name for name in family.without_decay(model.config) if name in plan.entries]
+    if not spared:
+        return None
+    return (
+        f"no weight decay for {', '.join(spared)}: some of their elements get no gradient, and"
+        " decay alone would move those"
+    )
 
 
 def _inject_lora(

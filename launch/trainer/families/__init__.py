@@ -10,6 +10,12 @@ from launch.trainer.families.base import Family
 
 # Imported only when asked for: each family has its own dependencies.
 FAMILIES: dict[str, str] = {
+    "flux_2_dev": "flux2:Flux2Dev",
+    "flux_2_klein_4b": "flux2:Flux2Klein4B",
+    "flux_2_klein_9b": "flux2:Flux2Klein9B",
+    "pixart": "pixart:PixArt",
+    "sd15": "sd15:SD15",
+    "sdxl": "sdxl:SDXL",
     "wan": "wan:Wan",
 }
 """``model_type`` -> module and class."""

@@ -72,6 +72,13 @@ class Family(Protocol):
         """
         ...
 
+    def without_decay(self, model_config: Mapping[str, Any]) -> tuple[str, ...]:
+        """Names of parameters that weight decay must not touch, whatever the plan says.
+
+        Some of their elements get a gradient of zero always, so that decay alone would move them.
+        """
+        ...
+
     def objective(self, settings: Mapping[str, Any], model_folder: Path) -> Objective:
         """Make what the model is trained for.
 

@@ -80,6 +80,10 @@ class Diffusion(ABC):
         """Return none: every parameter gets a gradient; see ``Family.without_gradient``."""
         return ()
 
+    def without_decay(self, model_config: Mapping[str, Any]) -> tuple[str, ...]:
+        """Return none: every element gets a gradient; see ``Family.without_decay``."""
+        return ()
+
     def objective(self, settings: Mapping[str, Any], model_folder: Path) -> Objective:
         """Make the objective from the family's own defaults and what the config gives."""
         made: Objective = self.objective_class(

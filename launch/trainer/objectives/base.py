@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 from torch import Tensor, nn
 
@@ -44,4 +44,14 @@ class Objective(Protocol):
             seed: Of the run.
             steps: Calls of the model, 1 or more.
         """
+        ...
+
+
+@runtime_checkable
+class Noted(Protocol):
+    """An objective with something to say once, before training."""
+
+    @property
+    def note(self) -> str | None:
+        """One line for the log."""
         ...

@@ -152,15 +152,20 @@ def sample(
         ConfigError: ``steps`` or ``shift`` is out of range.
     """
     sigmas = euler_sigmas(steps, shift)
-    starts = []
-    for index in range(shape[0]):
-        generator = torch.Generator().manual_seed(mix_seed(seed, SAMPLE_STREAM, index))
-        starts.append(torch.randn(tuple(shape[1:]), generator=generator))
-    latents = torch.stack(starts).to(device)
+    latents = starting_noise(shape, seed).to(device)
     for now, after in zip(sigmas, sigmas[1:], strict=False):
         timestep = torch.full((shape[0],), now * TIMESTEPS, device=device)
         latents = latents + (after - now) * velocity_fn(latents, timestep).float()
     return latents
+
+
+def starting_noise(shape: Sequence[int], seed: int) -> Tensor:
+    """Return noise (N, ...) on the CPU, of which sample i depends on (seed, i) alone."""
+    starts = []
+    for index in range(shape[0]):
+        generator = torch.Generator().manual_seed(mix_seed(seed, SAMPLE_STREAM, index))
+        starts.append(torch.randn(tuple(shape[1:]), generator=generator))
+    return torch.stack(starts)
 
 
 def euler_sigmas(steps: int, shift: float = 1.0) -> list[float]:
