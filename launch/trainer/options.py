@@ -17,6 +17,7 @@ from dist_layerlr.optim.schedule import Schedule
 from dist_layerlr.plan.config import BLOCK as PLAN_BLOCK
 from dist_layerlr.plan.config import Config, load_config
 from launch.trainer.families import get_family
+from launch.trainer.families.base import network_folders
 
 LORA, FULL = "lora", "fine_tune"
 PUBLISHED_MODEL = "(published)"
@@ -239,7 +240,10 @@ def load_options(
     values = {key: found.check(key, given[key]) for key, found in known.items()}
     # By attribute from here on, as the objective's class takes them.
     values["objective"] = fields.read("objective", values["objective"], family.objective_class)
-    values["model_path"] = str(family.model_folder(Path(values["model_path"])))
+    folder = family.model_folder(Path(values["model_path"]))
+    # Of two networks the first: each gets options of its own in run.py.
+    folder = next(iter(network_folders(family, folder, values["objective"]).values()))
+    values["model_path"] = str(folder)
     method = values["training_method"]
     if method == FULL and "adapter" in raw:
         raise ConfigError(

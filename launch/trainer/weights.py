@@ -79,7 +79,7 @@ def empty_model(family: Family, options: RunOptions) -> nn.Module:
     ):
         model = family.build(config)
     if options.train.checkpointing:
-        model.enable_gradient_checkpointing()  # type: ignore[operator]
+        family.checkpoint_blocks(model)
     if options.training_method == LORA:
         _inject_lora(model, options.adapter, family.lora_targets(config))
     for name in _without_gradient(family, model):

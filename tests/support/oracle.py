@@ -37,7 +37,6 @@ from launch.trainer.objectives.flow import FlowMatching
 from tests.support.forked import in_fork
 
 LENGTHS = (3, 5)
-"""Tokens of the two prompts, where the family leaves their number free."""
 STEPS = 6
 """Of the oracle's walk: enough for solvers that look back."""
 CLOSE = 1e-5
@@ -83,6 +82,11 @@ class Case:
     """Pixels (B, 3, F, H, W) -> what else the pipeline is given: an image, for example."""
     network_class: Mapping[str, Any] = field(default_factory=dict)
     """Arguments of the full-size network, where its class's defaults are another variant."""
+    lengths: tuple[int, int] | None = None
+    """Tokens of the two prompts, where the family leaves their number free; None: ``LENGTHS``."""
+    mend: Callable[[Any], None] = staticmethod(lambda pipeline: None)
+    """Corrects the pipeline in place, where it does not call its network as the model was trained.
+    """
     said_at: int = 1
     """Which call of the network ``check_call`` compares; 1 is the second: sigma is not 1."""
 
@@ -102,6 +106,10 @@ class Call:
 
 
 # What goes in
+
+
+def lengths_of(case: Case) -> tuple[int, int]:
+    return case.lengths or LENGTHS
 
 
 def noise(seed: int, *shape: int) -> Tensor:
@@ -126,6 +134,7 @@ def make_pipeline(case: Case, sampler: Sampler | None = None, **text: Any) -> An
     pipeline.set_progress_bar_config(disable=True)
     for name in (*case.components, "vae"):
         getattr(pipeline, name).eval()
+    case.mend(pipeline)
     return pipeline
 
 
@@ -155,7 +164,7 @@ def make_samples(case: Case, family: Diffusion, pipeline: Any) -> list[Sample]:
     """Two samples: pixels encoded by the family, random prompts of different lengths."""
     config, pixels = config_of(case, pipeline), make_pixels(case)
     samples = []
-    for number, length in enumerate(LENGTHS):
+    for number, length in enumerate(lengths_of(case)):
         encoded = family.encode_pixels(pipeline, pixels[number])
         samples.append({**encoded, **make_prompt(case, config, 1 + number, length)})
     return samples
@@ -180,12 +189,13 @@ def run_pipeline(
         **family.pixel_size(pipeline, one),
         **case.given(make_pixels(case)),
     }
-    output = pipeline(
-        **options,
-        num_inference_steps=steps,
-        output_type="pt",
-        generator=torch.Generator().manual_seed(5),
-    )
+    with family.pipeline_with(pipeline, batch):
+        output = pipeline(
+            **options,
+            num_inference_steps=steps,
+            output_type="pt",
+            generator=torch.Generator().manual_seed(5),
+        )
     images = torch.as_tensor(output.images if hasattr(output, "images") else output.frames)
     return images[:, None] if images.ndim == 4 else images
 
@@ -305,7 +315,7 @@ def _parts_of(case: Case, call: Call, batch: Batch) -> Iterator[tuple[str, Tree,
     """(network, noisy, timestep, what it said) for each batch of conditions in one call."""
     noisy, timestep = case.read(call.args, call.kwargs, batch[LATENTS])
     said = case.said(_place(case, call.output), batch[LATENTS])
-    size = len(LENGTHS)
+    size = len(lengths_of(case))
     for start in range(0, len(tree_flatten(said)[0][0]), size):
         rows = slice(start, start + size)
         yield call.network, *(_rows(part, rows) for part in (noisy, timestep, said))
@@ -326,12 +336,12 @@ def check_ragged(case: Case, family: Diffusion | None = None) -> None:
     network, timestep = getattr(pipeline, case.components[0]), torch.tensor([300.0, 800.0])
     batch = family.collate(samples)
     whole = family.predict(network, batch[LATENTS], timestep, batch)
-    for row in range(len(LENGTHS)):
+    for row in range(len(lengths_of(case))):
         one = family.collate(samples[row : row + 1])
         alone = family.predict(network, one[LATENTS], timestep[row : row + 1], one)
         error = apart(_rows(whole, slice(row, row + 1)), alone)
         assert error < CLOSE, f"sample {row} differs from itself alone by {error:.2g}"
-    pads = ~(torch.arange(max(LENGTHS)) < torch.tensor(LENGTHS)[:, None])
+    pads = ~(torch.arange(max(lengths_of(case))) < torch.tensor(lengths_of(case))[:, None])
     junk = {**batch, PROMPT_EMBEDS: batch[PROMPT_EMBEDS].masked_fill(pads[..., None], 99.0)}
     leak = apart(whole, family.predict(network, batch[LATENTS], timestep, junk))
     assert leak == 0, f"junk in the padding changes the output by {leak:.2g}"

@@ -10,13 +10,20 @@ from launch.trainer.families.base import Family
 
 # Imported only when asked for: each family has its own dependencies.
 FAMILIES: dict[str, str] = {
+    "chroma_1": "chroma:Chroma",
     "flux_2_dev": "flux2:Flux2Dev",
     "flux_2_klein_4b": "flux2:Flux2Klein4B",
     "flux_2_klein_9b": "flux2:Flux2Klein9B",
+    "hunyuan_video": "hunyuan_video:HunyuanVideo",
     "pixart": "pixart:PixArt",
+    "qwen": "qwen:Qwen",
+    "sana": "sana:Sana",
     "sd15": "sd15:SD15",
+    "sd35": "sd35:SD35",
     "sdxl": "sdxl:SDXL",
     "wan": "wan:Wan",
+    "wan22": "wan22:Wan22",
+    "zimage": "zimage:ZImage",
 }
 """``model_type`` -> module and class."""
 
