@@ -273,11 +273,10 @@ def _generate(job: Job, batch: Batch) -> tuple[Any, Any]:
     """Return what the model makes of a batch's prompts, and what to draw beside it. Collective."""
     options, device, family = job.options, job.runtime.device, job.family
     moved, seed = to_device(batch, device), options.train.seed
-    folder = pipeline_of(options.model_path)
-    if folder is None or not isinstance(family, Diffusion):
+    if pipeline_of(options.model_path) is None or not isinstance(family, Diffusion):
         made = job.objective.generate(job.engine.model, moved, seed, options.samples.steps)
         return made, batch.get(LATENTS)
-    pipeline = alike(lambda: load_pipeline(family, folder, job.engine.model, device))
+    pipeline = alike(lambda: load_pipeline(family, options.model_path, job.engine.model, device))
     wanted = options.samples
     made = sample_by_pipeline(family, pipeline, moved, seed, wanted.steps, wanted.guidance)
     return made, None

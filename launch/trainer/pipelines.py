@@ -31,12 +31,16 @@ def pipeline_of(model_folder: str | Path) -> Path | None:
     return parent if complete else None
 
 
-def load_pipeline(family: Diffusion, folder: Path, model: nn.Module, device: torch.device) -> Any:
-    """Load the pipeline of a folder around a live network.
+def load_pipeline(
+    family: Diffusion, model_folder: str | Path, model: nn.Module, device: torch.device
+) -> Any:
+    """Load the pipeline that a live network belongs to, around it.
+
+    Wan 2.2's other expert is loaded too: a clip needs both.
 
     Args:
-        family: Names the pipeline's class and the network's place in it.
-        folder: Holds ``model_index.json``.
+        family: Names the pipeline's class.
+        model_folder: Of the network, in its pipeline's folder.
         model: The network, or its wrapper.
         device: Where it runs; the VAE goes there too.
 
@@ -45,10 +49,12 @@ def load_pipeline(family: Diffusion, folder: Path, model: nn.Module, device: tor
     """
     import diffusers
 
+    own = Path(model_folder).resolve()
+    folder, component = own.parent, own.name
     index = json.loads((folder / INDEX).read_text(encoding="utf-8"))
-    # Both experts of Wan 2.2 are networks; the one that is not given is left out.
-    networks = [name for name in index if name in (family.subfolder, "transformer_2")]
-    absent = {name: None for name in index if name.startswith(_NOT_NEEDED) or name in networks}
+    absent = {name: None for name in index if name.startswith(_NOT_NEEDED)} | {component: None}
+    # Its warnings are for callers who forget what a cached prompt lacks on purpose.
+    diffusers.utils.logging.set_verbosity_error()
     pipeline_class = from_diffusers(family.pipeline_class, family.model_type)
     diffusers.utils.logging.disable_progress_bar()
     with blame(f"{folder}: {family.pipeline_class} cannot be loaded", "download it again"):
@@ -57,7 +63,7 @@ def load_pipeline(family: Diffusion, folder: Path, model: nn.Module, device: tor
         if isinstance(part, nn.Module):
             part.to(device).requires_grad_(False)
     # After loading: from_pretrained refuses wrappers, which are of other classes.
-    pipeline.register_modules(**{family.subfolder: _callable(model)})
+    pipeline.register_modules(**{component: _callable(model)})
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
 
