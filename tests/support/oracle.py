@@ -415,12 +415,11 @@ def check_text(case: Case, captions: Sequence[str], **text: Any) -> None:
 
 
 def check_mutant(case: Case, family: Diffusion) -> None:
-    """At least one of oracle, call and ragged fails for a family changed on purpose."""
+    """At least one of oracle, call and ragged measures a family changed on purpose."""
     for check in (check_call, check_ragged, check_oracle):
         try:
             check(case, family)
-        # A mutant may also be refused by the network: a wrong shape, a missing argument.
-        except (AssertionError, RuntimeError, ValueError, TypeError, KeyError, IndexError):
+        except AssertionError:
             return
     pytest.fail("oracle, call and ragged hold for the mutant")
 
