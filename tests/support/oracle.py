@@ -138,12 +138,13 @@ def run_pipeline(
         **family.pixel_size(pipeline, one),
         **case.given(make_pixels(case)),
     }
-    output = pipeline(
-        **options,
-        num_inference_steps=steps,
-        output_type="pt",
-        generator=torch.Generator().manual_seed(5),
-    )
+    with family.pipeline_with(pipeline, batch):
+        output = pipeline(
+            **options,
+            num_inference_steps=steps,
+            output_type="pt",
+            generator=torch.Generator().manual_seed(5),
+        )
     images = torch.as_tensor(output.images if hasattr(output, "images") else output.frames)
     return images[:, None] if images.ndim == 4 else images
 

@@ -14,6 +14,7 @@ FAMILIES: dict[str, str] = {
     "flux_2_dev": "flux2:Flux2Dev",
     "flux_2_klein_4b": "flux2:Flux2Klein4B",
     "flux_2_klein_9b": "flux2:Flux2Klein9B",
+    "hunyuan_video": "hunyuan_video:HunyuanVideo",
     "pixart": "pixart:PixArt",
     "qwen": "qwen:Qwen",
     "sana": "sana:Sana",
@@ -21,6 +22,7 @@ FAMILIES: dict[str, str] = {
     "sd35": "sd35:SD35",
     "sdxl": "sdxl:SDXL",
     "wan": "wan:Wan",
+    "wan22": "wan22:Wan22",
     "zimage": "zimage:ZImage",
 }
 """``model_type`` -> module and class."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 from torch import nn
 
@@ -124,3 +124,29 @@ class Family(Protocol):
             ModelSourceError: label, field, shape found and shape needed.
         """
         ...
+
+
+@runtime_checkable
+class SeveralNetworks(Protocol):
+    """What a family has as well whose pipelines hold more than one network to train."""
+
+    def networks(self, model_folder: Path, settings: Mapping[str, Any]) -> Mapping[str, Path]:
+        """Return the networks that a run trains: component of the pipeline -> its folder.
+
+        Args:
+            model_folder: What ``model_folder`` returned, or a folder that this returned.
+            settings: What the config's ``objective`` block gives, checked.
+
+        Raises:
+            ModelSourceError: A network that the settings ask for is not there.
+        """
+        ...
+
+
+def network_folders(
+    family: Family, model_folder: Path, settings: Mapping[str, Any]
+) -> Mapping[str, Path]:
+    """Return the networks of a run by name: one of no name, unless the family has several."""
+    if isinstance(family, SeveralNetworks):
+        return family.networks(model_folder, settings)
+    return {"": model_folder}

@@ -7,7 +7,9 @@ takes cached prompts. Everything else has a default here.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -21,6 +23,22 @@ from launch.trainer.objectives.flow import FlowMatching
 
 ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
 """Projections of an attention by the names of diffusers' modules; ``to_out.1`` is a dropout."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Origin:
+    """Where the pixels of a sample come from."""
+
+    size: tuple[int, int]
+    """Height and width of the file."""
+    corner: tuple[int, int]
+    """Top and left of the crop in the scaled picture."""
+    fps: float | None = None
+    """Frames per second; None: an image, or a clip that does not say."""
+    sound: Tensor | None = None
+    """(channels, N) in [-1, 1]; None: a silent clip."""
+    rate: int | None = None
+    """Of ``sound``: numbers per second."""
 
 
 class Diffusion(ABC):
@@ -164,6 +182,16 @@ class Diffusion(ABC):
             the pixels; float32.
         """
 
+    def encode_source(self, pipeline: Any, pixels: Tensor, origin: Origin) -> Mapping[str, Tensor]:
+        """Encode one image or clip, and what of its origin the network is told.
+
+        Args:
+            pipeline: As ``encode_pixels`` takes it.
+            pixels: As ``encode_pixels`` takes them.
+            origin: Of the pixels.
+        """
+        return self.encode_pixels(pipeline, pixels)
+
     @abstractmethod
     def encode_prompt(self, pipeline: Any, caption: str) -> Mapping[str, Tensor]:
         """Encode one caption by the pipeline's own ``encode_prompt``.
@@ -181,6 +209,25 @@ class Diffusion(ABC):
             guidance: 1 samples without a negative prompt. More needs the fields of the empty prompt
                 in ``batch["negative"]``, collated like the others.
         """
+
+    def pipeline_name(self, model_config: Mapping[str, Any]) -> str:
+        """Return the class of the pipeline that samples with a checkpoint, in diffusers.
+
+        Args:
+            model_config: Content of its ``config.json``: variants may have pipelines of their own.
+        """
+        return self.pipeline_class
+
+    @contextmanager
+    def pipeline_with(self, pipeline: Any, batch: Batch) -> Iterator[None]:
+        """Have the pipeline take from a batch what it has no argument for, while inside.
+
+        Args:
+            pipeline: Is called inside, with ``pipeline_inputs`` of the same batch. It is left as
+                it was.
+            batch: What ``collate`` returned, on the network's device.
+        """
+        yield
 
     def pixel_size(self, pipeline: Any, latents: Tensor) -> dict[str, int]:
         """Height and width, for clips also the frames, as the pipeline takes them.
