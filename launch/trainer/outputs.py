@@ -5,7 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -245,8 +245,11 @@ def draw_generated(job: Job) -> Path | None:
     path, labels = job.folder / "samples" / "samples.png", []
     if job.runtime.is_main:
         labels = [job.data.name(index) for index in chosen]
-    shown: Any = made
-    alike(lambda: draw_samples(path, shown.cpu(), batch[LATENTS], labels) if labels else None)
+    shown, real = made.cpu(), batch[LATENTS]
+    if isinstance(real, Mapping):
+        # Of several streams the first: a picture has no sound.
+        real = next(iter(real.values()))
+    alike(lambda: draw_samples(path, shown, real, labels) if labels else None)
     return path
 
 

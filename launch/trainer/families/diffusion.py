@@ -165,6 +165,23 @@ class Diffusion(ABC):
             the pixels; float32.
         """
 
+    def encode_sound(
+        self, pipeline: Any, sound: Tensor | None, rate: int, frames: int, fps: float
+    ) -> Mapping[str, Tensor]:
+        """Encode what belongs to a clip beside its pixels: nothing, for most families.
+
+        Args:
+            pipeline: The family's pipeline, of which only the audio VAE is used.
+            sound: (channels, samples) in [-1, 1]; None: the clip is silent.
+            rate: Samples per second of ``sound``.
+            frames: Of the clip.
+            fps: Frames per second of the clip.
+
+        Returns:
+            Fields of the sample; float32.
+        """
+        return {}
+
     @abstractmethod
     def encode_prompt(self, pipeline: Any, caption: str) -> Mapping[str, Tensor]:
         """Encode one caption by the pipeline's own ``encode_prompt``.
