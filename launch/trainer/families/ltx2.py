@@ -105,7 +105,7 @@ class LTX2(Diffusion):
     def tokens(self, model_config: Mapping[str, Any], sample: Sample) -> int:
         """Return the clip's tokens and the sound's; see ``Family.tokens``."""
         sound = len(sample[AUDIO_LATENTS]) if AUDIO_LATENTS in sample else 0
-        return prod(sample[LATENTS].shape[1:]) + sound
+        return int(prod(sample[LATENTS].shape[1:])) + sound
 
     def layout(self, model_config: Mapping[str, Any]) -> Mapping[str, Layout]:
         """The axes of each field of a sample."""
@@ -171,7 +171,7 @@ class LTX2(Diffusion):
         off = {"guidance_scale": guidance, "guidance_rescale": 0.0}
         # The pipeline guides by skipped layers and by parted streams too unless it is told not to.
         off |= {"stg_scale": 0.0, "modality_scale": 1.0}
-        inputs = {**off, **{f"audio_{key}": value for key, value in off.items()}}
+        inputs: dict[str, Any] = {**off, **{f"audio_{key}": value for key, value in off.items()}}
         inputs |= {"frame_rate": batch[FPS], **_prompt(batch)}
         if guidance > 1:
             told = _prompt(batch["negative"])
@@ -224,7 +224,7 @@ class SilentLTX2(LTX2):
     def predict(self, model: nn.Module, noisy: Any, timestep: Tensor, batch: Batch) -> Any:
         """Call the network with the streams kept apart; see ``Diffusion.predict``."""
         # The network insists on a sound: one token of it, which nothing of the clip sees.
-        channels = unwrap(model).config.audio_in_channels
+        channels = _config(model).audio_in_channels
         sound = {"audio_hidden_states": noisy.new_zeros(len(noisy), 1, channels)}
         return _call(model, noisy, timestep, batch, **sound, isolate_modalities=True)[0]
 
@@ -242,7 +242,7 @@ class SilentLTX2(LTX2):
 def audio_frames(pipeline: Any, frames: int, fps: float) -> int:
     """Latents of the sound of a clip, as the pipeline counts them."""
     hop = pipeline.audio_hop_length * pipeline.audio_vae_temporal_compression_ratio
-    return max(1, round(frames / fps * pipeline.audio_sampling_rate / hop))
+    return max(1, round(frames / fps * float(pipeline.audio_sampling_rate / hop)))
 
 
 def _call(
@@ -250,7 +250,6 @@ def _call(
 ) -> tuple[Tensor, Tensor]:
     """Call the network; the velocity of the clip in the form of ``video``, and the sound's."""
     *_, frames, height, width = video.shape
-    config = unwrap(model).config
     found: tuple[Tensor, Tensor] = model(
         # Patches of one latent: tokens in the order (F, H, W).
         hidden_states=video.flatten(2).transpose(1, 2),
@@ -265,11 +264,16 @@ def _call(
         fps=batch[FPS],
         audio_num_frames=more["audio_hidden_states"].shape[1],
         # Since 2.3 each stream is modulated by the other's timestep, where they meet.
-        use_cross_timestep=not config.use_prompt_embeddings,
+        use_cross_timestep=not _config(model).use_prompt_embeddings,
         return_dict=False,
         **more,
     )
     return found[0].transpose(1, 2).reshape(video.shape), found[1]
+
+
+def _config(model: nn.Module) -> Any:
+    network: Any = unwrap(model)
+    return network.config
 
 
 def _prompt_widths(model_config: Mapping[str, Any]) -> tuple[int, int]:

@@ -60,7 +60,7 @@ class AudioVideoFlow(FlowMatching):
         widths = [prod(size[1:]) for size in sizes.values()]
 
         def split(joined: Tensor) -> dict[str, Tensor]:
-            parts = joined.split(widths, dim=1)
+            parts = torch.split(joined, widths, dim=1)
             return {n: p.view(size) for p, (n, size) in zip(parts, sizes.items(), strict=True)}
 
         def velocity(joined: Tensor, timestep: Tensor) -> Tensor:
