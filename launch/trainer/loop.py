@@ -25,6 +25,8 @@ from launch.trainer.state import Outcome, Position
 
 Save = Callable[[int, int, Mapping[str, float]], None]
 """(steps done, samples seen, rates observed at the first step) -> a checkpoint."""
+Draw = Callable[[int], object]
+"""Steps done -> a picture."""
 
 
 def train(
@@ -33,6 +35,7 @@ def train(
     stop: StopFlag | None = None,
     begin: Position | None = None,
     save: Save | None = None,
+    draw: Draw | None = None,
 ) -> Outcome:
     """Train until ``train.steps`` optimizer steps are done, or until a signal. Collective.
 
@@ -44,6 +47,7 @@ def train(
         begin: Where to continue; None: at the beginning.
         save: Writes a checkpoint. Called as train.save_every says, after the last step, and when
             stopped.
+        draw: Draws what the model makes. Called as samples.every says, but not after the last step.
 
     Raises:
         Diverged: The loss is NaN or infinite.
@@ -77,6 +81,9 @@ def train(
                 save(done, begin.samples_at(done, settings.global_batch), observed)
                 saved = done
                 # Saving may take longer than a step, and a launcher's patience runs.
+                stopped = _told(stop)
+            if draw is not None and not stopped and _draws(done, job.options):
+                draw(done)
                 stopped = _told(stop)
         if save is not None and stopped and saved < done:
             save(done, begin.samples_at(done, settings.global_batch), observed)
@@ -122,6 +129,12 @@ def _told(stop: StopFlag | None) -> bool:
 def write_row(metrics: MetricsFile | None, row: dict[str, Any]) -> None:
     """Write a row on rank 0. Collective: all ranks end with it where the disk is full."""
     alike(lambda: None if metrics is None else metrics.write(row))
+
+
+def _draws(done: int, options: RunOptions) -> bool:
+    """Whether a picture is due after ``done`` steps; the last one is drawn when all is saved."""
+    every = options.samples.every
+    return every is not None and done % every == 0 and done < options.train.steps
 
 
 def _due(done: int, train: TrainOptions) -> bool:

@@ -20,6 +20,8 @@ from launch.trainer.families import get_family
 from launch.trainer.families.base import network_folders
 
 LORA, FULL = "lora", "fine_tune"
+PUBLISHED_MODEL = "(published)"
+"""Stands for ``model_path`` where only the plan or the size of the published model is asked for."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -200,7 +202,11 @@ _NEEDED = {
 
 
 def load_options(
-    path: str | Path, overrides: Sequence[str] = (), max_steps: int | None = None
+    path: str | Path,
+    overrides: Sequence[str] = (),
+    max_steps: int | None = None,
+    *,
+    outline: bool = False,
 ) -> RunOptions:
     """Read and check a training config.
 
@@ -209,6 +215,8 @@ def load_options(
         overrides: ``a.b=value`` assignments, applied before checking; values are JSON, or else
             plain text.
         max_steps: overrides ``train.steps``.
+        outline: the model's plan and size alone are wanted: what only training needs may be
+            missing, and without ``model_path`` the published model is meant.
 
     Raises:
         ConfigError: names the field, the value and what is allowed.
@@ -222,6 +230,8 @@ def load_options(
     fields.known_keys("config", raw, [*known, *fields.settings(Config), PLAN_BLOCK, *BLOCKS])
     if "model_type" in raw:
         get_family(known["model_type"].check("model_type", raw["model_type"]))
+    if outline:
+        raw = _filled_in(raw)
     _check_complete(raw, path)
     family = get_family(raw["model_type"])
     blocks = {name: fields.read(name, _section(raw, name), cls) for name, cls in BLOCKS.items()}
@@ -334,6 +344,12 @@ def _check_complete(raw: Mapping[str, Any], path: str | Path) -> None:
         raise ConfigError(
             f"Missing in config {str(path)!r}: {names}. Add them there, or pass {flags}."
         )
+
+
+def _filled_in(raw: Mapping[str, Any]) -> dict[str, Any]:
+    """Add what only training needs, where it is missing."""
+    train = {"steps": 1, "global_batch": 1, **_section(raw, "train")}
+    return {"model_path": PUBLISHED_MODEL, "data": {}, **raw, "train": train}
 
 
 def _method(raw: Mapping[str, Any]) -> str:

@@ -20,12 +20,14 @@ from dist_layerlr.files import sync_folder, write_json, write_text
 from dist_layerlr.plan import Plan
 from dist_layerlr.ranks import alike
 from dist_layerlr.weights import find_not_finite
-from launch.trainer.data.base import LATENTS, to_device
+from launch.trainer.data.base import LATENTS, Batch, to_device
 from launch.trainer.data.order import one_batch
 from launch.trainer.engines.base import autocast
+from launch.trainer.families.diffusion import Diffusion
 from launch.trainer.job import Job
 from launch.trainer.lock import hold
 from launch.trainer.options import LORA
+from launch.trainer.pipelines import load_pipeline, pipeline_of, sample_by_pipeline
 from launch.trainer.record import RECORD, RESOLVED
 from launch.trainer.runlog import LOG
 from launch.trainer.runtime import LOWER, Diverged
@@ -33,7 +35,17 @@ from launch.trainer.runtime import LOWER, Diverged
 PLAN, PROOF, METRICS = "plan.json", "verify.json", "metrics.jsonl"
 FINAL = "final"
 _STAGED, _REPLACED = ".final.new", ".final.old"
-_PER_RUN = (PLAN, PROOF, METRICS, "lr_grid.png", "samples/samples.png", RESOLVED, RECORD, LOG)
+_PER_RUN = (
+    PLAN,
+    PROOF,
+    METRICS,
+    "lr_grid.png",
+    "samples/samples.png",
+    "samples/step_*.png",
+    RESOLVED,
+    RECORD,
+    LOG,
+)
 """What a run writes on its way. A new run begins with none of an earlier one's."""
 _IN_FINAL = (
     PLAN,
@@ -221,10 +233,18 @@ def holds_result(folder: Path, run_id: str | None, step: int) -> bool:
     return (found.get("run"), found.get("step")) == (run_id, str(step))
 
 
-def draw_generated(job: Job) -> Path | None:
-    """Generate clips for the first prompts and draw them beside the real ones.
+def draw_generated(job: Job, step: int | None = None) -> Path | None:
+    """Generate clips for the first prompts and draw them.
 
-    Collective: the forward pass is. None where the objective has nothing to draw.
+    By the model's pipeline where its folder is there; else by the objective, as latents beside the
+    real ones. Collective: the forward pass is.
+
+    Args:
+        job: What is trained.
+        step: Optimizer steps done; None: at the end of the run.
+
+    Returns:
+        The picture; None where there is nothing to draw.
     """
     from launch.trainer.samples import draw_samples
 
@@ -236,21 +256,33 @@ def draw_generated(job: Job) -> Path | None:
     # Dropout and the like are for training; generate() runs the forward pass alone.
     model.eval()
     with torch.no_grad(), autocast(device, options):
-        made = job.objective.generate(
-            model, to_device(batch, device), options.train.seed, options.samples.steps
-        )
+        made, real = _generate(job, batch)
     model.train()
     if made is None:
         return None
-    path, labels = job.folder / "samples" / "samples.png", []
+    name = "samples.png" if step is None else f"step_{step:06d}.png"
+    path, labels = job.folder / "samples" / name, []
     if job.runtime.is_main:
         labels = [job.data.name(index) for index in chosen]
-    shown, real = made.cpu(), batch[LATENTS]
-    if isinstance(real, Mapping):
-        # Of several streams the first: a picture has no sound.
-        real = next(iter(real.values()))
-    alike(lambda: draw_samples(path, shown, real, labels) if labels else None)
+    shown: Any = made
+    alike(lambda: draw_samples(path, shown.cpu(), real, labels) if labels else None)
     return path
+
+
+def _generate(job: Job, batch: Batch) -> tuple[Any, Any]:
+    """Return what the model makes of a batch's prompts, and what to draw beside it. Collective."""
+    options, device, family = job.options, job.runtime.device, job.family
+    moved, seed = to_device(batch, device), options.train.seed
+    folder = pipeline_of(options.model_path)
+    if folder is None or not isinstance(family, Diffusion):
+        made = job.objective.generate(job.engine.model, moved, seed, options.samples.steps)
+        real = batch.get(LATENTS)
+        # Of several streams the first: a picture has no sound.
+        return made, next(iter(real.values())) if isinstance(real, Mapping) else real
+    pipeline = alike(lambda: load_pipeline(family, folder, job.engine.model, device))
+    wanted = options.samples
+    made = sample_by_pipeline(family, pipeline, moved, seed, wanted.steps, wanted.guidance)
+    return made, None
 
 
 def _check_finite(model: nn.Module, step: int) -> None:

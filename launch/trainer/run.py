@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import uuid
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from launch.trainer import outputs
 from launch.trainer.batches import check_dropout, order_of
 from launch.trainer.data import fit_dataset, open_dataset
 from launch.trainer.engines import build_engine
+from launch.trainer.estimate import check_cards, estimate
 from launch.trainer.families import get_family
 from launch.trainer.job import Job
 from launch.trainer.loop import micro_batch_size, train, write_row
@@ -49,6 +51,13 @@ def print_plan(options: RunOptions, runtime: Runtime) -> None:
     """Print the grid of learning rates. Collective."""
     _, plan = _planned(options)
     runtime.say(grid(plan))
+
+
+def print_estimate(options: RunOptions, runtime: Runtime, cards: int, card_gb: float) -> None:
+    """Print the memory of a run under each sharder. Collective."""
+    check_cards(cards, card_gb)
+    _, plan = _planned(options)
+    runtime.say(alike(lambda: estimate(options, plan, cards, card_gb)).table())
 
 
 def run(request: Request, options: RunOptions, runtime: Runtime) -> None:
@@ -134,7 +143,7 @@ def _train_and_save(job: Job, stop: StopFlag, checkpoint: Path | None) -> None:
         write_row(metrics, {"step": begin.step, "prediction": prediction.to_dict()})
     save = Saver(job)
     try:
-        outcome = train(job, metrics, stop, begin, save)
+        outcome = train(job, metrics, stop, begin, save, partial(outputs.draw_generated, job))
     except Diverged:
         # All ranks raise it. The last periodic checkpoint is good, so let it get onto the disk.
         save.finish()

@@ -21,7 +21,8 @@ from dist_layerlr.weights.tensorfile import stored_tensors
 from launch.trainer.cli import blame
 from launch.trainer.engines.offload import CAST_BY_AUTOCAST
 from launch.trainer.families.base import Family
-from launch.trainer.options import LORA, AdapterOptions, RunOptions
+from launch.trainer.options import LORA, PUBLISHED_MODEL, AdapterOptions, RunOptions
+from launch.trainer.published import published_config
 from launch.trainer.seeds import mix_seed
 
 ADAPTER = "default"
@@ -46,6 +47,17 @@ def read_model_config(folder: str | Path) -> dict[str, Any]:
     return dict(loaded)
 
 
+def model_config(options: RunOptions) -> dict[str, Any]:
+    """Return the config of the model that is trained; of the published one without model_path.
+
+    Raises:
+        ModelSourceError: missing, or not a JSON object.
+    """
+    if options.model_path != PUBLISHED_MODEL:
+        return read_model_config(options.model_path)
+    return published_config(options.model_type)
+
+
 def empty_model(family: Family, options: RunOptions) -> nn.Module:
     """Build the model on the meta device, adapters injected and ``requires_grad`` set.
 
@@ -57,7 +69,7 @@ def empty_model(family: Family, options: RunOptions) -> nn.Module:
     """
     from accelerate import init_empty_weights
 
-    config = read_model_config(options.model_path)
+    config = model_config(options)
     family.check_config(config)
     path = Path(options.model_path) / "config.json"
     # Buffers stay real: they are computed at construction and stand in no checkpoint.

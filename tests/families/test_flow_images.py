@@ -2,102 +2,32 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Mapping
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
-from diffusers import FlowMatchEulerDiscreteScheduler
-from torch import Tensor
 
-from launch.trainer.families import get_family
-from launch.trainer.families.latents import from_patches, from_tokens, to_patches, to_tokens
-from launch.trainer.tiny import chroma, flux2, qwen, sd35, zimage
-from launch.trainer.tiny import sana as sana_parts
+from launch.trainer.data.base import PROMPT_EMBEDS
+from launch.trainer.tiny.text import text_parts
+from tests.families.flow_cases import CASES
 from tests.support.oracle import (
     Case,
-    Sampler,
     check_call,
     check_guidance,
     check_mutant,
     check_names,
     check_oracle,
     check_ragged,
+    check_text,
     check_train,
     mutant,
     mutants_of,
 )
 
+CAPTIONS = ("A red fox.", "Two old ships sail past a lighthouse at night")
 
-def _tokens(output: Tensor, latents: Tensor) -> Tensor:
-    return from_tokens(output, *latents.shape[-2:])
-
-
-def _patches(output: Tensor, latents: Tensor) -> Tensor:
-    return from_patches(output, *latents.shape[-2:])
-
-
-def _case(name: str, module: Any, **settings: Any) -> Case:
-    defaults = {"read": _read, "parts": module.PARTS[name]}
-    return Case(family=get_family(name), **{**defaults, **settings})
-
-
-def _read(args: Any, kwargs: Any, latents: Tensor) -> tuple[Tensor, Tensor]:
-    return kwargs["hidden_states"], kwargs["timestep"]
-
-
-def _reader(lay_out: Callable[[Tensor, Tensor], Tensor]) -> Callable[..., tuple[Tensor, Tensor]]:
-    """For networks that multiply the timestep by 1000 themselves."""
-    return lambda args, kwargs, latents: (
-        lay_out(kwargs["hidden_states"], latents),
-        1000 * kwargs["timestep"],
-    )
-
-
-in_tokens = {"read": _reader(_tokens), "answer": to_tokens, "said": _tokens}
-in_patches = {"read": _reader(_patches), "answer": to_patches, "said": _patches}
-straight = Sampler(make=lambda: FlowMatchEulerDiscreteScheduler(shift=3.0))
-sana = {
-    "read": lambda args, kwargs, latents: (args[0], kwargs["timestep"]),
-    # The shipped solver hands the network whole timesteps, cut and not rounded.
-    "samplers": (straight, Sampler(tolerance=2e-2)),
-}
-medium = {"qk_norm": "rms_norm", "dual_attention_layers": tuple(range(13))}
-CASES = {
-    "flux_2_dev": _case("flux_2_dev", flux2, **in_tokens),
-    "flux_2_klein_4b": _case(
-        "flux_2_klein_4b", flux2, **in_tokens, network_class={"guidance_embeds": False}
-    ),
-    "sd35_medium": _case("sd35", sd35, network_class=medium),
-    "sd35_large": _case(
-        "sd35",
-        sd35,
-        parts=partial(sd35.parts, dual_attention_layers=()),
-        network_class={"qk_norm": "rms_norm"},
-    ),
-    "qwen": _case("qwen", qwen, **in_patches, video_vae=True),
-    # 60 tokens of the image, which the network pads to 64.
-    "zimage": _case(
-        "zimage",
-        zimage,
-        read=lambda args, kwargs, latents: (torch.stack(args[0]).squeeze(2), 1000 * (1 - args[1])),
-        answer=lambda velocity: list(-velocity.unsqueeze(2)),
-        said=lambda output, latents: -torch.stack(output).squeeze(2),
-        pixels=(1, 24, 40),
-    ),
-    "chroma_1": _case("chroma_1", chroma, **in_patches),
-    "sana": _case("sana", sana_parts, **sana),
-    "sana_1.5": _case(
-        "sana",
-        sana_parts,
-        **sana,
-        parts=partial(sana_parts.parts, qk_norm="rms_norm_across_heads"),
-        network_class={"qk_norm": "rms_norm_across_heads"},
-    ),
-}
 every_case = pytest.mark.parametrize("case", CASES.values(), ids=CASES)
 
 
@@ -144,3 +74,65 @@ def test_prompts_of_one_length_need_no_mask(name: str) -> None:
 def test_a_family_that_was_changed_is_told_from_the_pipeline(name: str, label: str) -> None:
     case = CASES[name]
     check_mutant(case, mutant(case.family, *mutants_of(case)[label]))
+
+
+# Captions
+
+
+@pytest.fixture(scope="module")
+def encoders() -> dict[str, dict[str, Any]]:
+    """Text encoders and tokenizers by model type, made once."""
+    return {case.family.model_type: text_parts(case.family.model_type) for case in CASES.values()}
+
+
+VARIANTS = ("sd35_large", "sana_1.5")
+"""Their prompts are those of the other variant."""
+
+
+@pytest.mark.parametrize("name", [name for name in CASES if name not in VARIANTS])
+def test_cached_prompts_give_what_the_pipeline_gives_for_the_captions(
+    name: str, encoders: dict[str, dict[str, Any]]
+) -> None:
+    case = CASES[name]
+    check_text(case, CAPTIONS, **encoders[case.family.model_type])
+
+
+def _without_padding(original: Any, pipeline: Any, caption: str) -> Mapping[str, Any]:
+    """The rows behind the prompt zeroed: a sixth of them hold more than any prompt of a test."""
+    encoded = original(pipeline, caption)
+    rows = encoded[PROMPT_EMBEDS].clone()
+    rows[len(rows) // 3 : len(rows) // 2] = 0
+    return {**encoded, PROMPT_EMBEDS: rows}
+
+
+def _one_row_less(original: Any, pipeline: Any, caption: str) -> Mapping[str, Any]:
+    encoded = original(pipeline, caption)
+    return {**encoded, PROMPT_EMBEDS: encoded[PROMPT_EMBEDS][:-1]}
+
+
+def _not_told(original: Any, pipeline: Any, caption: str) -> Mapping[str, Any]:
+    """Sana without the instruction that its pipeline puts before a caption."""
+    prompt, mask, *_ = pipeline.encode_prompt(caption, do_classifier_free_guidance=False)
+    return {PROMPT_EMBEDS: prompt[0][mask[0].bool()]}
+
+
+@pytest.mark.parametrize(
+    ("name", "change"),
+    [
+        ("flux_2_dev", _without_padding),
+        ("flux_2_klein_4b", _without_padding),
+        ("sd35_medium", _without_padding),
+        ("qwen", _one_row_less),
+        ("zimage", _one_row_less),
+        ("chroma_1", _one_row_less),
+        ("sana", _one_row_less),
+        ("sana", _not_told),
+    ],
+)
+def test_a_prompt_cached_otherwise_is_told_from_the_pipelines(
+    name: str, change: Any, encoders: dict[str, dict[str, Any]]
+) -> None:
+    case = CASES[name]
+    changed = replace(case, family=mutant(case.family, "encode_prompt", change))
+    with pytest.raises(AssertionError, match="differs from the pipeline's"):
+        check_text(changed, CAPTIONS, **encoders[case.family.model_type])

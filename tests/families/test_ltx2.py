@@ -15,6 +15,7 @@ from torch import Tensor
 
 from dist_layerlr.errors import ModelSourceError
 from launch.trainer.families import get_family
+from launch.trainer.families.diffusion import Origin
 from launch.trainer.families.ltx2 import (
     AUDIO,
     AUDIO_LATENTS,
@@ -296,11 +297,21 @@ def test_a_sample_that_does_not_fit_is_refused(change: dict[str, Any], message: 
 def test_a_sound_becomes_as_many_latents_as_the_pipeline_makes_for_the_clip() -> None:
     found, family = CASES["2.0"], LTX2()
     pipeline = oracle.make_pipeline(found)
+    clip = oracle.make_pixels(found)[0]
+
+    def coded_of(sound: Tensor | None, rate: int) -> Mapping[str, Tensor]:
+        sizes = {"size": (32, 64), "corner": (0, 0), "fps": FRAME_RATE}
+        return family.encode_source(pipeline, clip, Origin(**sizes, sound=sound, rate=rate))
+
     for samples in (8000, 12000, 20000):
         sound = oracle.noise(1, 1, samples).clamp(-1, 1)
-        coded = family.encode_sound(pipeline, sound, 16000, 9, FRAME_RATE)
+        coded = coded_of(sound, 16000)
         assert coded[AUDIO_LATENTS].shape == (SOUNDS, 4) and bool(coded[HAS_AUDIO])
         assert float(coded[FPS]) == FRAME_RATE
+    family.check_sample(
+        pipeline.transformer.config,
+        {**coded, "prompt_embeds": torch.zeros(4, 16), AUDIO_PROMPT_EMBEDS: torch.zeros(4, 16)},
+    )
     # The inverse of what the pipeline does before it decodes.
     vae = pipeline.audio_vae
     mel = log_mel(fitted(sound.T, 12000).T, 16000, bins=8, hop=160)
@@ -311,10 +322,12 @@ def test_a_sound_becomes_as_many_latents_as_the_pipeline_makes_for_the_clip() ->
     )
     back = pipeline._unpack_audio_latents(back, SOUNDS, num_mel_bins=2)
     assert oracle.apart(back, raw[:, :, :SOUNDS]) < 1e-5
-    nothing = family.encode_sound(pipeline, None, 0, 9, FRAME_RATE)
+    nothing = coded_of(None, 0)
     assert nothing[AUDIO_LATENTS].shape == (SOUNDS, 4) and not bool(nothing[HAS_AUDIO])
     with pytest.raises(ModelSourceError, match="44100 samples per second.*ffmpeg.*-ar 16000"):
-        family.encode_sound(pipeline, sound, 44100, 9, FRAME_RATE)
+        coded_of(sound, 44100)
+    with pytest.raises(ModelSourceError, match="how many frames a second"):
+        family.encode_source(pipeline, clip, Origin(size=(32, 64), corner=(0, 0)))
 
 
 def test_the_spectrogram_is_the_logarithm_of_slaneys_triangles_over_magnitudes() -> None:

@@ -84,6 +84,9 @@ class Case:
     """Arguments of the full-size network, where its class's defaults are another variant."""
     lengths: tuple[int, int] | None = None
     """Tokens of the two prompts, where the family leaves their number free; None: ``LENGTHS``."""
+    mend: Callable[[Any], None] = staticmethod(lambda pipeline: None)
+    """Corrects the pipeline in place, where it does not call its network as the model was trained.
+    """
     said_at: int = 1
     """Which call of the network ``check_call`` compares; 1 is the second: sigma is not 1."""
 
@@ -131,6 +134,7 @@ def make_pipeline(case: Case, sampler: Sampler | None = None, **text: Any) -> An
     pipeline.set_progress_bar_config(disable=True)
     for name in (*case.components, "vae"):
         getattr(pipeline, name).eval()
+    case.mend(pipeline)
     return pipeline
 
 

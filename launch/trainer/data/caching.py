@@ -6,9 +6,10 @@ What they made waits in a hidden folder beside the samples, so that a run that w
 
 from __future__ import annotations
 
-import gc
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -18,27 +19,32 @@ from torch import Tensor
 from tqdm import tqdm
 
 from dist_layerlr import fields
-from dist_layerlr.errors import ConfigError, ModelSourceError
-from dist_layerlr.files import read_json, whole_file
+from dist_layerlr.errors import ModelSourceError
+from dist_layerlr.files import whole_file
 from launch.trainer.cli import blame
 from launch.trainer.data.cached import CAPTION, EMPTY_PROMPT, read_header
-from launch.trainer.data.clips import Measures, load_placed, measure
+from launch.trainer.data.clips import Measures, load_placed, load_sound, measure
 from launch.trainer.data.images import Source
+from launch.trainer.data.pipelines import (
+    PIXEL_PARTS,
+    TEXT_PARTS,
+    Cuts,
+    free_memory,
+    load_parts,
+    read_index,
+)
 from launch.trainer.data.sizes import Placement, bucket_sizes, nearest, place
 from launch.trainer.data.sources import Found, gather
 from launch.trainer.families import get_family
-from launch.trainer.families.diffusion import Diffusion, from_diffusers
+from launch.trainer.families.diffusion import Diffusion, Origin
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 PROMPTS = ".prompts"
 """Hidden sub-folder of prompts whose picture is not encoded yet."""
-_INDEX = "model_index.json"
-_TEXT = ("text_encoder", "tokenizer", "connectors")
-"""Beginnings of the components that ``Diffusion.encode_prompt`` may need."""
-_PIXELS = ("vae", "audio_vae", "image_encoder", "image_processor", "feature_extractor")
-"""Those that ``Diffusion.encode_pixels`` may need."""
 _IMAGE_PIXELS, _CLIP_PIXELS = 1024 * 1024, 480 * 832
 """What the published models are trained at."""
+_IMAGE_STEP, _CLIP_STEP = 64, 32
+"""Sides of buckets: coarse, so that many samples share one."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,6 +58,8 @@ class Wish:
     model_type: str
     pixels: int | None
     """Of a bucket's area; None: the family's usual one."""
+    step: int | None
+    """Of the sides of buckets, in pixels; None: the usual one."""
     size: tuple[int, int] | None
     """Height and width of all samples instead of buckets."""
     frames: int | None
@@ -70,6 +78,7 @@ class Work:
     sample: Source
     placement: Placement
     frames: int
+    fps: float | None
     path: Path
     """Of the output file."""
     metadata: Mapping[str, str]
@@ -80,100 +89,92 @@ class Grid:
     """What the VAE and the network ask of a size."""
 
     step: int
-    """Height and width are multiples of it."""
+    """Sides of buckets are multiples of it."""
+    needed: int
+    """Those of any size are multiples of it."""
     frames: int | None
     """Frames are a multiple of it, and one; None: images only."""
 
 
-def cache(wish: Wish) -> tuple[int, Found]:
-    """Encode what is not encoded yet.
+@dataclass(kw_only=True)
+class Report:
+    """What became of the samples."""
 
-    Returns:
-        The number of samples written, and everything that was found, skipped files with why.
+    found: Found
+    """All there are, and those that were skipped."""
+    written: int = 0
+    """Samples of this run."""
+    cut: list[str] = field(default_factory=list)
+    """Sources whose captions were longer than a text encoder takes, and which tokenizer cut."""
+    enlarged: list[str] = field(default_factory=list)
+    """Sources with fewer pixels than their bucket."""
+
+
+def cache(wish: Wish) -> Report:
+    """Encode what is not encoded yet.
 
     Raises:
         LayerLRError: the model, the output or the whole input cannot be used.
     """
-    family = _family(wish)
-    config = _network_config(wish, family)
-    found = gather(wish.source)
-    pixels = load_parts(wish, _PIXELS)
-    grid = _grid(family, pixels)
-    works = _plan(wish, family, grid, found)
+    family, config = _family(wish)
+    report = Report(found=gather(wish.source))
+    if wish.shard[0] > 0:
+        # The first process lists what none of them can use.
+        report.found.skipped.clear()
+    pixels = load_parts(wish.model, PIXEL_PARTS, DTYPES[wish.dtype], wish.model_type)
+    grid = _grid(wish, family, config, pixels)
+    works = _plan(wish, grid, report)
     missing = [work for work in works if _is_missing(work, wish.overwrite)]
-    _encode_prompts(wish, family, missing)
-    written = _encode_pixels(wish, family, config, pixels, missing, found)
-    return written, found
+    report.enlarged = [work.sample.source for work in missing if work.placement.enlarged]
+    _encode_prompts(wish, family, missing, report)
+    _encode_pixels(wish, family, config, pixels, missing, report)
+    remove_empty(wish.output / PROMPTS)
+    return report
 
 
 # The model
 
 
-def _family(wish: Wish) -> Diffusion:
-    family = get_family(wish.model_type)
-    if not isinstance(family, Diffusion):
-        raise ConfigError(
-            f"Invalid --model-type={wish.model_type!r}: it is not trained on latents and needs no"
-            " cache."
-        )
-    return family
-
-
-def _network_config(wish: Wish, family: Diffusion) -> Mapping[str, Any]:
-    """Read the network's config, without its weights; refuse another family's pipeline."""
-    index, path = wish.model / _INDEX, wish.model / family.subfolder / "config.json"
-    for needed in (index, path):
-        if not needed.is_file():
-            raise ModelSourceError(
-                f"Invalid --model {str(wish.model)!r}: no {needed.relative_to(wish.model)} there;"
-                " give the folder of a whole pipeline."
-            )
-    config = read_json(path)
-    family.check_config(config)
-    return config
-
-
-def load_parts(wish: Wish, kept: Sequence[str]) -> Any:
-    """Load a pipeline with some of its components, on the CPU; the others are None.
+def _family(wish: Wish) -> tuple[Diffusion, Mapping[str, Any]]:
+    """Return the family and the network's config, read without its weights.
 
     Raises:
-        ModelSourceError: a component is missing or damaged.
+        LayerLRError: a family without latents, or a pipeline of another one.
     """
-    index = read_json(wish.model / _INDEX)
-    names = [name for name, entry in index.items() if isinstance(entry, list)]
-    absent = {name: None for name in names if not name.startswith(tuple(kept))}
-    # Standard error is for our own progress bar.
-    import diffusers
-    import transformers
-
-    diffusers.utils.logging.disable_progress_bar()
-    transformers.utils.logging.disable_progress_bar()
-    cls = from_diffusers(str(index["_class_name"]), wish.model_type)
-    where = f"Invalid --model {str(wish.model)!r}: {cls.__name__} cannot be loaded"
-    with blame(where, "download the folder again"):
-        options = {"torch_dtype": DTYPES[wish.dtype], "local_files_only": True}
-        pipeline = cls.from_pretrained(wish.model, **options, **absent)
-    pipeline.set_progress_bar_config(disable=True)
-    for part in pipeline.components.values():
-        if isinstance(part, torch.nn.Module):
-            part.eval().requires_grad_(False)
-    return pipeline
+    family = get_family(wish.model_type)
+    if not isinstance(family, Diffusion):
+        raise fields.invalid("--model-type", wish.model_type, "a family that trains on latents")
+    found, config = read_index(wish.model, family.subfolder)
+    family.check_config(config)
+    wanted = family.pipeline_name(config)
+    if found != wanted:
+        raise ModelSourceError(
+            f"Invalid --model {str(wish.model)!r}: it holds a {found}, but"
+            f" --model-type={wish.model_type!r} needs a {wanted}."
+        )
+    return family, config
 
 
-def _grid(family: Diffusion, pipeline: Any) -> Grid:
-    """Ask the family how many pixels a latent pixel, and how many frames a latent frame, stands for.
+def _grid(wish: Wish, family: Diffusion, config: Mapping[str, Any], pipeline: Any) -> Grid:
+    """Ask the family for how many pixels and frames one number of the latents stands.
 
-    By the pipeline's own numbers, which come from its VAE.
+    It answers by the pipeline's own numbers, which come from its VAE.
     """
     one, two = (family.pixel_size(pipeline, torch.empty(1, n, 1, 1)) for n in (1, 2))
     frames = two["num_frames"] - one["num_frames"] if "num_frames" in one else None
-    return Grid(step=one["height"] * family.side_multiple, frames=frames)
+    patch = config.get("patch_size", 1)
+    side = patch[-1] if isinstance(patch, list) else patch
+    needed = one["height"] * math.lcm(family.patch, side)
+    step = wish.step or math.lcm(needed, _IMAGE_STEP if frames is None else _CLIP_STEP)
+    if step % needed:
+        raise fields.invalid("--step", step, f"a multiple of {needed} for this model")
+    return Grid(step=step, needed=needed, frames=frames)
 
 
 # The samples
 
 
-def _plan(wish: Wish, family: Diffusion, grid: Grid, found: Found) -> list[Work]:
+def _plan(wish: Wish, grid: Grid, report: Report) -> list[Work]:
     """Measure every sample and give it a bucket. What cannot be measured is skipped."""
     with blame(f"Invalid --output {str(wish.output)!r}: cannot be made", "choose another folder"):
         wish.output.mkdir(parents=True, exist_ok=True)
@@ -181,17 +182,17 @@ def _plan(wish: Wish, family: Diffusion, grid: Grid, found: Found) -> list[Work]
     if wish.size is None:
         sizes = bucket_sizes(wish.pixels or usual, grid.step)
     else:
-        sizes = [_fitting(wish.size, grid.step)]
+        sizes = [_fitting(wish.size, grid.needed)]
     works, (mine, processes) = [], wish.shard
-    for sample in found.samples[mine::processes]:
+    for sample in report.found.samples[mine::processes]:
         try:
             seen = measure(sample)
             frames = _frames(seen, grid, wish.frames)
         except ModelSourceError as error:
-            found.skip(sample.source, error)
+            report.found.skip(sample.source, error)
             continue
         placement = place(seen.size, nearest(seen.size, sizes))
-        works.append(_work(wish, sample, placement, frames))
+        works.append(_work(wish, sample, placement, frames, seen.fps))
     return works
 
 
@@ -212,20 +213,23 @@ def _frames(seen: Measures, grid: Grid, most: int | None) -> int:
     return (kept - 1) // grid.frames * grid.frames + 1
 
 
-def _work(wish: Wish, sample: Source, placement: Placement, frames: int) -> Work:
+def _work(wish: Wish, sample: Source, placement: Placement, frames: int, fps: float | None) -> Work:
     metadata = {
         CAPTION: sample.caption,
         "source": sample.source,
-        "model": str(wish.model.resolve()),
-        "model_type": wish.model_type,
+        **_model_metadata(wish),
         "pixels": f"{frames} x {placement.size[0]} x {placement.size[1]}",
         "original": f"{placement.original[0]} x {placement.original[1]}",
         "crop": f"{placement.corner[0]}, {placement.corner[1]}",
-        "dtype": wish.dtype,
     }
     path = wish.output / f"{sample.name}.safetensors"
     return Work(
-        sample=sample, placement=placement, frames=frames, path=path, metadata=metadata
+        sample=sample,
+        placement=placement,
+        frames=frames,
+        fps=fps,
+        path=path,
+        metadata=metadata,
     )
 
 
@@ -258,31 +262,35 @@ def check_metadata(path: Path, wanted: Mapping[str, str]) -> None:
 # Encoding
 
 
-def _encode_prompts(wish: Wish, family: Diffusion, works: Sequence[Work]) -> None:
+def _encode_prompts(wish: Wish, family: Diffusion, works: Sequence[Work], report: Report) -> None:
     """Encode the captions that are not encoded yet, and the empty one."""
-    todo = {_prompt_file(wish, work): work.sample.caption for work in works}
-    told = {key: value for key, value in _work_model(wish).items()}
-    waiting: dict[Path, str] = {}
-    for path, caption in todo.items():
-        fresh = path.exists() and read_header(path).metadata == {**told, CAPTION: caption}
-        if not fresh:
-            waiting[path] = caption
+    told = _model_metadata(wish)
+    waiting = {}
+    for work in works:
+        path, wanted = _prompt_file(wish, work), {**told, CAPTION: work.sample.caption}
+        if not path.exists() or read_header(path).metadata != wanted:
+            waiting[path] = work.sample
+    # No sample has this path.
     empty = wish.output / EMPTY_PROMPT
     if wish.shard[0] == 0:
         if empty.exists() and not wish.overwrite:
             check_metadata(empty, told)
         else:
-            waiting[empty] = ""
+            waiting[empty] = Source(name="", frames=(), caption="", source="the empty prompt")
     if not waiting:
         return
-    pipeline = load_parts(wish, _TEXT)
-    _to_device(pipeline, wish.device)
-    for path, caption in tqdm(waiting.items(), unit="caption", disable=None):
+    pipeline = load_parts(wish.model, TEXT_PARTS, DTYPES[wish.dtype], wish.model_type)
+    pipeline.to(wish.device)
+    cuts = Cuts(pipeline)
+    for path, sample in tqdm(waiting.items(), unit="caption", disable=None):
         with torch.inference_mode():
-            prompt = family.encode_prompt(pipeline, caption)
-        write_tensors(path, _stored(prompt, wish, prompt), {**told, CAPTION: caption})
-    del pipeline
-    _free()
+            prompt = family.encode_prompt(pipeline, sample.caption)
+        stored = _stored(prompt, DTYPES[wish.dtype], sample.source, prompt)
+        write_sample(path, stored, {**told, CAPTION: sample.caption})
+        report.cut += [f"{sample.source} by {name}" for name in sorted(cuts.names)]
+        cuts.names.clear()
+    del pipeline, cuts
+    free_memory()
 
 
 def _encode_pixels(
@@ -291,39 +299,49 @@ def _encode_pixels(
     config: Mapping[str, Any],
     pipeline: Any,
     works: Sequence[Work],
-    found: Found,
-) -> int:
-    """Encode pictures, each with its prompt into its own file. Returns how many."""
+    report: Report,
+) -> None:
+    """Encode pictures, each with its prompt into its own file."""
     if wish.dtype == "fp16" and getattr(pipeline.vae.config, "force_upcast", False):
         # Its activations overflow in half precision.
         pipeline.vae.to(torch.float32)
-    _to_device(pipeline, wish.device)
-    written = 0
+    pipeline.to(wish.device)
     for work in tqdm(works, unit="sample", disable=None):
-        prompt_file = _prompt_file(wish, work)
         try:
             pixels = load_placed(work.sample, work.placement, work.frames)
+            origin = _origin(work)
         except ModelSourceError as error:
-            found.skip(work.sample.source, error)
+            report.found.skip(work.sample.source, error)
             continue
-        finally:
-            prompt = load_file(prompt_file)
         with torch.inference_mode():
-            encoded = family.encode_pixels(pipeline, pixels)
-        encoded = family.placed(encoded, work.placement.original, work.placement.corner)
-        tensors = {**_stored(encoded, wish, ()), **prompt}
-        if written == 0:
+            encoded = family.encode_source(pipeline, pixels, origin)
+        waiting = _prompt_file(wish, work)
+        stored = _stored(encoded, DTYPES[wish.dtype], work.sample.source)
+        tensors = {**stored, **load_file(waiting)}
+        if report.written == 0:
             family.check_sample(config, tensors, work.sample.source)
-        write_tensors(work.path, tensors, work.metadata)
-        prompt_file.unlink()
-        written += 1
-    return written
+        write_sample(work.path, tensors, work.metadata)
+        waiting.unlink()
+        report.written += 1
+
+
+def _origin(work: Work) -> Origin:
+    sound = rate = None
+    if work.sample.audio is not None:
+        sound, rate = load_sound(work.sample.audio)
+    return Origin(
+        size=work.placement.original,
+        corner=work.placement.corner,
+        fps=work.fps,
+        sound=sound,
+        rate=rate,
+    )
 
 
 def _stored(
-    tensors: Mapping[str, Tensor], wish: Wish, prompts: Iterable[str]
+    tensors: Mapping[str, Tensor], dtype: torch.dtype, source: str, prompts: Iterable[str] = ()
 ) -> dict[str, Tensor]:
-    """Bring tensors to the CPU and the stored type: not sizes, which 8 bits would round.
+    """Bring tensors to the CPU, large ones in the stored type; 8 bits would round a size.
 
     Raises:
         ModelSourceError: a tensor holds NaN or infinity.
@@ -332,14 +350,15 @@ def _stored(
     for name, tensor in tensors.items():
         if not bool(torch.isfinite(tensor).all()):
             raise ModelSourceError(
-                f"{name} came out as NaN or infinity; run again with --dtype bf16 or fp32."
+                f"{source}: {name} came out as NaN or infinity; run again with --dtype bf16 or"
+                " fp32."
             )
         large = tensor.is_floating_point() and (tensor.ndim > 1 or name in kept)
-        found[name] = tensor.to("cpu", DTYPES[wish.dtype] if large else tensor.dtype).contiguous()
+        found[name] = tensor.to("cpu", dtype if large else tensor.dtype).contiguous()
     return found
 
 
-def write_tensors(path: Path, tensors: dict[str, Tensor], metadata: Mapping[str, str]) -> None:
+def write_sample(path: Path, tensors: dict[str, Tensor], metadata: Mapping[str, str]) -> None:
     """Write one safetensors file: whole under its final name, or not at all.
 
     Raises:
@@ -352,7 +371,16 @@ def write_tensors(path: Path, tensors: dict[str, Tensor], metadata: Mapping[str,
             save_file(tensors, partial, metadata=dict(metadata))
 
 
-def _work_model(wish: Wish) -> dict[str, str]:
+def remove_empty(folder: Path) -> None:
+    """Remove a folder of folders without files; one with files stays, for the next run."""
+    inner = sorted(folder.rglob("*"), key=lambda path: len(path.parts), reverse=True)
+    for path in [*inner, folder]:
+        # Another process may be about to write into it.
+        with suppress(OSError):
+            path.rmdir()
+
+
+def _model_metadata(wish: Wish) -> dict[str, str]:
     """What the encoding of a caption depends on."""
     return {
         "model": str(wish.model.resolve()),
@@ -364,14 +392,3 @@ def _work_model(wish: Wish) -> dict[str, str]:
 def _prompt_file(wish: Wish, work: Work) -> Path:
     # Not called .safetensors: the data set would take it for a sample.
     return wish.output / PROMPTS / f"{work.sample.name}.prompt"
-
-
-def _to_device(pipeline: Any, device: str) -> None:
-    pipeline.to(device)
-
-
-def _free() -> None:
-    """Give back the memory of a pipeline that nothing refers to any more."""
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()

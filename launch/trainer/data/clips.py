@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import wave
 from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -80,6 +81,22 @@ def load_placed(source: Source, placement: Placement, frames: int) -> Tensor:
     with blame(source.source, "replace or remove it"):
         assert len(found) == frames, f"has {len(found)} frames that can be read, need {frames}"
     return torch.stack(found, dim=1)
+
+
+def load_sound(path: Path) -> tuple[Tensor, int]:
+    """Load a WAV file of 16 or 32 bit as (channels, N) in [-1, 1], and its rate.
+
+    Raises:
+        ModelSourceError: the file is damaged, or of another kind.
+    """
+    with blame(f"{path}: not a readable WAV file", "convert it to 16-bit PCM"):
+        with wave.open(str(path), "rb") as file:
+            width, channels, rate = file.getsampwidth(), file.getnchannels(), file.getframerate()
+            raw = bytearray(file.readframes(file.getnframes()))
+        kinds = {2: torch.int16, 4: torch.int32}
+        assert width in kinds, f"{8 * width} bits a number"
+        numbers = torch.frombuffer(raw, dtype=kinds[width]).view(-1, channels)
+    return numbers.T.to(torch.float32) / 2.0 ** (8 * width - 1), rate
 
 
 def _placed(image: Image.Image, placement: Placement) -> Image.Image:

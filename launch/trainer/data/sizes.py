@@ -34,11 +34,13 @@ class Placement:
 def place(original: tuple[int, int], size: tuple[int, int]) -> Placement:
     """Scale a picture to cover a size, and cut off as much on one side as on the other."""
     factor = max(size[0] / original[0], size[1] / original[1])
-    # Rounded up: a rounding error must not leave a line uncovered.
-    scaled = [max(wanted, round(side * factor)) for side, wanted in zip(original, size, strict=True)]
-    corner = [(side - wanted) // 2 for side, wanted in zip(scaled, size, strict=True)]
+    # At least the size itself: a rounding error must not leave a line uncovered.
+    height, width = (max(size[i], round(original[i] * factor)) for i in (0, 1))
     return Placement(
-        original=original, scaled=(scaled[0], scaled[1]), corner=(corner[0], corner[1]), size=size
+        original=original,
+        scaled=(height, width),
+        corner=((height - size[0]) // 2, (width - size[1]) // 2),
+        size=size,
     )
 
 
@@ -49,7 +51,8 @@ def bucket_sizes(pixels: int, step: int) -> list[tuple[int, int]]:
         ConfigError: not even a square of one step fits.
     """
     if pixels < step * step:
-        raise fields.invalid("--pixels", pixels, f"at least {step * step}, one {step} x {step} square")
+        allowed = f"at least {step * step}, a square of one step"
+        raise fields.invalid("--pixels", pixels, allowed)
     square = math.sqrt(pixels)
     shortest, longest = max(step, square / _LONGEST), square * _LONGEST
     heights = range(math.ceil(shortest / step) * step, int(longest) + 1, step)

@@ -42,7 +42,8 @@ class Found:
 
     def skip(self, path: str, error: Exception) -> None:
         """Note a file that cannot be encoded."""
-        why = " ".join(str(error).split())
+        # Some errors begin with the file themselves.
+        why = " ".join(str(error).split()).removeprefix(f"{path}: ")
         self.skipped.append(Skipped(path=path, why=why))
 
 
@@ -92,12 +93,14 @@ def _candidates(folder: Path) -> Iterator[Path]:
     """Yield what is a sample or should have been one, in order."""
     # Hidden files, such as macOS's ._cat.png, are nobody's samples.
     entries = sorted(path for path in folder.iterdir() if not path.name.startswith("."))
-    stems = {path.stem for path in entries if path.suffix.lower() not in (_CAPTION_SUFFIX,)}
+    beside = (_CAPTION_SUFFIX, AUDIO_SUFFIX)
+    stems = {path.stem for path in entries if path.suffix.lower() not in beside}
     for path in entries:
         if path.is_dir():
-            is_clip = (path / _CLIP_CAPTION).is_file() or path.with_name(f"{path.name}.txt").is_file()
+            captions = (path / _CLIP_CAPTION, path.with_name(f"{path.name}{_CAPTION_SUFFIX}"))
+            is_clip = any(caption.is_file() for caption in captions)
             yield from [path] if is_clip else _candidates(path)
-        elif path.suffix.lower() not in (_CAPTION_SUFFIX, AUDIO_SUFFIX) or path.stem not in stems:
+        elif path.suffix.lower() not in beside or path.stem not in stems:
             yield path
 
 

@@ -12,6 +12,7 @@ from torch import Tensor
 from dist_layerlr.files import read_json
 from launch.trainer.data.base import LATENTS
 from launch.trainer.families.diffusion import Diffusion
+from launch.trainer.families.latents import encode_image
 from launch.trainer.objectives import Objective
 from launch.trainer.objectives.noise import NoisePrediction
 
@@ -46,14 +47,11 @@ class NoiseDenoiser(Diffusion):
     def encode_pixels(self, pipeline: Any, pixels: Tensor) -> Mapping[str, Tensor]:
         """Return the normalised mode of the VAE; see ``Diffusion.encode_pixels``."""
         vae = pipeline.vae
-        # An image is a clip of one frame.
-        image = pixels[:, :1].transpose(0, 1).to(vae.device, vae.dtype)
-        raw = vae.encode(image).latent_dist.mode()[0].to("cpu", torch.float32)
-        return {LATENTS: normalised(raw, vae.config)}
+        return {LATENTS: _normalised(encode_image(vae, pixels), vae.config)}
 
 
-def normalised(raw: Tensor, config: Any) -> Tensor:
-    """Scale latents (C, H, W) as the pipelines undo it before they decode."""
+def _normalised(raw: Tensor, config: Any) -> Tensor:
+    """Scale latents (C, H, W) by what the pipelines undo before they decode."""
     mean, std = (getattr(config, f"latents_{name}", None) for name in ("mean", "std"))
     if mean is None or std is None:
         return raw * float(config.scaling_factor)

@@ -9,6 +9,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -22,6 +23,22 @@ from launch.trainer.objectives.flow import FlowMatching
 
 ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
 """Projections of an attention by the names of diffusers' modules; ``to_out.1`` is a dropout."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Origin:
+    """Where the pixels of a sample come from."""
+
+    size: tuple[int, int]
+    """Height and width of the file."""
+    corner: tuple[int, int]
+    """Top and left of the crop in the scaled picture."""
+    fps: float | None = None
+    """Frames per second; None: an image, or a clip that does not say."""
+    sound: Tensor | None = None
+    """(channels, N) in [-1, 1]; None: a silent clip."""
+    rate: int | None = None
+    """Of ``sound``: numbers per second."""
 
 
 class Diffusion(ABC):
@@ -165,22 +182,15 @@ class Diffusion(ABC):
             the pixels; float32.
         """
 
-    def encode_sound(
-        self, pipeline: Any, sound: Tensor | None, rate: int, frames: int, fps: float
-    ) -> Mapping[str, Tensor]:
-        """Encode what belongs to a clip beside its pixels: nothing, for most families.
+    def encode_source(self, pipeline: Any, pixels: Tensor, origin: Origin) -> Mapping[str, Tensor]:
+        """Encode one image or clip, and what of its origin the network is told.
 
         Args:
-            pipeline: The family's pipeline, of which only the audio VAE is used.
-            sound: (channels, samples) in [-1, 1]; None: the clip is silent.
-            rate: Samples per second of ``sound``.
-            frames: Of the clip.
-            fps: Frames per second of the clip.
-
-        Returns:
-            Fields of the sample; float32.
+            pipeline: As ``encode_pixels`` takes it.
+            pixels: As ``encode_pixels`` takes them.
+            origin: Of the pixels.
         """
-        return {}
+        return self.encode_pixels(pipeline, pixels)
 
     @abstractmethod
     def encode_prompt(self, pipeline: Any, caption: str) -> Mapping[str, Tensor]:

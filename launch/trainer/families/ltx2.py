@@ -16,7 +16,7 @@ from dist_layerlr.sharders import unwrap
 from launch.trainer.data.base import LATENTS, PROMPT_EMBEDS, Batch, Sample, stack
 from launch.trainer.families.base import Family
 from launch.trainer.families.checks import Layout, refuse_key
-from launch.trainer.families.diffusion import Diffusion
+from launch.trainer.families.diffusion import Diffusion, Origin
 from launch.trainer.families.sound import fitted, log_mel
 from launch.trainer.families.video import clip_size, one_length
 from launch.trainer.objectives import Objective
@@ -126,31 +126,23 @@ class LTX2(Diffusion):
         latents: Tensor = (raw - mean) * vae.config.scaling_factor / std
         return {LATENTS: latents.cpu()}
 
-    def encode_sound(
-        self, pipeline: Any, sound: Tensor | None, rate: int, frames: int, fps: float
-    ) -> Mapping[str, Tensor]:
-        """Return the normalised mode of the audio VAE; see ``Diffusion.encode_sound``."""
-        vae, wanted = pipeline.audio_vae, pipeline.audio_sampling_rate
-        channels = vae.latents_mean.numel()
-        length = audio_frames(pipeline, frames, fps)
-        found = {FPS: torch.tensor(fps), HAS_AUDIO: torch.tensor(sound is not None)}
-        if sound is None:
-            # Zeros, the mean of all sounds; what is in it is not learned.
-            return {**found, AUDIO_LATENTS: torch.zeros(length, channels)}
-        if rate != wanted:
+    def encode_source(self, pipeline: Any, pixels: Tensor, origin: Origin) -> Mapping[str, Tensor]:
+        """Return the clip, its frame rate and its sound; see ``Diffusion.encode_source``.
+
+        Raises:
+            ModelSourceError: a clip without a frame rate, or a sound that the VAE cannot take.
+        """
+        frames, fps = pixels.shape[1], origin.fps
+        if fps is None and frames > 1:
             raise ModelSourceError(
-                f"The sound has {rate} samples per second, and this model's audio VAE needs"
-                f" {wanted}: resample it, ffmpeg -i IN -ar {wanted} OUT.wav."
+                "A clip does not say how many frames a second has, which this model is told: give"
+                " a video file in place of a folder of frames."
             )
-        # A sound of another length than the clip is cut, or ends in silence.
-        samples = round(frames / fps * rate)
-        sound = fitted(sound.T, samples).T
-        mel = log_mel(sound, rate, bins=vae.config.mel_bins, hop=pipeline.audio_hop_length)
-        raw = vae.encode(mel[None].to(vae.device, vae.dtype)).latent_dist.mode()
-        packed = pipeline._pack_audio_latents(raw)[0].float()
-        # After packing: the statistics are of packed channels.
-        latents = (packed - vae.latents_mean) / vae.latents_std
-        return {**found, AUDIO_LATENTS: fitted(latents.cpu(), length)}
+        # A single frame has no rate; this is the pipeline's own default.
+        fps = fps or 24.0
+        found = {FPS: torch.tensor(fps), HAS_AUDIO: torch.tensor(origin.sound is not None)}
+        found[AUDIO_LATENTS] = _sound(pipeline, origin, frames, fps)
+        return {**self.encode_pixels(pipeline, pixels), **found}
 
     def encode_prompt(self, pipeline: Any, caption: str) -> Mapping[str, Tensor]:
         """Return what the frozen connectors give both streams; see ``Diffusion.encode_prompt``.
@@ -237,6 +229,28 @@ class SilentLTX2(LTX2):
         """The axes of each field of a sample; it may hold sound."""
         found = super().layout(model_config)
         return {name: axes for name, axes in found.items() if name != AUDIO_LATENTS}
+
+
+def _sound(pipeline: Any, origin: Origin, frames: int, fps: float) -> Tensor:
+    """Return the normalised mode of the audio VAE (L, C x M), float32 on the CPU."""
+    vae, rate = pipeline.audio_vae, pipeline.audio_sampling_rate
+    length = audio_frames(pipeline, frames, fps)
+    if origin.sound is None:
+        # Zeros, the mean of all sounds; what is in it is not learned.
+        return torch.zeros(length, vae.latents_mean.numel())
+    if origin.rate != rate:
+        raise ModelSourceError(
+            f"The sound has {origin.rate} samples per second, and this model's audio VAE needs"
+            f" {rate}: resample it, ffmpeg -i IN -ar {rate} OUT.wav."
+        )
+    # A sound of another length than the clip is cut, or ends in silence.
+    sound = fitted(origin.sound.T, round(frames / fps * rate)).T
+    mel = log_mel(sound, rate, bins=vae.config.mel_bins, hop=pipeline.audio_hop_length)
+    raw = vae.encode(mel[None].to(vae.device, vae.dtype)).latent_dist.mode()
+    packed = pipeline._pack_audio_latents(raw)[0].float()
+    # After packing: the statistics are of packed channels.
+    latents = (packed - vae.latents_mean) / vae.latents_std
+    return fitted(latents.cpu(), length)
 
 
 def audio_frames(pipeline: Any, frames: int, fps: float) -> int:
