@@ -163,6 +163,9 @@ PRESET = fields.Setting(
 class Config:
     """What a plan is made from: the training config's own fields that matter to learning rates."""
 
+    comment: str = setting(
+        fields.text, default="", shown="none", doc="For whoever reads the file; nothing uses it."
+    )
     model_type: str = setting(fields.text, default="model", doc="Name of the model's family.")
     learning_rate: float | None = setting(
         _LR, default=None, shown="3e-4", doc="The flat rate, and `default_lr` of the block."

@@ -18,6 +18,9 @@ _EDITS = ("zero_cond_t", "use_additional_t_cond", "use_layer3d_rope")
 """Keys of the edit and layered variants' ``config.json``, true there."""
 _LAST = ("attn.to_add_out", "txt_mlp.net.0.proj", "txt_mlp.net.2")
 
+PROMPT_TOKENS = 512
+"""The most rows that the pipeline lets a prompt have, unless told otherwise."""
+
 
 class Qwen(Diffusion):
     """Text to image: 2 x 2 patches, a video VAE used on one frame, prompts with a mask."""
@@ -90,8 +93,9 @@ class Qwen(Diffusion):
 
     def encode_prompt(self, pipeline: Any, caption: str) -> Mapping[str, Tensor]:
         """Return the rows behind the template's; see ``Diffusion.encode_prompt``."""
-        # One prompt is not padded: there is nothing to mask.
-        prompt, _ = pipeline.encode_prompt(caption)
+        # One prompt is not padded: there is nothing to mask. The pipeline's call takes fewer rows
+        # than its encode_prompt returns, of cached prompts too.
+        prompt, _ = pipeline.encode_prompt(caption, max_sequence_length=PROMPT_TOKENS)
         return {PROMPT_EMBEDS: prompt[0]}
 
     def pipeline_inputs(self, batch: Batch, guidance: float) -> dict[str, Any]:
