@@ -5,7 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -275,7 +275,9 @@ def _generate(job: Job, batch: Batch) -> tuple[Any, Any]:
     moved, seed = to_device(batch, device), options.train.seed
     if pipeline_of(options.model_path) is None or not isinstance(family, Diffusion):
         made = job.objective.generate(job.engine.model, moved, seed, options.samples.steps)
-        return made, batch.get(LATENTS)
+        real = batch.get(LATENTS)
+        # Of several streams the first: a picture has no sound.
+        return made, next(iter(real.values())) if isinstance(real, Mapping) else real
     pipeline = alike(lambda: load_pipeline(family, options.model_path, job.engine.model, device))
     wanted = options.samples
     made = sample_by_pipeline(family, pipeline, moved, seed, wanted.steps, wanted.guidance)

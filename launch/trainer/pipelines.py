@@ -7,6 +7,7 @@ because the network's forward pass may be collective.
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from dist_layerlr.sharders import unwrap
 from launch.trainer.cli import blame
 from launch.trainer.data.base import LATENTS, Batch
 from launch.trainer.families.diffusion import Diffusion, from_diffusers
@@ -55,9 +57,11 @@ def load_pipeline(
     absent = {name: None for name in index if name.startswith(_NOT_NEEDED)} | {component: None}
     # Its warnings are for callers who forget what a cached prompt lacks on purpose.
     diffusers.utils.logging.set_verbosity_error()
-    pipeline_class = from_diffusers(family.pipeline_class, family.model_type)
+    # A variant may have a pipeline of its own: text-to-video and image-to-video.
+    name = family.pipeline_name(_config(model))
+    pipeline_class = from_diffusers(name, family.model_type)
     diffusers.utils.logging.disable_progress_bar()
-    with blame(f"{folder}: {family.pipeline_class} cannot be loaded", "download it again"):
+    with blame(f"{folder}: {name} cannot be loaded", "download it again"):
         pipeline = pipeline_class.from_pretrained(str(folder), local_files_only=True, **absent)
     for part in pipeline.components.values():
         if isinstance(part, nn.Module):
@@ -79,6 +83,11 @@ def _callable(model: nn.Module) -> Any:
     return own.module if engine or isinstance(model, DistributedDataParallel) else model
 
 
+def _config(model: nn.Module) -> Any:
+    network: Any = unwrap(model)
+    return network.config
+
+
 @torch.no_grad()
 def sample_by_pipeline(
     family: Diffusion, pipeline: Any, batch: Batch, seed: int, steps: int, guidance: float
@@ -96,17 +105,21 @@ def sample_by_pipeline(
     Returns:
         (B, 3, H, W) or (B, 3, F, H, W) in [-1, 1].
     """
+    # A family of several streams holds them by name; the size of all follows from the first.
     latents = batch[LATENTS]
+    first = next(iter(latents.values())) if isinstance(latents, Mapping) else latents
     starts = []
-    for index in range(len(latents)):
+    for index in range(len(first)):
         starts.append(torch.Generator().manual_seed(mix_seed(seed, SAMPLE_STREAM, index)))
-    made = pipeline(
+    options = {
         **family.pipeline_inputs(batch, guidance),
-        **family.pixel_size(pipeline, latents[0]),
-        num_inference_steps=steps,
-        generator=starts,
-        output_type="pt",
-    )
+        **family.pixel_size(pipeline, first[0]),
+        "num_inference_steps": steps,
+        "generator": starts,
+        "output_type": "pt",
+    }
+    with family.pipeline_with(pipeline, batch):
+        made = pipeline(**options)
     # Pipelines of clips return frames before channels.
     shown = made.frames.transpose(1, 2) if hasattr(made, "frames") else made.images
     return torch.as_tensor(shown).float() * 2 - 1
