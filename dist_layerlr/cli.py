@@ -152,20 +152,22 @@ def _add_diff(commands: Any) -> None:
 
 def _add_export(commands: Any) -> None:
     text = (
-        "write the weights of a checkpoint as files that diffusers, transformers, PEFT or kohya's"
-        " programs load"
+        "write the weights of a checkpoint as files that diffusers, transformers, PEFT, ComfyUI or"
+        " kohya's programs load"
     )
     export = commands.add_parser("export", help=text, description=text)
     where = "a checkpoint folder, or a folder of them or of a run: then the newest"
     export.add_argument("checkpoint", metavar="CKPT", help=where)
     export.add_argument("output", metavar="OUT", help="folder to write")
-    formats = ("diffusers", "transformers", "peft", "kohya")
+    formats = ("diffusers", "transformers", "peft", "pipeline", "comfyui", "kohya")
     export.add_argument(
         "--format", required=True, choices=formats, help="full weights (the first two), or a LoRA"
     )
     export.add_argument("--dtype", choices=("fp32", "bf16", "fp16"), help="default: as trained")
     export.add_argument(
-        "--base", metavar="DIR", help="folder of the trained model: its config.json is copied"
+        "--base",
+        metavar="DIR",
+        help="folder of the trained model: its config.json is copied, or names its class",
     )
     export.add_argument(
         "--adapter", default="default", metavar="NAME", help="PEFT's name of the adapter"

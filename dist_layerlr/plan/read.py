@@ -14,6 +14,8 @@ from dist_layerlr.errors import ModelSourceError
 from dist_layerlr.plan.entries import ParamInfo, Shape
 from dist_layerlr.plan.names import strip_common_module
 
+PEFT_FILE = "adapter_model.safetensors"
+"""What PEFT calls the weights of an adapter."""
 PIPELINE_PARTS = ("transformer", "transformer_2", "unet")
 """Sub-folders of a diffusers pipeline that hold what is trained; several are told apart by this
 prefix."""
@@ -66,8 +68,10 @@ def checkpoint_files(folder: str | Path) -> list[Path]:
             f"No .safetensors file in checkpoint folder {str(folder)!r}. Point at the folder that"
             " holds the weights, or convert them with save_pretrained(safe_serialization=True)."
         )
+    # An adapter may lie there in several forms: it is read once.
+    adapter = [f for f in files if f.name == PEFT_FILE]
     plain = [f for f in files if f.name.count(".") == 1]
-    return plain or files
+    return adapter or plain or files
 
 
 def read_header(path: str | Path) -> list[tuple[str, Shape]]:

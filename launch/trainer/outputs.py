@@ -16,9 +16,12 @@ from torch import nn
 from dist_layerlr import export_weights
 from dist_layerlr.checkpoint.folders import CHECKPOINTS, complete
 from dist_layerlr.errors import ConfigError
+from dist_layerlr.export.adapter_files import class_of
+from dist_layerlr.export.loaders import PEFT, PIPELINE, has_pipeline
 from dist_layerlr.files import sync_folder, write_json, write_text
 from dist_layerlr.plan import Plan
 from dist_layerlr.ranks import alike
+from dist_layerlr.sharders import unwrap
 from dist_layerlr.weights import find_not_finite
 from launch.trainer.data.base import LATENTS, Batch, to_device
 from launch.trainer.data.order import one_batch
@@ -54,6 +57,7 @@ _IN_FINAL = (
     "config.json",
     "diffusion_pytorch_model*.safetensors*",
     "adapter_model.safetensors",
+    "pytorch_lora_weights.safetensors",
 )
 """What a run's result consists of. It stays until the next one is complete."""
 
@@ -145,8 +149,9 @@ def draw_plan(plan: Plan, folder: Path) -> None:
 def save_result(job: Job, step: int, proof: dict[str, Any]) -> Path:
     """Write the trained weights under original names, with plan and proof beside them. Collective.
 
-    A full finetune becomes a diffusers model folder, a LoRA a PEFT adapter folder. The plan's
-    digest, the step and the run are in the safetensors metadata.
+    A full finetune becomes a diffusers model folder. A LoRA becomes a PEFT adapter folder, with the
+    file that ``pipe.load_lora_weights`` takes where the model's pipeline has it. The plan's digest,
+    the step and the run are in the safetensors metadata.
 
     Args:
         job: What was trained.
@@ -165,15 +170,25 @@ def save_result(job: Job, step: int, proof: dict[str, Any]) -> Path:
     staged, main = job.folder / _STAGED, job.runtime.is_main
     # What a killed run has left behind is in the way.
     alike(lambda: shutil.rmtree(staged, ignore_errors=True) if main else None)
-    files = export_weights(
-        job.engine.model,
-        staged,
-        format="peft" if job.options.training_method == LORA else "diffusers",
-        metadata={"plan_digest": job.plan.digest, "step": str(step), "run": job.run_id},
-        base=job.options.model_path,
-    )
+    files: list[Path] = []
+    for form in _forms(job):
+        files += export_weights(
+            job.engine.model,
+            staged,
+            format=form,
+            metadata={"plan_digest": job.plan.digest, "step": str(step), "run": job.run_id},
+            base=job.options.model_path,
+        )
     alike(lambda: _complete(job, proof) if main else None)
     return job.folder / FINAL / files[0].name
+
+
+def _forms(job: Job) -> tuple[str, ...]:
+    """The formats of a result, that by which it is known first."""
+    if job.options.training_method != LORA:
+        return ("diffusers",)
+    by_pipeline = has_pipeline(class_of(unwrap(job.engine.model)).__name__)
+    return (PEFT, PIPELINE) if by_pipeline else (PEFT,)
 
 
 def _complete(job: Job, proof: dict[str, Any]) -> None:

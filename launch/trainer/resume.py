@@ -15,11 +15,11 @@ from dist_layerlr.errors import CheckpointError, ConfigError
 from dist_layerlr.export.export import SAVED_CONFIG, adapter_config
 from dist_layerlr.plan import Plan
 from dist_layerlr.ranks import alike, any_rank, rank_zero
+from launch.trainer.adapters import ADAPTER
 from launch.trainer.job import Job
 from launch.trainer.outputs import check_fresh
 from launch.trainer.runtime import Runtime
 from launch.trainer.state import Position
-from launch.trainer.weights import ADAPTER
 
 LATEST = "latest"
 _RUN = "run"
