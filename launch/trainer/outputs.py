@@ -10,13 +10,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
 from torch import nn
 
 from dist_layerlr import export_weights
 from dist_layerlr.checkpoint.folders import CHECKPOINTS, complete
-from dist_layerlr.errors import ConfigError
-from dist_layerlr.files import sync_folder, write_json, write_text
+from dist_layerlr.errors import ConfigError, ModelSourceError
+from dist_layerlr.files import read_safetensors_header, sync_folder, write_json, write_text
 from dist_layerlr.plan import Plan
 from dist_layerlr.ranks import alike
 from dist_layerlr.weights import find_not_finite
@@ -212,10 +211,9 @@ def holds_result(folder: Path, run_id: str | None, step: int) -> bool:
     if run_id is None or not files:
         return False
     try:
-        with safe_open(str(files[0]), framework="pt") as file:
-            found = file.metadata() or {}
+        found = read_safetensors_header(files[0]).metadata
     # Whatever is wrong with it, it is no result: the weights are written again.
-    except Exception:
+    except ModelSourceError:
         return False
     return (found.get("run"), found.get("step")) == (run_id, str(step))
 

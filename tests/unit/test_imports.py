@@ -99,7 +99,7 @@ def test_the_plan_imports_the_standard_library_errors_fields_and_files_only(modu
     }
     own = {name for name in names if name.startswith("dist_layerlr")}
     assert {folder(name) for name in own} <= {"plan", "errors", "fields", "files"}
-    assert names - own <= ({"safetensors"} if module == "plan.read" else set())
+    assert not names - own
 
 
 @pytest.mark.parametrize("module", sorted(MODULES))
