@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from dist_layerlr import export_weights
-from dist_layerlr.checkpoint.folders import CHECKPOINTS, complete
+from dist_layerlr.checkpoint import CHECKPOINTS, complete_checkpoints
 from dist_layerlr.errors import ConfigError, ModelSourceError
 from dist_layerlr.files import read_safetensors_header, sync_folder, write_json, write_text
 from dist_layerlr.plan import Plan
@@ -101,7 +101,7 @@ def check_fresh(folder: Path) -> None:
     Raises:
         ConfigError: there are some.
     """
-    if complete(folder / CHECKPOINTS):
+    if complete_checkpoints(folder / CHECKPOINTS):
         raise ConfigError(
             f"Invalid --output-dir {str(folder)!r}: it holds checkpoints of an earlier run. "
             "Continue it with --resume latest, choose another folder, or delete its checkpoints/."
@@ -123,7 +123,7 @@ def _found(folder: Path, patterns: tuple[str, ...]) -> list[Path]:
 
 def draw_plan(plan: Plan, folder: Path) -> None:
     """Write lr_grid.png."""
-    from dist_layerlr.report.heatmap import draw_grid
+    from dist_layerlr.report import draw_grid
 
     draw_grid(plan, folder / "lr_grid.png")
 

@@ -12,11 +12,8 @@ from torch import Tensor, nn
 
 from dist_layerlr import fields
 from dist_layerlr.errors import ModelSourceError
-from dist_layerlr.plan import canonical_name
-from dist_layerlr.plan.names import base_name, parse
-from dist_layerlr.plan.read import checkpoint_files
-from dist_layerlr.weights import load_pretrained
-from dist_layerlr.weights.tensorfile import stored_tensors
+from dist_layerlr.plan import base_name, canonical_name, checkpoint_files, is_lora_b
+from dist_layerlr.weights import load_pretrained, stored_tensors
 from launch.trainer.cli import blame
 from launch.trainer.engines.offload import CAST_BY_AUTOCAST
 from launch.trainer.families.base import Family
@@ -131,7 +128,7 @@ def _fresh_adapter(name: str, shape: tuple[int, ...], seed: int) -> Tensor:
     # Drawn by name and not in order, so that every rank draws the same whole tensor and keeps its
     # shard of it, whatever the sharder.
     full = torch.zeros(shape)
-    if not parse(canonical_name(name)).is_lora_b:
+    if not is_lora_b(canonical_name(name)):
         generator = torch.Generator().manual_seed(mix_seed(seed, *name.encode()))
         nn.init.kaiming_uniform_(full, a=math.sqrt(5), generator=generator)
     return full
