@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 
 import dist_layerlr
+from tests.support.imports import ROOT, imported, trees
 
-ROOT = Path(__file__).resolve().parents[2]
 LAZY = {"": "_PACKAGE_OF", "checkpoint": "_MODULE_OF", "offload": "_MODULE_OF"}
 SKIP = "[mypy-torch.*,numpy.*,accelerate.*]\nfollow_imports = skip\n"
 EAGER = ("export", "integrations", "optim", "plan", "proof", "report", "sharders", "weights")
@@ -77,20 +77,14 @@ def test_mypy_reveals_a_concrete_type_for_every_public_name(tmp_path: Path):
 def test_the_trainer_imports_public_names_only():
     public = public_names()
     public[""] += ["errors", "fields", "files", "ranks"]
-    imports = [
-        (path.name, str(node.module), alias.name)
-        for path in sorted((ROOT / "launch").rglob("*.py"))
-        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
-        if isinstance(node, ast.ImportFrom)
-        for alias in node.names
-    ]
     private = []
-    for file, module, name in imports:
-        top, _, place = module.partition(".")
-        # A module at the root is a door of its own.
-        if top == "dist_layerlr" and place not in public[""]:
-            private += [] if name in public.get(place, ()) else [f"{file}: {module}.{name}"]
-    assert imports and not private
+    for module, tree in trees("launch").items():
+        for place, _, name in (found.rpartition(".") for found in imported(tree)):
+            top, _, package = place.partition(".")
+            # A module at the root is a door of its own.
+            if top == "dist_layerlr" and package not in public[""]:
+                private += [] if name in public.get(package, ()) else [f"{module}: {place}.{name}"]
+    assert not private
 
 
 def test_packages_are_attributes_without_an_import_of_their_own():
