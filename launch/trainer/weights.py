@@ -14,9 +14,7 @@ from dist_layerlr import fields
 from dist_layerlr.errors import ModelSourceError
 from dist_layerlr.plan import canonical_name
 from dist_layerlr.plan.names import base_name, parse
-from dist_layerlr.plan.read import checkpoint_files
-from dist_layerlr.weights import load_pretrained
-from dist_layerlr.weights.tensorfile import stored_tensors
+from dist_layerlr.weights import load_pretrained, pretrained_tensors
 from launch.trainer.cli import blame
 from launch.trainer.engines.offload import CAST_BY_AUTOCAST
 from launch.trainer.families.base import Family
@@ -102,15 +100,14 @@ def hold_in_16_bits(model: nn.Module, options: RunOptions) -> None:
     """
     if options.train.dtype != "bf16" or options.training_method != LORA:
         return
-    stored: dict[str, torch.dtype] = {}
-    for file in checkpoint_files(options.model_path):
-        stored |= {name: found.dtype for name, found in stored_tensors(file).items()}
+    stored = pretrained_tensors(model, options.model_path)
     for path, module in model.named_modules():
         if not isinstance(module, CAST_BY_AUTOCAST):
             continue
         for name, param in module.named_parameters(recurse=False):
-            dtype = stored.get(base_name(canonical_name(f"{path}.{name}")))
-            if not param.requires_grad and dtype in (torch.bfloat16, torch.float16):
+            found = stored.get(base_name(canonical_name(f"{path}.{name}")))
+            halves = found is not None and found.dtype in (torch.bfloat16, torch.float16)
+            if halves and not param.requires_grad:
                 param.data = param.data.to(torch.bfloat16)
 
 
