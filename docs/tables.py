@@ -22,6 +22,7 @@ from dist_layerlr.plan.config import PRESET, Config, PatternRule, PerLayerLR, Re
 from dist_layerlr.plan.depth import DepthSettings
 from dist_layerlr.plan.presets import RfdetrPreset
 from dist_layerlr.sharders import Layout
+from launch.trainer.objectives.flow import FlowMatching
 from launch.trainer.options import BLOCKS, RunOptions
 from tests.support.optimizers import PACKAGES, Make, is_installed, package_of
 
@@ -52,6 +53,7 @@ def tables() -> dict[str, list[Setting]]:
         "config": [*settings(Config, RunOptions).values()],
         "memory.stagehand": [*settings(StreamPolicy).values()],
     }
+    found["objective.flow"] = [*settings(FlowMatching).values()]
     for name, block in BLOCKS.items():
         found[name] = [*settings(block).values()]
     return found

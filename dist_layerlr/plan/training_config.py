@@ -14,6 +14,7 @@ TRAINER_KEYS = (
     "model_path",
     "training_method",
     "data",
+    "objective",
     "adapter",
     "optimizer",
     "schedule",

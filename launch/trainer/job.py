@@ -9,6 +9,7 @@ from dist_layerlr.plan import Plan
 from launch.trainer.data.base import Dataset
 from launch.trainer.engines.base import Engine
 from launch.trainer.families.base import Family
+from launch.trainer.objectives import Objective
 from launch.trainer.options import RunOptions
 from launch.trainer.runtime import Runtime
 
@@ -21,6 +22,8 @@ class Job:
     """The model and its optimizer, ready to step."""
     family: Family
     """How the model is called, and for which objective."""
+    objective: Objective
+    """What a step minimises."""
     data: Dataset
     plan: Plan
     """The learning rates that the engine steps with."""

@@ -180,7 +180,7 @@ def _accumulate(job: Job, begin: Position, step: int, stop: StopFlag | None) -> 
         batch = _read(job, numbers)
         with job.engine.micro_step(last=part == parts - 1):
             with autocast(runtime.device, job.options):
-                loss = job.family.objective.loss(job.engine.model, batch, numbers, settings.seed)
+                loss = job.objective.loss(job.engine.model, batch, numbers, settings.seed)
             # Outside autocast: backward runs in the dtypes that forward chose.
             mean = loss / parts
             job.engine.backward(mean)

@@ -109,10 +109,22 @@ class TrainOptions:
 
 @dataclass(frozen=True, kw_only=True)
 class SampleOptions:
-    """The picture at the end."""
+    """The pictures of what the model makes."""
 
     count: int = setting(fields.integer(0), default=4, unit="clips", doc="0: none.")
-    steps: int = setting(fields.integer(1), default=20, doc="Euler steps per clip.")
+    steps: int = setting(fields.integer(1), default=20, doc="Denoising steps per clip.")
+    every: int | None = setting(
+        fields.integer(1),
+        default=None,
+        shown="only at the end",
+        unit="optimizer steps",
+        doc="Between pictures.",
+    )
+    guidance: float = setting(
+        fields.number(1.0),
+        default=1.0,
+        doc="Of the pipeline. More than 1 needs the empty prompt in the cache.",
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -140,6 +152,12 @@ class RunOptions:
     )
     data: Mapping[str, Any] = setting(
         fields.mapping, doc="`kind` of dataset, and that kind's own fields."
+    )
+    objective: Mapping[str, Any] = setting(
+        fields.mapping,
+        factory=dict,
+        shown="the family's own",
+        doc="What is minimised: the fields of the family's objective below.",
     )
     adapter: AdapterOptions
     optimizer: OptimizerOptions
@@ -198,10 +216,14 @@ def load_options(
     if "model_type" in raw:
         get_family(known["model_type"].check("model_type", raw["model_type"]))
     _check_complete(raw, path)
+    family = get_family(raw["model_type"])
     blocks = {name: fields.read(name, _section(raw, name), cls) for name, cls in BLOCKS.items()}
     train = TrainOptions(**blocks["train"])
-    given = {"training_method": _method(raw), **raw}
+    given = {"training_method": _method(raw), "objective": {}, **raw}
     values = {key: found.check(key, given[key]) for key, found in known.items()}
+    # By attribute from here on, as the objective's class takes them.
+    values["objective"] = fields.read("objective", values["objective"], family.objective_class)
+    values["model_path"] = str(family.model_folder(Path(values["model_path"])))
     method = values["training_method"]
     if method == FULL and "adapter" in raw:
         raise ConfigError(
@@ -229,14 +251,17 @@ def resolved(options: RunOptions) -> dict[str, Any]:
         stream |= _filled(options.stream)
     adapter = {}
     if options.training_method == LORA:
-        targets = options.adapter.target_modules or get_family(options.model_type).lora_targets
-        adapter = {"adapter": {**_filled(options.adapter), "target_modules": list(targets)}}
+        adapter = {"adapter": _filled(options.adapter)}
+        # Empty means the family's own, which adapter_config.json lists.
+        if not options.adapter.target_modules:
+            del adapter["adapter"]["target_modules"]
     return {
         "model_type": options.model_type,
         "model_path": options.model_path,
         "training_method": options.training_method,
         **given,
         "data": dict(options.data),
+        "objective": dict(options.objective),
         **adapter,
         "optimizer": _filled(options.optimizer),
         "schedule": _filled(options.schedule),

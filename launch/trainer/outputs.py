@@ -235,7 +235,7 @@ def draw_generated(job: Job) -> Path | None:
     # Dropout and the like are for training; generate() runs the forward pass alone.
     model.eval()
     with torch.no_grad(), autocast(device, options):
-        made = job.family.objective.generate(
+        made = job.objective.generate(
             model, to_device(batch, device), options.train.seed, options.samples.steps
         )
     model.train()

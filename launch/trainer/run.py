@@ -40,7 +40,7 @@ from launch.trainer.runlog import LOG
 from launch.trainer.runtime import Diverged, Runtime
 from launch.trainer.signals import StopFlag, catch_signals
 from launch.trainer.state import Outcome, Position
-from launch.trainer.weights import empty_model
+from launch.trainer.weights import empty_model, frozen_line
 
 
 def print_plan(options: RunOptions, runtime: Runtime) -> None:
@@ -60,6 +60,7 @@ def run(request: Request, options: RunOptions, runtime: Runtime) -> None:
     model, plan = _planned(options)
     alike(lambda: check_pretrained(model, options.model_path, fresh=True))
     family = get_family(options.model_type)
+    objective = alike(lambda: family.objective(options.objective, Path(options.model_path)))
     data = alike(lambda: open_dataset(options.data))
     shape: Any = model.config
     alike(lambda: check_dataset(data, family, shape))
@@ -84,10 +85,14 @@ def run(request: Request, options: RunOptions, runtime: Runtime) -> None:
         run_id = past.run_id or run_id if trained else run_id
         plan = adapt_plan(checkpoint, plan, runtime, trained=trained)
     runtime.say(grid(plan))
+    frozen = frozen_line(family, model, options)
+    if frozen is not None:
+        runtime.say(frozen)
     engine = build_engine(request.sharding, model, plan, options, runtime, request.deepspeed_config)
     job = Job(
         engine=engine,
         family=family,
+        objective=objective,
         data=data,
         plan=plan,
         options=options,

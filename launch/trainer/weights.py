@@ -55,39 +55,63 @@ def empty_model(family: Family, options: RunOptions) -> nn.Module:
     from accelerate import init_empty_weights
 
     config = read_model_config(options.model_path)
-    wanted = family.model_class.__name__
-    found = config.get("_class_name", wanted)
-    if found != wanted:
-        raise ModelSourceError(
-            f"model_path {options.model_path!r} holds a {found}, but model_type needs a {wanted}."
-        )
+    family.check_config(config)
     path = Path(options.model_path) / "config.json"
     # Buffers stay real: they are computed at construction and stand in no checkpoint.
     with (
-        blame(f"{path}: no {wanted} can be built", "restore the file"),
+        blame(f"{path}: no model can be built from it", "restore the file"),
         init_empty_weights(include_buffers=False),
     ):
         model = family.build(config)
     if options.train.checkpointing:
         model.enable_gradient_checkpointing()  # type: ignore[operator]
     if options.training_method == LORA:
-        _inject_lora(model, options.adapter, family.lora_targets)
+        _inject_lora(model, options.adapter, family.lora_targets(config))
+    for name in _without_gradient(family, model):
+        model.get_parameter(name).requires_grad_(False)
     return model
 
 
-def _inject_lora(model: Any, adapter: AdapterOptions, family_targets: tuple[str, ...]) -> None:
-    from peft import LoraConfig
+def _without_gradient(family: Family, model: Any) -> list[str]:
+    """Live names that the objective gives no gradient: parameters, and adapters on them."""
+    still = set(family.without_gradient(model.config))
+    names = [name for name, _ in model.named_parameters()]
+    return [name for name in names if base_name(canonical_name(name)) in still]
+
+
+def frozen_line(family: Family, model: nn.Module, options: RunOptions) -> str | None:
+    """Say which parameters would train but for the objective, which gives them no gradient.
+
+    None where there are none.
+    """
+    names = _without_gradient(family, model)
+    if options.training_method == LORA:
+        # The base is frozen anyway.
+        names = [name for name in names if base_name(canonical_name(name)) != name]
+    if not names:
+        return None
+    more = f" and {len(names) - 1} more" if len(names) > 1 else ""
+    return f"frozen, because the objective gives them no gradient: {names[0]}{more}"
+
+
+def _inject_lora(
+    model: nn.Module, adapter: AdapterOptions, family_targets: tuple[str, ...] | str
+) -> None:
+    from peft import LoraConfig, inject_adapter_in_model
 
     model.requires_grad_(False)
-    targets = list(adapter.target_modules or family_targets)
+    targets = list(adapter.target_modules) or family_targets
+    # PEFT takes a string for a regular expression and a list for endings.
+    targets = list(targets) if isinstance(targets, tuple) else targets
+    config = LoraConfig(r=adapter.rank, lora_alpha=adapter.alpha, target_modules=targets)
     try:
-        model.add_adapter(
-            LoraConfig(r=adapter.rank, lora_alpha=adapter.alpha, target_modules=targets), ADAPTER
-        )
+        # Not model.add_adapter, which some classes of diffusers lack.
+        inject_adapter_in_model(config, model, ADAPTER)
     except ValueError:
         # Its text is the whole module, printed.
         allowed = f"name endings of linear or convolution layers of {type(model).__name__}"
-        hint = f" Such as {family_targets[0]!r}; see model.named_modules()."
+        example = family_targets if isinstance(family_targets, str) else family_targets[0]
+        hint = f" Such as {example!r}; see model.named_modules()."
         raise fields.invalid("adapter.target_modules", targets, allowed, hint) from None
 
 

@@ -3,18 +3,22 @@ loop's promise that neither depends on the microbatches."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 
+from dist_layerlr.errors import ConfigError
 from launch.trainer.data.base import Batch, Sample, stack, to_device
-from launch.trainer.families import FAMILIES
+from launch.trainer.families import FAMILIES, get_family
 from launch.trainer.objectives import Objective
 from launch.trainer.objectives.causal_lm import IGNORED, LABELS, NextToken
 from launch.trainer.objectives.flow import FlowMatching, euler_sigmas, make_flow_batch
+from launch.trainer.objectives.sigma import Resolution, SigmaDistribution
 
 SHAPES = [(4, 6, 6), (4, 3, 8), (4, 5, 5)]
 
@@ -29,7 +33,7 @@ def half(model: nn.Module, noisy: Any, timestep: Tensor, batch: Batch) -> Any:
     return noisy / 2 if isinstance(noisy, Tensor) else [one / 2 for one in noisy]
 
 
-FLOW = FlowMatching(velocity=half)
+FLOW = FlowMatching(predict=half)
 
 
 def flow_loss(latents: Any, numbers: Sequence[int]) -> Tensor:
@@ -46,7 +50,9 @@ def test_flow_matching_takes_data_of_any_rank(shape: tuple[int, ...]) -> None:
 
 def test_a_list_of_equal_samples_is_the_stacked_batch() -> None:
     same = images([(4, 6, 6)] * 3)
-    stacked, listed = (make_flow_batch(data, range(3), 5) for data in (torch.stack(same), same))
+    stacked, listed = (
+        make_flow_batch(data, range(3), 5, FLOW.draw_sigma) for data in (torch.stack(same), same)
+    )
     assert isinstance(stacked.noisy, Tensor) and isinstance(listed.noisy, list)
     assert torch.equal(stacked.noisy, torch.stack(listed.noisy))
     assert torch.equal(stacked.timestep, listed.timestep)
@@ -77,6 +83,55 @@ def test_sigmas_are_those_of_diffusers_scheduler(shift: float) -> None:
     scheduler = FlowMatchEulerDiscreteScheduler(shift=shift)
     scheduler.set_timesteps(sigmas=[1 - index / 20 for index in range(20)])
     assert euler_sigmas(20, shift) == pytest.approx(scheduler.sigmas.tolist(), rel=1e-6)
+
+
+def drawn(distribution: SigmaDistribution, shape: tuple[int, ...] = (1, 4, 4)) -> list[float]:
+    generator = torch.Generator().manual_seed(0)
+    return [distribution.draw_sigma(generator, shape) for _ in range(4000)]
+
+
+@pytest.mark.parametrize("timesteps", ["logit_normal", "uniform"])
+@pytest.mark.parametrize("shift", [1.0, 5.0])
+def test_a_range_keeps_the_distribution_inside_it(timesteps: str, shift: float) -> None:
+    low, high = 0.6, 0.9
+    whole = drawn(SigmaDistribution(timesteps=timesteps, shift=shift, std=1.5))
+    inside = sorted(s for s in whole if low <= s <= high)
+    kept = sorted(
+        drawn(SigmaDistribution(timesteps=timesteps, shift=shift, std=1.5, low=low, high=high))
+    )
+    assert low <= kept[0] and kept[-1] <= high
+    # The quantiles of what is left when the rest is thrown away, up to sampling error.
+    for share in (0.1, 0.5, 0.9):
+        a, b = (values[int(share * len(values))] for values in (inside, kept))
+        assert a == pytest.approx(b, abs=0.015)
+
+
+def test_a_shift_is_a_change_of_the_mean_of_the_logit() -> None:
+    bent = drawn(SigmaDistribution(shift=3.0))
+    moved = drawn(SigmaDistribution(mean=math.log(3.0)))
+    assert bent == pytest.approx(moved, rel=1e-5)
+
+
+def test_a_shift_by_resolution_is_the_line_through_the_models_two_points() -> None:
+    grows = Resolution(
+        tokens_of=lambda shape: shape[1] * shape[2], tokens=(256, 4096), mu=(0.5, 1.15)
+    )
+    assert grows.shift((1, 16, 16)) == pytest.approx(math.exp(0.5))
+    assert grows.shift((1, 64, 64)) == pytest.approx(math.exp(1.15))
+    small, large = (
+        sum(drawn(SigmaDistribution(shift="resolution", resolution=grows), shape)) / 4000
+        for shape in ((1, 16, 16), (1, 64, 64))
+    )
+    assert small < large
+
+
+def test_settings_of_an_objective_that_cannot_be_are_named() -> None:
+    with pytest.raises(
+        ConfigError, match=r"objective\.low=0\.9: must be below objective\.high=0\.5"
+    ):
+        SigmaDistribution(low=0.9, high=0.5)
+    with pytest.raises(ConfigError, match=r"objective\.shift='resolution'"):
+        SigmaDistribution(shift="resolution")
 
 
 @pytest.fixture(scope="module")
@@ -159,6 +214,9 @@ def test_boxes_and_images_of_each_sample_reach_the_device_as_lists() -> None:
     assert all(one["boxes"].is_meta for one in moved["targets"])
 
 
-def test_every_family_names_its_objective() -> None:
-    for family in FAMILIES.values():
-        assert callable(family.objective.loss) and callable(family.objective.generate)
+@pytest.mark.parametrize("model_type", FAMILIES)
+def test_every_family_makes_its_objective_from_settings_of_its_class(model_type: str) -> None:
+    family = get_family(model_type)
+    objective = family.objective({}, Path("no such folder"))
+    assert isinstance(objective, family.objective_class)
+    assert callable(objective.loss) and callable(objective.generate)

@@ -75,6 +75,7 @@ def train_one(
     job = Job(
         engine=engine,
         family=family,
+        objective=family.objective(options.objective, Path(options.model_path)),
         data=open_dataset(options.data),
         plan=plan,
         options=options,

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 Sample = Mapping[str, Any]
 """One sample: {field: tensor of any rank, or what else the family's ``collate`` takes}."""
@@ -14,6 +14,8 @@ Batch = Mapping[str, Any]
 """Several samples: {field: stacked tensor, or a list with an item per sample}."""
 LATENTS, PROMPT_EMBEDS = "latents", "prompt_embeds"
 """Fields of the diffusion families' samples: (C, F, H, W) or (C, H, W), and (L, D)."""
+PROMPT_MASK = "prompt_mask"
+"""Field of a batch: (B, L) bool, True at tokens; None where nothing is padded."""
 
 
 class Dataset(Protocol):
@@ -39,6 +41,23 @@ class Dataset(Protocol):
 def stack(samples: Sequence[Sample]) -> Batch:
     """Stack samples of equal shapes, field by field: the usual ``Family.collate``."""
     return {field: torch.stack([one[field] for one in samples]) for field in samples[0]}
+
+
+def pad(sequences: Sequence[Tensor]) -> tuple[Tensor, Tensor | None]:
+    """Stack sequences of several lengths, zeros behind the shorter ones.
+
+    Args:
+        sequences: B tensors (L, ...), equal but for L.
+
+    Returns:
+        (B, longest, ...), and a mask (B, longest), True where a sequence has an element; None
+        where all are of one length.
+    """
+    lengths = torch.tensor([len(one) for one in sequences])
+    longest = int(lengths.max())
+    mask = torch.arange(longest) < lengths[:, None]
+    padded = nn.utils.rnn.pad_sequence(list(sequences), batch_first=True)
+    return padded, None if bool(mask.all()) else mask
 
 
 def to_device(value: Any, device: torch.device) -> Any:

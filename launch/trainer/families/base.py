@@ -1,8 +1,9 @@
-"""What the training loop needs to know about a model family."""
+"""What the trainer needs to know about a model family."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any, Protocol
 
 from torch import nn
@@ -15,24 +16,13 @@ class Family(Protocol):
     """One model architecture: how it is built and called, and what data fits it.
 
     To add a family, write one file with a class like this and one line in ``families/__init__.py``.
+    Denoisers of diffusers begin with ``families.diffusion.Diffusion``. A family holds no state:
+    what depends on a checkpoint takes the content of its ``config.json``.
     """
 
     @property
     def model_type(self) -> str:
         """The value of ``model_type`` in the config."""
-        ...
-
-    @property
-    def model_class(self) -> type[nn.Module]:
-        """The diffusers or transformers class.
-
-        Import it on first use: these libraries take seconds to load.
-        """
-        ...
-
-    @property
-    def lora_targets(self) -> tuple[str, ...]:
-        """Module name endings that LoRA adapts unless the config says otherwise."""
         ...
 
     @property
@@ -45,14 +35,50 @@ class Family(Protocol):
         ...
 
     @property
-    def objective(self) -> Objective:
-        """What its models are trained for; it holds the family's own call of the model."""
+    def objective_class(self) -> type:
+        """A dataclass; its settings are the fields of the config's ``objective`` block."""
+        ...
+
+    def model_folder(self, path: Path) -> Path:
+        """Return the folder of the weights, where ``model_path`` is that of a whole pipeline."""
+        ...
+
+    def check_config(self, model_config: Mapping[str, Any]) -> None:
+        """Refuse a checkpoint of another class, or a variant that needs other inputs.
+
+        Raises:
+            ModelSourceError: names the key of ``config.json`` and what is trained instead.
+        """
         ...
 
     def build(self, model_config: Mapping[str, Any]) -> nn.Module:
         """Build the model that a checkpoint's ``config.json`` describes, its weights unset.
 
         The caller sees to it that parameters are created on the meta device.
+        """
+        ...
+
+    def lora_targets(self, model_config: Mapping[str, Any]) -> tuple[str, ...] | str:
+        """Modules that LoRA adapts unless the config says otherwise.
+
+        Endings of their names, or one regular expression that matches whole names.
+        """
+        ...
+
+    def without_gradient(self, model_config: Mapping[str, Any]) -> tuple[str, ...]:
+        """Names of parameters that the objective gives no gradient.
+
+        They are frozen: DDP would wait for them, and weight decay would shrink them.
+        """
+        ...
+
+    def objective(self, settings: Mapping[str, Any], model_folder: Path) -> Objective:
+        """Make what the model is trained for.
+
+        Args:
+            settings: What the config's ``objective`` block gives, checked; the family knows the
+                rest.
+            model_folder: Of the weights; a scheduler's config may lie beside it.
         """
         ...
 

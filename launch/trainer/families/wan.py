@@ -2,60 +2,52 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from math import prod
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from dist_layerlr.errors import ModelSourceError
-from launch.trainer.data.base import LATENTS, PROMPT_EMBEDS, Batch, Sample, stack
-from launch.trainer.objectives.flow import FlowMatching
+from launch.trainer.data.base import LATENTS, PROMPT_EMBEDS, Batch, Sample
+from launch.trainer.families.checks import Layout, misfit, shape_of
+from launch.trainer.families.diffusion import ATTENTION, Diffusion
 
-# Both attentions of a block, by the names of diffusers' modules; to_out.1 is a dropout.
-_ATTENTION = tuple(
-    f"{attn}.{proj}" for attn in ("attn1", "attn2") for proj in ("to_q", "to_k", "to_v", "to_out.0")
-)
+PROMPT_TOKENS = 512
+"""Rows of a cached prompt: the network has no mask, so that the zeros behind it are part of what
+it was trained on."""
 
 
-class Wan:
+class Wan(Diffusion):
     """Text-to-video Wan: the prompt is the only condition, one timestep per clip."""
 
     model_type = "wan"
+    class_name = "WanTransformer3DModel"
+    pipeline_class = "WanPipeline"
     # Its forward reads the dtype of its first parameter.
     flat_units = ("condition_embedder.time_embedder",)
-    lora_targets = (*_ATTENTION, "ffn.net.0.proj", "ffn.net.2")
+    # What the pipeline's scheduler is shipped with.
+    defaults = {"shift": 3.0, "sample_shift": 3.0}
 
-    def __init__(self) -> None:
-        self.objective = FlowMatching(velocity=self.velocity)
+    def check_config(self, model_config: Mapping[str, Any]) -> None:
+        """Refuse another class, and image-to-video checkpoints, whose inputs nothing here gives."""
+        super().check_config(model_config)
+        channels, out_channels = model_config.get("in_channels"), model_config.get("out_channels")
+        if out_channels not in (None, channels) or model_config.get("image_dim") is not None:
+            raise ModelSourceError(
+                f"model_path holds an image-to-video Wan (in_channels={channels},"
+                f" out_channels={out_channels}, image_dim={model_config.get('image_dim')}). Only"
+                " text-to-video is trained here; use a T2V model."
+            )
 
-    @property
-    def model_class(self) -> type[nn.Module]:
-        """``diffusers.WanTransformer3DModel``, imported on first use."""
-        from diffusers import WanTransformer3DModel
+    def lora_targets(self, model_config: Mapping[str, Any]) -> tuple[str, ...]:
+        """Return both attentions and the feed-forward; see ``Family.lora_targets``."""
+        attentions = [f"{attn}.{proj}" for attn in ("attn1", "attn2") for proj in ATTENTION]
+        return (*attentions, "ffn.net.0.proj", "ffn.net.2")
 
-        model_class: type[nn.Module] = WanTransformer3DModel
-        return model_class
-
-    def build(self, model_config: Mapping[str, Any]) -> nn.Module:
-        """Build the model; see ``Family.build``."""
-        model_class: Any = self.model_class
-        model: nn.Module = model_class.from_config(model_config)
-        return model
-
-    def collate(self, samples: Sequence[Sample]) -> Batch:
-        """Stack clips of one size; see ``Family.collate``."""
-        return stack(samples)
-
-    def velocity(self, model: nn.Module, noisy: Tensor, timestep: Tensor, batch: Batch) -> Tensor:
-        """Call the model, however wrapped, and return the velocity (B, C, F, H, W).
-
-        Args:
-            model: The model or its DDP, FSDP or DeepSpeed wrapper.
-            noisy: (B, C, F, H, W), on the model's device and in its input dtype.
-            timestep: (B,) in [0, 1000].
-            batch: ``prompt_embeds`` (B, L, D) like ``noisy`` in device and dtype.
-        """
+    def predict(self, model: nn.Module, noisy: Tensor, timestep: Tensor, batch: Batch) -> Tensor:
+        """Call the network; see ``Diffusion.predict``."""
         output: tuple[Tensor, ...] = model(
             hidden_states=noisy,
             timestep=timestep,
@@ -69,6 +61,13 @@ class Wan:
         sizes = zip(sample[LATENTS].shape[1:], model_config["patch_size"], strict=True)
         return prod(size // step for size, step in sizes)
 
+    def layout(self, model_config: Mapping[str, Any]) -> Mapping[str, Layout]:
+        """The axes of each field of a sample."""
+        return {
+            LATENTS: (model_config["in_channels"], "F", "H", "W"),
+            PROMPT_EMBEDS: ("L", model_config["text_dim"]),
+        }
+
     def check_sample(
         self, model_config: Mapping[str, Any], sample: Sample, label: str = "data sample"
     ) -> None:
@@ -77,29 +76,43 @@ class Wan:
         Raises:
             ModelSourceError: label, field, shape found and shape needed.
         """
-        _check_text_to_video(model_config)
-        _check_latents(model_config, _field(sample, LATENTS, 4, "(C, F, H, W)", label), label)
-        prompt = _field(sample, PROMPT_EMBEDS, 2, "(L, D)", label)
-        width = model_config["text_dim"]
-        if prompt[0] < 1 or prompt[1] != width:
-            raise _misfit(
-                label,
-                PROMPT_EMBEDS,
-                prompt,
-                f"(L, {width}) with L >= 1",
-                "use the model's text encoder",
-            )
+        self.check_config(model_config)
+        _check_latents(model_config, shape_of(sample, LATENTS, 4, "(C, F, H, W)", label), label)
+        super().check_sample(model_config, sample, label)
 
-
-def _check_text_to_video(model_config: Mapping[str, Any]) -> None:
-    """Refuse image-to-video checkpoints, whose extra inputs nothing here provides."""
-    channels, out_channels = model_config["in_channels"], model_config.get("out_channels")
-    if out_channels not in (None, channels) or model_config.get("image_dim") is not None:
-        raise ModelSourceError(
-            f"model_path holds an image-to-video Wan (in_channels={channels},"
-            f" out_channels={out_channels}, image_dim={model_config.get('image_dim')}). Only"
-            " text-to-video is trained here; use a T2V model."
+    def encode_pixels(self, pipeline: Any, pixels: Tensor) -> Mapping[str, Tensor]:
+        """Return the normalised mode of the VAE; see ``Diffusion.encode_pixels``."""
+        vae = pipeline.vae
+        mean, std = (
+            torch.tensor(values).view(-1, 1, 1, 1)
+            for values in (vae.config.latents_mean, vae.config.latents_std)
         )
+        raw = vae.encode(pixels[None].to(vae.device, vae.dtype)).latent_dist.mode()[0]
+        return {LATENTS: (raw.to("cpu", torch.float32) - mean) / std}
+
+    def encode_prompt(self, pipeline: Any, caption: str) -> Mapping[str, Tensor]:
+        """Return 512 rows, zeros behind the prompt; see ``Diffusion.encode_prompt``."""
+        prompt, _ = pipeline.encode_prompt(
+            caption, do_classifier_free_guidance=False, max_sequence_length=PROMPT_TOKENS
+        )
+        return {PROMPT_EMBEDS: prompt[0]}
+
+    def pipeline_inputs(self, batch: Batch, guidance: float) -> dict[str, Any]:
+        """See ``Diffusion.pipeline_inputs``."""
+        inputs = {"prompt_embeds": batch[PROMPT_EMBEDS], "guidance_scale": guidance}
+        if guidance > 1:
+            inputs["negative_prompt_embeds"] = batch["negative"][PROMPT_EMBEDS]
+        return inputs
+
+    def pixel_size(self, pipeline: Any, latents: Tensor) -> dict[str, int]:
+        """Height, width and frames; see ``Diffusion.pixel_size``."""
+        frames, height, width = latents.shape[-3:]
+        space, time = pipeline.vae_scale_factor_spatial, pipeline.vae_scale_factor_temporal
+        return {
+            "height": height * space,
+            "width": width * space,
+            "num_frames": (frames - 1) * time + 1,
+        }
 
 
 def _check_latents(model_config: Mapping[str, Any], shape: tuple[int, ...], label: str) -> None:
@@ -120,24 +133,5 @@ def _check_latents(model_config: Mapping[str, Any], shape: tuple[int, ...], labe
             f"({channels}, F, H, W) with F, H, W multiples of {patch}, at most {longest} patches"
             " each"
         )
-        raise _misfit(label, LATENTS, shape, needed, "use the model's own VAE, or crop the clips")
-
-
-def _field(sample: Sample, field: str, ndim: int, layout: str, label: str) -> tuple[int, ...]:
-    """Return the shape of ``sample[field]``, which must have ``ndim`` dimensions."""
-    if field not in sample:
-        raise ModelSourceError(
-            f"{label}: {field} is missing. Needed: a tensor {layout}; found {sorted(sample)}."
-        )
-    shape = tuple(sample[field].shape)
-    if len(shape) != ndim:
-        raise _misfit(label, field, shape, layout, "store samples without a batch dimension")
-    return shape
-
-
-def _misfit(
-    label: str, field: str, found: tuple[int, ...], needed: str, step: str
-) -> ModelSourceError:
-    return ModelSourceError(
-        f"{label}: {field} has shape {found}. This model needs {needed}; {step}."
-    )
+        step = "use the model's own VAE, or crop the clips"
+        raise misfit(label, LATENTS, shape, needed, step)

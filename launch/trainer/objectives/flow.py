@@ -17,35 +17,33 @@ from torch import Tensor, nn
 from torch.nn.functional import mse_loss
 
 from dist_layerlr import fields
+from dist_layerlr.fields import setting
 from launch.trainer.data.base import LATENTS, Batch
+from launch.trainer.objectives.sigma import TIMESTEPS, DrawSigma, SigmaDistribution, bend
 from launch.trainer.seeds import SAMPLE_STREAM, TRAIN_STREAM, mix_seed
 
-TIMESTEPS = 1000.0
-"""The timestep of pure noise: ``timestep = sigma * TIMESTEPS``, as Wan and most flow models
-count."""
-# Bends training sigmas a little towards noise, where a clip's layout is decided.
-TRAIN_SHIFT = 1.5
-SAMPLE_SHIFT = 2.0
-Velocity = Callable[[nn.Module, Any, Tensor, Batch], Any]
+Predict = Callable[[nn.Module, Any, Tensor, Batch], Any]
 """(model, noisy, timestep (B,), batch) -> velocity. Noisy and velocity have the shape of the
 latents: (B, ...) stacked, or a list of B tensors of any shapes."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class FlowMatching:
+class FlowMatching(SigmaDistribution):
     """Predicts the velocity of the latents. Satisfies ``Objective``."""
 
-    velocity: Velocity
+    predict: Predict
     """The family's call."""
-    train_shift: float = TRAIN_SHIFT
-    """Above 0; more than 1 trains more near pure noise."""
-    sample_shift: float = SAMPLE_SHIFT
-    """Above 0; more than 1 spends more of the sampling steps near pure noise."""
+    sample_shift: float = setting(
+        fields.number(0.0, open_low=True),
+        default=1.0,
+        shown="the family's own",
+        doc="The same for the steps of the picture.",
+    )
 
     def loss(self, model: nn.Module, batch: Batch, numbers: Sequence[int], seed: int) -> Tensor:
         """Return the mean squared error of the velocity, in float32; see ``Objective.loss``."""
-        flow = make_flow_batch(batch[LATENTS], numbers, seed, self.train_shift)
-        velocity = self.velocity(model, flow.noisy, flow.timestep, batch)
+        flow = make_flow_batch(batch[LATENTS], numbers, seed, self.draw_sigma)
+        velocity = self.predict(model, flow.noisy, flow.timestep, batch)
         if isinstance(flow.target, Tensor):
             return mse_loss(velocity.float(), flow.target)
         # Samples of different sizes count alike. One mean over all elements would make a sample's
@@ -64,7 +62,7 @@ class FlowMatching:
         if not isinstance(latents, Tensor):
             return None
         return sample(
-            lambda noisy, timestep: self.velocity(model, noisy, timestep, batch),
+            lambda noisy, timestep: self.predict(model, noisy, timestep, batch),
             latents.shape,
             seed,
             steps,
@@ -94,7 +92,7 @@ def make_flow_batch(
     latents: Tensor | Sequence[Tensor],
     sample_numbers: Sequence[int] | Tensor,
     seed: int,
-    shift: float = TRAIN_SHIFT,
+    draw_sigma: DrawSigma,
 ) -> FlowBatch:
     """Put each sample at its own random place on the path to noise.
 
@@ -102,7 +100,7 @@ def make_flow_batch(
         latents: Clean data: (B, ...) of any rank, or a list of B tensors of any shapes.
         sample_numbers: B integers, ``step * global_batch + position``; they alone decide the noise.
         seed: Of the run.
-        shift: Above 0; more than 1 moves sigmas towards noise.
+        draw_sigma: Of one sample.
 
     Returns:
         The batch, float32, on the device of ``latents``.
@@ -112,7 +110,8 @@ def make_flow_batch(
     noisy, target, sigmas = [], [], []
     for one, number in zip(latents, numbers, strict=True):
         seed_of_one = mix_seed(seed, TRAIN_STREAM, number)
-        noise, sigma = (t.to(one.device) for t in _draw(tuple(one.shape), seed_of_one, shift))
+        drawn = _draw(tuple(one.shape), seed_of_one, draw_sigma)
+        noise, sigma = (t.to(one.device) for t in drawn)
         clean = one.float()
         noisy.append((1 - sigma) * clean + sigma * noise)
         target.append(noise - clean)
@@ -134,7 +133,7 @@ def sample(
     seed: int,
     steps: int,
     device: torch.device | str,
-    shift: float = SAMPLE_SHIFT,
+    shift: float = 1.0,
 ) -> Tensor:
     """Walk from noise to data with ``steps`` Euler steps.
 
@@ -155,8 +154,8 @@ def sample(
     sigmas = euler_sigmas(steps, shift)
     starts = []
     for index in range(shape[0]):
-        noise, _ = _draw(tuple(shape[1:]), mix_seed(seed, SAMPLE_STREAM, index), TRAIN_SHIFT)
-        starts.append(noise)
+        generator = torch.Generator().manual_seed(mix_seed(seed, SAMPLE_STREAM, index))
+        starts.append(torch.randn(tuple(shape[1:]), generator=generator))
     latents = torch.stack(starts).to(device)
     for now, after in zip(sigmas, sigmas[1:], strict=False):
         timestep = torch.full((shape[0],), now * TIMESTEPS, device=device)
@@ -177,20 +176,13 @@ def euler_sigmas(steps: int, shift: float = 1.0) -> list[float]:
         raise fields.invalid("samples.steps", steps, "an integer >= 1")
     if not shift > 0:
         raise fields.invalid("samples.shift", shift, "a number > 0")
-    return [_bend(1 - index / steps, shift) for index in range(steps + 1)]
+    return [bend(1 - index / steps, shift) for index in range(steps + 1)]
 
 
-def _bend(sigma: float, shift: float) -> float:
-    return shift * sigma / (1 + (shift - 1) * sigma)
-
-
-def _draw(shape: tuple[int, ...], seed: int, shift: float) -> tuple[Tensor, Tensor]:
-    """Return standard normal noise of ``shape`` and a bent logit-normal sigma, on the CPU.
-
-    Sigma is a scalar tensor.
-    """
+def _draw(shape: tuple[int, ...], seed: int, draw_sigma: DrawSigma) -> tuple[Tensor, Tensor]:
+    """Return standard normal noise of ``shape`` and a sigma, a scalar tensor, on the CPU."""
     # Always the CPU generator: CUDA draws differ between cards and between batch shapes. Sigma is
     # drawn first, so that it does not depend on the shape of the noise.
     generator = torch.Generator().manual_seed(seed)
-    sigma = _bend(torch.randn((), generator=generator).sigmoid().item(), shift)
+    sigma = draw_sigma(generator, shape)
     return torch.randn(shape, generator=generator), torch.tensor(sigma)
