@@ -174,9 +174,16 @@ def _converted(
         rename_source_key,
     )
 
-    renamings = [rule for rule in mapping if isinstance(rule, WeightRenaming)]
-    converters = [rule for rule in mapping if isinstance(rule, WeightConverter)]
-    by_pattern = {pattern: rule for rule in converters for pattern in rule.source_patterns}
+    renamings: list[Any] = []
+    converters: list[Any] = []
+    by_pattern: dict[str, Any] = {}
+    for rule in mapping:
+        if isinstance(rule, WeightRenaming):
+            renamings.append(rule)
+        elif isinstance(rule, WeightConverter):
+            # Two sub-models may have a pattern in common; each rule then looks at its own names.
+            converters.append(rule)
+            by_pattern.update(dict.fromkeys(rule.source_patterns, rule))
     prefix = skeleton.base_model_prefix or None
     known = dict.fromkeys(live, True)
     found: dict[str, Stored] = {}

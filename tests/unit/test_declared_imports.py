@@ -22,8 +22,12 @@ FOLDERS = {
     "tests": ("train", "plot", "families", "dev"),
 }
 """Folder: the extras that its imports may come from, besides the dependencies."""
-OPTIONAL = {("benchmarks", "ramtorch")}
-"""Imported only if someone installed it, to be compared with."""
+OPTIONAL = {
+    ("benchmarks", "ramtorch"),
+    ("dist_layerlr", "timm"),
+    ("dist_layerlr", "transformers"),
+}
+"""Imported only where someone installed it: to be compared with, or since the model is its own."""
 TOOLS = {"ruff", "mypy", "pre-commit", "pytest-xdist"}
 """Declared to be run, not imported."""
 OF_RFDETR = {"pytorch-lightning", "torchmetrics", "faster-coco-eval", "pycocotools"}
