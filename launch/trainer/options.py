@@ -13,23 +13,25 @@ from dist_layerlr.errors import ConfigError
 from dist_layerlr.fields import setting
 from dist_layerlr.files import read_json
 from dist_layerlr.offload import StreamPolicy
-from dist_layerlr.optim.schedule import Schedule
-from dist_layerlr.plan.config import BLOCK as PLAN_BLOCK
-from dist_layerlr.plan.config import Config, load_config
+from dist_layerlr.optim import Schedule
+from dist_layerlr.plan import PLAN_BLOCK, Config, load_config
 from launch.trainer.families import get_family
 from launch.trainer.families.base import network_folders
 
-LORA, FULL = "lora", "fine_tune"
+LORA, FULL, DORA = "lora", "fine_tune", "dora"
 PUBLISHED_MODEL = "(published)"
 """Stands for ``model_path`` where only the plan or the size of the published model is asked for."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class AdapterOptions:
-    """A PEFT LoRA adapter."""
+    """A PEFT LoRA or DoRA adapter."""
 
     kind: str = setting(
-        fields.one_of(lambda: (LORA,)), default=LORA, key="type", doc="Kind of adapter."
+        fields.one_of(lambda: (LORA, DORA)),
+        default=LORA,
+        key="type",
+        doc="Kind of adapter; `dora` also trains the length of each row of a weight.",
     )
     rank: int = setting(fields.integer(1), default=16, doc="Rows of lora_A.")
     alpha: float = setting(
@@ -38,8 +40,24 @@ class AdapterOptions:
         shown="the rank",
         doc="The adapter's output is multiplied by alpha / rank.",
     )
+    rslora: bool = setting(
+        fields.boolean, default=False, doc="Multiply by alpha / sqrt(rank) instead."
+    )
+    dropout: float = setting(
+        fields.number(0.0, 1.0),
+        default=0.0,
+        doc="Share of the adapter's inputs that are zeroed. Which ones depends on the seed and the"
+        " microbatch's samples.",
+    )
     target_modules: tuple[str, ...] = setting(
         fields.strings, default=(), shown="the family's own", doc="Endings of module names."
+    )
+    blocks: list[int] | None = setting(
+        fields.integers(at_least=1),
+        default=None,
+        shown="all of the model",
+        doc="Adapt target modules in these blocks alone, numbered as the plan does: in each stack,"
+        " over all stages of a UNet.",
     )
 
 
@@ -376,6 +394,8 @@ def _stream_policy(given: Mapping[str, Any]) -> StreamPolicy | None:
 def _adapter(values: dict[str, Any]) -> AdapterOptions:
     default = AdapterOptions()
     values.setdefault("alpha", float(values.get("rank", default.rank)))
+    if values.get("dropout") == 1.0:
+        raise fields.invalid("adapter.dropout", 1.0, "a number in [0, 1)")
     return AdapterOptions(**values)
 
 

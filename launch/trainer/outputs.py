@@ -5,20 +5,22 @@ from __future__ import annotations
 import errno
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
 from torch import nn
 
 from dist_layerlr import export_weights
-from dist_layerlr.checkpoint.folders import CHECKPOINTS, complete
-from dist_layerlr.errors import ConfigError
-from dist_layerlr.files import sync_folder, write_json, write_text
+from dist_layerlr.checkpoint import CHECKPOINTS, complete_checkpoints
+from dist_layerlr.errors import ConfigError, ModelSourceError
+from dist_layerlr.export.adapter_files import class_of
+from dist_layerlr.export.loaders import PEFT, PIPELINE, has_pipeline
+from dist_layerlr.files import read_safetensors_header, sync_folder, write_json, write_text
 from dist_layerlr.plan import Plan
 from dist_layerlr.ranks import alike
+from dist_layerlr.sharders import unwrap
 from dist_layerlr.weights import find_not_finite
 from launch.trainer.data.base import LATENTS, Batch, to_device
 from launch.trainer.data.order import one_batch
@@ -54,6 +56,7 @@ _IN_FINAL = (
     "config.json",
     "diffusion_pytorch_model*.safetensors*",
     "adapter_model.safetensors",
+    "pytorch_lora_weights.safetensors",
 )
 """What a run's result consists of. It stays until the next one is complete."""
 
@@ -115,7 +118,7 @@ def check_fresh(folder: Path) -> None:
     Raises:
         ConfigError: there are some.
     """
-    if complete(folder / CHECKPOINTS):
+    if complete_checkpoints(folder / CHECKPOINTS):
         raise ConfigError(
             f"Invalid --output-dir {str(folder)!r}: it holds checkpoints of an earlier run. "
             "Continue it with --resume latest, choose another folder, or delete its checkpoints/."
@@ -137,7 +140,7 @@ def _found(folder: Path, patterns: tuple[str, ...]) -> list[Path]:
 
 def draw_plan(plan: Plan, folder: Path) -> None:
     """Write lr_grid.png."""
-    from dist_layerlr.report.heatmap import draw_grid
+    from dist_layerlr.report import draw_grid
 
     draw_grid(plan, folder / "lr_grid.png")
 
@@ -145,8 +148,9 @@ def draw_plan(plan: Plan, folder: Path) -> None:
 def save_result(job: Job, step: int, proof: dict[str, Any]) -> Path:
     """Write the trained weights under original names, with plan and proof beside them. Collective.
 
-    A full finetune becomes a diffusers model folder, a LoRA a PEFT adapter folder. The plan's
-    digest, the step and the run are in the safetensors metadata.
+    A full finetune becomes a diffusers model folder. A LoRA becomes a PEFT adapter folder, with the
+    file that ``pipe.load_lora_weights`` takes where the model's pipeline has it. The plan's digest,
+    the step and the run are in the safetensors metadata.
 
     Args:
         job: What was trained.
@@ -165,15 +169,25 @@ def save_result(job: Job, step: int, proof: dict[str, Any]) -> Path:
     staged, main = job.folder / _STAGED, job.runtime.is_main
     # What a killed run has left behind is in the way.
     alike(lambda: shutil.rmtree(staged, ignore_errors=True) if main else None)
-    files = export_weights(
-        job.engine.model,
-        staged,
-        format="peft" if job.options.training_method == LORA else "diffusers",
-        metadata={"plan_digest": job.plan.digest, "step": str(step), "run": job.run_id},
-        base=job.options.model_path,
-    )
+    files: list[Path] = []
+    for form in _forms(job):
+        files += export_weights(
+            job.engine.model,
+            staged,
+            format=form,
+            metadata={"plan_digest": job.plan.digest, "step": str(step), "run": job.run_id},
+            base=job.options.model_path,
+        )
     alike(lambda: _complete(job, proof) if main else None)
     return job.folder / FINAL / files[0].name
+
+
+def _forms(job: Job) -> tuple[str, ...]:
+    """The formats of a result, that by which it is known first."""
+    if job.options.training_method != LORA:
+        return ("diffusers",)
+    by_pipeline = has_pipeline(class_of(unwrap(job.engine.model)).__name__)
+    return (PEFT, PIPELINE) if by_pipeline else (PEFT,)
 
 
 def _complete(job: Job, proof: dict[str, Any]) -> None:
@@ -225,10 +239,9 @@ def holds_result(folder: Path, run_id: str | None, step: int) -> bool:
     if run_id is None or not files:
         return False
     try:
-        with safe_open(str(files[0]), framework="pt") as file:
-            found = file.metadata() or {}
+        found = read_safetensors_header(files[0]).metadata
     # Whatever is wrong with it, it is no result: the weights are written again.
-    except Exception:
+    except ModelSourceError:
         return False
     return (found.get("run"), found.get("step")) == (run_id, str(step))
 
@@ -273,11 +286,12 @@ def _generate(job: Job, batch: Batch) -> tuple[Any, Any]:
     """Return what the model makes of a batch's prompts, and what to draw beside it. Collective."""
     options, device, family = job.options, job.runtime.device, job.family
     moved, seed = to_device(batch, device), options.train.seed
-    folder = pipeline_of(options.model_path)
-    if folder is None or not isinstance(family, Diffusion):
+    if pipeline_of(options.model_path) is None or not isinstance(family, Diffusion):
         made = job.objective.generate(job.engine.model, moved, seed, options.samples.steps)
-        return made, batch.get(LATENTS)
-    pipeline = alike(lambda: load_pipeline(family, folder, job.engine.model, device))
+        real = batch.get(LATENTS)
+        # Of several streams the first: a picture has no sound.
+        return made, next(iter(real.values())) if isinstance(real, Mapping) else real
+    pipeline = alike(lambda: load_pipeline(family, options.model_path, job.engine.model, device))
     wanted = options.samples
     made = sample_by_pipeline(family, pipeline, moved, seed, wanted.steps, wanted.guidance)
     return made, None

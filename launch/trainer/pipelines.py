@@ -7,6 +7,7 @@ because the network's forward pass may be collective.
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from dist_layerlr.sharders import unwrap
 from launch.trainer.cli import blame
 from launch.trainer.data.base import LATENTS, Batch
 from launch.trainer.families.diffusion import Diffusion, from_diffusers
@@ -31,12 +33,16 @@ def pipeline_of(model_folder: str | Path) -> Path | None:
     return parent if complete else None
 
 
-def load_pipeline(family: Diffusion, folder: Path, model: nn.Module, device: torch.device) -> Any:
-    """Load the pipeline of a folder around a live network.
+def load_pipeline(
+    family: Diffusion, model_folder: str | Path, model: nn.Module, device: torch.device
+) -> Any:
+    """Load the pipeline that a live network belongs to, around it.
+
+    Wan 2.2's other expert is loaded too: a clip needs both.
 
     Args:
-        family: Names the pipeline's class and the network's place in it.
-        folder: Holds ``model_index.json``.
+        family: Names the pipeline's class.
+        model_folder: Of the network, in its pipeline's folder.
         model: The network, or its wrapper.
         device: Where it runs; the VAE goes there too.
 
@@ -45,19 +51,23 @@ def load_pipeline(family: Diffusion, folder: Path, model: nn.Module, device: tor
     """
     import diffusers
 
+    own = Path(model_folder).resolve()
+    folder, component = own.parent, own.name
     index = json.loads((folder / INDEX).read_text(encoding="utf-8"))
-    # Both experts of Wan 2.2 are networks; the one that is not given is left out.
-    networks = [name for name in index if name in (family.subfolder, "transformer_2")]
-    absent = {name: None for name in index if name.startswith(_NOT_NEEDED) or name in networks}
-    pipeline_class = from_diffusers(family.pipeline_class, family.model_type)
+    absent = {name: None for name in index if name.startswith(_NOT_NEEDED)} | {component: None}
+    # Its warnings are for callers who forget what a cached prompt lacks on purpose.
+    diffusers.utils.logging.set_verbosity_error()
+    # A variant may have a pipeline of its own: text-to-video and image-to-video.
+    name = family.pipeline_name(_config(model))
+    pipeline_class = from_diffusers(name, family.model_type)
     diffusers.utils.logging.disable_progress_bar()
-    with blame(f"{folder}: {family.pipeline_class} cannot be loaded", "download it again"):
+    with blame(f"{folder}: {name} cannot be loaded", "download it again"):
         pipeline = pipeline_class.from_pretrained(str(folder), local_files_only=True, **absent)
     for part in pipeline.components.values():
         if isinstance(part, nn.Module):
             part.to(device).requires_grad_(False)
     # After loading: from_pretrained refuses wrappers, which are of other classes.
-    pipeline.register_modules(**{family.subfolder: _callable(model)})
+    pipeline.register_modules(**{component: _callable(model)})
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
 
@@ -71,6 +81,11 @@ def _callable(model: nn.Module) -> Any:
     own: Any = model
     engine = hasattr(model, "zero_optimization")
     return own.module if engine or isinstance(model, DistributedDataParallel) else model
+
+
+def _config(model: nn.Module) -> Any:
+    network: Any = unwrap(model)
+    return network.config
 
 
 @torch.no_grad()
@@ -90,17 +105,21 @@ def sample_by_pipeline(
     Returns:
         (B, 3, H, W) or (B, 3, F, H, W) in [-1, 1].
     """
+    # A family of several streams holds them by name; the size of all follows from the first.
     latents = batch[LATENTS]
+    first = next(iter(latents.values())) if isinstance(latents, Mapping) else latents
     starts = []
-    for index in range(len(latents)):
+    for index in range(len(first)):
         starts.append(torch.Generator().manual_seed(mix_seed(seed, SAMPLE_STREAM, index)))
-    made = pipeline(
+    options = {
         **family.pipeline_inputs(batch, guidance),
-        **family.pixel_size(pipeline, latents[0]),
-        num_inference_steps=steps,
-        generator=starts,
-        output_type="pt",
-    )
+        **family.pixel_size(pipeline, first[0]),
+        "num_inference_steps": steps,
+        "generator": starts,
+        "output_type": "pt",
+    }
+    with family.pipeline_with(pipeline, batch):
+        made = pipeline(**options)
     # Pipelines of clips return frames before channels.
     shown = made.frames.transpose(1, 2) if hasattr(made, "frames") else made.images
     return torch.as_tensor(shown).float() * 2 - 1

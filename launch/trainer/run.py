@@ -70,7 +70,7 @@ def run(request: Request, options: RunOptions, runtime: Runtime) -> None:
     # Cheap checks first, so that a typing error costs seconds and not the loading of a model.
     model, plan = _planned(options)
     alike(lambda: check_pretrained(model, options.model_path, fresh=True))
-    family = get_family(options.model_type)
+    family = get_family(options.model_type, options.objective)
     objective = alike(lambda: family.objective(options.objective, Path(options.model_path)))
     data = alike(lambda: open_dataset(options.data))
     shape: Any = model.config
@@ -120,7 +120,7 @@ def run(request: Request, options: RunOptions, runtime: Runtime) -> None:
 
 def _planned(options: RunOptions) -> tuple[nn.Module, Plan]:
     """Build the model on the meta device, and its plan. Collective."""
-    family = get_family(options.model_type)
+    family = get_family(options.model_type, options.objective)
     model = alike(lambda: empty_model(family, options))
     return model, alike(lambda: spare_from_decay(family, model, plan_model(model, options.plan)))
 

@@ -11,7 +11,7 @@ from typing import Any
 import peft
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from dist_layerlr import plan_model
 from dist_layerlr.errors import ConfigError, ModelSourceError
@@ -22,9 +22,9 @@ from launch.trainer.families import get_family
 from launch.trainer.options import load_options
 from launch.trainer.runtime import Runtime
 from launch.trainer.weights import empty_model, frozen_line
-from tests.families.flow_cases import CASES
+from tests.families.flow_cases import CASES, Told
 from tests.support.forked import in_fork
-from tests.support.oracle import check_mutant, make_pipeline, make_samples, mutant
+from tests.support.oracle import make_pipeline, make_samples
 from tests.support.ranks import run_ranks
 
 Write = Callable[..., Path]
@@ -59,18 +59,6 @@ def batch_of(name: str) -> Batch:
 # Chroma's mask
 
 
-class Told:
-    """A network that notes what it is told, and may be told something else."""
-
-    def __init__(self, model: nn.Module, **changes: Callable[[Any], Any]):
-        self.model, self.changes, self.seen = model, changes, {}
-
-    def __call__(self, **inputs: Any) -> Any:
-        self.seen = inputs
-        changed = {name: change(inputs[name]) for name, change in self.changes.items()}
-        return self.model(**{**inputs, **changed})
-
-
 @pytest.mark.parametrize("dtype", [torch.bool, torch.float32, torch.int64])
 def test_chroma_is_given_a_bool_mask_whatever_the_batch_holds(dtype: torch.dtype) -> None:
     family, batch = CASES["chroma_1"].family, batch_of("chroma_1")
@@ -82,13 +70,6 @@ def test_chroma_is_given_a_bool_mask_whatever_the_batch_holds(dtype: torch.dtype
     assert seen.dtype == torch.bool
     # 3 and 5 tokens, and the patches of 16 x 32 latents.
     assert seen.sum(1).tolist() == [3 + 128, 5 + 128]
-
-
-def test_a_float_mask_would_let_chroma_read_padding() -> None:
-    def float_mask(original: Any, model: Any, *args: Any) -> Tensor:
-        return original(Told(model, attention_mask=lambda mask: mask.float()), *args)
-
-    check_mutant(CASES["chroma_1"], mutant(CASES["chroma_1"].family, "predict", float_mask))
 
 
 def _gradients(file: Path, batch: Batch, turn_on: Any = None) -> tuple[Tensor, dict[str, Tensor]]:

@@ -15,6 +15,7 @@ from torch import Tensor
 from dist_layerlr.errors import ModelSourceError
 from launch.trainer.families.hunyuan_video import POOLED, HunyuanVideo
 from launch.trainer.tiny.hunyuan_video import PARTS
+from launch.trainer.tiny.text import text_parts
 from tests.support import oracle
 
 FAMILY = HunyuanVideo()
@@ -77,6 +78,10 @@ MUTANTS = {
 def test_a_family_changed_on_purpose_is_found() -> None:
     for method, change in {**oracle.mutants_of(CASE), **MUTANTS}.values():
         oracle.check_mutant(CASE, oracle.mutant(FAMILY, method, change))
+
+
+def test_cached_prompts_are_what_the_pipeline_makes_of_the_captions() -> None:
+    oracle.check_text(CASE, ("a cat purrs", "rain"), **text_parts("hunyuan_video"))
 
 
 def test_guidance_reaches_the_network_as_the_pipeline_embeds_it() -> None:

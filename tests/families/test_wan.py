@@ -14,6 +14,7 @@ from dist_layerlr.errors import ModelSourceError
 from launch.trainer.families.video import frame_image
 from launch.trainer.families.wan import CONDITION, IMAGE_EMBEDS, Wan, first_frame_mask
 from launch.trainer.families.wan22 import Wan22
+from launch.trainer.tiny.text import text_parts
 from launch.trainer.tiny.wan import PARTS
 from tests.support import oracle
 
@@ -46,7 +47,7 @@ def case(family: Any, parts: str, **more: Any) -> oracle.Case:
     # The scheduler as it is shipped, UniPC, tells the network whole numbers for timesteps.
     samplers = (oracle.Sampler(make=euler), oracle.Sampler(tolerance=0.004))
     settings = {"pixels": (5, 16, 32), "video_vae": True, "samplers": samplers, **more}
-    return oracle.Case(family=family, parts=PARTS[parts], read=read, **settings)
+    return oracle.Case(family=family, parts=PARTS[parts], read=read, lengths=(4, 4), **settings)
 
 
 TWO = {"networks": ("transformer", "transformer_2")}
@@ -58,11 +59,6 @@ CASES = {
     "wan22_5b": case(Wan22(), "wan22_5b", pixels=(5, 32, 64)),
 }
 IMAGES = [name for name in CASES if name.endswith("i2v")]
-
-
-@pytest.fixture(autouse=True)
-def _prompts_of_one_length(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(oracle, "LENGTHS", (4, 4))
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -157,6 +153,10 @@ def test_the_cached_condition_is_what_the_pipeline_makes_of_the_picture(name: st
     if IMAGE_EMBEDS in cached:
         embeds = seen["encoder_hidden_states_image"]
         assert oracle.apart(embeds, cached[IMAGE_EMBEDS][None]) < 1e-5
+
+
+def test_cached_prompts_are_what_the_pipeline_makes_of_the_captions() -> None:
+    oracle.check_text(CASES["wan"], ("a cat purrs", "rain"), **text_parts("wan"))
 
 
 def test_each_expert_is_asked_on_its_side_of_the_boundary() -> None:

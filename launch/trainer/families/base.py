@@ -143,6 +143,15 @@ class SeveralNetworks(Protocol):
         ...
 
 
+@runtime_checkable
+class HasVariants(Protocol):
+    """What a family has as well that is another one under some settings of its objective."""
+
+    def variant(self, settings: Mapping[str, Any]) -> Family:
+        """Return the family that trains under what the ``objective`` block gives, checked."""
+        ...
+
+
 def network_folders(
     family: Family, model_folder: Path, settings: Mapping[str, Any]
 ) -> Mapping[str, Path]:

@@ -128,8 +128,11 @@ class HunyuanVideo(Diffusion):
 
 def _mask(batch: Batch) -> Tensor:
     """Return the mask of the prompts; the network asks for one even where all is tokens."""
-    prompts, mask = batch[PROMPT_EMBEDS], batch[PROMPT_MASK]
-    return mask if mask is not None else prompts.new_ones(prompts.shape[:2], dtype=torch.bool)
+    mask: Tensor | None = batch[PROMPT_MASK]
+    if mask is not None:
+        return mask
+    rows: Tensor = batch[PROMPT_EMBEDS]
+    return rows.new_ones(rows.shape[:2], dtype=torch.bool)
 
 
 def _patch(model_config: Mapping[str, Any]) -> tuple[int, int, int]:

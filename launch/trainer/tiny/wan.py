@@ -21,13 +21,13 @@ _DENSE = {"in_channels": 12, "out_channels": 12, "patch_size": 2, "scale_factor_
 """The VAE of the 5B model, which takes squares of 2 x 2 pixels as channels."""
 
 
-def _parts(shift: float, *, experts: int = 1, network: Parts | None = None, **more: Any) -> Parts:
+def _parts(shift: float, network: Parts | None = None, experts: int = 1, **more: Any) -> Parts:
     """Make the components of one pipeline but for its text encoder.
 
     Args:
         shift: Of the scheduler, as it is shipped.
-        experts: Networks.
         network: More arguments of the network.
+        experts: Networks.
         more: Components and settings of the pipeline, or functions that make them.
     """
     from diffusers import UniPCMultistepScheduler, WanTransformer3DModel
@@ -73,7 +73,7 @@ _SEES = {"image_encoder": _image_encoder, "image_processor": _image_processor}
 
 PARTS: dict[str, Callable[[], Parts]] = {
     "wan": partial(_parts, 3.0),
-    "wan_i2v": partial(_parts, 3.0, network={**_IMAGE, **_CLIP}, **_SEES),
+    "wan_i2v": partial(_parts, 3.0, {**_IMAGE, **_CLIP}, 1, **_SEES),
     "wan22": partial(_parts, 3.0, experts=2, boundary_ratio=0.875),
     "wan22_i2v": partial(_parts, 3.0, experts=2, network=_IMAGE, boundary_ratio=0.9),
     "wan22_5b": partial(_parts, 5.0, vae=_DENSE, expand_timesteps=True),
