@@ -13,9 +13,8 @@ from dist_layerlr.errors import ConfigError
 from dist_layerlr.fields import setting
 from dist_layerlr.files import read_json
 from dist_layerlr.offload import StreamPolicy
-from dist_layerlr.optim.schedule import Schedule
-from dist_layerlr.plan.config import BLOCK as PLAN_BLOCK
-from dist_layerlr.plan.config import Config, load_config
+from dist_layerlr.optim import Schedule
+from dist_layerlr.plan import PLAN_BLOCK, Config, load_config
 from launch.trainer.families import get_family
 from launch.trainer.families.base import network_folders
 

@@ -10,15 +10,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
 from torch import nn
 
 from dist_layerlr import export_weights
-from dist_layerlr.checkpoint.folders import CHECKPOINTS, complete
-from dist_layerlr.errors import ConfigError
+from dist_layerlr.checkpoint import CHECKPOINTS, complete_checkpoints
+from dist_layerlr.errors import ConfigError, ModelSourceError
 from dist_layerlr.export.adapter_files import class_of
 from dist_layerlr.export.loaders import PEFT, PIPELINE, has_pipeline
-from dist_layerlr.files import sync_folder, write_json, write_text
+from dist_layerlr.files import read_safetensors_header, sync_folder, write_json, write_text
 from dist_layerlr.plan import Plan
 from dist_layerlr.ranks import alike
 from dist_layerlr.sharders import unwrap
@@ -119,7 +118,7 @@ def check_fresh(folder: Path) -> None:
     Raises:
         ConfigError: there are some.
     """
-    if complete(folder / CHECKPOINTS):
+    if complete_checkpoints(folder / CHECKPOINTS):
         raise ConfigError(
             f"Invalid --output-dir {str(folder)!r}: it holds checkpoints of an earlier run. "
             "Continue it with --resume latest, choose another folder, or delete its checkpoints/."
@@ -141,7 +140,7 @@ def _found(folder: Path, patterns: tuple[str, ...]) -> list[Path]:
 
 def draw_plan(plan: Plan, folder: Path) -> None:
     """Write lr_grid.png."""
-    from dist_layerlr.report.heatmap import draw_grid
+    from dist_layerlr.report import draw_grid
 
     draw_grid(plan, folder / "lr_grid.png")
 
@@ -240,10 +239,9 @@ def holds_result(folder: Path, run_id: str | None, step: int) -> bool:
     if run_id is None or not files:
         return False
     try:
-        with safe_open(str(files[0]), framework="pt") as file:
-            found = file.metadata() or {}
+        found = read_safetensors_header(files[0]).metadata
     # Whatever is wrong with it, it is no result: the weights are written again.
-    except Exception:
+    except ModelSourceError:
         return False
     return (found.get("run"), found.get("step")) == (run_id, str(step))
 

@@ -12,11 +12,8 @@ from torch import nn
 
 from dist_layerlr import fields
 from dist_layerlr.errors import ModelSourceError
-from dist_layerlr.plan import Plan, canonical_name
-from dist_layerlr.plan.names import base_name
-from dist_layerlr.plan.read import checkpoint_files
-from dist_layerlr.weights import load_pretrained
-from dist_layerlr.weights.tensorfile import FileTensor, stored_tensors
+from dist_layerlr.plan import Plan, base_name, canonical_name, checkpoint_files
+from dist_layerlr.weights import FileTensor, load_pretrained, stored_tensors
 from launch.trainer.adapters import fresh_adapter, inject
 from launch.trainer.cli import blame
 from launch.trainer.engines.offload import CAST_BY_AUTOCAST
