@@ -1,36 +1,40 @@
 r"""Encode captioned images and clips once: training then needs neither VAE nor text encoder.
 
-    python launch/cache_latents.py --input photos --output cache \
-        --vae MODEL/vae --text-encoder MODEL/text_encoder
-    python launch/cache_latents.py --input clips --output cache \
-        --vae MODEL/vae --text-encoder MODEL/text_encoder \
-        --frames 17 --height 480 --width 832 --dtype bf16 --device cuda
+    python launch/cache_latents.py --model PIPELINE --model-type sdxl --input photos --output cache
+    torchrun --nproc_per_node 2 launch/cache_latents.py --model PIPELINE --model-type wan \
+        --input clips --output cache --frames 81 --dtype bf16 --device cuda
+    python launch/cache_latents.py --vae MODEL/vae --text-encoder MODEL/text_encoder \
+        --input clips --output cache --frames 17 --height 480 --width 832
 
 The input folder holds images (``cat.png`` and ``cat.txt``), clips (a sub-folder of numbered frames,
-with ``caption.txt`` inside or ``<folder>.txt`` beside it), or both. Every sample becomes one
-safetensors file with ``latents`` (C, F, H, W) and ``prompt_embeds`` (L, D). A second call encodes
-only what is missing.
+with ``caption.txt`` inside or ``<folder>.txt`` beside it, or a video file), or both. Every sample
+becomes one safetensors file. A second call encodes only what is missing.
+
+With ``--model`` VAE and text encoders are those of a local pipeline folder, used as the pipeline
+itself uses them; pictures of any size are sorted into buckets of about ``--pixels``; the empty
+prompt is encoded too; what cannot be encoded is listed in ``skipped.txt``. With ``--vae`` and
+``--text-encoder`` one size is cut and last hidden states are taken, which is what Wan needs.
 """
 
 from __future__ import annotations
 
 import argparse
+import os
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 try:
     import torch
-    from safetensors.torch import save_file
-    from torch import Tensor
     from tqdm import tqdm
 
     from dist_layerlr.errors import ConfigError, LayerLRError, ModelSourceError
-    from dist_layerlr.files import whole_file
+    from dist_layerlr.files import write_text
     from launch.trainer.cli import Parser, blame, complain, integer
     from launch.trainer.data.base import LATENTS, PROMPT_EMBEDS
     from launch.trainer.data.cached import CAPTION, CachedDataset, read_header
+    from launch.trainer.data.caching import DTYPES, Wish, cache, write_sample
     from launch.trainer.data.encode import (
         check_size,
         check_tokens,
@@ -44,30 +48,22 @@ try:
         vae_layout,
     )
     from launch.trainer.data.images import Source, common_size, cut_frames, find_samples, load_clip
+    from launch.trainer.data.order import buckets_of
 except ModuleNotFoundError as error:
     # Nothing of the project can be imported, so this line cannot come from the project.
     print(f'cache_latents: error: {error}. Run: pip install -e ".[train]"', file=sys.stderr)
     sys.exit(2)
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 _STORED_AS = {"fp32": "F32", "bf16": "BF16", "fp16": "F16"}
 _DEFAULT_MAX_TOKENS = 512
+_BY_PIPELINE = ("model", "model-type", "pixels", "step", "shard")
+_BY_PARTS = ("vae", "text-encoder", "tokenizer", "max-tokens")
+"""Flags of one way to encode; the first two of each are required."""
+_RANK = {"RANK": "0", "WORLD_SIZE": "1"}
+"""Variables of torchrun, and what holds without it."""
 
 
 # Files
-
-
-def write_sample(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
-    """Write one safetensors file: whole under its final name, or not at all.
-
-    Raises:
-        ModelSourceError: the folder cannot be written to.
-    """
-    whole = {field: tensor.contiguous() for field, tensor in tensors.items()}
-    with blame(f"{path}: cannot be written", "free space or choose another --output"):
-        # Several of these programs may fill one folder.
-        with whole_file(path, shared=True) as partial:
-            save_file(whole, partial, metadata=metadata)
 
 
 def check_written(
@@ -116,47 +112,120 @@ def check_written(
 
 def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     """Read the command line; a bad one ends the program with status 2."""
-    parser = Parser(
-        prog="cache_latents", description="Encode captioned images and clips for training."
-    )
-    parser.add_argument(
-        "--input", type=Path, required=True, metavar="DIR", help="images or clips with captions"
-    )
-    parser.add_argument(
-        "--output", type=Path, required=True, metavar="DIR", help="one safetensors file per sample"
-    )
-    parser.add_argument(
-        "--vae", type=Path, required=True, metavar="DIR", help="local folder of a diffusers VAE"
-    )
-    parser.add_argument(
-        "--text-encoder", type=Path, required=True, metavar="DIR", help="local transformers folder"
-    )
-    parser.add_argument(
-        "--tokenizer", type=Path, metavar="DIR", help="default: found in or beside the text encoder"
-    )
-    parser.add_argument(
-        "--frames", type=integer(1), metavar="N", help="keep the first N frames of each clip"
-    )
-    parser.add_argument(
-        "--height", type=integer(1), metavar="PX", help="resize and crop; needs --width"
-    )
-    parser.add_argument(
-        "--width", type=integer(1), metavar="PX", help="resize and crop; needs --height"
-    )
-    parser.add_argument(
-        "--max-tokens", type=integer(1), metavar="N", help="default: the tokenizer's, at most 512"
-    )
-    parser.add_argument(
-        "--dtype", choices=sorted(DTYPES), default="fp32", help="to compute and to store"
-    )
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
-    parser.add_argument(
-        "--overwrite", action="store_true", help="encode samples again that are already there"
-    )
+    parser = _parser()
     args = parser.parse_args(argv)
     if (args.height is None) != (args.width is None):
         parser.error(f"--height={args.height} and --width={args.width} must be given together")
+    pair = {flag: getattr(args, flag.replace("-", "_")) for flag in _BY_PIPELINE + _BY_PARTS}
+    ways = _BY_PIPELINE[:2], _BY_PARTS[:2]
+    named = [way for way in ways if all(pair[flag] is not None for flag in way)]
+    if len(named) != 1:
+        both = " or ".join(" and ".join(f"--{flag}" for flag in way) for way in ways)
+        parser.error(f"either {both} must be given")
+    for flag in _BY_PARTS if named == [_BY_PIPELINE[:2]] else _BY_PIPELINE:
+        if pair[flag] is not None:
+            parser.error(f"--{flag} does not go with --{named[0][0]}")
+    if args.pixels is not None and args.height is not None:
+        parser.error("--pixels makes buckets, --height and --width one size: give one of them")
     return args
+
+
+def _parser() -> Parser:
+    parser = Parser(
+        prog="cache_latents", description="Encode captioned images and clips for training."
+    )
+    number = integer(1)
+    add = parser.add_argument
+    add("--input", type=Path, required=True, metavar="DIR", help="images or clips with captions")
+    add("--output", type=Path, required=True, metavar="DIR", help="one file per sample")
+    add("--model", type=Path, metavar="DIR", help="local folder of a whole pipeline")
+    add("--model-type", metavar="FAMILY", help="the family that is to be trained")
+    add("--pixels", type=number, metavar="N", help="area of a bucket; default: the family's")
+    add("--step", type=number, metavar="PX", help="of a bucket's sides; default: 64, clips 32")
+    add("--shard", type=_shard, metavar="I/N", help="every N-th sample; default: torchrun's rank")
+    add("--vae", type=Path, metavar="DIR", help="local folder of a diffusers VAE")
+    add("--text-encoder", type=Path, metavar="DIR", help="local transformers folder")
+    add("--tokenizer", type=Path, metavar="DIR", help="default: in or beside the text encoder")
+    add("--max-tokens", type=number, metavar="N", help="default: the tokenizer's, at most 512")
+    add("--frames", type=number, metavar="N", help="keep the first N frames of each clip")
+    add("--height", type=number, metavar="PX", help="resize and crop; needs --width")
+    add("--width", type=number, metavar="PX", help="resize and crop; needs --height")
+    add("--dtype", choices=sorted(DTYPES), default="fp32", help="to compute and to store")
+    add("--device", choices=("cpu", "cuda"), default="cpu")
+    add("--overwrite", action="store_true", help="encode samples again that are already there")
+    return parser
+
+
+def _shard(text: str) -> tuple[int, int]:
+    first, _, count = text.partition("/")
+    numbers = [int(part) if part.isdecimal() else -1 for part in (first, count)]
+    if not 0 <= numbers[0] < numbers[1]:
+        raise argparse.ArgumentTypeError(f"{text!r} is not I/N with 0 <= I < N, such as 0/4")
+    return numbers[0], numbers[1]
+
+
+# By the pipeline
+
+
+def encode_by_pipeline(args: argparse.Namespace, environment: Mapping[str, str]) -> int:
+    """Encode every sample of this process that is not there yet; list what was skipped.
+
+    Returns:
+        The number of files written.
+
+    Raises:
+        LayerLRError: the model or the folders cannot be used; files already written stay.
+    """
+    _check_device(args.device)
+    rank, processes = (int(environment.get(key, d)) for key, d in _RANK.items())
+    shard = args.shard or (rank, processes)
+    # torchrun's processes of one machine share its devices out by this number.
+    device = args.device if args.device == "cpu" else f"cuda:{environment.get('LOCAL_RANK', 0)}"
+    wish = Wish(**{**_wishes(args), "device": device, "shard": shard})
+    report = cache(wish)
+    name = "skipped.txt" if shard[1] == 1 else f"skipped.{shard[0]}.txt"
+    lines = [f"{one.path}: {one.why}" for one in report.found.skipped]
+    (args.output / name).unlink(missing_ok=True)
+    if lines:
+        with blame(f"{args.output / name}: cannot be written", "free space"):
+            write_text(args.output / name, "\n".join(lines) + "\n")
+        _warn(f"skipped {len(lines)} files, see {args.output / name}; first: {lines[0]}")
+    if report.cut:
+        what = "captions longer than the pipeline takes were cut, first that of"
+        _warn(f"{what} {report.cut[0]}; shorten them: {len(report.cut)} cut")
+    if report.enlarged:
+        what = "pictures smaller than --pixels were enlarged, first"
+        _warn(f"{what} {report.enlarged[0]}: {len(report.enlarged)} enlarged")
+    return report.written
+
+
+def _wishes(args: argparse.Namespace) -> dict[str, Any]:
+    return {
+        "source": args.input,
+        "output": args.output,
+        "model": args.model,
+        "model_type": args.model_type,
+        "pixels": args.pixels,
+        "step": args.step,
+        "size": None if args.height is None else (args.height, args.width),
+        "frames": args.frames,
+        "dtype": args.dtype,
+        "overwrite": args.overwrite,
+    }
+
+
+def _check_device(device: str) -> None:
+    if device == "cuda" and not torch.cuda.is_available():
+        raise ConfigError(
+            "Invalid --device=cuda. This torch sees no CUDA device; use --device cpu."
+        )
+
+
+def _warn(text: str) -> None:
+    print(f"cache_latents: warning: {text}", file=sys.stderr)
+
+
+# By parts
 
 
 def encode_all(args: argparse.Namespace) -> int:
@@ -168,10 +237,7 @@ def encode_all(args: argparse.Namespace) -> int:
     Raises:
         LayerLRError: any input that cannot be encoded; files already written stay.
     """
-    if args.device == "cuda" and not torch.cuda.is_available():
-        raise ConfigError(
-            "Invalid --device=cuda. This torch sees no CUDA device; use --device cpu."
-        )
+    _check_device(args.device)
     samples = cut_frames(find_samples(args.input), args.frames)
     size = common_size(samples, args.height, args.width)
     vae = load_vae(args.vae, DTYPES[args.dtype], args.device)
@@ -202,10 +268,9 @@ def encode_all(args: argparse.Namespace) -> int:
 
 def _warn_cut(cut: Sequence[Source], max_tokens: int) -> None:
     if cut:
-        print(
-            f"cache_latents: warning: captions longer than --max-tokens={max_tokens} were cut,"
-            f" first that of {cut[0].source}; shorten them or raise --max-tokens: {len(cut)} cut",
-            file=sys.stderr,
+        _warn(
+            f"captions longer than --max-tokens={max_tokens} were cut, first that of"
+            f" {cut[0].source}; shorten them or raise --max-tokens: {len(cut)} cut"
         )
 
 
@@ -247,16 +312,21 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the program; the exit status is 0, or 2 after a one-line error."""
     args = parse_args(argv)
     try:
-        written = encode_all(args)
-        dataset = CachedDataset(str(args.output))  # also proves that all files in the folder agree
+        if args.model is None:
+            written = encode_all(args)
+        else:
+            written = encode_by_pipeline(args, os.environ)
+        dataset = CachedDataset(str(args.output))  # also proves that all files can be read
     except LayerLRError as error:
         complain("cache_latents", error)
         return 2
     shapes, data = dataset.shapes(0), f"--set data.kind=cached --set data.folder={args.output}"
+    shown = ", ".join(f"{name} {shapes[name]}" for name in sorted(shapes))
+    buckets = len(buckets_of(dataset))
+    sizes = f"in {buckets} buckets, the first with {shown}" if buckets > 1 else shown
     print(
-        f"cache_latents: {len(dataset)} samples in {args.output} ({written} written now), "
-        f"latents {shapes[LATENTS]}, prompt_embeds {shapes[PROMPT_EMBEDS]}; "
-        f"next: python launch/train.py --config launch/configs/MODEL.json {data}"
+        f"cache_latents: {len(dataset)} samples in {args.output} ({written} written now), {sizes};"
+        f" next: python launch/train.py --config launch/configs/MODEL.json {data}"
     )
     return 0
 

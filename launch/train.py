@@ -46,17 +46,20 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parse_args(argv, __doc__)
     log = RunLog()
     try:
-        options = load_options(args.config, args.set, args.max_steps)
+        outline = args.plan_only or args.estimate
+        options = load_options(args.config, args.set, args.max_steps, outline=outline)
         request = make_request(args)
-        if not args.plan_only:
+        if not outline:
             # Before ranks meet: they all see the same input, so each can end by itself.
             request.check(options)
-        runtime = start(alone=args.plan_only or request.sharding.alone, log=log)
+        runtime = start(alone=outline or request.sharding.alone, log=log)
         # Late, because it takes seconds to import: a wrong flag ends sooner.
-        from launch.trainer.run import print_plan, run
+        from launch.trainer.run import print_estimate, print_plan, run
 
         if args.plan_only:
             print_plan(options, runtime)
+        elif args.estimate:
+            print_estimate(options, runtime, args.cards, args.card_gb)
         else:
             run(request, options, runtime)
         runtime.barrier()

@@ -11,7 +11,14 @@ from typing import Any
 from dist_layerlr.errors import ModelSourceError
 from dist_layerlr.plan.advice import check_plan
 from dist_layerlr.plan.components import Label, ParamView, classify, has_custom_rules
-from dist_layerlr.plan.config import BLOCK, Config, PatternRule, PerLayerLR, Region, load_config
+from dist_layerlr.plan.config import (
+    PLAN_BLOCK,
+    Config,
+    PatternRule,
+    PerLayerLR,
+    Region,
+    load_config,
+)
 from dist_layerlr.plan.depth import LAYER_DECAY, DepthSettings, depth_factor
 from dist_layerlr.plan.entries import ParamInfo, Plan, PlanEntry, Shape
 from dist_layerlr.plan.layer_decay import layer_decay_factors
@@ -145,8 +152,8 @@ def _place(
         paths = [parse(i.name, index) for i in infos]
         locations = [stack_map.locate(p) for p in paths]
     rules = Rules(infos, paths)
-    patterns = rules.first_match(block.patterns, f"{BLOCK}.patterns")
-    regions = rules.first_match(block.regions, f"{BLOCK}.regions")
+    patterns = rules.first_match(block.patterns, f"{PLAN_BLOCK}.patterns")
+    regions = rules.first_match(block.regions, f"{PLAN_BLOCK}.regions")
     label = _Labeller(siblings)
     placed = [
         _Placed(
@@ -264,12 +271,12 @@ def _weight_decays(placed: list[_Placed], rules: Rules, block: PerLayerLR) -> li
 
     None: the optimizer's own.
     """
-    outer = _exempt(placed, rules, block.no_decay, f"{BLOCK}.no_decay")
+    outer = _exempt(placed, rules, block.no_decay, f"{PLAN_BLOCK}.no_decay")
     exempt: dict[int, set[int]] = {}
     for number, region in enumerate(block.regions):
         if region.no_decay is not None:
             exempt[id(region)] = _exempt(
-                placed, rules, region.no_decay, f"{BLOCK}.regions[{number}].no_decay"
+                placed, rules, region.no_decay, f"{PLAN_BLOCK}.regions[{number}].no_decay"
             )
     values: list[float | None] = []
     for i, p in enumerate(placed):

@@ -6,28 +6,28 @@ import math
 import time
 import warnings
 from collections.abc import Callable, Mapping
-from functools import lru_cache
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
 
 from dist_layerlr.errors import ConfigError
 from dist_layerlr.ranks import alike, any_rank
-from launch.trainer.data.base import Batch, to_device
+from launch.trainer.batches import Batches
 from launch.trainer.engines.base import autocast
 from launch.trainer.job import Job
 from launch.trainer.metrics import MetricsFile, peak_memory_gb
 from launch.trainer.options import RunOptions, TrainOptions
 from launch.trainer.progress import progress
 from launch.trainer.runtime import LOWER, Diverged, Runtime
-from launch.trainer.seeds import DROPOUT_STREAM, ORDER_STREAM, mix_seed
+from launch.trainer.seeds import MODEL_STREAM, mix_seed
 from launch.trainer.signals import StopFlag
 from launch.trainer.state import Outcome, Position
 
 Save = Callable[[int, int, Mapping[str, float]], None]
 """(steps done, samples seen, rates observed at the first step) -> a checkpoint."""
+Draw = Callable[[int], object]
+"""Steps done -> a picture."""
 
 
 def train(
@@ -36,6 +36,7 @@ def train(
     stop: StopFlag | None = None,
     begin: Position | None = None,
     save: Save | None = None,
+    draw: Draw | None = None,
 ) -> Outcome:
     """Train until ``train.steps`` optimizer steps are done, or until a signal. Collective.
 
@@ -47,6 +48,7 @@ def train(
         begin: Where to continue; None: at the beginning.
         save: Writes a checkpoint. Called as train.save_every says, after the last step, and when
             stopped.
+        draw: Draws what the model makes. Called as samples.every says, but not after the last step.
 
     Raises:
         Diverged: The loss is NaN or infinite.
@@ -56,13 +58,14 @@ def train(
     warnings.filterwarnings("ignore", message="Mismatch dtype between input and weight")
     settings = job.options.train
     begin = begin or Position()
+    batches = Batches(job, begin)
     factor, done, saved = 1.0, begin.step, begin.step
     observed = dict(begin.observed)
     # The signal may have come while the model was loaded.
     stopped = _told(stop)
     with progress(settings.steps, begin.step, job.runtime) as show:
         while done < settings.steps and not stopped:
-            row, stopped = _step(job, done, begin, observed, stop)
+            row, stopped = _step(job, done, batches, observed, stop)
             if row is None:
                 break
             factor = row["lr_factor"]
@@ -80,13 +83,16 @@ def train(
                 saved = done
                 # Saving may take longer than a step, and a launcher's patience runs.
                 stopped = _told(stop)
+            if draw is not None and not stopped and _draws(done, job.options):
+                draw(done)
+                stopped = _told(stop)
         if save is not None and stopped and saved < done:
             save(done, begin.samples_at(done, settings.global_batch), observed)
     return Outcome(steps=done, stopped=stopped, last_factor=factor, observed=observed)
 
 
 def _step(
-    job: Job, step: int, begin: Position, observed: dict[str, float], stop: StopFlag | None
+    job: Job, step: int, batches: Batches, observed: dict[str, float], stop: StopFlag | None
 ) -> tuple[dict[str, Any] | None, bool]:
     """Do one optimizer step. Returns its row of metrics, and whether any rank was told to stop.
 
@@ -95,7 +101,7 @@ def _step(
     """
     started = time.perf_counter()
     factor = job.options.schedule.factor(step)
-    loss = _accumulate(job, begin, step, stop)
+    loss = _accumulate(job, batches, step, stop)
     if loss is None:
         return None, True
     # Every rank now holds the same loss and flag, so all of them take the same branches below.
@@ -126,6 +132,12 @@ def write_row(metrics: MetricsFile | None, row: dict[str, Any]) -> None:
     alike(lambda: None if metrics is None else metrics.write(row))
 
 
+def _draws(done: int, options: RunOptions) -> bool:
+    """Whether a picture is due after ``done`` steps; the last one is drawn when all is saved."""
+    every = options.samples.every
+    return every is not None and done % every == 0 and done < options.train.steps
+
+
 def _due(done: int, train: TrainOptions) -> bool:
     """Whether a periodic checkpoint is due after ``done`` steps."""
     return train.save_every is not None and (done % train.save_every == 0 or done == train.steps)
@@ -147,20 +159,7 @@ def micro_batch_size(options: RunOptions, world_size: int) -> int:
     return micro
 
 
-def sample_index(number: int, length: int, seed: int) -> int:
-    """Index in the dataset of sample ``number`` of the run: a fresh permutation every epoch."""
-    epoch, position = divmod(number, length)
-    return int(_order(epoch, length, seed)[position])
-
-
-@lru_cache(maxsize=2)  # a batch may straddle two epochs
-def _order(epoch: int, length: int, seed: int) -> Tensor:
-    """Return the permutation of one epoch."""
-    generator = torch.Generator().manual_seed(mix_seed(seed, ORDER_STREAM, epoch))
-    return torch.randperm(length, generator=generator)
-
-
-def _accumulate(job: Job, begin: Position, step: int, stop: StopFlag | None) -> float | None:
+def _accumulate(job: Job, batches: Batches, step: int, stop: StopFlag | None) -> float | None:
     """Forward and backward over this rank's share of the step's samples.
 
     Returns:
@@ -169,7 +168,7 @@ def _accumulate(job: Job, begin: Position, step: int, stop: StopFlag | None) -> 
     settings, runtime = job.options.train, job.runtime
     micro = micro_batch_size(job.options, runtime.world_size)
     share = settings.global_batch // runtime.world_size
-    first = begin.samples_at(step, settings.global_batch) + runtime.rank * share
+    first = batches.begin.samples_at(step, settings.global_batch) + runtime.rank * share
     parts = share // micro
     total = 0.0
     for part in range(parts):
@@ -177,9 +176,9 @@ def _accumulate(job: Job, begin: Position, step: int, stop: StopFlag | None) -> 
         if part > 0 and _told(stop):
             return None
         numbers = list(range(first + part * micro, first + (part + 1) * micro))
-        batch = _read(job, numbers)
+        batch = batches.read(numbers)
         # For what the model itself draws, dropout: neither rank nor resume decides it.
-        torch.manual_seed(mix_seed(settings.seed, DROPOUT_STREAM, numbers[0]))
+        torch.manual_seed(mix_seed(settings.seed, MODEL_STREAM, numbers[0]))
         with job.engine.micro_step(last=part == parts - 1):
             with autocast(runtime.device, job.options):
                 loss = job.objective.loss(job.engine.model, batch, numbers, settings.seed)
@@ -188,17 +187,6 @@ def _accumulate(job: Job, begin: Position, step: int, stop: StopFlag | None) -> 
             job.engine.backward(mean)
         total += mean.item()
     return total
-
-
-def _read(job: Job, numbers: list[int]) -> Batch:
-    """Read the samples with these numbers. Collective: ranks fail together on a broken sample."""
-
-    def collate() -> Batch:
-        seed, length = job.options.train.seed, len(job.data)
-        return job.family.collate([job.data[sample_index(n, length, seed)] for n in numbers])
-
-    batch: Batch = to_device(alike(collate), job.runtime.device)
-    return batch
 
 
 def _share(loss: float, stop: bool, runtime: Runtime) -> tuple[float, bool]:

@@ -13,12 +13,14 @@ from dist_layerlr.errors import ConfigError
 from dist_layerlr.fields import setting
 from dist_layerlr.files import read_json
 from dist_layerlr.offload import StreamPolicy
-from dist_layerlr.optim.schedule import Schedule
-from dist_layerlr.plan.config import BLOCK as PLAN_BLOCK
-from dist_layerlr.plan.config import Config, load_config
+from dist_layerlr.optim import Schedule
+from dist_layerlr.plan import PLAN_BLOCK, Config, load_config
 from launch.trainer.families import get_family
+from launch.trainer.families.base import network_folders
 
 LORA, FULL, DORA = "lora", "fine_tune", "dora"
+PUBLISHED_MODEL = "(published)"
+"""Stands for ``model_path`` where only the plan or the size of the published model is asked for."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -92,6 +94,12 @@ class TrainOptions:
         doc="Per rank in one forward.",
     )
     seed: int = setting(fields.integer(0), default=0, doc="Of data order, noise and new weights.")
+    caption_dropout: float = setting(
+        fields.number(0.0, 1.0),
+        default=0.0,
+        doc="Share of the samples that are trained with the empty prompt, as guidance needs. The"
+        " cache must hold it.",
+    )
     dtype: str = setting(
         fields.one_of(lambda: ("fp32", "bf16")),
         default="fp32",
@@ -212,7 +220,11 @@ _NEEDED = {
 
 
 def load_options(
-    path: str | Path, overrides: Sequence[str] = (), max_steps: int | None = None
+    path: str | Path,
+    overrides: Sequence[str] = (),
+    max_steps: int | None = None,
+    *,
+    outline: bool = False,
 ) -> RunOptions:
     """Read and check a training config.
 
@@ -221,6 +233,8 @@ def load_options(
         overrides: ``a.b=value`` assignments, applied before checking; values are JSON, or else
             plain text.
         max_steps: overrides ``train.steps``.
+        outline: the model's plan and size alone are wanted: what only training needs may be
+            missing, and without ``model_path`` the published model is meant.
 
     Raises:
         ConfigError: names the field, the value and what is allowed.
@@ -234,6 +248,8 @@ def load_options(
     fields.known_keys("config", raw, [*known, *fields.settings(Config), PLAN_BLOCK, *BLOCKS])
     if "model_type" in raw:
         get_family(known["model_type"].check("model_type", raw["model_type"]))
+    if outline:
+        raw = _filled_in(raw)
     _check_complete(raw, path)
     family = get_family(raw["model_type"])
     blocks = {name: fields.read(name, _section(raw, name), cls) for name, cls in BLOCKS.items()}
@@ -242,7 +258,10 @@ def load_options(
     values = {key: found.check(key, given[key]) for key, found in known.items()}
     # By attribute from here on, as the objective's class takes them.
     values["objective"] = fields.read("objective", values["objective"], family.objective_class)
-    values["model_path"] = str(family.model_folder(Path(values["model_path"])))
+    folder = family.model_folder(Path(values["model_path"]))
+    # Of two networks the first: each gets options of its own in run.py.
+    folder = next(iter(network_folders(family, folder, values["objective"]).values()))
+    values["model_path"] = str(folder)
     method = values["training_method"]
     if method == FULL and "adapter" in raw:
         raise ConfigError(
@@ -343,6 +362,12 @@ def _check_complete(raw: Mapping[str, Any], path: str | Path) -> None:
         raise ConfigError(
             f"Missing in config {str(path)!r}: {names}. Add them there, or pass {flags}."
         )
+
+
+def _filled_in(raw: Mapping[str, Any]) -> dict[str, Any]:
+    """Add what only training needs, where it is missing."""
+    train = {"steps": 1, "global_batch": 1, **_section(raw, "train")}
+    return {"model_path": PUBLISHED_MODEL, "data": {}, **raw, "train": train}
 
 
 def _method(raw: Mapping[str, Any]) -> str:

@@ -5,29 +5,31 @@ from __future__ import annotations
 import errno
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
 from torch import nn
 
 from dist_layerlr import export_weights
-from dist_layerlr.checkpoint.folders import CHECKPOINTS, complete
-from dist_layerlr.errors import ConfigError
+from dist_layerlr.checkpoint import CHECKPOINTS, complete_checkpoints
+from dist_layerlr.errors import ConfigError, ModelSourceError
 from dist_layerlr.export.adapter_files import class_of
 from dist_layerlr.export.loaders import PEFT, PIPELINE, has_pipeline
-from dist_layerlr.files import sync_folder, write_json, write_text
+from dist_layerlr.files import read_safetensors_header, sync_folder, write_json, write_text
 from dist_layerlr.plan import Plan
 from dist_layerlr.ranks import alike
 from dist_layerlr.sharders import unwrap
 from dist_layerlr.weights import find_not_finite
-from launch.trainer.data.base import LATENTS, to_device
+from launch.trainer.data.base import LATENTS, Batch, to_device
+from launch.trainer.data.order import one_batch
 from launch.trainer.engines.base import autocast
+from launch.trainer.families.diffusion import Diffusion
 from launch.trainer.job import Job
 from launch.trainer.lock import hold
 from launch.trainer.options import LORA
+from launch.trainer.pipelines import load_pipeline, pipeline_of, sample_by_pipeline
 from launch.trainer.record import RECORD, RESOLVED
 from launch.trainer.runlog import LOG
 from launch.trainer.runtime import LOWER, Diverged
@@ -35,7 +37,17 @@ from launch.trainer.runtime import LOWER, Diverged
 PLAN, PROOF, METRICS = "plan.json", "verify.json", "metrics.jsonl"
 FINAL = "final"
 _STAGED, _REPLACED = ".final.new", ".final.old"
-_PER_RUN = (PLAN, PROOF, METRICS, "lr_grid.png", "samples/samples.png", RESOLVED, RECORD, LOG)
+_PER_RUN = (
+    PLAN,
+    PROOF,
+    METRICS,
+    "lr_grid.png",
+    "samples/samples.png",
+    "samples/step_*.png",
+    RESOLVED,
+    RECORD,
+    LOG,
+)
 """What a run writes on its way. A new run begins with none of an earlier one's."""
 _IN_FINAL = (
     PLAN,
@@ -106,7 +118,7 @@ def check_fresh(folder: Path) -> None:
     Raises:
         ConfigError: there are some.
     """
-    if complete(folder / CHECKPOINTS):
+    if complete_checkpoints(folder / CHECKPOINTS):
         raise ConfigError(
             f"Invalid --output-dir {str(folder)!r}: it holds checkpoints of an earlier run. "
             "Continue it with --resume latest, choose another folder, or delete its checkpoints/."
@@ -128,7 +140,7 @@ def _found(folder: Path, patterns: tuple[str, ...]) -> list[Path]:
 
 def draw_plan(plan: Plan, folder: Path) -> None:
     """Write lr_grid.png."""
-    from dist_layerlr.report.heatmap import draw_grid
+    from dist_layerlr.report import draw_grid
 
     draw_grid(plan, folder / "lr_grid.png")
 
@@ -227,41 +239,62 @@ def holds_result(folder: Path, run_id: str | None, step: int) -> bool:
     if run_id is None or not files:
         return False
     try:
-        with safe_open(str(files[0]), framework="pt") as file:
-            found = file.metadata() or {}
+        found = read_safetensors_header(files[0]).metadata
     # Whatever is wrong with it, it is no result: the weights are written again.
-    except Exception:
+    except ModelSourceError:
         return False
     return (found.get("run"), found.get("step")) == (run_id, str(step))
 
 
-def draw_generated(job: Job) -> Path | None:
-    """Generate clips for the first prompts and draw them beside the real ones.
+def draw_generated(job: Job, step: int | None = None) -> Path | None:
+    """Generate clips for the first prompts and draw them.
 
-    Collective: the forward pass is. None where the objective has nothing to draw.
+    By the model's pipeline where its folder is there; else by the objective, as latents beside the
+    real ones. Collective: the forward pass is.
+
+    Args:
+        job: What is trained.
+        step: Optimizer steps done; None: at the end of the run.
+
+    Returns:
+        The picture; None where there is nothing to draw.
     """
     from launch.trainer.samples import draw_samples
 
     options, device, model = job.options, job.runtime.device, job.engine.model
-    count = min(options.samples.count, len(job.data))
-    if count == 0:
+    chosen = one_batch(job.data, options.samples.count)
+    if not chosen:
         return None
-    batch = alike(lambda: job.family.collate([job.data[index] for index in range(count)]))
+    batch = alike(lambda: job.family.collate([job.data[index] for index in chosen]))
     # Dropout and the like are for training; generate() runs the forward pass alone.
     model.eval()
     with torch.no_grad(), autocast(device, options):
-        made = job.objective.generate(
-            model, to_device(batch, device), options.train.seed, options.samples.steps
-        )
+        made, real = _generate(job, batch)
     model.train()
     if made is None:
         return None
-    path, labels = job.folder / "samples" / "samples.png", []
+    name = "samples.png" if step is None else f"step_{step:06d}.png"
+    path, labels = job.folder / "samples" / name, []
     if job.runtime.is_main:
-        labels = [job.data.name(index) for index in range(count)]
+        labels = [job.data.name(index) for index in chosen]
     shown: Any = made
-    alike(lambda: draw_samples(path, shown.cpu(), batch[LATENTS], labels) if labels else None)
+    alike(lambda: draw_samples(path, shown.cpu(), real, labels) if labels else None)
     return path
+
+
+def _generate(job: Job, batch: Batch) -> tuple[Any, Any]:
+    """Return what the model makes of a batch's prompts, and what to draw beside it. Collective."""
+    options, device, family = job.options, job.runtime.device, job.family
+    moved, seed = to_device(batch, device), options.train.seed
+    if pipeline_of(options.model_path) is None or not isinstance(family, Diffusion):
+        made = job.objective.generate(job.engine.model, moved, seed, options.samples.steps)
+        real = batch.get(LATENTS)
+        # Of several streams the first: a picture has no sound.
+        return made, next(iter(real.values())) if isinstance(real, Mapping) else real
+    pipeline = alike(lambda: load_pipeline(family, options.model_path, job.engine.model, device))
+    wanted = options.samples
+    made = sample_by_pipeline(family, pipeline, moved, seed, wanted.steps, wanted.guidance)
+    return made, None
 
 
 def _check_finite(model: nn.Module, step: int) -> None:

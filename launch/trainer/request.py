@@ -60,6 +60,9 @@ def parse_args(argv: Sequence[str] | None, description: str | None) -> argparse.
     add("--max-steps", type=int, metavar="N", help="overrides train.steps")
     add("--set", action="append", default=[], metavar="A.B=C", help="override one config value")
     add("--plan-only", action="store_true", help="print the grid and stop")
+    add("--estimate", action="store_true", help="print the memory per rank and stop")
+    add("--cards", type=int, default=8, metavar="N", help="of --estimate (default: 8)")
+    add("--card-gb", type=float, default=80.0, metavar="GB", help="of --estimate (default: 80)")
     # The deepspeed launcher adds it; ranks read LOCAL_RANK instead.
     add("--local_rank", type=int, default=0, help=argparse.SUPPRESS)
     return parser.parse_args(argv)

@@ -8,11 +8,17 @@ from pathlib import Path
 from typing import Any
 
 from dist_layerlr import fields
-from dist_layerlr.checkpoint import Saving, find_checkpoint, finish_background_save, resume_plan
-from dist_layerlr.checkpoint.folders import CHECKPOINTS, complete
-from dist_layerlr.checkpoint.manifest import read_manifest
+from dist_layerlr.checkpoint import (
+    CHECKPOINTS,
+    Saving,
+    complete_checkpoints,
+    find_checkpoint,
+    finish_background_save,
+    read_manifest,
+    resume_plan,
+)
 from dist_layerlr.errors import CheckpointError, ConfigError
-from dist_layerlr.export.export import SAVED_CONFIG, adapter_config
+from dist_layerlr.export import SAVED_CONFIG, adapter_config
 from dist_layerlr.plan import Plan
 from dist_layerlr.ranks import alike, any_rank, rank_zero
 from launch.trainer.adapters import ADAPTER
@@ -44,7 +50,7 @@ def choose_checkpoint(resume: str | None, folder: Path, runtime: Runtime) -> Pat
         return None
     # Any rank: on a network disk some see a checkpoint later than others. find_checkpoint below
     # then fails on those, on all ranks together.
-    if resume == LATEST and not any_rank(bool(complete(folder / CHECKPOINTS))):
+    if resume == LATEST and not any_rank(bool(complete_checkpoints(folder / CHECKPOINTS))):
         runtime.say(f"no checkpoint in {folder / CHECKPOINTS} yet: starting at step 0")
         return None
     path = find_checkpoint(folder / CHECKPOINTS if resume == LATEST else resume)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import uuid
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +20,10 @@ from dist_layerlr.report import grid
 from dist_layerlr.sharders import unwrap
 from dist_layerlr.weights import check_pretrained
 from launch.trainer import outputs
-from launch.trainer.data import check_dataset, open_dataset
+from launch.trainer.batches import check_dropout, order_of
+from launch.trainer.data import fit_dataset, open_dataset
 from launch.trainer.engines import build_engine
+from launch.trainer.estimate import check_cards, estimate
 from launch.trainer.families import get_family
 from launch.trainer.job import Job
 from launch.trainer.loop import micro_batch_size, train, write_row
@@ -50,6 +53,13 @@ def print_plan(options: RunOptions, runtime: Runtime) -> None:
     runtime.say(grid(plan))
 
 
+def print_estimate(options: RunOptions, runtime: Runtime, cards: int, card_gb: float) -> None:
+    """Print the memory of a run under each sharder. Collective."""
+    check_cards(cards, card_gb)
+    _, plan = _planned(options)
+    runtime.say(alike(lambda: estimate(options, plan, cards, card_gb)).table())
+
+
 def run(request: Request, options: RunOptions, runtime: Runtime) -> None:
     """Check everything, train, and write what the run leaves behind. Collective.
 
@@ -60,11 +70,12 @@ def run(request: Request, options: RunOptions, runtime: Runtime) -> None:
     # Cheap checks first, so that a typing error costs seconds and not the loading of a model.
     model, plan = _planned(options)
     alike(lambda: check_pretrained(model, options.model_path, fresh=True))
-    family = get_family(options.model_type)
+    family = get_family(options.model_type, options.objective)
     objective = alike(lambda: family.objective(options.objective, Path(options.model_path)))
     data = alike(lambda: open_dataset(options.data))
     shape: Any = model.config
-    alike(lambda: check_dataset(data, family, shape))
+    alike(lambda: fit_dataset(data, family, shape))
+    alike(lambda: check_dropout(options.train.caption_dropout, data, family))
     alike(lambda: micro_batch_size(options, runtime.world_size))
     folder = alike(
         lambda: outputs.open_output_dir(
@@ -109,7 +120,7 @@ def run(request: Request, options: RunOptions, runtime: Runtime) -> None:
 
 def _planned(options: RunOptions) -> tuple[nn.Module, Plan]:
     """Build the model on the meta device, and its plan. Collective."""
-    family = get_family(options.model_type)
+    family = get_family(options.model_type, options.objective)
     model = alike(lambda: empty_model(family, options))
     return model, alike(lambda: spare_from_decay(family, model, plan_model(model, options.plan)))
 
@@ -132,7 +143,7 @@ def _train_and_save(job: Job, stop: StopFlag, checkpoint: Path | None) -> None:
         write_row(metrics, {"step": begin.step, "prediction": prediction.to_dict()})
     save = Saver(job)
     try:
-        outcome = train(job, metrics, stop, begin, save)
+        outcome = train(job, metrics, stop, begin, save, partial(outputs.draw_generated, job))
     except Diverged:
         # All ranks raise it. The last periodic checkpoint is good, so let it get onto the disk.
         save.finish()
@@ -177,10 +188,18 @@ def _sizes(job: Job, begin: Position) -> str:
         return f"no step is left of {train.steps}: only the result is to be written"
     ranks = f"{runtime.world_size} rank" + "s" * (runtime.world_size > 1)
     return (
-        f"training on {ranks}, device {runtime.device.type}: {len(job.data)} samples, global batch"
+        f"training on {ranks}, device {runtime.device.type}: {_samples(job, begin)}, global batch"
         f" {train.global_batch} (each rank {parts} x {micro}), steps {begin.step + 1} to"
         f" {train.steps}"
     )
+
+
+def _samples(job: Job, begin: Position) -> str:
+    """How many there are, and of how many sizes."""
+    order, text = order_of(job, begin), f"{len(job.data)} samples"
+    if order.buckets == 1:
+        return text
+    return f"{text} in {order.buckets} buckets ({order.filled} seen again an epoch to fill batches)"
 
 
 def _predict(job: Job) -> Prediction | None:

@@ -16,7 +16,9 @@ _FRAME_INCHES, _GAP, _INK, _PALE = 0.82, 0.06, "#222222", "#777777"
 _MOST_FRAMES, _MOST_LETTERS = 8, 30
 
 
-def draw_samples(path: str | Path, generated: Tensor, real: Tensor, labels: Sequence[str]) -> None:
+def draw_samples(
+    path: str | Path, generated: Tensor, real: Tensor | None, labels: Sequence[str]
+) -> None:
     """Write one PNG: a row per clip, generated frames on the left, real ones on the right.
 
     Both are of the same prompt. Images are drawn as clips of one frame.
@@ -26,38 +28,36 @@ def draw_samples(path: str | Path, generated: Tensor, real: Tensor, labels: Sequ
         generated: (N, C, F, H, W) or (N, C, H, W) with N >= 1. One channel is drawn grey and three
             as RGB, [-1, 1] black to white. Of any other number the first three (or the first) are
             drawn, each clip stretched to its own range.
-        real: like ``generated``, the same N.
+        real: like ``generated``, the same N; None: generated frames alone are drawn.
         labels: N prompts or class names; long ones are cut.
 
     Of clips with more than 8 frames, 8 evenly spaced ones are drawn.
     """
-    assert len(generated) == len(real) == len(labels) > 0, (
-        f"{len(generated)=} {len(real)=} {len(labels)=}"
-    )
+    columns = [generated] if real is None else [generated, real]
+    assert {len(one) for one in columns} == {len(labels)} and labels, f"{len(labels)=}"
     # Not pyplot: it would keep figures alive and choose a window toolkit.
     from matplotlib.figure import Figure
 
-    if generated.ndim == 4:
-        generated, real = generated.unsqueeze(2), real.unsqueeze(2)
-    labels, of = [_short(label) for label in labels], generated.shape[2]
+    columns = [one.unsqueeze(2) if one.ndim == 4 else one for one in columns]
+    labels, of = [_short(label) for label in labels], columns[0].shape[2]
     # Evenly spaced frames: the first and the last are always drawn.
-    chosen = torch.linspace(0, of - 1, min(of, _MOST_FRAMES)).round().long().to(generated.device)
-    generated, real = generated[:, :, chosen], real[:, :, chosen.to(real.device)]
+    chosen = torch.linspace(0, of - 1, min(of, _MOST_FRAMES)).round().long()
+    columns = [one[:, :, chosen.to(one.device)] for one in columns]
     rows, frames = len(labels), len(chosen)
     label_inches = 0.3 + 0.085 * max(len(label) for label in labels)
     width, height = (
-        label_inches + 2 * _FRAME_INCHES * frames + 0.5,
+        label_inches + len(columns) * _FRAME_INCHES * frames + 0.5,
         0.5 + rows * (_FRAME_INCHES + 0.07),
     )
     figure = Figure(figsize=(width, height), dpi=130, facecolor="white")
-    axes = figure.subplots(rows, 2, squeeze=False)
+    axes = figure.subplots(rows, len(columns), squeeze=False)
     figure.subplots_adjust(wspace=0.08, hspace=0.1)
     figure.subplots_adjust(
         left=label_inches / width, right=1 - 0.1 / width, top=1 - 0.4 / height, bottom=0.1 / height
     )
     for row, label in enumerate(labels):
-        _draw_strip(axes[row][0], generated[row])
-        _draw_strip(axes[row][1], real[row])
+        for column, shown in enumerate(columns):
+            _draw_strip(axes[row][column], shown[row])
         axes[row][0].set_ylabel(
             label,
             rotation=0,
@@ -68,7 +68,7 @@ def draw_samples(path: str | Path, generated: Tensor, real: Tensor, labels: Sequ
             color=_INK,
             parse_math=False,
         )
-    for column, title in enumerate(("generated", "real")):
+    for column, title in enumerate(("generated", "real")[: len(columns)]):
         which = f", {frames} of {of} frames" if of > frames else f", frames 1 to {of}"
         # Beside one or two frames there is no room for more than the word.
         axes[0][column].set_title(

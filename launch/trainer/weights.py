@@ -12,16 +12,14 @@ from torch import nn
 
 from dist_layerlr import fields
 from dist_layerlr.errors import ModelSourceError
-from dist_layerlr.plan import Plan, canonical_name
-from dist_layerlr.plan.names import base_name
-from dist_layerlr.plan.read import checkpoint_files
-from dist_layerlr.weights import load_pretrained
-from dist_layerlr.weights.tensorfile import FileTensor, stored_tensors
+from dist_layerlr.plan import Plan, base_name, canonical_name, checkpoint_files
+from dist_layerlr.weights import FileTensor, load_pretrained, stored_tensors
 from launch.trainer.adapters import fresh_adapter, inject
 from launch.trainer.cli import blame
 from launch.trainer.engines.offload import CAST_BY_AUTOCAST
 from launch.trainer.families.base import Family
-from launch.trainer.options import LORA, RunOptions
+from launch.trainer.options import LORA, PUBLISHED_MODEL, RunOptions
+from launch.trainer.published import published_config
 
 
 def read_model_config(folder: str | Path) -> dict[str, Any]:
@@ -42,6 +40,17 @@ def read_model_config(folder: str | Path) -> dict[str, Any]:
     return dict(loaded)
 
 
+def model_config(options: RunOptions) -> dict[str, Any]:
+    """Return the config of the model that is trained; of the published one without model_path.
+
+    Raises:
+        ModelSourceError: missing, or not a JSON object.
+    """
+    if options.model_path != PUBLISHED_MODEL:
+        return read_model_config(options.model_path)
+    return published_config(options.model_type)
+
+
 def empty_model(family: Family, options: RunOptions) -> nn.Module:
     """Build the model on the meta device, adapters injected and ``requires_grad`` set.
 
@@ -53,7 +62,7 @@ def empty_model(family: Family, options: RunOptions) -> nn.Module:
     """
     from accelerate import init_empty_weights
 
-    config = read_model_config(options.model_path)
+    config = model_config(options)
     family.check_config(config)
     path = Path(options.model_path) / "config.json"
     # Buffers stay real: they are computed at construction and stand in no checkpoint.
@@ -63,7 +72,7 @@ def empty_model(family: Family, options: RunOptions) -> nn.Module:
     ):
         model = family.build(config)
     if options.train.checkpointing:
-        model.enable_gradient_checkpointing()  # type: ignore[operator]
+        family.checkpoint_blocks(model)
     if options.training_method == LORA:
         inject(model, options.adapter, family.lora_targets(config))
     for name in _without_gradient(family, model):

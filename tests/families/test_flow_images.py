@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-import dataclasses
+from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
-from torch import Tensor
 
-from launch.trainer.families import get_family
-from launch.trainer.families.latents import from_tokens, to_tokens
-from launch.trainer.tiny import flux2
+from launch.trainer.data.base import PROMPT_EMBEDS
+from launch.trainer.tiny.text import text_parts
+from tests.families.flow_cases import CASES, OWN_MUTANTS
 from tests.support.oracle import (
     Case,
     check_call,
@@ -19,36 +20,14 @@ from tests.support.oracle import (
     check_names,
     check_oracle,
     check_ragged,
+    check_text,
     check_train,
     mutant,
     mutants_of,
 )
 
+CAPTIONS = ("A red fox.", "Two old ships sail past a lighthouse at night")
 
-def _tokens(output: Tensor, latents: Tensor) -> Tensor:
-    return from_tokens(output, *latents.shape[-2:])
-
-
-FLUX2 = Case(
-    family=get_family("flux_2_klein_4b"),
-    parts=flux2.PARTS["flux_2_klein_4b"],
-    read=lambda args, kwargs, latents: (
-        _tokens(kwargs["hidden_states"], latents),
-        1000 * kwargs["timestep"],
-    ),
-    answer=to_tokens,
-    said=_tokens,
-    network_class={"guidance_embeds": False},
-)
-CASES = {
-    "flux_2_klein_4b": FLUX2,
-    "flux_2_dev": dataclasses.replace(
-        FLUX2,
-        family=get_family("flux_2_dev"),
-        parts=flux2.PARTS["flux_2_dev"],
-        network_class={},
-    ),
-}
 every_case = pytest.mark.parametrize("case", CASES.values(), ids=CASES)
 
 
@@ -82,9 +61,82 @@ def test_guidance_asks_for_the_prompt_and_the_negative_prompt(name: str) -> None
     check_guidance(CASES[name])
 
 
+@pytest.mark.parametrize("name", [name for name, case in CASES.items() if case.family.ragged])
+def test_prompts_of_one_length_need_no_mask(name: str) -> None:
+    case = replace(CASES[name], lengths=(4, 4))
+    check_call(case)
+    check_guidance(case)
+
+
+def _mutants(name: str) -> Mapping[str, tuple[str, Any]]:
+    return {**mutants_of(CASES[name]), **OWN_MUTANTS.get(name, {})}
+
+
 @pytest.mark.parametrize(
-    ("name", "label"), [(name, label) for name, case in CASES.items() for label in mutants_of(case)]
+    ("name", "label"), [(name, label) for name in CASES for label in _mutants(name)]
 )
 def test_a_family_that_was_changed_is_told_from_the_pipeline(name: str, label: str) -> None:
     case = CASES[name]
-    check_mutant(case, mutant(case.family, *mutants_of(case)[label]))
+    check_mutant(case, mutant(case.family, *_mutants(name)[label]))
+
+
+# Captions
+
+
+@pytest.fixture(scope="module")
+def encoders() -> dict[str, dict[str, Any]]:
+    """Text encoders and tokenizers by model type, made once."""
+    return {case.family.model_type: text_parts(case.family.model_type) for case in CASES.values()}
+
+
+VARIANTS = ("sd35_large", "sana_1.5")
+"""Their prompts are those of the other variant."""
+
+
+@pytest.mark.parametrize("name", [name for name in CASES if name not in VARIANTS])
+def test_cached_prompts_give_what_the_pipeline_gives_for_the_captions(
+    name: str, encoders: dict[str, dict[str, Any]]
+) -> None:
+    case = CASES[name]
+    check_text(case, CAPTIONS, **encoders[case.family.model_type])
+
+
+def _without_padding(original: Any, pipeline: Any, caption: str) -> Mapping[str, Any]:
+    """The rows behind the prompt zeroed: a sixth of them hold more than any prompt of a test."""
+    encoded = original(pipeline, caption)
+    rows = encoded[PROMPT_EMBEDS].clone()
+    rows[len(rows) // 3 : len(rows) // 2] = 0
+    return {**encoded, PROMPT_EMBEDS: rows}
+
+
+def _one_row_less(original: Any, pipeline: Any, caption: str) -> Mapping[str, Any]:
+    encoded = original(pipeline, caption)
+    return {**encoded, PROMPT_EMBEDS: encoded[PROMPT_EMBEDS][:-1]}
+
+
+def _not_told(original: Any, pipeline: Any, caption: str) -> Mapping[str, Any]:
+    """Sana without the instruction that its pipeline puts before a caption."""
+    prompt, mask, *_ = pipeline.encode_prompt(caption, do_classifier_free_guidance=False)
+    return {PROMPT_EMBEDS: prompt[0][mask[0].bool()]}
+
+
+@pytest.mark.parametrize(
+    ("name", "change"),
+    [
+        ("flux_2_dev", _without_padding),
+        ("flux_2_klein_4b", _without_padding),
+        ("sd35_medium", _without_padding),
+        ("qwen", _one_row_less),
+        ("zimage", _one_row_less),
+        ("chroma_1", _one_row_less),
+        ("sana", _one_row_less),
+        ("sana", _not_told),
+    ],
+)
+def test_a_prompt_cached_otherwise_is_told_from_the_pipelines(
+    name: str, change: Any, encoders: dict[str, dict[str, Any]]
+) -> None:
+    case = CASES[name]
+    changed = replace(case, family=mutant(case.family, "encode_prompt", change))
+    with pytest.raises(AssertionError, match="differs from the pipeline's"):
+        check_text(changed, CAPTIONS, **encoders[case.family.model_type])

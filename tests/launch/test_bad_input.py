@@ -22,9 +22,9 @@ from dist_layerlr.errors import ConfigError, ModelSourceError
 from dist_layerlr.ranks import alike, is_shared
 from launch import train
 from launch.trainer.cli import complain
+from launch.trainer.data.order import sample_index
 from launch.trainer.engines.sharding import SHARDINGS, check_launch
 from launch.trainer.families import get_family
-from launch.trainer.loop import sample_index
 from launch.trainer.options import load_options
 from launch.trainer.weights import empty_model
 from tests.support.jobs import free_port

@@ -7,14 +7,17 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors import safe_open
+from safetensors.torch import save_file
 
-from dist_layerlr.errors import ModelSourceError
-from launch.trainer.data.cached import CachedDataset
-from tests.support.latents import (
-    write_sample,
-)
+from dist_layerlr.errors import ConfigError, ModelSourceError
+from launch.trainer.data import fit_dataset
+from launch.trainer.data.cached import EMPTY_PROMPT, CachedDataset
+from launch.trainer.data.order import buckets_of
+from launch.trainer.families import get_family
+from tests.support.latents import write_sample
 
-# The data set alone
+WAN = get_family("wan")
+WAN_CONFIG = {"in_channels": 4, "text_dim": 16, "patch_size": [1, 2, 2]}
 
 
 def test_samples_are_sorted_by_path_and_sub_folders_count(tmp_path: Path):
@@ -30,17 +33,62 @@ def test_samples_are_sorted_by_path_and_sub_folders_count(tmp_path: Path):
     assert [float(dataset[i]["latents"].max()) for i in range(3)] == [2.0, 1.0, 0.0]
 
 
-def test_latents_without_a_frame_axis_get_one(tmp_path: Path):
+def test_a_model_of_clips_takes_images_as_clips_of_one_frame(tmp_path: Path):
     write_sample(
         tmp_path / "a.safetensors",
-        torch.arange(32.0).view(2, 4, 4),
-        torch.zeros(3, 5, dtype=torch.bfloat16),
+        torch.arange(64.0).view(4, 4, 4),
+        torch.zeros(3, 16, dtype=torch.bfloat16),
     )
-    write_sample(tmp_path / "b.safetensors", torch.zeros(2, 1, 4, 4), torch.zeros(3, 5))
+    write_sample(tmp_path / "b.safetensors", torch.zeros(4, 1, 4, 4), torch.zeros(3, 16))
     dataset = CachedDataset(str(tmp_path))
-    assert dataset.shapes(0) == {"latents": (2, 1, 4, 4), "prompt_embeds": (3, 5)}
-    torch.testing.assert_close(dataset[0]["latents"], torch.arange(32.0).view(2, 1, 4, 4))
+    assert dataset.shapes(0)["latents"] == dataset[0]["latents"].shape == (4, 4, 4)
+    assert len(buckets_of(dataset)) == 2
+    fit_dataset(dataset, WAN, WAN_CONFIG)
+    assert dataset.shapes(0) == {"latents": (4, 1, 4, 4), "prompt_embeds": (3, 16)}
+    torch.testing.assert_close(dataset[0]["latents"], torch.arange(64.0).view(4, 1, 4, 4))
     assert dataset[0]["prompt_embeds"].dtype == torch.float32
+    assert len(buckets_of(dataset)) == 1
+
+
+def test_floats_come_back_as_float32_and_other_types_as_they_are(tmp_path: Path):
+    fields = {
+        "latents": torch.ones(4, 2, 2, dtype=torch.float16),
+        "prompt_embeds": torch.ones(3, 5, dtype=torch.bfloat16),
+        "pooled": torch.ones(7, dtype=torch.float64),
+        "labels": torch.tensor([2**40, 3]),
+        "seen": torch.tensor(True),
+    }
+    save_file(fields, tmp_path / "a.safetensors")
+    sample = CachedDataset(str(tmp_path))[0]
+    kinds = {name: tensor.dtype for name, tensor in sample.items()}
+    floats = dict.fromkeys(("latents", "prompt_embeds", "pooled"), torch.float32)
+    assert kinds == {**floats, "labels": torch.int64, "seen": torch.bool}
+    assert sample["labels"].tolist() == [2**40, 3] and bool(sample["seen"])
+
+
+def test_the_empty_prompt_is_no_sample(tmp_path: Path):
+    write_sample(tmp_path / "a.safetensors", torch.zeros(4, 2, 2), torch.zeros(3, 5))
+    assert CachedDataset(str(tmp_path)).empty_prompt() is None
+    inner = tmp_path / "_cats" / EMPTY_PROMPT
+    write_sample(inner, prompt=torch.ones(2, 5, dtype=torch.bfloat16))
+    write_sample(tmp_path / EMPTY_PROMPT, prompt=torch.full((1, 5), 2.0))
+    dataset = CachedDataset(str(tmp_path))
+    assert len(dataset) == 1
+    assert torch.equal(dataset.empty_prompt()["prompt_embeds"], torch.full((1, 5), 2.0))
+
+
+def test_samples_of_a_sub_folder_are_repeated(tmp_path: Path):
+    for name in ("b", "cats/a", "cats/big/c"):
+        write_sample(tmp_path / f"{name}.safetensors", torch.zeros(4, 2, 2), torch.zeros(3, 5))
+    dataset = CachedDataset(str(tmp_path), repeats={"cats": 3, "cats/big": 2})
+    stems = [dataset.name(i).partition(".")[0] for i in range(len(dataset))]
+    assert stems == ["b", "a", "a", "a", "c", "c"]
+    for wrong, message in (
+        ({"dogs": 2}, "data.repeats='dogs'"),
+        ({"cats": 0}, "data.repeats.cats=0"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            CachedDataset(str(tmp_path), repeats=wrong)
 
 
 def test_only_headers_are_read_when_the_data_set_is_made(tmp_path: Path, monkeypatch):
@@ -79,11 +127,6 @@ def test_only_headers_are_read_when_the_data_set_is_made(tmp_path: Path, monkeyp
             r"bad.safetensors: no field 'latents'; found \['prompt_embeds'\]",
         ),
         (
-            torch.zeros(2, 1, 4, 4),
-            None,
-            r"bad.safetensors: no field 'prompt_embeds'; found \['latents'\]",
-        ),
-        (
             torch.zeros(1, 2, 1, 4, 4),
             torch.zeros(3, 5),
             r"latents has shape \(1, 2, 1, 4, 4\), need \(C, F, H, W\)",
@@ -103,16 +146,6 @@ def test_only_headers_are_read_when_the_data_set_is_made(tmp_path: Path, monkeyp
             torch.zeros(3, 5),
             r"latents has type I32, need one of F16, BF16",
         ),
-        (
-            torch.zeros(2, 2, 4, 4),
-            torch.zeros(3, 5),
-            r"latents has shape \(2, 2, 4, 4\), need \(2, 1, 4, 4\) as in",
-        ),
-        (
-            torch.zeros(2, 1, 4, 4),
-            torch.zeros(4, 5),
-            r"prompt_embeds has shape \(4, 5\), need \(3, 5\) as in",
-        ),
     ],
 )
 def test_a_wrong_field_is_refused_before_training(tmp_path: Path, latents, prompt, message: str):
@@ -120,11 +153,19 @@ def test_a_wrong_field_is_refused_before_training(tmp_path: Path, latents, promp
     write_sample(tmp_path / "bad.safetensors", latents, prompt)
     with pytest.raises(ModelSourceError, match=message) as caught:
         CachedDataset(str(tmp_path))
-    assert (
-        "\n" not in str(caught.value)
-        and "cache_latents" in str(caught.value)
-        or "--frames" in str(caught.value)
-    )
+    assert "\n" not in str(caught.value) and "cache_latents" in str(caught.value)
+
+
+def test_prompts_of_two_lengths_are_refused_for_a_model_without_a_mask(tmp_path: Path):
+    write_sample(tmp_path / "a.safetensors", torch.zeros(4, 1, 4, 4), torch.zeros(3, 16))
+    write_sample(tmp_path / "b.safetensors", torch.zeros(4, 1, 4, 4), torch.zeros(4, 16))
+    with pytest.raises(
+        ModelSourceError, match=r"prompt_embeds has shape \(4, 16\), need \(3, 16\)"
+    ):
+        fit_dataset(CachedDataset(str(tmp_path)), WAN, WAN_CONFIG)
+    write_sample(tmp_path / "b.safetensors", torch.zeros(4, 1, 4, 4))
+    with pytest.raises(ModelSourceError, match="b.safetensors: prompt_embeds is missing"):
+        fit_dataset(CachedDataset(str(tmp_path)), WAN, WAN_CONFIG)
 
 
 def test_missing_empty_and_damaged_folders_are_refused(tmp_path: Path):

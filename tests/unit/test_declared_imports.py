@@ -3,17 +3,16 @@ other."""
 
 from __future__ import annotations
 
-import ast
 import re
 import sys
-from collections.abc import Iterator
 from importlib.metadata import files
 from pathlib import Path
 
 import pytest
 import tomli
 
-ROOT = Path(__file__).resolve().parents[2]
+from tests.support.imports import ROOT, imported, trees
+
 PROJECT = tomli.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
 FOLDERS = {
     "dist_layerlr": ("plot",),
@@ -42,31 +41,16 @@ def modules_of(distribution: str) -> set[str]:
     return {Path(file).parts[0].removesuffix(".py") for file in files(distribution) or ()}
 
 
-def imported(tree: ast.AST) -> Iterator[str]:
-    """Top-level names that a file imports, inside functions too."""
-    for node in ast.walk(tree):
-        if isinstance(node, ast.Import):
-            yield from (alias.name.partition(".")[0] for alias in node.names)
-        elif isinstance(node, ast.ImportFrom) and not node.level and node.module:
-            yield node.module.partition(".")[0]
-
-
 def ours() -> set[str]:
     """Names under which this repository is imported: its folders, and scripts beside each other."""
     return {*FOLDERS, *(path.stem for path in (ROOT / "benchmarks").glob("*.py"))}
 
 
 def third_party(folder: str) -> set[str]:
-    files = (ROOT / folder).rglob("*.py")
-    names = {
-        name for file in files for name in imported(ast.parse(file.read_text(encoding="utf-8")))
-    }
-    return (
-        names
-        - sys.stdlib_module_names
-        - ours()
-        - {name for where, name in OPTIONAL if where == folder}
-    )
+    """Top-level names that a folder imports, inside functions too."""
+    names = {name.partition(".")[0] for tree in trees(folder).values() for name in imported(tree)}
+    optional = {name for where, name in OPTIONAL if where == folder}
+    return names - sys.stdlib_module_names - ours() - optional
 
 
 @pytest.mark.parametrize("folder", FOLDERS)
@@ -82,8 +66,3 @@ def test_every_declared_package_is_imported_or_is_a_tool() -> None:
         for d in sorted(declared(*PROJECT["optional-dependencies"]) - TOOLS)
         if not modules_of(d) & modules
     ] == []
-
-
-def test_the_walker_sees_imports_inside_functions_and_skips_relative_ones() -> None:
-    tree = ast.parse("import a.b\nfrom c.d import e\nfrom . import f\ndef g():\n    import h\n")
-    assert set(imported(tree)) == {"a", "c", "h"}

@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from dist_layerlr import fields
-from dist_layerlr.errors import ConfigError
-from launch.trainer.data.base import Dataset
+from dist_layerlr.errors import ConfigError, ModelSourceError
+from launch.trainer.data.base import LATENTS, Dataset
+from launch.trainer.data.order import buckets_of
 
 if TYPE_CHECKING:
     from launch.trainer.families.base import Family
 
+_CLIP_AXES = 4
+"""Of latents: channels, frames, height, width."""
 # Imported only when asked for: each kind has its own dependencies.
 KINDS: dict[str, str] = {
     "cached": "cached:CachedDataset",
@@ -40,11 +43,11 @@ def open_dataset(options: Mapping[str, Any]) -> Dataset:
     return dataset
 
 
-def check_dataset(data: Dataset, family: Family, model_config: Mapping[str, Any]) -> None:
-    """Refuse a dataset that the model cannot take.
+def fit_dataset(data: Dataset, family: Family, model_config: Mapping[str, Any]) -> None:
+    """Give samples the axes that the model takes, and refuse those that it cannot take.
 
-    Every sample's shapes are checked where the dataset knows them without reading (``shapes``),
-    else those of the first sample.
+    Every sample's shapes are checked where the data set knows them without reading (``shapes``),
+    and that those of a bucket fit into one batch; else the first sample alone.
 
     Raises:
         ModelSourceError: label, field, shape found and shape needed.
@@ -53,10 +56,42 @@ def check_dataset(data: Dataset, family: Family, model_config: Mapping[str, Any]
     if shapes is None:
         family.check_sample(model_config, data[0], data.name(0))
         return
-    for i in range(len(data)):
+    layout = getattr(family, "layout", None)
+    # A cache of images may be trained by a model of clips: an image is a clip of one frame.
+    if layout is not None and len(layout(model_config)[LATENTS]) == _CLIP_AXES:
+        data.give_frames()  # type: ignore[attr-defined]
+    for members in buckets_of(data):
+        _check_bucket(data, shapes, members, family, model_config)
+
+
+def _check_bucket(
+    data: Dataset,
+    shapes: Callable[[int], Mapping[str, tuple[int, ...]]],
+    members: Sequence[int],
+    family: Family,
+    model_config: Mapping[str, Any],
+) -> None:
+    """Check the samples of one bucket, each kind once: thousands may be alike."""
+    kinds: dict[str, int] = {}
+    for index in members:
+        kinds.setdefault(str(sorted(shapes(index).items())), index)
+    made = {}
+    for index in kinds.values():
         # Meta tensors have a shape and no memory: nothing is read from the disk.
-        sample = {key: torch.empty(size, device="meta") for key, size in shapes(i).items()}
-        family.check_sample(model_config, sample, data.name(i))
+        made[index] = {k: torch.empty(v, device="meta") for k, v in shapes(index).items()}
+        family.check_sample(model_config, made[index], data.name(index))
+    first, *others = made
+    for other in others:
+        try:
+            family.collate([made[first], made[other]])
+        except Exception as error:
+            names = [name for name in shapes(first) if shapes(first)[name] != shapes(other)[name]]
+            raise ModelSourceError(
+                f"{data.name(other)}: {names[0]} has shape {shapes(other)[names[0]]}, need"
+                f" {shapes(first)[names[0]]} as {data.name(first)} has: this model takes prompts of"
+                " one length; encode all samples with one --max-tokens, or by the model's own"
+                " pipeline."
+            ) from error
 
 
 def _check_settings(

@@ -15,7 +15,7 @@ from PIL import Image, ImageOps
 from torch import Tensor
 
 from dist_layerlr.errors import ModelSourceError
-from dist_layerlr.plan.names import natural_key
+from dist_layerlr.plan import natural_key
 from launch.trainer.cli import blame
 from launch.trainer.data.encode import ClipSize
 
@@ -35,7 +35,11 @@ class Source:
     caption: str
     """Text with runs of white space made single spaces; may be empty."""
     source: str
-    """Image or clip folder, relative to the input folder."""
+    """Image, video or clip folder, relative to the input folder."""
+    video: Path | None = None
+    """A video file; then there are no ``frames``."""
+    audio: Path | None = None
+    """A sound file of the same name."""
 
 
 def find_samples(folder: Path) -> list[Source]:
@@ -51,8 +55,8 @@ def find_samples(folder: Path) -> list[Source]:
         )
     # Hidden files, such as macOS's ._cat.png, are no images.
     entries = sorted(path for path in folder.iterdir() if not path.name.startswith("."))
-    samples = [_image_sample(path) for path in entries if _is_image(path)]
-    samples += [_clip_sample(path) for path in entries if path.is_dir()]
+    samples = [image_sample(path) for path in entries if _is_image(path)]
+    samples += [clip_sample(path) for path in entries if path.is_dir()]
     if not samples:
         raise ModelSourceError(
             f"Invalid --input {str(folder)!r}: found 0 images ({', '.join(IMAGE_SUFFIXES)}) and 0"
@@ -135,16 +139,29 @@ def load_clip(paths: Sequence[Path], height: int, width: int) -> Tensor:
     return torch.stack([_load_frame(path, height, width) for path in paths], dim=1)
 
 
-def _load_frame(path: Path, height: int, width: int) -> Tensor:
+def open_image(path: Path) -> Image.Image:
+    """Decode an image as the camera held it, which is how ``image_size`` counts.
+
+    Raises:
+        ModelSourceError: the file is no readable image.
+    """
     with blame(f"{path}: not a readable image", "replace or remove it"), Image.open(path) as image:
-        # As the camera held it, which is how image_size() counts.
-        image = ImageOps.exif_transpose(image).convert("RGB")
-        if image.size != (width, height):
-            image = ImageOps.fit(image, (width, height), method=Image.Resampling.LANCZOS)
-        # A copy that can be written to: torch.frombuffer shares the memory.
-        pixels = bytearray(image.tobytes())
-    frame = torch.frombuffer(pixels, dtype=torch.uint8).view(height, width, 3).permute(2, 0, 1)
-    return frame.to(torch.float32) / 127.5 - 1.0
+        return ImageOps.exif_transpose(image).convert("RGB")
+
+
+def to_pixels(image: Image.Image) -> Tensor:
+    """Return an image as (3, H, W), float32 in [-1, 1]."""
+    # A copy that can be written to: torch.frombuffer shares the memory.
+    pixels = bytearray(image.tobytes())
+    frame = torch.frombuffer(pixels, dtype=torch.uint8).view(image.height, image.width, 3)
+    return frame.permute(2, 0, 1).to(torch.float32) / 127.5 - 1.0
+
+
+def _load_frame(path: Path, height: int, width: int) -> Tensor:
+    image = open_image(path)
+    if image.size != (width, height):
+        image = ImageOps.fit(image, (width, height), method=Image.Resampling.LANCZOS)
+    return to_pixels(image)
 
 
 def _is_image(path: Path) -> bool:
@@ -153,12 +170,32 @@ def _is_image(path: Path) -> bool:
     )
 
 
-def _image_sample(path: Path) -> Source:
+def image_sample(path: Path) -> Source:
+    """Return an image with its caption.
+
+    Raises:
+        ModelSourceError: it has none.
+    """
     caption = _read_caption(path.name, [path.with_suffix(".txt")])
     return Source(name=path.stem, frames=(path,), caption=caption, source=path.name)
 
 
-def _clip_sample(folder: Path) -> Source:
+def video_sample(path: Path) -> Source:
+    """Return a video file with its caption.
+
+    Raises:
+        ModelSourceError: it has none.
+    """
+    caption = _read_caption(path.name, [path.with_suffix(".txt")])
+    return Source(name=path.stem, frames=(), caption=caption, source=path.name, video=path)
+
+
+def clip_sample(folder: Path) -> Source:
+    """Return a folder of frames with its caption.
+
+    Raises:
+        ModelSourceError: it has none, or no frames.
+    """
     # Natural order: frame 2 comes before frame 10, however many zeros the names carry.
     images = filter(_is_image, folder.iterdir())
     frames = tuple(sorted(images, key=lambda path: natural_key(path.name)))

@@ -107,7 +107,7 @@ def _flatten(
     units = blocks_of(model, plan)
     if not use_orig_params:
         units += _trainable_leaves(model)
-        for path in get_family(options.model_type).flat_units:
+        for path in get_family(options.model_type, options.objective).flat_units:
             units.append(model.get_submodule(path))
     # By identity: nn.Module compares by identity too, but a set of ids says so.
     wrapped = {id(unit) for unit in units}

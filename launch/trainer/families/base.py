@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 from torch import nn
 
@@ -55,6 +55,16 @@ class Family(Protocol):
         """Build the model that a checkpoint's ``config.json`` describes, its weights unset.
 
         The caller sees to it that parameters are created on the meta device.
+        """
+        ...
+
+    def checkpoint_blocks(self, model: nn.Module) -> None:
+        """Have the blocks' activations recomputed in backward, output and gradients unchanged.
+
+        Names of parameters must stay as they are.
+
+        Args:
+            model: What ``build`` returned, its parameters on the meta device.
         """
         ...
 
@@ -114,3 +124,38 @@ class Family(Protocol):
             ModelSourceError: label, field, shape found and shape needed.
         """
         ...
+
+
+@runtime_checkable
+class SeveralNetworks(Protocol):
+    """What a family has as well whose pipelines hold more than one network to train."""
+
+    def networks(self, model_folder: Path, settings: Mapping[str, Any]) -> Mapping[str, Path]:
+        """Return the networks that a run trains: component of the pipeline -> its folder.
+
+        Args:
+            model_folder: What ``model_folder`` returned, or a folder that this returned.
+            settings: What the config's ``objective`` block gives, checked.
+
+        Raises:
+            ModelSourceError: A network that the settings ask for is not there.
+        """
+        ...
+
+
+@runtime_checkable
+class HasVariants(Protocol):
+    """What a family has as well that is another one under some settings of its objective."""
+
+    def variant(self, settings: Mapping[str, Any]) -> Family:
+        """Return the family that trains under what the ``objective`` block gives, checked."""
+        ...
+
+
+def network_folders(
+    family: Family, model_folder: Path, settings: Mapping[str, Any]
+) -> Mapping[str, Path]:
+    """Return the networks of a run by name: one of no name, unless the family has several."""
+    if isinstance(family, SeveralNetworks):
+        return family.networks(model_folder, settings)
+    return {"": model_folder}

@@ -7,7 +7,9 @@ takes cached prompts. Everything else has a default here.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -15,12 +17,28 @@ from torch import Tensor, nn
 
 from dist_layerlr.errors import ModelSourceError
 from launch.trainer.data.base import LATENTS, PROMPT_EMBEDS, PROMPT_MASK, Batch, Sample, pad, stack
-from launch.trainer.families.checks import Layout, check_shape
+from launch.trainer.families.checks import Layout, check_shape, misfit, spelled
 from launch.trainer.objectives import Objective
 from launch.trainer.objectives.flow import FlowMatching
 
 ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
 """Projections of an attention by the names of diffusers' modules; ``to_out.1`` is a dropout."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Origin:
+    """Where the pixels of a sample come from."""
+
+    size: tuple[int, int]
+    """Height and width of the file."""
+    corner: tuple[int, int]
+    """Top and left of the crop in the scaled picture."""
+    fps: float | None = None
+    """Frames per second; None: an image, or a clip that does not say."""
+    sound: Tensor | None = None
+    """(channels, N) in [-1, 1]; None: a silent clip."""
+    rate: int | None = None
+    """Of ``sound``: numbers per second."""
 
 
 class Diffusion(ABC):
@@ -41,6 +59,8 @@ class Diffusion(ABC):
     """Fields of a sample that hold its prompt: those of the empty prompt replace them together."""
     ragged: ClassVar[bool] = False
     """Whether prompts of several lengths share a batch: padded, with a mask."""
+    patch: ClassVar[int] = 1
+    """Latent pixels of a token, each way: height and width must be multiples of it."""
 
     # Building
 
@@ -71,6 +91,10 @@ class Diffusion(ABC):
         """Build the network; see ``Family.build``."""
         model: nn.Module = self.model_class.from_config(model_config)
         return model
+
+    def checkpoint_blocks(self, model: nn.Module) -> None:
+        """Turn on the network's own checkpointing; see ``Family.checkpoint_blocks``."""
+        model.enable_gradient_checkpointing()  # type: ignore[operator]
 
     def lora_targets(self, model_config: Mapping[str, Any]) -> tuple[str, ...] | str:
         """Return the projections of all attentions; see ``Family.lora_targets``."""
@@ -133,10 +157,15 @@ class Diffusion(ABC):
     def check_sample(
         self, model_config: Mapping[str, Any], sample: Sample, label: str = "data sample"
     ) -> None:
-        """Refuse fields that are missing or have other axes; see ``Family.check_sample``."""
+        """Refuse fields that are missing, or have other axes or sizes; see ``Family``."""
         step = "encode it with the model's own VAE and text encoders"
-        for name, axes in self.layout(model_config).items():
+        layout = self.layout(model_config)
+        for name, axes in layout.items():
             check_shape(sample, name, axes, label, step)
+        shape = tuple(sample[LATENTS].shape)
+        if any(size % self.patch for size in shape[-2:]):
+            needed = f"{spelled(layout[LATENTS])} with H, W multiples of {self.patch}"
+            raise misfit(label, LATENTS, shape, needed, "crop the pictures")
 
     # Encoding and sampling with the pipeline
 
@@ -152,6 +181,16 @@ class Diffusion(ABC):
             ``latents``, normalised as the network expects and not noised, and what else comes from
             the pixels; float32.
         """
+
+    def encode_source(self, pipeline: Any, pixels: Tensor, origin: Origin) -> Mapping[str, Tensor]:
+        """Encode one image or clip, and what of its origin the network is told.
+
+        Args:
+            pipeline: As ``encode_pixels`` takes it.
+            pixels: As ``encode_pixels`` takes them.
+            origin: Of the pixels.
+        """
+        return self.encode_pixels(pipeline, pixels)
 
     @abstractmethod
     def encode_prompt(self, pipeline: Any, caption: str) -> Mapping[str, Tensor]:
@@ -170,6 +209,25 @@ class Diffusion(ABC):
             guidance: 1 samples without a negative prompt. More needs the fields of the empty prompt
                 in ``batch["negative"]``, collated like the others.
         """
+
+    def pipeline_name(self, model_config: Mapping[str, Any]) -> str:
+        """Return the class of the pipeline that samples with a checkpoint, in diffusers.
+
+        Args:
+            model_config: Content of its ``config.json``: variants may have pipelines of their own.
+        """
+        return self.pipeline_class
+
+    @contextmanager
+    def pipeline_with(self, pipeline: Any, batch: Batch) -> Iterator[None]:
+        """Have the pipeline take from a batch what it has no argument for, while inside.
+
+        Args:
+            pipeline: Is called inside, with ``pipeline_inputs`` of the same batch. It is left as
+                it was.
+            batch: What ``collate`` returned, on the network's device.
+        """
+        yield
 
     def pixel_size(self, pipeline: Any, latents: Tensor) -> dict[str, int]:
         """Height and width, for clips also the frames, as the pipeline takes them.

@@ -15,8 +15,9 @@ def encode_image(vae: Any, pixels: Tensor) -> Tensor:
     The mode and not a sample: a cache must not depend on a random draw.
     """
     coded = vae.encode(pixels.transpose(0, 1).to(vae.device, vae.dtype))
-    mode: Tensor = coded.latent_dist.mode()[0]
-    return mode.to("cpu", torch.float32)
+    # AutoencoderDC has no distribution.
+    latents: Tensor = coded.latent if hasattr(coded, "latent") else coded.latent_dist.mode()
+    return latents[0].to("cpu", torch.float32)
 
 
 def shifted_and_scaled(vae: Any, raw: Tensor) -> Tensor:

@@ -12,7 +12,7 @@ from dist_layerlr.errors import ModelSourceError
 from launch.trainer.data.base import LATENTS, PROMPT_EMBEDS, Batch, Sample
 from launch.trainer.families.alphas import NoiseDenoiser
 from launch.trainer.families.checks import Layout, refuse_key
-from launch.trainer.families.diffusion import tokens_of
+from launch.trainer.families.diffusion import Origin, tokens_of
 from launch.trainer.families.sd15 import CLIP_TOKENS, STABLE_DIFFUSION, refuse_other_inputs
 
 POOLED, TIME_IDS = "pooled", "time_ids"
@@ -81,6 +81,12 @@ class SDXL(NoiseDenoiser):
         height, width = (float(size) for size in pixels.shape[-2:])
         sizes = torch.tensor([height, width, 0.0, 0.0, height, width])
         return {**super().encode_pixels(pipeline, pixels), TIME_IDS: sizes}
+
+    def encode_source(self, pipeline: Any, pixels: Tensor, origin: Origin) -> Mapping[str, Tensor]:
+        """Return latents, and the file's own size and the crop; see ``Diffusion.encode_source``."""
+        encoded = self.encode_pixels(pipeline, pixels)
+        given = torch.tensor([*origin.size, *origin.corner], dtype=torch.float32)
+        return {**encoded, TIME_IDS: torch.cat([given, encoded[TIME_IDS][4:]])}
 
     def encode_prompt(self, pipeline: Any, caption: str) -> Mapping[str, Tensor]:
         """Return the rows of both text encoders side by side, and the second one's pooled."""

@@ -1,0 +1,93 @@
+"""The batches of a run: which samples, and which of them without their caption."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from dist_layerlr.errors import ConfigError
+from dist_layerlr.ranks import alike
+from launch.trainer.data.base import Batch, Dataset, Sample, to_device
+from launch.trainer.data.order import Order, buckets_of
+from launch.trainer.families.base import Family
+from launch.trainer.job import Job
+from launch.trainer.seeds import DROPOUT_STREAM, mix_seed
+from launch.trainer.state import Position
+
+_SEEDS = 1 << 63
+"""``mix_seed`` returns whole numbers below it."""
+
+
+class Batches:
+    """Reads the samples of a run by their numbers, the same ones at any number of ranks."""
+
+    def __init__(self, job: Job, begin: Position) -> None:
+        """Bind to a run that begins or continues at ``begin``. Collective."""
+        self.begin = begin
+        self._job, train = job, job.options.train
+        self._order = alike(lambda: order_of(job, begin))
+        self._empty: Sample = {}
+        if train.caption_dropout > 0:
+            self._empty = alike(lambda: empty_prompt(job.data, job.family))
+
+    def read(self, numbers: Sequence[int]) -> Batch:
+        """Read the samples with these numbers onto the device.
+
+        Collective: ranks fail together on a broken sample.
+        """
+        device = self._job.runtime.device
+        batch: Batch = to_device(alike(lambda: self._collated(numbers)), device)
+        return batch
+
+    def _collated(self, numbers: Sequence[int]) -> Batch:
+        train, data = self._job.options.train, self._job.data
+        samples: list[Sample] = [data[self._order.index(number)] for number in numbers]
+        for i, number in enumerate(numbers):
+            if loses_caption(number, train.seed, train.caption_dropout):
+                samples[i] = {**samples[i], **self._empty}
+        return self._job.family.collate(samples)
+
+
+def order_of(job: Job, begin: Position) -> Order:
+    """Return the order of the samples of a run that begins or continues at ``begin``."""
+    train = job.options.train
+    return Order(buckets_of(job.data), train.seed, train.global_batch, begin.samples)
+
+
+def loses_caption(number: int, seed: int, share: float) -> bool:
+    """Whether sample ``number`` of the run is trained with the empty prompt."""
+    return mix_seed(seed, DROPOUT_STREAM, number) < share * _SEEDS
+
+
+def empty_prompt(data: Dataset, family: Family) -> Sample:
+    """Return the family's prompt fields of the empty caption.
+
+    Raises:
+        ConfigError: the family has no prompts, or the data set no empty one.
+    """
+    names: Sequence[str] = getattr(family, "prompt_fields", ())
+    if not names:
+        raise ConfigError(
+            f"Invalid train.caption_dropout: model_type={family.model_type!r} has no captions;"
+            " remove it."
+        )
+    find: Any = getattr(data, "empty_prompt", lambda: None)
+    found: Mapping[str, Any] | None = find()
+    missing = [name for name in names if found is None or name not in found]
+    if found is None or missing:
+        raise ConfigError(
+            "Invalid train.caption_dropout: the data set holds no empty prompt"
+            f" ({', '.join(missing)}); write it with `python launch/cache_latents.py --model ...`,"
+            " or set train.caption_dropout=0."
+        )
+    return {name: found[name] for name in names}
+
+
+def check_dropout(share: float, data: Dataset, family: Family) -> None:
+    """Refuse caption dropout where there is no empty prompt to put in.
+
+    Raises:
+        ConfigError: see ``empty_prompt``.
+    """
+    if share > 0:
+        empty_prompt(data, family)

@@ -1,0 +1,33 @@
+"""Flow matching for models of two networks, each for a range of noise shares of its own."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from dist_layerlr import fields
+from dist_layerlr.fields import setting
+from launch.trainer.objectives.flow import FlowMatching
+
+HIGH, LOW, BOTH = "high", "low", "both"
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExpertFlow(FlowMatching):
+    """Trains one expert on its part of the path: [boundary, 1] or [0, boundary].
+
+    The family puts the range into ``low`` and ``high``; an objective is never of ``both``.
+    """
+
+    expert: str | None = setting(
+        fields.one_of(lambda: (HIGH, LOW, BOTH)),
+        default=None,
+        shown="what model_path holds",
+        doc="Which network of a model with two is trained: the one for much noise, for little,"
+        " or both in turn.",
+    )
+    boundary: float | None = setting(
+        fields.number(0.0, 1.0, open_low=True),
+        default=None,
+        shown="boundary_ratio of model_index.json",
+        doc="Noise share at which the experts meet.",
+    )

@@ -1,0 +1,155 @@
+"""Every diffusion family from a pipeline folder to an adapter: cached, trained under four sharders,
+sampled, exported.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from launch.trainer.data.base import to_device
+from launch.trainer.families import FAMILIES, get_family
+from launch.trainer.families.diffusion import Diffusion
+from launch.trainer.options import load_options
+from launch.trainer.tiny import build
+from tests.support.jobs import Ended, call_of, largest_difference, run_in_ranks, weights
+from tests.support.pixels import clip_of, sizes_of
+
+ROOT = Path(__file__).resolve().parents[2]
+CONFIGS = ROOT / "launch" / "configs"
+ZERO2 = str(ROOT / "ds_configs" / "zero2.json")
+SHARDERS = {
+    "none": (1, []),
+    "ddp": (2, ["--sharding", "ddp"]),
+    "fsdp2": (2, ["--sharding", "fsdp2"]),
+    "zero 2": (2, ["--deepspeed_config", ZERO2]),
+}
+CAPTIONS = ("a red cat", "red", "a cat runs left", "cat", "a", "runs left")
+DIFFUSION = [name for name in FAMILIES if isinstance(get_family(name), Diffusion)]
+FULL = ("wan", "flux_2_klein_4b", "sdxl")
+"""Trained as a whole, too."""
+RUNS = [(name, "lora") for name in DIFFUSION] + [(name, "full") for name in FULL]
+IDS = [f"{name}-{method}" for name, method in RUNS]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Trained:
+    """What all runs have left."""
+
+    root: Path
+    ended: dict[tuple[str, str, str], Ended]
+    """(model type, method, sharder) -> how it ended."""
+
+    def folder(self, name: str, method: str, sharder: str) -> Path:
+        return self.root / f"{name}-{method}-{sharder.replace(' ', '')}"
+
+
+def prepare(name: str, root: Path) -> None:
+    """Write the tiny pipeline of a family, and a cache of six samples of two sizes."""
+    pipeline, family = build(name), get_family(name)
+    assert isinstance(family, Diffusion)
+    pipeline.save_pretrained(root / name / "model")
+    cache = root / name / "cache"
+    cache.mkdir()
+    for i, caption in enumerate(CAPTIONS):
+        pixels = clip_of(i, *sizes_of(name)[i % 2])
+        with torch.no_grad():
+            sample = {
+                **family.encode_pixels(pipeline, pixels),
+                **family.encode_prompt(pipeline, caption),
+            }
+        whole = {key: value.contiguous() for key, value in sample.items()}
+        save_file(whole, cache / f"{i}.safetensors", metadata={"caption": caption})
+
+
+def config_of(name: str, method: str, root: Path) -> dict[str, Any]:
+    """The shipped config, pointed at the tiny model, for three steps."""
+    config = json.loads((CONFIGS / f"{name}.json").read_text())
+    config.pop("memory", None)
+    if method == "full":
+        config.pop("adapter", None)
+        config["training_method"] = "fine_tune"
+    else:
+        config["training_method"] = "lora"
+        config.setdefault("adapter", {"type": "lora", "rank": 4, "alpha": 8})
+    return {
+        **config,
+        "model_path": str(root / name / "model"),
+        "data": {"kind": "cached", "folder": str(root / name / "cache")},
+        "train": {"steps": 3, "global_batch": 2, "seed": 0},
+        "samples": {"count": 1, "steps": 2},
+    }
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Trained:
+    root = tmp_path_factory.mktemp("families")
+    made = Trained(root=root, ended={})
+    for name in DIFFUSION:
+        prepare(name, root)
+    for world_size in (1, 2):
+        calls, keys = [], []
+        for sharder, (ranks, flags) in SHARDERS.items():
+            if ranks != world_size:
+                continue
+            for name, method in RUNS:
+                folder = made.folder(name, method, sharder)
+                calls.append(call_of(config_of(name, method, root), folder, *flags))
+                keys.append((name, method, sharder))
+        made.ended.update(zip(keys, run_in_ranks(world_size, calls), strict=True))
+    return made
+
+
+@pytest.mark.parametrize(("name", "method"), RUNS, ids=IDS)
+@pytest.mark.parametrize("sharder", SHARDERS)
+def test_the_shipped_config_trains_a_tiny_model_and_the_plan_is_verified(
+    sharder: str, name: str, method: str, trained: Trained
+) -> None:
+    ended = trained.ended[name, method, sharder]
+    assert ended.status == 0, ended.complaint
+    assert "[per_layer_lr] verified on" in ended.said
+    folder = trained.folder(name, method, sharder) / "out"
+    assert (folder / "samples" / "samples.png").stat().st_size > 1000
+    proof = json.loads((folder / "final" / "verify.json").read_text())
+    assert proof["first_step_lr"]
+
+
+@pytest.mark.parametrize(("name", "method"), RUNS, ids=IDS)
+@pytest.mark.parametrize("sharder", [s for s in SHARDERS if s != "none"])
+def test_ranks_change_nothing(sharder: str, name: str, method: str, trained: Trained) -> None:
+    alone = weights(trained.folder(name, method, "none"))
+    shared = weights(trained.folder(name, method, sharder))
+    assert largest_difference(alone, shared) <= 1e-5
+
+
+@pytest.mark.parametrize("name", DIFFUSION)
+def test_the_loss_of_a_repeated_batch_falls(name: str, trained: Trained) -> None:
+    family: Any = get_family(name)
+    folder = trained.folder(name, "lora", "none")
+    options = load_options(folder / "config.json")
+    model = family.model_class.from_pretrained(options.model_path)
+    still = set(family.without_gradient(model.config))
+    moving = [p for n, p in model.named_parameters() if n not in still]
+    batch = family.collate([_sample(trained.root / name / "cache")])
+    objective = family.objective({}, Path(options.model_path))
+    optimizer = torch.optim.AdamW(moving, lr=1e-3)
+    losses = []
+    for _ in range(6):
+        loss = objective.loss(model, to_device(batch, torch.device("cpu")), [0], 0)
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    assert losses[-1] < losses[0]
+
+
+def _sample(cache: Path) -> Any:
+    from launch.trainer.data.cached import CachedDataset
+
+    return CachedDataset(str(cache))[0]
