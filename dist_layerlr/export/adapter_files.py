@@ -80,6 +80,7 @@ def described(config: Mapping[str, Any], model: nn.Module) -> dict[str, Any]:
     """A live adapter's config as ``adapter_config.json`` has it, with the class of its model."""
     own = class_of(model)
     found = {key: sorted(v) if isinstance(v, set) else v for key, v in config.items()}
+    # PEFT itself writes it for whole PeftModels only.
     if not found.get("auto_mapping"):
         found["auto_mapping"] = {_CLASS: own.__name__, "parent_library": own.__module__}
     return found
@@ -152,6 +153,7 @@ def _comfyui(adapter: Adapter, loader: Loader) -> Export:
         written = adapter_names.comfyui_name(name, loader.comfyui, loader.original)
         names[written] = name
         if parse(name).is_lora_b:
+            # Of this pair: PEFT may give modules ranks of their own.
             rank = adapter.table[name].shape[1]
             factors[written] = adapter_names.alpha_of(name, rank, adapter.config) / rank
     return Export(
@@ -170,6 +172,7 @@ def _kohya(adapter: Adapter, loader: Loader, stem: str) -> Export:
     for name in adapter.names:
         weight, alpha = adapter_names.kohya_names(name, loader.original)
         names[weight] = name
+        # One alpha for each pair.
         if not parse(name).is_lora_b:
             rank = adapter.table[name].shape[0]
             alphas[alpha] = adapter_names.alpha_of(name, rank, adapter.config)

@@ -16,7 +16,7 @@ from dist_layerlr.plan import canonical_name
 from dist_layerlr.plan.names import ParamPath, parse
 from dist_layerlr.plan.stacks import Location, StackMap
 from dist_layerlr.weights.tensorfile import FileTensor
-from launch.trainer.options import DORA, AdapterOptions
+from launch.trainer.adapter_options import DORA, AdapterOptions
 from launch.trainer.seeds import mix_seed
 
 ADAPTER = "default"

@@ -28,6 +28,7 @@ from launch.trainer.engines.base import autocast
 from launch.trainer.families.diffusion import Diffusion
 from launch.trainer.job import Job
 from launch.trainer.lock import hold
+from launch.trainer.objectives import FitsPipeline
 from launch.trainer.options import LORA
 from launch.trainer.pipelines import load_pipeline, pipeline_of, sample_by_pipeline
 from launch.trainer.record import RECORD, RESOLVED
@@ -292,6 +293,8 @@ def _generate(job: Job, batch: Batch) -> tuple[Any, Any]:
         # Of several streams the first: a picture has no sound.
         return made, next(iter(real.values())) if isinstance(real, Mapping) else real
     pipeline = alike(lambda: load_pipeline(family, options.model_path, job.engine.model, device))
+    if isinstance(job.objective, FitsPipeline):
+        job.objective.fit_pipeline(pipeline)
     wanted = options.samples
     made = sample_by_pipeline(family, pipeline, moved, seed, wanted.steps, wanted.guidance)
     return made, None

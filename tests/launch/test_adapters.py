@@ -19,9 +19,10 @@ from torch import Tensor, nn
 
 from dist_layerlr import ConfigError, cli, plan_model
 from dist_layerlr.weights.tensorfile import stored_tensors
+from launch.trainer.adapter_options import AdapterOptions
 from launch.trainer.adapters import fresh_adapter, inject
 from launch.trainer.families import get_family
-from launch.trainer.options import AdapterOptions, load_options
+from launch.trainer.options import load_options
 from launch.trainer.tiny import flux2, sd15
 from tests.support.jobs import ROOT, as_lora, call_of, largest_difference, run_in_ranks, weights
 
