@@ -8,7 +8,7 @@ read by ``files.read_safetensors_header``.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -55,6 +55,11 @@ class FileTensor:
     offset: int
     """First byte in the file."""
 
+    def parts(self, start: int, numel: int) -> Iterator[Part]:
+        """Where elements [start, start + numel) lie: in one piece here."""
+        if numel:
+            yield Part(stored=self, start=start, numel=numel)
+
     def read(self, start: int, numel: int, out: Tensor | None = None) -> Tensor:
         """``read_from``, with the file opened for this one call.
 
@@ -99,6 +104,21 @@ class FileTensor:
         return ModelSourceError(
             f"Cannot read tensor {self.name!r} of {str(self.file)!r}: {error.strerror}."
         )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Part:
+    """Consecutive elements of a stored tensor."""
+
+    stored: FileTensor
+    start: int
+    """First element of the flattened tensor."""
+    numel: int
+
+    @property
+    def offset(self) -> int:
+        """First byte in the file."""
+        return self.stored.offset + self.start * self.stored.dtype.itemsize
 
 
 def stored_tensors(path: str | Path) -> dict[str, FileTensor]:

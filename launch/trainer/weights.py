@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +14,8 @@ from torch import nn
 
 from dist_layerlr import fields
 from dist_layerlr.errors import ModelSourceError
-from dist_layerlr.plan import Plan, base_name, canonical_name, checkpoint_files
-from dist_layerlr.weights import FileTensor, load_pretrained, stored_tensors
+from dist_layerlr.plan import Plan, base_name, canonical_name
+from dist_layerlr.weights import load_pretrained, pretrained_tensors
 from launch.trainer.adapters import fresh_adapter, inject
 from launch.trainer.cli import blame
 from launch.trainer.engines.offload import CAST_BY_AUTOCAST
@@ -132,15 +134,14 @@ def hold_in_16_bits(model: nn.Module, options: RunOptions) -> None:
     """
     if options.train.dtype != "bf16" or options.training_method != LORA:
         return
-    stored: dict[str, torch.dtype] = {}
-    for file in checkpoint_files(options.model_path):
-        stored |= {name: found.dtype for name, found in stored_tensors(file).items()}
+    stored = pretrained_tensors(model, options.model_path)
     for path, module in model.named_modules():
         if not isinstance(module, CAST_BY_AUTOCAST):
             continue
         for name, param in module.named_parameters(recurse=False):
-            dtype = stored.get(base_name(canonical_name(f"{path}.{name}")))
-            if not param.requires_grad and dtype in (torch.bfloat16, torch.float16):
+            found = stored.get(base_name(canonical_name(f"{path}.{name}")))
+            halves = found is not None and found.dtype in (torch.bfloat16, torch.float16)
+            if halves and not param.requires_grad:
                 param.data = param.data.to(torch.bfloat16)
 
 
@@ -149,14 +150,14 @@ def load_base(model: nn.Module, options: RunOptions) -> None:
 
     An adapter's start derives from (seed, name), and from the base weight under it.
     """
-    stored: dict[str, FileTensor] = {}
 
-    def find(name: str) -> FileTensor | None:
+    @cache
+    def stored() -> Mapping[str, Any]:
         # Only for a DoRA, and read once.
-        if not stored:
-            for file in checkpoint_files(options.model_path):
-                stored.update(stored_tensors(file))
-        return stored.get(name)
+        return pretrained_tensors(model, options.model_path)
+
+    def find(name: str) -> Any:
+        return stored().get(name)
 
     half = torch.bfloat16 if options.train.dtype == "bf16" else None
     fresh = fresh_adapter(find, options.train.seed, half)
