@@ -14,9 +14,18 @@ from torch import nn
 from dist_layerlr.errors import ConfigError
 from dist_layerlr.export import adapter_names
 from dist_layerlr.export.contents import Export, TensorInfo, entries_of
-from dist_layerlr.export.loaders import COMFYUI, KOHYA, PEFT, PIPELINE, Loader, loader_of
+from dist_layerlr.export.loaders import (
+    COMFYUI,
+    KOHYA,
+    PEFT,
+    PIPELINE,
+    Loader,
+    formats_of,
+    loader_of,
+)
 from dist_layerlr.files import read_json
 from dist_layerlr.plan.names import WRAPPER_SEGMENTS, parse
+from dist_layerlr.sharders.model import unwrap
 from dist_layerlr.weights.tensorfile import Entry
 
 STEMS = {
@@ -74,6 +83,11 @@ def choose_adapter(adapter: Adapter, format: str, base: str | Path | None) -> Ex
     if format == COMFYUI and loader.comfyui:
         return _comfyui(adapter, loader)
     return _kohya(adapter, loader, STEMS[format])
+
+
+def adapter_formats(model: nn.Module) -> tuple[str, ...]:
+    """Formats of ``export_weights`` in which adapters of a live model are known to load."""
+    return formats_of(class_of(unwrap(model)).__name__)
 
 
 def described(config: Mapping[str, Any], model: nn.Module) -> dict[str, Any]:

@@ -118,20 +118,20 @@ def loader_of(model_class: str | None, format: str) -> Loader:
             f"Cannot export an adapter of {name} as {format}: {_UNKNOWN}; known are {allowed}. Use"
             " peft."
         )
-    others = [one for one in (PIPELINE, COMFYUI, KOHYA) if _offers(found, one)]
-    if format not in others:
-        instead = ", ".join([*others, PEFT])
+    there = formats_of(name)
+    if format not in there:
         raise ConfigError(
             f"Cannot export an adapter of {name} as {format}: the file would load nothing, because"
-            f" {found.why_not}. Use one of {instead}."
+            f" {found.why_not}. Use one of {', '.join(there)}."
         )
     return found
 
 
-def has_pipeline(model_class: str | None) -> bool:
-    """Whether diffusers' pipeline of a class loads adapters."""
-    found = LOADERS.get(_FORMER_NAMES.get(model_class or "", model_class or ""))
-    return found is not None and found.component is not None
+def formats_of(model_class: str) -> tuple[str, ...]:
+    """Every form in which adapters of a class are known to load."""
+    found = LOADERS.get(_FORMER_NAMES.get(model_class, model_class))
+    others = (PIPELINE, COMFYUI, KOHYA)
+    return (PEFT, *(one for one in others if found is not None and _offers(found, one)))
 
 
 def original_path(owner: tuple[str, ...], renames: Mapping[str, str]) -> tuple[str, ...]:

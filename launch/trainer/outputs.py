@@ -15,12 +15,10 @@ from torch import nn
 from dist_layerlr import export_weights
 from dist_layerlr.checkpoint import CHECKPOINTS, complete_checkpoints
 from dist_layerlr.errors import ConfigError, ModelSourceError
-from dist_layerlr.export.adapter_files import class_of
-from dist_layerlr.export.loaders import PEFT, PIPELINE, has_pipeline
+from dist_layerlr.export import adapter_formats
 from dist_layerlr.files import read_safetensors_header, sync_folder, write_json, write_text
 from dist_layerlr.plan import Plan
 from dist_layerlr.ranks import alike
-from dist_layerlr.sharders import unwrap
 from dist_layerlr.weights import find_not_finite
 from launch.trainer.data.base import LATENTS, Batch, to_device
 from launch.trainer.data.order import one_batch
@@ -187,8 +185,8 @@ def _forms(job: Job) -> tuple[str, ...]:
     """The formats of a result, that by which it is known first."""
     if job.options.training_method != LORA:
         return ("diffusers",)
-    by_pipeline = has_pipeline(class_of(unwrap(job.engine.model)).__name__)
-    return (PEFT, PIPELINE) if by_pipeline else (PEFT,)
+    offered = adapter_formats(job.engine.model)
+    return tuple(form for form in ("peft", "pipeline") if form in offered)
 
 
 def _complete(job: Job, proof: dict[str, Any]) -> None:
