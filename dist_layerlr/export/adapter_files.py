@@ -14,9 +14,18 @@ from torch import nn
 from dist_layerlr.errors import ConfigError
 from dist_layerlr.export import adapter_names
 from dist_layerlr.export.contents import Export, TensorInfo, entries_of
-from dist_layerlr.export.loaders import COMFYUI, KOHYA, PEFT, PIPELINE, Loader, loader_of
+from dist_layerlr.export.loaders import (
+    COMFYUI,
+    KOHYA,
+    PEFT,
+    PIPELINE,
+    Loader,
+    formats_of,
+    loader_of,
+)
 from dist_layerlr.files import read_json
 from dist_layerlr.plan.names import WRAPPER_SEGMENTS, parse
+from dist_layerlr.sharders.model import unwrap
 from dist_layerlr.weights.tensorfile import Entry
 
 STEMS = {
@@ -76,10 +85,16 @@ def choose_adapter(adapter: Adapter, format: str, base: str | Path | None) -> Ex
     return _kohya(adapter, loader, STEMS[format])
 
 
+def adapter_formats(model: nn.Module) -> tuple[str, ...]:
+    """Formats of ``export_weights`` in which adapters of a live model are known to load."""
+    return formats_of(class_of(unwrap(model)).__name__)
+
+
 def described(config: Mapping[str, Any], model: nn.Module) -> dict[str, Any]:
     """A live adapter's config as ``adapter_config.json`` has it, with the class of its model."""
     own = class_of(model)
     found = {key: sorted(v) if isinstance(v, set) else v for key, v in config.items()}
+    # PEFT itself writes it for whole PeftModels only.
     if not found.get("auto_mapping"):
         found["auto_mapping"] = {_CLASS: own.__name__, "parent_library": own.__module__}
     return found
@@ -152,6 +167,7 @@ def _comfyui(adapter: Adapter, loader: Loader) -> Export:
         written = adapter_names.comfyui_name(name, loader.comfyui, loader.original)
         names[written] = name
         if parse(name).is_lora_b:
+            # Of this pair: PEFT may give modules ranks of their own.
             rank = adapter.table[name].shape[1]
             factors[written] = adapter_names.alpha_of(name, rank, adapter.config) / rank
     return Export(
@@ -170,6 +186,7 @@ def _kohya(adapter: Adapter, loader: Loader, stem: str) -> Export:
     for name in adapter.names:
         weight, alpha = adapter_names.kohya_names(name, loader.original)
         names[weight] = name
+        # One alpha for each pair.
         if not parse(name).is_lora_b:
             rank = adapter.table[name].shape[0]
             alphas[alpha] = adapter_names.alpha_of(name, rank, adapter.config)

@@ -244,6 +244,7 @@ def _write_all(chosen: Export, source: WeightSource, folder: Path, file_bytes: i
         found = source.fetch(chosen.names[next(order).name])
         assert found is not None
         factor = chosen.factors.get(entry.name, 1.0)
+        # In fp32, and rounded once, when it is written.
         return found if factor == 1.0 else found.float() * factor
 
     try:

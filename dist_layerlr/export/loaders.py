@@ -33,6 +33,8 @@ class Loader:
     """Why what is missing above is missing."""
 
 
+# Where the original model and diffusers' cut a module alike, a path differs in names alone. Fused
+# matrices are no such case: their LoRA is not three of them, so that no table could help.
 _WAN = {
     "attn1": "self_attn",
     "attn2": "cross_attn",
@@ -65,6 +67,7 @@ _LTX2 = {
     "av_cross_attn_video_a2v_gate": "av_ca_a2v_gate_adaln_single",
     "av_cross_attn_audio_v2a_gate": "av_ca_v2a_gate_adaln_single",
 }
+# A class that is not listed has PEFT's form alone, until somebody has loaded another one.
 LOADERS: Mapping[str, Loader] = {
     "UNet2DConditionModel": Loader(component="unet", comfyui="", kohya=True),
     "SD3Transformer2DModel": Loader(comfyui="transformer"),
@@ -99,6 +102,7 @@ def loader_of(model_class: str | None, format: str) -> Loader:
     """
     name = _FORMER_NAMES.get(model_class or "", model_class)
     if name is None:
+        # Its programs read any model whose module paths they know.
         if format == KOHYA:
             return Loader(kohya=True)
         raise ConfigError(
@@ -114,20 +118,20 @@ def loader_of(model_class: str | None, format: str) -> Loader:
             f"Cannot export an adapter of {name} as {format}: {_UNKNOWN}; known are {allowed}. Use"
             " peft."
         )
-    others = [one for one in (PIPELINE, COMFYUI, KOHYA) if _offers(found, one)]
-    if format not in others:
-        instead = ", ".join([*others, PEFT])
+    there = formats_of(name)
+    if format not in there:
         raise ConfigError(
             f"Cannot export an adapter of {name} as {format}: the file would load nothing, because"
-            f" {found.why_not}. Use one of {instead}."
+            f" {found.why_not}. Use one of {', '.join(there)}."
         )
     return found
 
 
-def has_pipeline(model_class: str | None) -> bool:
-    """Whether diffusers' pipeline of a class loads adapters."""
-    found = LOADERS.get(_FORMER_NAMES.get(model_class or "", model_class or ""))
-    return found is not None and found.component is not None
+def formats_of(model_class: str) -> tuple[str, ...]:
+    """Every form in which adapters of a class are known to load."""
+    found = LOADERS.get(_FORMER_NAMES.get(model_class, model_class))
+    others = (PIPELINE, COMFYUI, KOHYA)
+    return (PEFT, *(one for one in others if found is not None and _offers(found, one)))
 
 
 def original_path(owner: tuple[str, ...], renames: Mapping[str, str]) -> tuple[str, ...]:
@@ -138,6 +142,7 @@ def original_path(owner: tuple[str, ...], renames: Mapping[str, str]) -> tuple[s
     path: list[str] = []
     at = 0
     while at < len(owner):
+        # ``to_out.0`` before ``to_out``: the longer part says more.
         ends = range(len(owner), at, -1)
         end = next((e for e in ends if ".".join(owner[at:e]) in renames), at + 1)
         part = ".".join(owner[at:end])

@@ -13,9 +13,13 @@ from dist_layerlr.plan.diff import plan_diff as plan_diff
 from dist_layerlr.plan.entries import ParamInfo as ParamInfo
 from dist_layerlr.plan.entries import Plan as Plan
 from dist_layerlr.plan.entries import PlanEntry as PlanEntry
+from dist_layerlr.plan.names import ParamPath as ParamPath
 from dist_layerlr.plan.names import base_name as base_name
 from dist_layerlr.plan.names import canonical_name as canonical_name
 from dist_layerlr.plan.names import is_lora_b as is_lora_b
 from dist_layerlr.plan.names import natural_key as natural_key
+from dist_layerlr.plan.names import parse as parse
 from dist_layerlr.plan.read import checkpoint_files as checkpoint_files
 from dist_layerlr.plan.read import read_model as read_model
+from dist_layerlr.plan.stacks import Location as Location
+from dist_layerlr.plan.stacks import StackMap as StackMap

@@ -12,11 +12,9 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 from dist_layerlr import fields
-from dist_layerlr.plan import canonical_name
-from dist_layerlr.plan.names import ParamPath, parse
-from dist_layerlr.plan.stacks import Location, StackMap
-from dist_layerlr.weights.tensorfile import FileTensor
-from launch.trainer.options import DORA, AdapterOptions
+from dist_layerlr.plan import Location, ParamPath, StackMap, canonical_name, parse
+from dist_layerlr.weights import FileTensor
+from launch.trainer.adapter_options import DORA, AdapterOptions
 from launch.trainer.seeds import mix_seed
 
 ADAPTER = "default"

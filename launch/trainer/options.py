@@ -15,50 +15,15 @@ from dist_layerlr.files import read_json
 from dist_layerlr.offload import StreamPolicy
 from dist_layerlr.optim import Schedule
 from dist_layerlr.plan import PLAN_BLOCK, Config, load_config
+from launch.trainer.adapter_options import LORA as LORA
+from launch.trainer.adapter_options import AdapterOptions, read_adapter
 from launch.trainer.families import get_family
 from launch.trainer.families.base import network_folders
 
-LORA, FULL, DORA = "lora", "fine_tune", "dora"
+FULL = "fine_tune"
+"""A value of ``training_method``; the other is LORA."""
 PUBLISHED_MODEL = "(published)"
 """Stands for ``model_path`` where only the plan or the size of the published model is asked for."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class AdapterOptions:
-    """A PEFT LoRA or DoRA adapter."""
-
-    kind: str = setting(
-        fields.one_of(lambda: (LORA, DORA)),
-        default=LORA,
-        key="type",
-        doc="Kind of adapter; `dora` also trains the length of each row of a weight.",
-    )
-    rank: int = setting(fields.integer(1), default=16, doc="Rows of lora_A.")
-    alpha: float = setting(
-        fields.number(0.0, open_low=True),
-        default=16.0,
-        shown="the rank",
-        doc="The adapter's output is multiplied by alpha / rank.",
-    )
-    rslora: bool = setting(
-        fields.boolean, default=False, doc="Multiply by alpha / sqrt(rank) instead."
-    )
-    dropout: float = setting(
-        fields.number(0.0, 1.0),
-        default=0.0,
-        doc="Share of the adapter's inputs that are zeroed. Which ones depends on the seed and the"
-        " microbatch's samples.",
-    )
-    target_modules: tuple[str, ...] = setting(
-        fields.strings, default=(), shown="the family's own", doc="Endings of module names."
-    )
-    blocks: list[int] | None = setting(
-        fields.integers(at_least=1),
-        default=None,
-        shown="all of the model",
-        doc="Adapt target modules in these blocks alone, numbered as the plan does: in each stack,"
-        " over all stages of a UNet.",
-    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -269,7 +234,7 @@ def load_options(
         )
     return RunOptions(
         **values,
-        adapter=_adapter(blocks["adapter"]),
+        adapter=read_adapter(blocks["adapter"]),
         optimizer=_optimizer(blocks["optimizer"]),
         # A run cut short by --max-steps may end within its warmup.
         schedule=_schedule(blocks["schedule"], train.steps, cut_short=max_steps is not None),
@@ -389,14 +354,6 @@ def _stream_policy(given: Mapping[str, Any]) -> StreamPolicy | None:
     except ConfigError as error:
         raise ConfigError(f"memory.stagehand: {error}") from None
     return policy if enabled else None
-
-
-def _adapter(values: dict[str, Any]) -> AdapterOptions:
-    default = AdapterOptions()
-    values.setdefault("alpha", float(values.get("rank", default.rank)))
-    if values.get("dropout") == 1.0:
-        raise fields.invalid("adapter.dropout", 1.0, "a number in [0, 1)")
-    return AdapterOptions(**values)
 
 
 def _optimizer(values: dict[str, Any]) -> OptimizerOptions:

@@ -15,12 +15,10 @@ from torch import nn
 from dist_layerlr import export_weights
 from dist_layerlr.checkpoint import CHECKPOINTS, complete_checkpoints
 from dist_layerlr.errors import ConfigError, ModelSourceError
-from dist_layerlr.export.adapter_files import class_of
-from dist_layerlr.export.loaders import PEFT, PIPELINE, has_pipeline
+from dist_layerlr.export import adapter_formats
 from dist_layerlr.files import read_safetensors_header, sync_folder, write_json, write_text
 from dist_layerlr.plan import Plan
 from dist_layerlr.ranks import alike
-from dist_layerlr.sharders import unwrap
 from dist_layerlr.weights import find_not_finite
 from launch.trainer.data.base import LATENTS, Batch, to_device
 from launch.trainer.data.order import one_batch
@@ -28,6 +26,7 @@ from launch.trainer.engines.base import autocast
 from launch.trainer.families.diffusion import Diffusion
 from launch.trainer.job import Job
 from launch.trainer.lock import hold
+from launch.trainer.objectives import FitsPipeline
 from launch.trainer.options import LORA
 from launch.trainer.pipelines import load_pipeline, pipeline_of, sample_by_pipeline
 from launch.trainer.record import RECORD, RESOLVED
@@ -186,8 +185,8 @@ def _forms(job: Job) -> tuple[str, ...]:
     """The formats of a result, that by which it is known first."""
     if job.options.training_method != LORA:
         return ("diffusers",)
-    by_pipeline = has_pipeline(class_of(unwrap(job.engine.model)).__name__)
-    return (PEFT, PIPELINE) if by_pipeline else (PEFT,)
+    offered = adapter_formats(job.engine.model)
+    return tuple(form for form in ("peft", "pipeline") if form in offered)
 
 
 def _complete(job: Job, proof: dict[str, Any]) -> None:
@@ -292,6 +291,8 @@ def _generate(job: Job, batch: Batch) -> tuple[Any, Any]:
         # Of several streams the first: a picture has no sound.
         return made, next(iter(real.values())) if isinstance(real, Mapping) else real
     pipeline = alike(lambda: load_pipeline(family, options.model_path, job.engine.model, device))
+    if isinstance(job.objective, FitsPipeline):
+        job.objective.fit_pipeline(pipeline)
     wanted = options.samples
     made = sample_by_pipeline(family, pipeline, moved, seed, wanted.steps, wanted.guidance)
     return made, None

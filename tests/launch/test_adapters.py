@@ -9,17 +9,20 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from accelerate import init_empty_weights
 from diffusers import UNet2DConditionModel, WanPipeline, WanTransformer3DModel
-from peft import PeftModel
+from peft import LoraConfig, PeftModel, inject_adapter_in_model
 from peft.tuners.lora import LoraLayer
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from dist_layerlr import ConfigError, cli, plan_model
-from launch.trainer.adapters import inject
+from dist_layerlr.weights.tensorfile import stored_tensors
+from launch.trainer.adapter_options import AdapterOptions
+from launch.trainer.adapters import fresh_adapter, inject
 from launch.trainer.families import get_family
-from launch.trainer.options import AdapterOptions, load_options
+from launch.trainer.options import load_options
 from launch.trainer.tiny import flux2, sd15
 from tests.support.jobs import ROOT, as_lora, call_of, largest_difference, run_in_ranks, weights
 
@@ -30,6 +33,10 @@ SHARDERS = {
         for stage in (1, 2, 3)
     },
 }
+
+
+BY_DEFAULT = ["fsdp1_flat", "fsdp2", "zero3"]
+"""Those that hold parts of a magnitude, or of the weight under it; the rest by `-m full`."""
 
 
 def with_adapter(run_config: dict[str, Any], **adapter: Any) -> dict[str, Any]:
@@ -49,16 +56,24 @@ def succeeded(ranks: int, calls: list[list[str]]) -> Iterator[Any]:
         yield ended
 
 
+@pytest.mark.parametrize(
+    "sharders",
+    [BY_DEFAULT, pytest.param(list(SHARDERS), marks=pytest.mark.full, id="all")],
+    ids=str,
+)
 def test_a_dora_starts_as_the_base_model_and_trains_alike_under_every_sharder(
-    run_config: dict[str, Any], tmp_path: Path
+    sharders: list[str], run_config: dict[str, Any], tmp_path: Path
 ) -> None:
     dora = with_adapter(run_config, type="dora", rslora=True)
     alone = ["--sharding", "none"]
+    stream = {"enabled": True, "pinned_pool_mb": 64, "prefetch_window": 1, "min_numel": 1000}
     calls = [
         call_of(dora, tmp_path / "none", *alone),
         call_of(with_adapter(run_config), tmp_path / "lora", *alone),
+        call_of({**dora, "memory": {"stagehand": stream}}, tmp_path / "streamed", *alone),
     ]
     list(succeeded(1, calls))
+    assert largest_difference(weights(tmp_path / "none"), weights(tmp_path / "streamed")) == 0
     # Both adapters do nothing at first. Magnitudes that are not the norms would change everything.
     assert losses(tmp_path / "none")[0] == pytest.approx(losses(tmp_path / "lora")[0], rel=1e-6)
     reference = weights(tmp_path / "none")
@@ -69,9 +84,9 @@ def test_a_dora_starts_as_the_base_model_and_trains_alike_under_every_sharder(
         module = name.removeprefix("base_model.model.").rpartition(".")[0]
         moved = (reference[name] - base[f"{module}.weight"].norm(dim=1)).abs().max()
         assert 0 < moved < 0.01, module
-    calls = [call_of(dora, tmp_path / label, *flags) for label, flags in SHARDERS.items()]
+    calls = [call_of(dora, tmp_path / label, *SHARDERS[label]) for label in sharders]
     list(succeeded(2, calls))
-    for label in SHARDERS:
+    for label in sharders:
         assert largest_difference(reference, weights(tmp_path / label)) <= 1e-5, label
         assert losses(tmp_path / label) == pytest.approx(losses(tmp_path / "none"), rel=1e-5)
 
@@ -141,9 +156,35 @@ def test_a_final_folder_with_two_forms_is_planned_as_one_adapter(
     list(succeeded(1, [call]))
     final, file = tmp_path / "out" / "final", str(tmp_path / "config.json")
     arguments = ["plan", str(final), "--config", file, "--base", run_config["model_path"]]
-    assert cli.main([*arguments, "--format", "json"]) == 0
+    assert cli.main([*arguments, "--json"]) == 0
     planned = json.loads(capsys.readouterr().out)["parameters"]
     assert len(planned) == len(load_file(final / "adapter_model.safetensors"))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_a_fresh_dora_is_that_of_peft_on_linear_and_convolution_layers(
+    dtype: torch.dtype, tmp_path: Path
+) -> None:
+    network = sd15.PARTS["sd15"]()["unet"].to(dtype)
+    network.save_pretrained(tmp_path)
+    (file,) = tmp_path.glob("*.safetensors")
+    # What the model computes with: 16 bits are held in bf16.
+    half = None if dtype == torch.float32 else torch.bfloat16
+    start = fresh_adapter(stored_tensors(file).get, 0, half)
+    targets = ["to_q", "proj_in", "conv1"]
+    config = LoraConfig(target_modules=targets, use_dora=True, r=2)
+    live = network if half is None else network.to(half).float()
+    inject_adapter_in_model(config, live, "default")
+    found = {name: p for name, p in live.named_parameters() if "lora_" in name}
+    magnitudes = {name for name in found if "lora_magnitude_vector" in name.split(".")}
+    assert {found[name].dim() for name in magnitudes} == {1, 4}
+    for name, own in found.items():
+        ours = start(name, tuple(own.shape))
+        if name in magnitudes:
+            torch.testing.assert_close(ours, own.data, rtol=1e-5, atol=0)
+        else:
+            assert bool(ours.any()) == bool(own.any()), name
+    assert torch.equal(start(name, tuple(own.shape)), ours)
 
 
 # Blocks
