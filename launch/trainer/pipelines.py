@@ -33,14 +33,16 @@ def pipeline_of(model_folder: str | Path) -> Path | None:
     return parent if complete else None
 
 
-def load_pipeline(family: Diffusion, folder: Path, model: nn.Module, device: torch.device) -> Any:
-    """Load the pipeline of a folder around a live network.
+def load_pipeline(
+    family: Diffusion, folder: Path, models: Mapping[str, nn.Module], device: torch.device
+) -> Any:
+    """Load the pipeline of a folder around live networks.
 
     Args:
         family: Names the pipeline's class and the network's place in it.
         folder: Holds ``model_index.json``.
-        model: The network, or its wrapper.
-        device: Where it runs; the VAE goes there too.
+        models: The networks, or their wrappers: one of any name, or each by its component.
+        device: Where they run; the VAE goes there too.
 
     Raises:
         ModelSourceError: a component is missing or damaged.
@@ -48,11 +50,12 @@ def load_pipeline(family: Diffusion, folder: Path, model: nn.Module, device: tor
     import diffusers
 
     index = json.loads((folder / INDEX).read_text(encoding="utf-8"))
-    # Both experts of Wan 2.2 are networks, and only the live one is there.
+    # Both experts of Wan 2.2 are networks; none is loaded beside the live ones.
     networks = [name for name in index if name in (family.subfolder, "transformer_2")]
     absent = {name: None for name in index if name.startswith(_NOT_NEEDED) or name in networks}
     # A variant may have a pipeline of its own: text-to-video and image-to-video.
-    name = family.pipeline_name(_config(model))
+    first = next(iter(models.values()))
+    name = family.pipeline_name(_config(first))
     pipeline_class = from_diffusers(name, family.model_type)
     diffusers.utils.logging.disable_progress_bar()
     with blame(f"{folder}: {name} cannot be loaded", "download it again"):
@@ -61,8 +64,10 @@ def load_pipeline(family: Diffusion, folder: Path, model: nn.Module, device: tor
         if isinstance(part, nn.Module):
             part.to(device).requires_grad_(False)
     # After loading: from_pretrained refuses wrappers, which are of other classes.
-    # It stands for the other expert too, whose part of the path it was not trained on.
-    pipeline.register_modules(**dict.fromkeys(networks, _callable(model)))
+    # An expert that trains alone stands for the other one too, on whose part of the path it was not
+    # trained.
+    live = {name: _callable(models.get(name, first)) for name in networks}
+    pipeline.register_modules(**live)
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
 

@@ -49,6 +49,11 @@ class Wan22(Wan):
                 )
         return found
 
+    def settings_of(self, name: str, settings: Mapping[str, Any]) -> Mapping[str, Any]:
+        """Return the settings of one expert; see ``SeveralNetworks.settings_of``."""
+        experts = {component: expert for expert, component in EXPERTS.items()}
+        return {**settings, "expert": experts[name]}
+
     def objective(self, settings: Mapping[str, Any], model_folder: Path) -> Objective:
         """Make the objective of one network: its shift, and its range of noise shares.
 

@@ -31,3 +31,10 @@ class ExpertFlow(FlowMatching):
         shown="boundary_ratio of model_index.json",
         doc="Noise share at which the experts meet.",
     )
+    switch_every: int = setting(
+        fields.integer(1),
+        default=1,
+        unit="steps",
+        doc="With both experts: between draws of the one that trains next. Changing them costs the"
+        " way of both networks between host and device.",
+    )
