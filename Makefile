@@ -19,7 +19,7 @@ lint:
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/mypy
-	$(VENV)/bin/mypy benchmarks .ci/shape.py docs/tables.py
+	$(VENV)/bin/mypy benchmarks .ci/shape.py docs/tables.py requirements/torchvision_ops.py
 
 shape:
 	bash requirements/install.sh requirements/test.txt $(VENV)

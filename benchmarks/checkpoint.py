@@ -20,14 +20,12 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
-import logging
 import os
 import platform
 import shutil
 import statistics
 import tempfile
 import time
-import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
@@ -42,9 +40,10 @@ from torch.multiprocessing.spawn import spawn
 
 import dist_layerlr
 from load_model import base_model, resident_mb
+from toys import Model, start_rank, wrap
 
 WORLD = 2
-WIDTH, BLOCKS, TOKENS = 1024, 4, 4
+WIDTH, BLOCKS, SAMPLES, TOKENS = 1072, 4, 4, 2
 SHARDERS = ("ddp", "fsdp1", "fsdp1_flat", "fsdp2", "zero 1", "zero 2", "zero 3")
 CONFIG = {
     "per_layer_lr": {
@@ -54,41 +53,6 @@ CONFIG = {
         "unmatched": "default",
     }
 }
-
-
-class Block(nn.Module):
-    """12.6 million parameters."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.norm1, self.norm2 = nn.LayerNorm(WIDTH), nn.LayerNorm(WIDTH)
-        self.attn1 = nn.ModuleDict(
-            {n: nn.Linear(WIDTH, WIDTH) for n in ("to_q", "to_k", "to_v", "to_out")}
-        )
-        self.ff = nn.ModuleDict(
-            {"linear_in": nn.Linear(WIDTH, 4 * WIDTH), "linear_out": nn.Linear(4 * WIDTH, WIDTH)}
-        )
-
-    def forward(self, x: Tensor) -> Tensor:
-        """(B, WIDTH) -> (B, WIDTH)."""
-        for layer in self.attn1.values():
-            x = x + layer(self.norm1(x))
-        out: Tensor = self.ff["linear_out"](nn.functional.gelu(self.ff["linear_in"](self.norm2(x))))
-        return x + out
-
-
-class Model(nn.Module):
-    """50 million parameters: 0.6 GB with AdamW's state."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.transformer_blocks = nn.ModuleList(Block() for _ in range(BLOCKS))
-
-    def forward(self, x: Tensor) -> Tensor:
-        """(B, WIDTH) -> (B, WIDTH)."""
-        for block in self.transformer_blocks:
-            x = block(x)
-        return x
 
 
 @dataclass
@@ -103,27 +67,14 @@ class Arm:
     peak_mb: dict[str, list[float]] = field(default_factory=dict)
 
 
-def wrap(sharder: str, model: nn.Module) -> nn.Module:
-    """Shard as a user would."""
-    if sharder == "ddp":
-        return nn.parallel.DistributedDataParallel(model)
-    if sharder == "fsdp2":
-        from torch.distributed.device_mesh import init_device_mesh
-        from torch.distributed.fsdp import fully_shard
+def make_model() -> nn.Module:
+    """50 million parameters: 0.6 GB with AdamW's state."""
+    return Model(BLOCKS, WIDTH)
 
-        mesh = init_device_mesh("cpu", (WORLD,))
-        for module in model.modules():
-            if isinstance(module, Block):
-                fully_shard(module, mesh=mesh)
-        fully_shard(model, mesh=mesh)
-        return model
-    from torch.distributed.fsdp import FullyShardedDataParallel
-    from torch.distributed.fsdp.wrap import ModuleWrapPolicy
 
-    policy, cpu = ModuleWrapPolicy({Block}), torch.device("cpu")
-    return FullyShardedDataParallel(
-        model, auto_wrap_policy=policy, use_orig_params=sharder != "fsdp1_flat", device_id=cpu
-    )
+def batch() -> Tensor:
+    """Enough for a gradient in every parameter."""
+    return torch.randn(SAMPLES, TOKENS, WIDTH)
 
 
 def native_arms(sharder: str) -> dict[str, Arm]:
@@ -131,9 +82,9 @@ def native_arms(sharder: str) -> dict[str, Arm]:
     from torch.distributed.checkpoint import state_dict_loader, state_dict_saver
     from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 
-    plain = wrap(sharder, Model())
+    plain = wrap(sharder, make_model(), WORLD)
     optimizer = torch.optim.AdamW(plain.parameters(), lr=1e-4)
-    plain(torch.randn(TOKENS, WIDTH)).square().mean().backward()
+    plain(batch()).square().mean().backward()
     optimizer.step()
     optimizer.zero_grad()
 
@@ -149,11 +100,11 @@ def native_arms(sharder: str) -> dict[str, Arm]:
             plain, optimizer, model_state_dict=both["model"], optim_state_dict=both["optimizer"]
         )
 
-    model = Model()
+    model = make_model()
     plan = dist_layerlr.plan_model(model, CONFIG)
-    sharded = wrap(sharder, model)
+    sharded = wrap(sharder, model, WORLD)
     attached = dist_layerlr.attach(plan, sharded, lambda groups: torch.optim.AdamW(groups))
-    sharded(torch.randn(TOKENS, WIDTH)).square().mean().backward()
+    sharded(batch()).square().mean().backward()
     attached.step()
     attached.zero_grad()
     return {"theirs": Arm(save, load), "ours": our_arm(plan, sharded, attached)}
@@ -165,7 +116,7 @@ def zero_arms(sharder: str) -> dict[str, Arm]:
 
     zero = {"stage": int(sharder.split()[1])}
     config = {
-        "train_micro_batch_size_per_gpu": TOKENS,
+        "train_micro_batch_size_per_gpu": SAMPLES,
         "gradient_clipping": 0.0,
         "zero_optimization": zero,
         "zero_allow_untested_optimizer": True,
@@ -173,7 +124,7 @@ def zero_arms(sharder: str) -> dict[str, Arm]:
     }
     engines = []
     for _ in range(2):
-        model = Model()
+        model = make_model()
         plan = dist_layerlr.plan_model(model, CONFIG)
         optimizer = dist_layerlr.attach(
             plan, model, lambda groups: torch.optim.AdamW(groups, fused=True), emission="segmented"
@@ -181,7 +132,7 @@ def zero_arms(sharder: str) -> dict[str, Arm]:
         with contextlib.redirect_stdout(None):
             engine = deepspeed.initialize(model=model, optimizer=optimizer, config=config)[0]
         dist_layerlr.bind(plan, engine)
-        engine.backward(engine(torch.randn(TOKENS, WIDTH)).square().mean())
+        engine.backward(engine(batch()).square().mean())
         engine.step()
         engines.append(engine)
     theirs, ours = engines
@@ -317,19 +268,7 @@ PARTS: dict[str, Callable[[int, str | None, int, Path], Any]] = {
 
 def work(rank: int, scratch: str, part: str, args: argparse.Namespace) -> None:
     """What one rank does for one part."""
-    torch.set_num_threads(1)
-    warnings.filterwarnings("ignore")
-    os.environ.update(
-        RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(WORLD), DS_ACCELERATOR="cpu"
-    )
-    dist.init_process_group(
-        "gloo", init_method=f"file://{scratch}/store_{part}", rank=rank, world_size=WORLD
-    )
-    import deepspeed
-    from deepspeed.utils import logger
-
-    logger.setLevel(logging.ERROR)
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    start_rank(rank, f"{scratch}/store_{part}", WORLD)
     found = PARTS[part](rank, args.only, args.rounds, Path(scratch))
     if rank == 0 and args.only is None:
         write(Path(args.out), part, found, args.rounds)

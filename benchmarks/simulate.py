@@ -25,7 +25,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 
 from dist_layerlr import LayerLRError, Plan, build_plan, read_model
-from dist_layerlr.errors import ModelSourceError
+from dist_layerlr.errors import ModelSourceError, error_line
 from dist_layerlr.plan import PlanEntry
 from dist_layerlr.sharders.ranges import dim0_range, flat_ranges, zero3_range
 
@@ -266,7 +266,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         plan = build_plan(read_model(census if census.exists() else args.model), args.config)
         ledger = simulate(plan, args.sharding, args.world_size)
     except (LayerLRError, NotCovered) as error:
-        print(f"simulate.py: error: {error}", file=sys.stderr)
+        print(error_line("simulate.py", error), file=sys.stderr)
         return 1
     rows = report(plan, ledger, args, time.perf_counter() - started)
     show(rows, ledger.per_lr)

@@ -8,7 +8,6 @@ every component of every block a rate of its own, with a fused AdamW inside.
 from __future__ import annotations
 
 import contextlib
-import logging
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
@@ -158,13 +157,3 @@ def _make_optimizer(model: nn.Module, plan: dist_layerlr.Plan, name: str) -> Opt
         return dist_layerlr.attach(plan, model, fused_adamw, emission=name)
     trained = [p for p in model.parameters() if p.requires_grad]
     return AdamW(trained, lr=1e-4, fused=name == FLAT_FUSED, foreach=name == FLAT)
-
-
-def quiet_deepspeed() -> None:
-    """Keep DeepSpeed from logging, and from compiling an op that it does not need here."""
-    import deepspeed
-    from deepspeed.utils import logger
-
-    logger.setLevel(logging.ERROR)
-    # Without this DeepSpeed builds its shared-memory collectives at the first process group.
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False

@@ -20,7 +20,6 @@ import platform
 import statistics
 import tempfile
 import time
-import warnings
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -43,9 +42,8 @@ from step_arms import (
     fused_adamw,
     make_arm,
     names_of_arms,
-    quiet_deepspeed,
 )
-from toys import wrap
+from toys import start_rank, wrap
 
 RESULT = Path(__file__).resolve().parent / "results" / "step_cost.json"
 SHARDERS = (
@@ -93,14 +91,7 @@ def main() -> None:
 
 def work(rank: int, store: str, args: argparse.Namespace) -> None:
     """Do everything that one rank does."""
-    # One thread per rank: two ranks share two cores.
-    torch.set_num_threads(1)
-    warnings.filterwarnings("ignore")
-    os.environ.update(
-        RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(WORLD), DS_ACCELERATOR="cpu"
-    )
-    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=WORLD)
-    quiet_deepspeed()
+    start_rank(rank, store, WORLD)
     rows: list[Row] = []
 
     def add(row: Row, text: str) -> None:

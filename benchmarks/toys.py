@@ -1,8 +1,13 @@
-"""The toy transformer of the step and checkpoint benchmarks, and torch's sharders around it."""
+"""What the step and checkpoint benchmarks share: ranks, a toy transformer, torch's sharders."""
 
 from __future__ import annotations
 
+import logging
+import os
+import warnings
+
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 
@@ -47,6 +52,23 @@ class Model(nn.Module):
         for block in self.transformer_blocks:
             x = block(x)
         return x
+
+
+def start_rank(rank: int, store: str, ranks: int) -> None:
+    """Make this process one of the gloo ranks that meet at the file ``store``."""
+    # One thread per rank: the ranks share few cores.
+    torch.set_num_threads(1)
+    warnings.filterwarnings("ignore")
+    os.environ.update(
+        RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(ranks), DS_ACCELERATOR="cpu"
+    )
+    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=ranks)
+    import deepspeed
+    from deepspeed.utils import logger
+
+    logger.setLevel(logging.ERROR)
+    # Without this DeepSpeed builds its shared-memory collectives at the first process group.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
 
 
 def wrap(sharder: str, model: nn.Module, ranks: int) -> nn.Module:

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from dist_layerlr.checkpoint.folders import latest
-from dist_layerlr.errors import CheckpointError, ConfigError, LayerLRError
+from dist_layerlr.errors import CheckpointError, ConfigError, LayerLRError, error_line
 from dist_layerlr.files import read_json
 from dist_layerlr.offload.policy import StreamPolicy
 from dist_layerlr.offload.predict import layout_from_names, predict
@@ -27,6 +27,7 @@ from dist_layerlr.plan.read import read_model
 from dist_layerlr.plan.training_config import check_training_config
 from dist_layerlr.report.grid import explain, grid, to_csv
 
+_PROGRAM = "dist-layerlr"
 _MODEL_HELP = (
     "a .safetensors file, a checkpoint folder, or a tsv of name<TAB>shape (.gz too; - reads stdin)"
 )
@@ -47,12 +48,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         sys.stdout.write(output)
         sys.stdout.flush()
     except LayerLRError as error:
-        print(f"dist-layerlr: error: {error}", file=sys.stderr)
+        print(error_line(_PROGRAM, error), file=sys.stderr)
         return 2
     except BrokenPipeError:
         sys.stderr.close()
     except OSError as error:
-        print(f"dist-layerlr: error: cannot write the output: {error.strerror}", file=sys.stderr)
+        print(error_line(_PROGRAM, f"cannot write the output: {error.strerror}"), file=sys.stderr)
         return 2
     except Exception:
         # Python would end with status 1, which a script reads as "the plans differ".
@@ -62,7 +63,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="dist-layerlr", description=__doc__)
+    parser = argparse.ArgumentParser(prog=_PROGRAM, description=__doc__)
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     plan = commands.add_parser(
         "plan", help="print the grid of learning rates, or every parameter's as JSON or CSV"
@@ -152,20 +153,22 @@ def _add_diff(commands: Any) -> None:
 
 def _add_export(commands: Any) -> None:
     text = (
-        "write the weights of a checkpoint as files that diffusers, transformers, PEFT or kohya's"
-        " programs load"
+        "write the weights of a checkpoint as files that diffusers, transformers, PEFT, ComfyUI or"
+        " kohya's programs load"
     )
     export = commands.add_parser("export", help=text, description=text)
     where = "a checkpoint folder, or a folder of them or of a run: then the newest"
     export.add_argument("checkpoint", metavar="CKPT", help=where)
     export.add_argument("output", metavar="OUT", help="folder to write")
-    formats = ("diffusers", "transformers", "peft", "kohya")
+    formats = ("diffusers", "transformers", "peft", "pipeline", "comfyui", "kohya")
     export.add_argument(
         "--format", required=True, choices=formats, help="full weights (the first two), or a LoRA"
     )
     export.add_argument("--dtype", choices=("fp32", "bf16", "fp16"), help="default: as trained")
     export.add_argument(
-        "--base", metavar="DIR", help="folder of the trained model: its config.json is copied"
+        "--base",
+        metavar="DIR",
+        help="folder of the trained model: its config.json is copied, or names its class",
     )
     export.add_argument(
         "--adapter", default="default", metavar="NAME", help="PEFT's name of the adapter"
@@ -193,7 +196,7 @@ def _say_if_adapter(plan: Plan, config: str) -> None:
     asked = raw.get("training_method", "lora" if "adapter" in raw else None)
     if asked == "lora" and not any(parse(name).is_adapter for name in plan.entries):
         print(
-            f"dist-layerlr: note: {config} trains a LoRA; this is the plan of all weights of MODEL."
+            f"{_PROGRAM}: note: {config} trains a LoRA; this is the plan of all weights of MODEL."
             " Give the adapter's names as MODEL and the model as --base.",
             file=sys.stderr,
         )

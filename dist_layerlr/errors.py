@@ -1,7 +1,8 @@
 """Every error a user can cause, one class per cause.
 
 The text of each names the field or parameter, the value, what is allowed, and what to do next, in
-one line where it fits. Command line programs print that text and exit with status 2.
+one line where it fits. Command line programs print that text as ``error_line`` and exit with status
+2.
 """
 
 from __future__ import annotations
@@ -33,3 +34,8 @@ class PlanMismatch(LayerLRError, RuntimeError):
 
 class OffloadError(LayerLRError, RuntimeError):
     """A model that cannot be streamed as asked, or one that was changed under a running stream."""
+
+
+def error_line(program: str, message: object) -> str:
+    """How a command line program says an error: ``PROGRAM: error: MESSAGE``, in one line."""
+    return f"{program}: error: {' '.join(str(message).split())}"

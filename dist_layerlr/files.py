@@ -1,15 +1,26 @@
-"""Files that are whole or absent, and JSON that is read strictly. No torch."""
+"""Files that are whole or absent, JSON read strictly, headers of safetensors files. No torch."""
 
 from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator
+import re
+import struct
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
+from math import prod
 from pathlib import Path
 from typing import Any
 
-from dist_layerlr.errors import ConfigError
+from dist_layerlr.errors import ConfigError, ModelSourceError
+
+HEADER_LENGTH = struct.Struct("<Q")
+"""The first bytes of a safetensors file: how long the JSON header after them is."""
+_MAX_HEADER = 100_000_000
+"""Bytes; the limit of the safetensors library. A damaged length must not become an allocation."""
+_BITS = re.compile(r"[A-Z]+(\d+)")
+"""The bits of one element, in its type's name: F32, BF16, F8_E4M3, I64, C64; not in BOOL."""
 
 
 @contextmanager
@@ -103,6 +114,88 @@ def read_json(path: str | Path) -> dict[str, Any]:
             f" {type(loaded).__name__}."
         )
     return loaded
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StoredTensor:
+    """What the header of a safetensors file says of one tensor."""
+
+    shape: tuple[int, ...]
+    dtype: str
+    """As the format spells it: F32, BF16, F8_E4M3."""
+    offset: int
+    """First byte in the file."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SafetensorsHeader:
+    """What a safetensors file says of itself before its data."""
+
+    tensors: dict[str, StoredTensor]
+    metadata: dict[str, str]
+
+
+def read_safetensors_header(path: str | Path) -> SafetensorsHeader:
+    """Read what a safetensors file holds, and where: its header, once, and nothing else.
+
+    The format: 8 bytes of header length, a JSON header ``{name: {"dtype", "shape",
+    "data_offsets"}}``, the raw data. The safetensors library reads it too, but does not tell where
+    a tensor lies.
+
+    Raises:
+        ModelSourceError: missing, truncated or corrupt.
+    """
+    try:
+        with Path(path).open("rb") as file:
+            start = file.read(HEADER_LENGTH.size)
+            length = int.from_bytes(start, "little")
+            if len(start) == HEADER_LENGTH.size and length > _MAX_HEADER:
+                raise ValueError(f"its header of {length} bytes is too large")
+            text = file.read(length)
+            if len(start) < HEADER_LENGTH.size or len(text) < length:
+                raise ValueError("it ends within the header")
+            size = os.fstat(file.fileno()).st_size
+        rows = json.loads(text)
+        metadata = rows.pop("__metadata__", None)
+        first = HEADER_LENGTH.size + length
+        _check_offsets(rows, size - first)
+        return SafetensorsHeader(
+            # By name, as the library lists them: a writer sorts by type first, for alignment.
+            tensors={name: _stored_tensor(rows[name], first) for name in sorted(rows)},
+            metadata=dict(metadata or {}),
+        )
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        # The header is input like any other: whatever does not fit its schema is a damaged file.
+        raise ModelSourceError(
+            f"Cannot read safetensors file {str(path)!r}: {error}. It may be truncated; copy or"
+            " download it again."
+        ) from None
+
+
+def _stored_tensor(row: Mapping[str, Any], first: int) -> StoredTensor:
+    return StoredTensor(
+        shape=tuple(row["shape"]), dtype=row["dtype"], offset=first + row["data_offsets"][0]
+    )
+
+
+def _check_offsets(rows: Mapping[str, Any], size: int) -> None:
+    """Refuse a header whose tensors do not fill the data bytes one after the other.
+
+    Raises:
+        ValueError: a gap, an overlap, a negative size, or data that end before or after it.
+    """
+    end = 0
+    for name, row in sorted(rows.items(), key=lambda item: item[1]["data_offsets"]):
+        start, stop = row["data_offsets"]
+        whole = all(isinstance(number, int) and number >= 0 for number in (*row["shape"], stop))
+        bits = _BITS.match(row["dtype"])
+        # Elements of less than a byte are packed.
+        packed = prod(row["shape"]) * (int(bits[1]) if bits else 8)
+        if not whole or start != end or (stop - start) * 8 != packed:
+            raise ValueError(f"the offsets of tensor {name!r} are wrong")
+        end = stop
+    if end != size:
+        raise ValueError(f"it holds {size} bytes of data, its header describes {end}")
 
 
 def _sync(path: Path) -> None:

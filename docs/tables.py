@@ -30,7 +30,7 @@ from launch.trainer.options import BLOCKS, RunOptions
 from tests.support.optimizers import PACKAGES, Make, is_installed, package_of
 
 DOCS = Path(__file__).resolve().parent
-PAGES = ("names.md", "config.md")
+PAGES = ("names.md", "config.md", "offload.md")
 PROOF = DOCS / "proof.md"
 OPTIMIZERS = re.compile(r"(<!-- optimizers -->\n)(.*?)(<!-- end -->)", re.DOTALL)
 WAYS = {

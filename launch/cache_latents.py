@@ -57,7 +57,7 @@ except ModuleNotFoundError as error:
 
 _STORED_AS = {"fp32": "F32", "bf16": "BF16", "fp16": "F16"}
 _DEFAULT_MAX_TOKENS = 512
-_BY_PIPELINE = ("model", "model-type", "pixels", "step", "shard")
+_BY_PIPELINE = ("model", "model-type", "pixels", "step", "fps", "shard")
 _BY_PARTS = ("vae", "text-encoder", "tokenizer", "max-tokens")
 """Flags of one way to encode; the first two of each are required."""
 _RANK = {"RANK": "0", "WORLD_SIZE": "1"}
@@ -143,6 +143,7 @@ def _parser() -> Parser:
     add("--model-type", metavar="FAMILY", help="the family that is to be trained")
     add("--pixels", type=number, metavar="N", help="area of a bucket; default: the family's")
     add("--step", type=number, metavar="PX", help="of a bucket's sides; default: 64, clips 32")
+    add("--fps", type=number, metavar="N", help="frames a second; needed for folders by LTX-2")
     add("--shard", type=_shard, metavar="I/N", help="every N-th sample; default: torchrun's rank")
     add("--vae", type=Path, metavar="DIR", help="local folder of a diffusers VAE")
     add("--text-encoder", type=Path, metavar="DIR", help="local transformers folder")
@@ -228,6 +229,7 @@ def _wishes(args: argparse.Namespace) -> dict[str, Any]:
         "step": args.step,
         "size": None if args.height is None else (args.height, args.width),
         "frames": args.frames,
+        "fps": args.fps,
         "dtype": args.dtype,
         "overwrite": args.overwrite,
     }

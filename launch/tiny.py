@@ -45,21 +45,23 @@ def write(family: str, out: Path) -> list[str]:
 
     Args:
         family: One of ``known()``.
-        out: The folder; made if missing. A pipeline that is there is replaced.
+        out: The folder: empty, or made.
 
     Returns:
         What was written: each component, its class and its number of parameters.
 
     Raises:
-        ConfigError: No such family, or a folder of other things.
+        ConfigError: No such family, or a folder that is not empty.
         ModelSourceError: The folder cannot be written to.
     """
+    import transformers
+
+    transformers.utils.logging.disable_progress_bar()
     pipeline = build(family)
-    # Components of another family would stay beside the new ones.
-    if out.is_dir() and any(out.iterdir()) and not (out / "model_index.json").is_file():
+    # Nothing is replaced: what is there may be a model of full size.
+    if out.is_dir() and any(out.iterdir()):
         raise ConfigError(
-            f"Invalid OUT={str(out)!r}. It holds other files than a pipeline's; choose an empty or"
-            " a new folder."
+            f"Invalid OUT={str(out)!r}. It is not empty; choose an empty or a new folder."
         )
     with blame(f"Invalid OUT={str(out)!r}: cannot be written to", "choose another folder"):
         pipeline.save_pretrained(out)

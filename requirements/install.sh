@@ -25,6 +25,7 @@ if [ ! -e "$VENV/lock.txt" ]; then
   # the newest one.
   "${PIP[@]}" -r requirements/build.txt
   "${PIP[@]}" -r "$LOCK"
+  "$VENV/bin/python" requirements/torchvision_ops.py
   cp "$LOCK" "$VENV/lock.txt"
 fi
 

@@ -33,5 +33,5 @@ TRAIN=(pyproject.toml --extra train --extra plot)
 BUILT=(--constraint requirements/build.txt)
 lock build.txt --group build
 lock quickstart.txt "${TRAIN[@]}" "${BUILT[@]}" - <<< "$TORCH"
-lock test.txt "${TRAIN[@]}" "${BUILT[@]}" --extra dev - <<< "$TORCH"
+lock test.txt "${TRAIN[@]}" "${BUILT[@]}" --extra families --extra dev - <<< "$TORCH"
 lock oldest.txt "${TRAIN[@]}" --extra dev --resolution lowest-direct

@@ -18,7 +18,8 @@ case "${1:-}" in
     [ -x "$VENV/bin/pip" ] || "$PYTHON" -m venv "$VENV"
     # Each run asks again, because newest means today's. pip is told --upgrade so that it leaves nothing older in place.
     "$VENV/bin/pip" install --quiet --disable-pip-version-check --upgrade --upgrade-strategy eager \
-      ${TORCH:+"$TORCH"} setuptools -e ".[train,plot,dev]"
+      ${TORCH:+"$TORCH"} setuptools -e ".[train,plot,families,dev]"
+    "$VENV/bin/python" requirements/torchvision_ops.py
     ;;
   --oldest)
     shift

@@ -12,8 +12,12 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from dist_layerlr.checkpoint.deepspeed import load_deepspeed as load_deepspeed
     from dist_layerlr.checkpoint.deepspeed import save_deepspeed as save_deepspeed
+    from dist_layerlr.checkpoint.folders import CHECKPOINTS as CHECKPOINTS
+    from dist_layerlr.checkpoint.folders import complete_checkpoints as complete_checkpoints
+    from dist_layerlr.checkpoint.folders import step_of as step_of
     from dist_layerlr.checkpoint.load import Restored as Restored
     from dist_layerlr.checkpoint.load import load_checkpoint as load_checkpoint
+    from dist_layerlr.checkpoint.manifest import read_manifest as read_manifest
     from dist_layerlr.checkpoint.resume import find_checkpoint as find_checkpoint
     from dist_layerlr.checkpoint.resume import resume_plan as resume_plan
     from dist_layerlr.checkpoint.save import Saving as Saving
@@ -23,9 +27,13 @@ if TYPE_CHECKING:
 _MODULE_OF = {
     "load_deepspeed": "deepspeed",
     "save_deepspeed": "deepspeed",
+    "CHECKPOINTS": "folders",
+    "complete_checkpoints": "folders",
+    "step_of": "folders",
     "Restored": "load",
     "find_checkpoint": "resume",
     "load_checkpoint": "load",
+    "read_manifest": "manifest",
     "resume_plan": "resume",
     "Saving": "save",
     "finish_background_save": "save",

@@ -52,7 +52,7 @@ def commit(hidden: Path, *, keep: int | None = None) -> Path:
     sync_folder(root)
     write_text(root / POINTER, final.name + "\n")
     sync_folder(root)
-    others = [folder for folder in complete(root) if folder != final]
+    others = [folder for folder in complete_checkpoints(root) if folder != final]
     replaced = [folder for folder in others if step_of(folder) == step_of(final)]
     kept = [folder for folder in others if folder not in replaced]
     old = kept[: max(len(kept) - keep + 1, 0)] if keep is not None else []
@@ -71,7 +71,7 @@ def final_of(hidden: Path) -> Path:
     return hidden.parent / hidden.name.removeprefix(_SAVING)
 
 
-def complete(root: Path) -> list[Path]:
+def complete_checkpoints(root: Path) -> list[Path]:
     """Checkpoints in a folder, in the order in which they were written."""
     found: list[tuple[int, str, Path]] = []
     if root.is_dir():
@@ -91,7 +91,7 @@ def latest(folder: str | Path) -> Path:
     folder = Path(folder)
     if is_checkpoint(folder):
         return folder
-    if complete(folder / CHECKPOINTS):
+    if complete_checkpoints(folder / CHECKPOINTS):
         folder /= CHECKPOINTS
     try:
         pointed = folder / (folder / POINTER).read_text(encoding="utf-8").strip()
@@ -101,7 +101,7 @@ def latest(folder: str | Path) -> Path:
     # it inside the folder.
     if pointed.parent == folder and _NAME.fullmatch(pointed.name) and is_checkpoint(pointed):
         return pointed
-    found = complete(folder)
+    found = complete_checkpoints(folder)
     if not found:
         raise CheckpointError(
             f"No checkpoint in {str(folder)!r}: it holds no complete step_* folder. Check the path."

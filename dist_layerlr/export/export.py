@@ -1,4 +1,4 @@
-"""Trained weights as files that other programs load: full weights, a PEFT adapter, a kohya LoRA.
+"""Trained weights as files that other programs load: full weights, or an adapter in four forms.
 
 From a live model, however sharded, or from a checkpoint on disk. One whole tensor is in memory at a
 time.
@@ -6,9 +6,7 @@ time.
 
 from __future__ import annotations
 
-import json
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -17,38 +15,22 @@ from torch import Tensor, nn
 
 from dist_layerlr.checkpoint import folders
 from dist_layerlr.errors import ConfigError
-from dist_layerlr.export import adapter_names
+from dist_layerlr.export import adapter_files, adapter_names
+from dist_layerlr.export.contents import Export, TensorInfo, entries_of
 from dist_layerlr.export.folder import FILE_BYTES, publish, split
 from dist_layerlr.export.saved import SavedWeights
-from dist_layerlr.plan.entries import Shape
 from dist_layerlr.plan.names import base_name
 from dist_layerlr.ranks import alike
 from dist_layerlr.sharders.model import unwrap
 from dist_layerlr.weights.gather import LiveWeights
 from dist_layerlr.weights.tensorfile import Entry
 
-DIFFUSERS, TRANSFORMERS, PEFT, KOHYA = "diffusers", "transformers", "peft", "kohya"
-STEMS = {
-    DIFFUSERS: "diffusion_pytorch_model",
-    TRANSFORMERS: "model",
-    PEFT: "adapter_model",
-    KOHYA: "lora",
-}
+DIFFUSERS, TRANSFORMERS = "diffusers", "transformers"
+STEMS = {DIFFUSERS: "diffusion_pytorch_model", TRANSFORMERS: "model", **adapter_files.STEMS}
+"""{format: its files without their endings}."""
 FORMATS = tuple(STEMS)
-ADAPTER_CONFIG = "adapter_config.json"
 SAVED_CONFIG = "adapter_config"
 """Key of the adapter's config in a checkpoint's ``extra``."""
-
-
-class TensorInfo(Protocol):
-    """What is known of a tensor before it is read."""
-
-    @property
-    def shape(self) -> Shape: ...  # noqa: D102
-    @property
-    def dtype(self) -> torch.dtype: ...  # noqa: D102
-    @property
-    def trainable(self) -> bool: ...  # noqa: D102
 
 
 class WeightSource(Protocol):
@@ -65,21 +47,6 @@ class WeightSource(Protocol):
     def fetch(self, name: str) -> Tensor | None:
         """The tensor, on the rank that writes."""
         ...
-
-
-@dataclass(frozen=True, kw_only=True)
-class Export:
-    """What to write, decided before anything is read."""
-
-    entries: tuple[Entry, ...]
-    names: Mapping[str, str]
-    """{name in the file: canonical name}."""
-    constants: Mapping[str, float] = field(default_factory=dict)
-    """kohya's alphas: {name in the file: value}."""
-    metadata: Mapping[str, str]
-    stem: str
-    texts: Mapping[str, str] = field(default_factory=dict)
-    """Further files: {name: content}."""
 
 
 def export_weights(
@@ -99,7 +66,8 @@ def export_weights(
         model: as it is trained, a DeepSpeed engine included.
         folder: what is there of an earlier export in this format is replaced when all is written.
         format: ``diffusers`` or ``transformers`` (all weights and persistent buffers, frozen ones
-            included, ties once), ``peft`` or ``kohya`` (a LoRA adapter).
+            included, ties once); of a LoRA adapter ``peft``, ``pipeline`` (what
+            ``pipe.load_lora_weights`` takes), ``comfyui`` or ``kohya``.
         dtype: of floating-point tensors; None: as they are trained, which is fp32 under ZeRO.
         adapter: PEFT's name of the adapter.
         metadata: for the file's header, such as ``{"plan_digest": ..., "step": ...}``.
@@ -166,9 +134,9 @@ def adapter_config(model: nn.Module, adapter: str) -> dict[str, Any] | None:
     configs: Mapping[str, Any] = getattr(unwrap(model), "peft_config", {})
     if adapter not in configs:
         return None
-    return {
-        key: sorted(v) if isinstance(v, set) else v for key, v in configs[adapter].to_dict().items()
-    }
+    inner: Any = unwrap(model)
+    base = inner.get_base_model() if hasattr(inner, "get_base_model") else inner
+    return adapter_files.described(configs[adapter].to_dict(), base)
 
 
 def choose(
@@ -196,12 +164,12 @@ def choose(
     if format in (DIFFUSERS, TRANSFORMERS):
         if adapters:
             raise ConfigError(
-                f"Cannot export adapter {adapters[0]!r} as {format} weights: use format peft or"
-                " kohya."
+                f"Cannot export adapter {adapters[0]!r} as {format} weights: use one of"
+                f" {', '.join(adapter_files.STEMS)}."
             )
         names = {base_name(name): name for name in table}
         return Export(
-            entries=_entries(names, table, dtype),
+            entries=entries_of(names, table, dtype),
             names=names,
             metadata=common,
             stem=STEMS[format],
@@ -212,10 +180,14 @@ def choose(
             f"No adapter {adapter!r} to export as {format}: the model has {adapters or 'none'}."
         )
     config = _checked_config(config, adapter)
-    mine = _names_of(table, adapter)
-    if base is not None:
-        config = {**config, "base_model_name_or_path": str(base)}
-    return (_peft if format == PEFT else _kohya)(mine, table, dtype, config, common)
+    found = adapter_files.Adapter(
+        names=_names_of(table, adapter),
+        table=table,
+        config=config,
+        dtype=dtype,
+        metadata=common,
+    )
+    return adapter_files.choose_adapter(found, format, base)
 
 
 def _checked_config(config: Mapping[str, Any] | None, adapter: str) -> Mapping[str, Any]:
@@ -246,60 +218,6 @@ def _names_of(table: Mapping[str, TensorInfo], adapter: str) -> list[str]:
     return mine
 
 
-def _peft(
-    mine: Sequence[str],
-    table: Mapping[str, TensorInfo],
-    dtype: torch.dtype | None,
-    config: Mapping[str, Any],
-    metadata: Mapping[str, str],
-) -> Export:
-    names = {adapter_names.peft_name(name): name for name in mine}
-    # diffusers takes rank and alpha from the header, under the prefix that it is told to strip.
-    packed = {f"{adapter_names.PEFT_ROOT}.{key}": value for key, value in config.items()}
-    return Export(
-        entries=_entries(names, table, dtype),
-        names=names,
-        stem=STEMS[PEFT],
-        metadata={**metadata, "lora_adapter_metadata": json.dumps(packed)},
-        texts={ADAPTER_CONFIG: json.dumps(config, indent=2) + "\n"},
-    )
-
-
-def _kohya(
-    mine: Sequence[str],
-    table: Mapping[str, TensorInfo],
-    dtype: torch.dtype | None,
-    config: Mapping[str, Any],
-    metadata: Mapping[str, str],
-) -> Export:
-    names = {adapter_names.kohya_name(name): name for name in mine}
-    weights = _entries(names, table, dtype)
-    downs = [entry for entry in weights if entry.name.endswith(".lora_down.weight")]
-    alphas = dict(
-        adapter_names.kohya_alpha(names[entry.name], entry.shape[0], config) for entry in downs
-    )
-    scalars = tuple(Entry(name=name, shape=(), dtype=dtype or torch.float32) for name in alphas)
-    return Export(
-        entries=weights + scalars,
-        names=names,
-        constants=alphas,
-        stem=STEMS[KOHYA],
-        metadata=metadata,
-    )
-
-
-def _entries(
-    names: Mapping[str, str], table: Mapping[str, TensorInfo], dtype: torch.dtype | None
-) -> tuple[Entry, ...]:
-    entries: list[Entry] = []
-    for written, name in names.items():
-        info = table[name]
-        # ``dtype`` is for floating-point tensors: a counter among the buffers stays an integer.
-        wanted = dtype if dtype is not None and info.dtype.is_floating_point else info.dtype
-        entries.append(Entry(name=written, shape=tuple(info.shape), dtype=wanted))
-    return tuple(entries)
-
-
 def _config_of(base: str | Path | None) -> dict[str, str]:
     if base is None:
         return {}
@@ -315,7 +233,7 @@ def _config_of(base: str | Path | None) -> dict[str, str]:
 def _write_all(chosen: Export, source: WeightSource, folder: Path, file_bytes: int) -> list[Path]:
     """Write on the rank that does; the others take part in the gathering."""
     files = split(chosen.entries, chosen.stem, file_bytes)
-    # All ranks gather in this one order. Constants (kohya's alphas) are gathered from nowhere.
+    # All ranks gather in this one order. Constants (alphas) are gathered from nowhere.
     order = iter(
         [entry for entries in files.values() for entry in entries if entry.name in chosen.names]
     )
@@ -325,7 +243,9 @@ def _write_all(chosen: Export, source: WeightSource, folder: Path, file_bytes: i
             return torch.tensor(chosen.constants[entry.name])
         found = source.fetch(chosen.names[next(order).name])
         assert found is not None
-        return found
+        factor = chosen.factors.get(entry.name, 1.0)
+        # In fp32, and rounded once, when it is written.
+        return found if factor == 1.0 else found.float() * factor
 
     try:
         if source.writes:

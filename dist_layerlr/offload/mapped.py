@@ -11,7 +11,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from dist_layerlr.errors import OffloadError
+from dist_layerlr.errors import ModelSourceError, OffloadError
+from dist_layerlr.files import read_safetensors_header
 from dist_layerlr.offload.masters import sample
 from dist_layerlr.offload.units import UnitSpec
 from dist_layerlr.plan.names import base_name, canonical_name
@@ -50,8 +51,6 @@ def map_frozen(
 
 def _index(files: str | Path | Iterable[str | Path]) -> dict[str, Path]:
     """{name in the checkpoint: file}."""
-    from safetensors import SafetensorError, safe_open
-
     if isinstance(files, (str, Path)):
         paths = checkpoint_files(files) if Path(files).is_dir() else [Path(files)]
     else:
@@ -59,11 +58,10 @@ def _index(files: str | Path | Iterable[str | Path]) -> dict[str, Path]:
     found: dict[str, Path] = {}
     for path in paths:
         try:
-            with safe_open(str(path), framework="pt") as file:
-                for name in file.keys():
-                    found[name] = path
-        except (SafetensorError, OSError) as error:
-            raise OffloadError(f"Cannot map safetensors file {str(path)!r}: {error}.") from None
+            tensors = read_safetensors_header(path).tensors
+        except ModelSourceError as error:
+            raise OffloadError(f"Cannot map frozen weights: {error}") from None
+        found |= dict.fromkeys(tensors, path)
     return found
 
 

@@ -4,17 +4,24 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from dist_layerlr.errors import ModelSourceError
 from dist_layerlr.plan.advice import check_plan
 from dist_layerlr.plan.components import Label, ParamView, classify, has_custom_rules
-from dist_layerlr.plan.config import BLOCK, Config, PatternRule, PerLayerLR, Region, load_config
+from dist_layerlr.plan.config import (
+    PLAN_BLOCK,
+    Config,
+    PatternRule,
+    PerLayerLR,
+    Region,
+    load_config,
+)
 from dist_layerlr.plan.depth import LAYER_DECAY, DepthSettings, depth_factor
 from dist_layerlr.plan.entries import ParamInfo, Plan, PlanEntry, Shape
-from dist_layerlr.plan.layer_decay import layer_decay_factors
+from dist_layerlr.plan.layer_decay import layer_decay_factors, note_by_name
 from dist_layerlr.plan.name_rules import DEFAULT
 from dist_layerlr.plan.names import ParamPath, canonical_name, module_index, parse
 from dist_layerlr.plan.rules import Rules
@@ -57,7 +64,7 @@ def build_plan(
     placed, decay, notes = _place(
         infos, _infos(base) if base is not None else None, config.per_layer_lr
     )
-    factors = _depth_factors(placed, config.per_layer_lr)
+    factors = _depth_factors(placed, config.per_layer_lr, notes)
     entries = {
         p.info.name: _entry(p, factor, wd, config.per_layer_lr)
         for p, factor, wd in zip(placed, factors, decay, strict=True)
@@ -92,9 +99,7 @@ def _infos(params: Params) -> list[ParamInfo]:
                 " undone."
             )
         if name != info.name:
-            info = ParamInfo(
-                name=name, shape=info.shape, trainable=info.trainable, owner_class=info.owner_class
-            )
+            info = replace(info, name=name)
         infos[name] = info
     if not infos:
         raise ModelSourceError("The model has no parameters. Give all of its names and shapes.")
@@ -145,8 +150,8 @@ def _place(
         paths = [parse(i.name, index) for i in infos]
         locations = [stack_map.locate(p) for p in paths]
     rules = Rules(infos, paths)
-    patterns = rules.first_match(block.patterns, f"{BLOCK}.patterns")
-    regions = rules.first_match(block.regions, f"{BLOCK}.regions")
+    patterns = rules.first_match(block.patterns, f"{PLAN_BLOCK}.patterns")
+    regions = rules.first_match(block.regions, f"{PLAN_BLOCK}.regions")
     label = _Labeller(siblings)
     placed = [
         _Placed(
@@ -216,7 +221,7 @@ class _Labeller:
         return label
 
 
-def _depth_factors(placed: list[_Placed], block: PerLayerLR) -> list[float]:
+def _depth_factors(placed: list[_Placed], block: PerLayerLR, notes: list[str]) -> list[float]:
     """One factor per parameter; layer decay numbers the whole scope (model or region) at once."""
     scopes: dict[int, list[int]] = defaultdict(list)
     settings: dict[int, DepthSettings] = {}
@@ -228,13 +233,7 @@ def _depth_factors(placed: list[_Placed], block: PerLayerLR) -> list[float]:
     for key, members in scopes.items():
         own = settings[key]
         if own.depth_strategy == LAYER_DECAY:
-            values = layer_decay_factors(
-                [(placed[i].path, placed[i].location) for i in members],
-                rate=own.layer_decay,
-                convention=own.convention,
-                num_layers=own.num_layers,
-                floor=own.min_depth_factor or 0.0,
-            )
+            values = _decayed([placed[i] for i in members], own, notes)
         else:
             values = [
                 _curve_factor(placed[i].location, own, asked=own is not block.depth)
@@ -243,6 +242,24 @@ def _depth_factors(placed: list[_Placed], block: PerLayerLR) -> list[float]:
         for i, value in zip(members, values, strict=True):
             factors[i] = value
     return factors
+
+
+def _decayed(members: list[_Placed], settings: DepthSettings, notes: list[str]) -> list[float]:
+    """Layer decay of one scope; what names alone could not tell is noted."""
+    places = [(p.path, p.location) for p in members]
+    own = [p.info.layer for p in members]
+    convention, num_layers = settings.convention, settings.num_layers
+    note = note_by_name(places, convention=convention, num_layers=num_layers, own=own)
+    if note is not None:
+        notes.append(note)
+    return layer_decay_factors(
+        places,
+        rate=settings.layer_decay,
+        convention=convention,
+        num_layers=num_layers,
+        floor=settings.min_depth_factor or 0.0,
+        own=own,
+    )
 
 
 def _depth_of(p: _Placed, block: PerLayerLR) -> DepthSettings:
@@ -264,12 +281,12 @@ def _weight_decays(placed: list[_Placed], rules: Rules, block: PerLayerLR) -> li
 
     None: the optimizer's own.
     """
-    outer = _exempt(placed, rules, block.no_decay, f"{BLOCK}.no_decay")
+    outer = _exempt(placed, rules, block.no_decay, f"{PLAN_BLOCK}.no_decay")
     exempt: dict[int, set[int]] = {}
     for number, region in enumerate(block.regions):
         if region.no_decay is not None:
             exempt[id(region)] = _exempt(
-                placed, rules, region.no_decay, f"{BLOCK}.regions[{number}].no_decay"
+                placed, rules, region.no_decay, f"{PLAN_BLOCK}.regions[{number}].no_decay"
             )
     values: list[float | None] = []
     for i, p in enumerate(placed):

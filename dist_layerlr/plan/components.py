@@ -21,13 +21,14 @@ from dist_layerlr.plan.name_rules import (
     HEAD,
     MODULATION,
     NORM,
+    ROUTER,
     SELF_ATTN,
     NameRule,
     is_attention,
 )
 
 COMPONENTS = (SELF_ATTN, CROSS_ATTN, FFN, NORM)
-FINE_COMPONENTS = (MODULATION, EMBED, HEAD, CONV, FUSED)
+FINE_COMPONENTS = (MODULATION, EMBED, HEAD, CONV, FUSED, ROUTER)
 
 # A norm's own tensors, next to its statistics; any other name below a norm is a matrix of AdaLN.
 _NORM_LEAVES = frozenset({"weight", "bias", "gamma", "beta", "scale"})
@@ -150,6 +151,7 @@ def _block_label(view: ParamView) -> Label | None:
         why = f"segment {leaf_module!r} fuses attention and mlp"
         return Label(component=SELF_ATTN, fine=FUSED, rule=why, row=fused)
     label = _cross_label(view, leaf_module) or _self_label(view, leaf_module)
+    label = label or _router_label(view)
     if label is not None:
         return label
     for segment in view.path:
@@ -195,6 +197,17 @@ def _self_label(view: ParamView, leaf_module: str) -> Label | None:
             rule=f"segment {segment!r} names self attention",
             row=name_rules.ATTENTION.first(segment),
         )
+    return None
+
+
+def _router_label(view: ParamView) -> Label | None:
+    """What chooses among experts: no component of the four, so that `ffn` does not move it."""
+    for segment in view.path:
+        rule = name_rules.ROUTERS.first(segment)
+        alone = segment == "gate" and "experts" not in view.siblings
+        if rule is not None and not alone:
+            why = f"segment {segment!r} chooses among experts"
+            return Label(component=DEFAULT, fine=ROUTER, rule=why, row=rule)
     return None
 
 

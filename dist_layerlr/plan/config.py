@@ -26,7 +26,7 @@ SEED_COMPONENT_LR: Mapping[str, float] = MappingProxyType(
 """component_lr when the key is absent. A key that is present means exactly what it lists."""
 FALLBACK_LR = 3e-4
 """default_lr when neither it nor learning_rate is given."""
-BLOCK = "per_layer_lr"
+PLAN_BLOCK = "per_layer_lr"
 
 
 _LR = fields.number(0.0)
@@ -191,14 +191,14 @@ def load_config(source: str | Path | Mapping[str, Any] | Config) -> Config:
         return source
     raw = source if isinstance(source, Mapping) else read_json(source)
     known = fields.settings(Config)
-    fields.near_misses("config", raw, (BLOCK, *known))
+    fields.near_misses("config", raw, (PLAN_BLOCK, *known))
     _check_nested(raw)
     # A config may say `"learning_rate": null`: the trainer's own default then holds.
     given = {key: raw[key] for key in known if key in raw}
     if given.get("learning_rate") is None:
         given.pop("learning_rate", None)
     values = {key: known[key].check(key, value) for key, value in given.items()}
-    block = _read_block(raw.get(BLOCK), values.get("learning_rate"))
+    block = _read_block(raw.get(PLAN_BLOCK), values.get("learning_rate"))
     return Config(**values, per_layer_lr=block)
 
 
@@ -206,11 +206,11 @@ def _check_nested(raw: Mapping[str, Any]) -> None:
     """Refuse a config whose rates stand beside the block's place, where nobody would read them."""
     own = fields.settings(PerLayerLR, DepthSettings).keys() | {PRESET.key}
     # weight_decay alone may be the trainer's own.
-    if BLOCK in raw or not raw.keys() & (own - {"weight_decay"}):
+    if PLAN_BLOCK in raw or not raw.keys() & (own - {"weight_decay"}):
         return
     found = sorted(raw.keys() & own)
     raise ConfigError(
-        f"Invalid config: {found} must stand inside a {BLOCK!r} block, beside 'learning_rate'."
+        f"Invalid config: {found} must stand inside a {PLAN_BLOCK!r} block, beside 'learning_rate'."
     )
 
 
@@ -218,12 +218,12 @@ def _read_block(raw: object, learning_rate: float | None) -> PerLayerLR:
     fallback = FALLBACK_LR if learning_rate is None else learning_rate
     if raw is None:
         return PerLayerLR(default_lr=fallback)
-    given = _expand_preset(fields.mapping(BLOCK, raw), learning_rate)
+    given = _expand_preset(fields.mapping(PLAN_BLOCK, raw), learning_rate)
     depth_keys = fields.settings(DepthSettings)
-    fields.known_keys(BLOCK, given, [*fields.settings(PerLayerLR), *depth_keys, PRESET.key])
-    values = fields.read(BLOCK, given, PerLayerLR, DepthSettings)
+    fields.known_keys(PLAN_BLOCK, given, [*fields.settings(PerLayerLR), *depth_keys, PRESET.key])
+    values = fields.read(PLAN_BLOCK, given, PerLayerLR, DepthSettings)
     depth = DepthSettings(**{key: values.pop(key) for key in depth_keys if key in values})
-    _check_depth(BLOCK, depth)
+    _check_depth(PLAN_BLOCK, depth)
     values.setdefault("default_lr", fallback)
     regions = tuple(_region(i, r, depth) for i, r in enumerate(values.pop("regions", ())))
     patterns = tuple(PatternRule(**p) for p in values.pop("patterns", ()))
@@ -238,7 +238,7 @@ def _expand_preset(given: Mapping[str, Any], learning_rate: float | None) -> dic
     name = block.pop(PRESET.key, None)
     if name is None:
         return block
-    PRESET.check(f"{BLOCK}.{PRESET.key}", name)
+    PRESET.check(f"{PLAN_BLOCK}.{PRESET.key}", name)
     if name in PRESETS:
         return {**PRESETS[name], **block}
     preset = PRESET_CLASSES[name]
@@ -246,7 +246,7 @@ def _expand_preset(given: Mapping[str, Any], learning_rate: float | None) -> dic
     if "layer_decay" in block:
         block.setdefault("lr_vit_layer_decay", block.pop("layer_decay"))
     own = {key: block.pop(key) for key in fields.settings(preset) if key in block}
-    parsed = preset(**fields.read(BLOCK, own, preset))
+    parsed = preset(**fields.read(PLAN_BLOCK, own, preset))
     return {**parsed.block(learning_rate), **block}
 
 
@@ -257,7 +257,7 @@ def _region(index: int, raw: dict[str, Any], outer: DepthSettings) -> Region:
         # A floor and a scope that were meant for a curve do not carry over to layer decay.
         own = {"min_depth_factor": None, "depth_scope": "stack", **own}
     depth = replace(outer, **own) if own else None
-    path = f"{BLOCK}.regions[{index}]"
+    path = f"{PLAN_BLOCK}.regions[{index}]"
     if depth is not None:
         _check_depth(path, depth)
     if raw.get("lr") is not None and "lr_multiplier" in raw:
@@ -283,13 +283,13 @@ def _check_components(block: PerLayerLR) -> None:
     named = {p.component for p in block.patterns}
     for i, region in enumerate(block.regions):
         fields.known_keys(
-            f"{BLOCK}.regions[{i}].component_lr",
+            f"{PLAN_BLOCK}.regions[{i}].component_lr",
             region.component_lr or {},
             known_components() | named,
         )
-    fields.known_keys(f"{BLOCK}.component_lr", block.component_lr, known_components() | named)
+    fields.known_keys(f"{PLAN_BLOCK}.component_lr", block.component_lr, known_components() | named)
     listed = known_components() | {"default"} | block.component_lr.keys()
     for i, rule in enumerate(block.patterns):
         fields.one_of(lambda: tuple(sorted(listed)))(
-            f"{BLOCK}.patterns[{i}].component", rule.component
+            f"{PLAN_BLOCK}.patterns[{i}].component", rule.component
         )

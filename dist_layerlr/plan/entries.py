@@ -19,6 +19,7 @@ from typing import Any
 
 from dist_layerlr.plan.config import Config
 from dist_layerlr.plan.depth import DepthSettings
+from dist_layerlr.plan.layer_decay import ModelLayer
 from dist_layerlr.plan.names import natural_key
 
 Shape = tuple[int, ...]
@@ -34,6 +35,8 @@ class ParamInfo:
     trainable: bool = True
     owner_class: str | None = None
     """Class name of the owning module, when a live model was read."""
+    layer: ModelLayer | None = None
+    """What the live model's own code says of its layer, for layer decay."""
 
     @property
     def numel(self) -> int:

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 
 SELF_ATTN, CROSS_ATTN, FFN, NORM, DEFAULT = "self_attn", "cross_attn", "ffn", "norm", "default"
 MODULATION, EMBED, HEAD, CONV, FUSED = "modulation", "embed", "head", "conv", "fused"
+ROUTER = "router"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -166,8 +167,8 @@ FEED_FORWARD = table(
     (r"^(gate|up|down)_proj$", "Nemotron-H", "backbone.layers.1.mixer.up_proj.weight"),
     # Experts that stand in the block itself.
     (r"^experts$", "Gemma 4", "model.language_model.layers.0.experts.down_proj"),
-    # Experts and their router.
-    (r"^block_sparse_moe$", "Mixtral", "model.layers.0.block_sparse_moe.gate.weight"),
+    # Experts below a name of their own; their router is none of them, see below.
+    (r"^block_sparse_moe$", "Mixtral", "layers.0.block_sparse_moe.experts.0.w1.weight"),
 )
 
 FFN_BESIDE_ATTENTION = table(
@@ -179,6 +180,18 @@ FFN_BESIDE_ATTENTION = table(
     (r"^fc[12]$", "BART", "model.decoder.layers.0.fc1.weight"),
     # The second matrix, after `intermediate`; `attention.output` is taken before.
     (r"^output$", "BERT", "encoder.layer.0.output.dense.weight"),
+)
+
+# What chooses among experts is no feed-forward: its rate decides which of them train at all.
+
+ROUTERS = table(
+    ROUTER,
+    # Beside experts only, see components.py: a gated feed-forward may call its first matrix so.
+    (r"^gate$", "Qwen3-MoE", "model.layers.0.mlp.gate.weight"),
+    # Called as what it is.
+    (r"^router$", "GPT-OSS", "model.layers.0.mlp.router.weight"),
+    # Weighs the expert that every token takes.
+    (r"^shared_expert_gate$", "Qwen2-MoE", "model.layers.0.mlp.shared_expert_gate.weight"),
 )
 
 # Norms.
@@ -219,6 +232,8 @@ MODULATIONS = table(
     (r"(?i)(^|_)mod$", "qwen_image", "transformer_blocks.0.img_mod.1.weight"),
     # Makes the modulation of all blocks; asked before `embedder` can claim it.
     (r"(?i)^time_proj$", "wan21_i2v_14b", "condition_embedder.time_proj.weight"),
+    # LTX-2's gates between its two streams.
+    (r"(?i)^av_cross_attn_\w+_gate$", "ltx2_19b", "av_cross_attn_video_a2v_gate.linear.weight"),
     # Chroma's network that makes the modulation.
     (r"(?i)^distilled_guidance_layer$", "chroma1_hd", "distilled_guidance_layer.in_proj.weight"),
 )
@@ -365,6 +380,8 @@ TIMM_EMBEDDINGS = table(
     (r"pos_embed", "timm ViT", "pos_embed"),
     # Anywhere in the segment.
     (r"patch_embed", "timm ViT", "patch_embed.proj.weight"),
+    # The convolutions before the stages.
+    (r"^(conv_)?stem", "ConvNeXt", "stem.0.weight"),
     # The norm before the blocks.
     (r"norm_pre", "timm CLIP ViT", "norm_pre.weight"),
     # Transformers, which timm has not.

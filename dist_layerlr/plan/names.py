@@ -131,6 +131,11 @@ def base_name(name: str) -> str:
     return parse(name).base_name
 
 
+def is_lora_b(name: str) -> bool:
+    """Whether a canonical name is the factor of a LoRA that starts at zero."""
+    return parse(name).is_lora_b
+
+
 def module_index(paths: Iterable[ParamPath]) -> dict[str, tuple[str, ...]]:
     """Index the base model's modules by both spellings, ``a.b_c`` and kohya's ``a_b_c``."""
     index: dict[str, tuple[str, ...]] = {}

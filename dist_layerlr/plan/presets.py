@@ -57,8 +57,8 @@ class RfdetrPreset:
     out_feature_indexes: list[int] | None = setting(
         fields.integers(at_least=1),
         default=None,
-        shown="none: L is the block count",
-        doc="The model's own; L is the last one plus 1.",
+        shown="the live model's; by names alone L is the block count",
+        doc="L is the last one plus 1; only `rfdetr` reads it off the model.",
     )
 
     def block(self, learning_rate: float | None) -> Block:
@@ -66,8 +66,9 @@ class RfdetrPreset:
         lr = 1e-4 if learning_rate is None else learning_rate
         shared = self.lr_component_decay**2 if self.convention == "rfdetr" else 1.0
         encoder: Block = {
-            # The projector stands below `backbone` too, and trains as the rest does.
-            "match": r"re:(^|\.)backbone\.(?!(\d+\.)?projector\.)",
+            # Projectors stand below `backbone` too, and train as the rest does. The encoder is
+            # `backbone.0.encoder` in the library, `backbone.backbone` in transformers.
+            "match": r"re:(^|\.)backbone\.((\d+\.)?encoder|backbone)\.",
             "lr": self.lr_encoder * shared,
             "depth_strategy": "layer_decay",
             "layer_decay": self.lr_vit_layer_decay,

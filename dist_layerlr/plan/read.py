@@ -11,9 +11,12 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from dist_layerlr.errors import ModelSourceError
+from dist_layerlr.files import read_safetensors_header
 from dist_layerlr.plan.entries import ParamInfo, Shape
 from dist_layerlr.plan.names import strip_common_module
 
+PEFT_FILE = "adapter_model.safetensors"
+"""What PEFT calls the weights of an adapter."""
 PIPELINE_PARTS = ("transformer", "transformer_2", "unet")
 """Sub-folders of a diffusers pipeline that hold what is trained; several are told apart by this
 prefix."""
@@ -38,7 +41,7 @@ def read_model(source: str | Path) -> list[ParamInfo]:
     elif path.is_dir():
         rows = _read_folder(path)
     elif path.suffix == ".safetensors":
-        rows = read_header(path)
+        rows = _read_files([path])
     else:
         rows = _read_tsv_file(path)
     names = strip_common_module(name for name, _ in rows)
@@ -66,26 +69,10 @@ def checkpoint_files(folder: str | Path) -> list[Path]:
             f"No .safetensors file in checkpoint folder {str(folder)!r}. Point at the folder that"
             " holds the weights, or convert them with save_pretrained(safe_serialization=True)."
         )
+    # An adapter may lie there in several forms: it is read once.
+    adapter = [f for f in files if f.name == PEFT_FILE]
     plain = [f for f in files if f.name.count(".") == 1]
-    return plain or files
-
-
-def read_header(path: str | Path) -> list[tuple[str, Shape]]:
-    """Names and shapes in a safetensors file; only its header is read.
-
-    Raises:
-        ModelSourceError: missing, truncated or corrupt.
-    """
-    from safetensors import SafetensorError, safe_open
-
-    try:
-        with safe_open(str(path), framework="numpy") as file:
-            return [(key, tuple(file.get_slice(key).get_shape())) for key in file.keys()]  # noqa: SIM118
-    except (SafetensorError, OSError) as error:
-        raise ModelSourceError(
-            f"Cannot read safetensors file {str(path)!r}: {error}. It may be truncated; copy or"
-            " download it again."
-        ) from None
+    return adapter or plain or files
 
 
 def parse_shape(text: str) -> Shape:
@@ -131,7 +118,11 @@ def _read_folder(folder: Path) -> list[tuple[str, Shape]]:
 
 
 def _read_files(files: Iterable[Path]) -> list[tuple[str, Shape]]:
-    return [row for file in files for row in read_header(file)]
+    rows: list[tuple[str, Shape]] = []
+    for file in files:
+        tensors = read_safetensors_header(file).tensors
+        rows += [(name, stored.shape) for name, stored in tensors.items()]
+    return rows
 
 
 def _indexed_files(index: Path) -> list[Path]:

@@ -8,7 +8,7 @@ from typing import Any
 
 from dist_layerlr import fields
 from dist_layerlr.errors import ConfigError
-from dist_layerlr.plan.config import BLOCK, Config
+from dist_layerlr.plan.config import PLAN_BLOCK, Config
 
 TRAINER_KEYS = (
     "model_path",
@@ -54,7 +54,7 @@ def check_training_config(raw: Mapping[str, Any]) -> None:
     Raises:
         ConfigError: names the key or value, and what was meant.
     """
-    known = (*fields.settings(Config), BLOCK, *TRAINER_KEYS)
+    known = (*fields.settings(Config), PLAN_BLOCK, *TRAINER_KEYS)
     if raw.keys() >= set(REQUIRED_KEYS):
         fields.known_keys("config", raw, known)
     for key in raw:

@@ -2,3 +2,4 @@
 
 from dist_layerlr.report.grid import explain as explain
 from dist_layerlr.report.grid import grid as grid
+from dist_layerlr.report.heatmap import draw_grid as draw_grid

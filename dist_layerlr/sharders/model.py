@@ -16,6 +16,7 @@ from dist_layerlr.plan.build import build_plan
 from dist_layerlr.plan.config import Config
 from dist_layerlr.plan.entries import ParamInfo, Plan, Shape
 from dist_layerlr.plan.names import canonical_name, parse
+from dist_layerlr.sharders.own_layers import own_layers
 
 _OUTER_WRAPPERS = ("DistributedDataParallel", "DataParallel", "DeepSpeedEngine")
 FLAT_PARAM = "_flat_param"
@@ -45,7 +46,7 @@ def describe(model: nn.Module) -> list[ParamInfo]:
             or a lazy parameter has no shape yet.
     """
     inner = unwrap(model)
-    classes = _owner_classes(inner)
+    classes, layers = _owner_classes(inner), own_layers(inner)
     infos = []
     for raw, param in inner.named_parameters():
         _refuse_flat(raw, inner)
@@ -61,6 +62,7 @@ def describe(model: nn.Module) -> list[ParamInfo]:
                 shape=true_shape(param),
                 trainable=param.requires_grad,
                 owner_class=classes.get(parse(name).owner),
+                layer=layers.get(name),
             )
         )
     return infos
@@ -74,12 +76,16 @@ def _tie_warnings(model: nn.Module, infos: list[ParamInfo], plan: Plan) -> list[
     first: dict[int, str] = {}
     others: dict[str, ParamInfo] = {}
     owners: dict[str, str] = {}
+    layers = own_layers(unwrap(model))
     for raw, param in unwrap(model).named_parameters(remove_duplicate=False):
         name = canonical_name(raw)
         kept = first.setdefault(id(param), name)
         if kept != name:
             others[name] = ParamInfo(
-                name=name, shape=true_shape(param), trainable=param.requires_grad
+                name=name,
+                shape=true_shape(param),
+                trainable=param.requires_grad,
+                layer=layers.get(name),
             )
             owners[name] = kept
     if not others:

@@ -26,13 +26,14 @@ from dist_layerlr.plan.read import checkpoint_files
 from dist_layerlr.ranks import alike
 from dist_layerlr.sharders import Weight, sharder_of
 from dist_layerlr.sharders.model import unwrap
-from dist_layerlr.weights.tensorfile import FileTensor, stored_tensors
+from dist_layerlr.weights.disk_names import Stored, under_live_names
+from dist_layerlr.weights.tensorfile import FileTensor, Part, stored_tensors
 
 Pretrained = str | Path | Iterable[Path]
 """A checkpoint folder, a safetensors file, or several files."""
 Fresh = Callable[[str, Shape], Tensor]
 """(canonical name, shape) -> the first value of an adapter's parameter."""
-Matched = list[tuple[Weight, FileTensor | None]]
+Matched = list[tuple[Weight, Stored | None]]
 """What the model holds and where a file has it; None: an adapter's own, which no file has."""
 CHUNK = 1 << 24
 """Elements read at once where they are cast or go to a device: the memory that loading needs beside
@@ -80,10 +81,34 @@ def check_pretrained(model: nn.Module, source: Pretrained, *, fresh: bool = Fals
     _match(model, sharder_of(model).weights(), source, fresh)
 
 
+def pretrained_tensors(model: nn.Module, source: Pretrained) -> Mapping[str, Stored]:
+    """Where the files have each tensor, by its name in the base model: headers are read alone.
+
+    Args:
+        model: sharded or not; its class says which names of the files stand for which of its own.
+        source: as for ``load_pretrained``.
+
+    Raises:
+        ModelSourceError: damaged file, or names that cannot be turned into the model's.
+    """
+    return _under_live_names(model, sharder_of(model).weights(), source)
+
+
+def _under_live_names(
+    model: nn.Module, weights: list[Weight], source: Pretrained
+) -> Mapping[str, Stored]:
+    inner = unwrap(model)
+    # Buffers that the model computes are no weights, but a file may hold them.
+    live = {canonical_name(name) for name, _ in inner.named_buffers()}
+    for weight in weights:
+        live.update(base_name(name) for name in (weight.name, *weight.aliases))
+    return under_live_names(inner, live, _stored(source))
+
+
 def _match(model: nn.Module, weights: list[Weight], source: Pretrained, fresh: bool) -> Matched:
-    stored = _stored(source)
     matched: Matched = []
     used: set[str] = set()
+    stored = _under_live_names(model, weights, source)
     for weight in weights:
         if parse(weight.name).is_adapter and fresh:
             matched.append((weight, None))
@@ -109,7 +134,7 @@ def _match(model: nn.Module, weights: list[Weight], source: Pretrained, fresh: b
     return matched
 
 
-def _check_fit(weight: Weight, stored: FileTensor) -> None:
+def _check_fit(weight: Weight, stored: Stored) -> None:
     where = f"Tensor {stored.name!r} in {str(stored.file)!r}"
     if stored.shape != weight.shape:
         raise ModelSourceError(f"{where} has shape {stored.shape}; the model needs {weight.shape}.")
@@ -119,43 +144,48 @@ def _check_fit(weight: Weight, stored: FileTensor) -> None:
 
 @torch.no_grad()
 def _fill(matched: Matched, fresh: Fresh | None) -> None:
-    by_file: dict[Path, list[tuple[Weight, FileTensor]]] = {}
+    by_file: dict[Path, list[tuple[Part, Weight, int]]] = {}
     made: tuple[str, Tensor] | None = None
     for weight, stored in matched:
         if stored is not None:
-            by_file.setdefault(stored.file, []).append((weight, stored))
+            at = 0
+            for part in stored.parts(weight.start, weight.numel):
+                by_file.setdefault(part.stored.file, []).append((part, weight, at))
+                at += part.numel
         elif weight.numel:
             assert fresh is not None
             # The spans of one name follow each other: its value is made once for all of them.
             if made is None or made[0] != weight.name:
                 made = (weight.name, fresh(weight.name, weight.shape).reshape(-1))
             weight.tensor.copy_(made[1][weight.start : weight.start + weight.numel])
-            weight.write_home()
     for path, rows in by_file.items():
         _fill_from(path, rows)
+    # The parts of one weight may lie in several files, so that it is whole only now.
+    for weight, _ in matched:
+        weight.write_home()
 
 
-def _fill_from(path: Path, rows: list[tuple[Weight, FileTensor]]) -> None:
+def _fill_from(path: Path, rows: list[tuple[Part, Weight, int]]) -> None:
     """Read from one file, which is opened once, in the order of its bytes."""
-    rows.sort(key=lambda row: row[1].offset + row[0].start * row[1].dtype.itemsize)
-    stored = rows[0][1]
+    rows.sort(key=lambda row: row[0].offset)
+    stored = rows[0][0].stored
     try:
         with path.open("rb", buffering=0) as file:
-            for weight, stored in rows:
-                _read(file, weight, stored)
-                weight.write_home()
+            for part, weight, at in rows:
+                stored = part.stored
+                _read(file, part, weight.tensor[at : at + part.numel])
     except OSError as error:
         raise stored.unreadable(error) from None
 
 
-def _read(file: BinaryIO, weight: Weight, stored: FileTensor) -> None:
-    if weight.dtype == stored.dtype and weight.tensor.device.type == "cpu":
-        stored.read_from(file, weight.start, weight.numel, weight.tensor)
+def _read(file: BinaryIO, part: Part, into: Tensor) -> None:
+    stored = part.stored
+    if into.dtype == stored.dtype and into.device.type == "cpu":
+        stored.read_from(file, part.start, part.numel, into)
         return
-    for first in range(0, weight.numel, CHUNK):
-        numel = min(CHUNK, weight.numel - first)
-        part = stored.read_from(file, weight.start + first, numel)
-        weight.tensor[first : first + numel].copy_(part)
+    for first in range(0, part.numel, CHUNK):
+        numel = min(CHUNK, part.numel - first)
+        into[first : first + numel].copy_(stored.read_from(file, part.start + first, numel))
 
 
 def _stored(source: Pretrained) -> Mapping[str, FileTensor]:

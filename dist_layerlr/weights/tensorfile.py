@@ -1,28 +1,29 @@
 """safetensors files in parts: read elements of one tensor, write a file one tensor at a time.
 
-The format: 8 bytes of header length, a JSON header ``{name: {"dtype", "shape", "data_offsets"}}``,
-the raw data. The safetensors library slices whole rows only, and writes only what is all in memory;
-shards start in the middle of a row, and an export must not hold the whole model. This module is the
-only reader and writer of the format for torch code. ``plan.read`` reads names and shapes without
-torch, through the library.
+The safetensors library slices whole rows only, and writes only what is all in memory; shards start
+in the middle of a row, and an export must not hold the whole model. Headers, and the format, are
+read by ``files.read_safetensors_header``.
 """
 
 from __future__ import annotations
 
 import json
-import os
-import struct
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import BinaryIO
 
 import torch
 from torch import Tensor
 
 from dist_layerlr.errors import ConfigError, ModelSourceError
-from dist_layerlr.files import whole_file
+from dist_layerlr.files import (
+    HEADER_LENGTH,
+    StoredTensor,
+    read_safetensors_header,
+    whole_file,
+)
 from dist_layerlr.plan.entries import Shape
 
 DTYPES = {
@@ -41,9 +42,6 @@ DTYPES = {
     "C64": torch.complex64,
 }
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
-_LENGTH = struct.Struct("<Q")
-_MAX_HEADER = 100_000_000
-"""Bytes; the limit of the safetensors library. A damaged length must not become an allocation."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -56,6 +54,11 @@ class FileTensor:
     dtype: torch.dtype
     offset: int
     """First byte in the file."""
+
+    def parts(self, start: int, numel: int) -> Iterator[Part]:
+        """Where elements [start, start + numel) lie: in one piece here."""
+        if numel:
+            yield Part(stored=self, start=start, numel=numel)
 
     def read(self, start: int, numel: int, out: Tensor | None = None) -> Tensor:
         """``read_from``, with the file opened for this one call.
@@ -103,6 +106,21 @@ class FileTensor:
         )
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Part:
+    """Consecutive elements of a stored tensor."""
+
+    stored: FileTensor
+    start: int
+    """First element of the flattened tensor."""
+    numel: int
+
+    @property
+    def offset(self) -> int:
+        """First byte in the file."""
+        return self.stored.offset + self.start * self.stored.dtype.itemsize
+
+
 def stored_tensors(path: str | Path) -> dict[str, FileTensor]:
     """Where a file keeps each of its tensors. The header is read, once, and nothing else.
 
@@ -110,75 +128,23 @@ def stored_tensors(path: str | Path) -> dict[str, FileTensor]:
         ModelSourceError: missing, truncated or corrupt file, or a dtype that torch lacks.
     """
     path = Path(path)
-    try:
-        with path.open("rb") as file:
-            header, first = _read_header(file)
-            size = os.fstat(file.fileno()).st_size
-        found = {name: _file_tensor(path, name, row, first) for name, row in header.items()}
-        _check_offsets(header, size - first)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        # The header is input like any other: whatever does not fit its schema is a damaged file.
+    tensors = read_safetensors_header(path).tensors
+    return {name: _file_tensor(path, name, stored) for name, stored in tensors.items()}
+
+
+def _file_tensor(path: Path, name: str, stored: StoredTensor) -> FileTensor:
+    if stored.dtype not in DTYPES:
         raise ModelSourceError(
-            f"Cannot read safetensors file {str(path)!r}: {error}. It may be truncated; copy or"
-            " download it again."
-        ) from None
-    return found
-
-
-def _read_header(file: BinaryIO) -> tuple[dict[str, Any], int]:
-    """(the header without its metadata, first byte of the data).
-
-    Raises:
-        ValueError: truncated, or no JSON object.
-    """
-    start = file.read(_LENGTH.size)
-    if len(start) < _LENGTH.size:
-        raise ValueError("it ends within the header")
-    (length,) = _LENGTH.unpack(start)
-    if length > _MAX_HEADER:
-        raise ValueError(f"its header of {length} bytes is too large")
-    text = file.read(length)
-    if len(text) < length:
-        raise ValueError("it ends within the header")
-    header: dict[str, Any] = json.loads(text)
-    header.pop("__metadata__", None)
-    return header, _LENGTH.size + length
-
-
-def _file_tensor(path: Path, name: str, row: Mapping[str, Any], first: int) -> FileTensor:
-    if row["dtype"] not in DTYPES:
-        raise ModelSourceError(
-            f"Tensor {name!r} in {str(path)!r} is {row['dtype']}, which cannot be trained."
+            f"Tensor {name!r} in {str(path)!r} is {stored.dtype}, which cannot be trained."
             " Convert it."
         )
     return FileTensor(
         name=name,
         file=path,
-        shape=tuple(row["shape"]),
-        dtype=DTYPES[row["dtype"]],
-        offset=first + row["data_offsets"][0],
+        shape=stored.shape,
+        dtype=DTYPES[stored.dtype],
+        offset=stored.offset,
     )
-
-
-def _check_offsets(header: Mapping[str, Any], size: int) -> None:
-    """Refuse a header whose tensors do not fill the data bytes one after the other.
-
-    The library checks the same, but it does not tell where a tensor lies, and its check would read
-    every header a second time.
-
-    Raises:
-        ValueError: a gap, an overlap, a negative size, or data that end before or after it.
-    """
-    end = 0
-    for name, row in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
-        start, stop = row["data_offsets"]
-        whole = all(isinstance(number, int) and number >= 0 for number in (*row["shape"], stop))
-        nbytes = prod(row["shape"]) * DTYPES[row["dtype"]].itemsize
-        if not whole or start != end or stop - start != nbytes:
-            raise ValueError(f"the offsets of tensor {name!r} are wrong")
-        end = stop
-    if end != size:
-        raise ValueError(f"it holds {size} bytes of data, its header describes {end}")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -249,7 +215,7 @@ def header(entries: Sequence[Entry], metadata: Mapping[str, str]) -> bytes:
     text = json.dumps(rows).encode()
     # Spaces after the JSON are part of the format. They align the data to 8 bytes.
     text += b" " * (-len(text) % 8)
-    return _LENGTH.pack(len(text)) + text
+    return HEADER_LENGTH.pack(len(text)) + text
 
 
 def _bytes_of(tensor: Tensor, entry: Entry) -> memoryview:

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import NoReturn
 
-from dist_layerlr.errors import ModelSourceError
+from dist_layerlr.errors import ModelSourceError, error_line
 from launch.trainer.launcher import say_once
 
 
@@ -32,14 +32,13 @@ def complain(program: str, message: object, *, everywhere: bool = False) -> None
             for an error that the other ranks do not know of; otherwise all of them call this, and
             the line is printed once on each machine.
     """
-    rank = os.environ.get("RANK", "0")
-    text = " ".join(str(message).split())
     if not everywhere:
-        say_once(f"{program}: error: {text}")
+        say_once(error_line(program, message))
         return
+    rank = os.environ.get("RANK", "0")
     who = f"[rank {rank}] " if rank.isdecimal() and int(rank) > 0 else ""
     # Flushed, because the launcher may kill this process as soon as another rank has left.
-    print(f"{program}: error: {who}{text}", file=sys.stderr, flush=True)
+    print(error_line(program, f"{who}{message}"), file=sys.stderr, flush=True)
 
 
 @contextmanager

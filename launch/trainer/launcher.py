@@ -20,12 +20,18 @@ from pathlib import Path
 
 import psutil
 
+from dist_layerlr.errors import error_line
+
 SPEAKER_S = 15.0
 """How long other ranks wait for the first one of their machine to say an error, which they share.
 It may still be importing: ranks start at one moment, but read one disk."""
 ORPHAN_S = 20.0
 """How long ranks without a launcher may take to save and end."""
 _LOOK_S, _WAIT_S = 1.0, 0.05
+_LAUNCHER_GONE = (
+    "the launcher is gone (killed, or out of memory): its ranks save if they can, and end. Start"
+    " the job again with --resume latest."
+)
 _LAUNCHERS = {
     "accelerate",
     "accelerate-launch",
@@ -89,11 +95,7 @@ def end_with_launcher(program: str) -> None:
             time.sleep(_LOOK_S)
         # The pipe that standard error went into may have ended with the launcher.
         with suppress(OSError, ValueError):
-            say_once(
-                f"{program}: error: the launcher is gone (killed, or out of memory): its ranks save"
-                " if they can, and end. Start the job again with --resume latest.",
-                patience_s=2 * _LOOK_S,
-            )
+            say_once(error_line(program, _LAUNCHER_GONE), patience_s=2 * _LOOK_S)
         os.kill(os.getpid(), signal.SIGTERM)
         time.sleep(ORPHAN_S)
         os._exit(1)

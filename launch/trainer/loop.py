@@ -20,6 +20,7 @@ from launch.trainer.metrics import MetricsFile, peak_memory_gb
 from launch.trainer.options import RunOptions, TrainOptions
 from launch.trainer.progress import progress
 from launch.trainer.runtime import LOWER, Diverged, Runtime
+from launch.trainer.seeds import MODEL_STREAM, mix_seed
 from launch.trainer.signals import StopFlag
 from launch.trainer.state import Outcome, Position
 from launch.trainer.team import Team, alone, under
@@ -182,6 +183,8 @@ def _accumulate(job: Job, batches: Batches, step: int, stop: StopFlag | None) ->
             return None
         numbers = list(range(first + part * micro, first + (part + 1) * micro))
         batch = batches.read(numbers)
+        # For what the model itself draws, dropout: neither rank nor resume decides it.
+        torch.manual_seed(mix_seed(settings.seed, MODEL_STREAM, numbers[0]))
         with job.engine.micro_step(last=part == parts - 1):
             with autocast(runtime.device, job.options):
                 loss = job.objective.loss(job.engine.model, batch, numbers, settings.seed)

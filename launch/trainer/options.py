@@ -13,34 +13,17 @@ from dist_layerlr.errors import ConfigError
 from dist_layerlr.fields import setting
 from dist_layerlr.files import read_json
 from dist_layerlr.offload import StreamPolicy
-from dist_layerlr.optim.schedule import Schedule
-from dist_layerlr.plan.config import BLOCK as PLAN_BLOCK
-from dist_layerlr.plan.config import Config, load_config
+from dist_layerlr.optim import Schedule
+from dist_layerlr.plan import PLAN_BLOCK, Config, load_config
+from launch.trainer.adapter_options import LORA as LORA
+from launch.trainer.adapter_options import AdapterOptions, read_adapter
 from launch.trainer.families import get_family
 from launch.trainer.families.base import network_folders
 
-LORA, FULL = "lora", "fine_tune"
+FULL = "fine_tune"
+"""A value of ``training_method``; the other is LORA."""
 PUBLISHED_MODEL = "(published)"
 """Stands for ``model_path`` where only the plan or the size of the published model is asked for."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class AdapterOptions:
-    """A PEFT LoRA adapter."""
-
-    kind: str = setting(
-        fields.one_of(lambda: (LORA,)), default=LORA, key="type", doc="Kind of adapter."
-    )
-    rank: int = setting(fields.integer(1), default=16, doc="Rows of lora_A.")
-    alpha: float = setting(
-        fields.number(0.0, open_low=True),
-        default=16.0,
-        shown="the rank",
-        doc="The adapter's output is multiplied by alpha / rank.",
-    )
-    target_modules: tuple[str, ...] = setting(
-        fields.strings, default=(), shown="the family's own", doc="Endings of module names."
-    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -251,7 +234,7 @@ def load_options(
         )
     return RunOptions(
         **values,
-        adapter=_adapter(blocks["adapter"]),
+        adapter=read_adapter(blocks["adapter"]),
         optimizer=_optimizer(blocks["optimizer"]),
         # A run cut short by --max-steps may end within its warmup.
         schedule=_schedule(blocks["schedule"], train.steps, cut_short=max_steps is not None),
@@ -371,12 +354,6 @@ def _stream_policy(given: Mapping[str, Any]) -> StreamPolicy | None:
     except ConfigError as error:
         raise ConfigError(f"memory.stagehand: {error}") from None
     return policy if enabled else None
-
-
-def _adapter(values: dict[str, Any]) -> AdapterOptions:
-    default = AdapterOptions()
-    values.setdefault("alpha", float(values.get("rank", default.rank)))
-    return AdapterOptions(**values)
 
 
 def _optimizer(values: dict[str, Any]) -> OptimizerOptions:

@@ -10,13 +10,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
 from torch import nn
 
 from dist_layerlr import export_weights
-from dist_layerlr.checkpoint.folders import CHECKPOINTS, complete
-from dist_layerlr.errors import ConfigError
-from dist_layerlr.files import sync_folder, write_json, write_text
+from dist_layerlr.checkpoint import CHECKPOINTS, complete_checkpoints
+from dist_layerlr.errors import ConfigError, ModelSourceError
+from dist_layerlr.export import adapter_formats
+from dist_layerlr.files import read_safetensors_header, sync_folder, write_json, write_text
 from dist_layerlr.plan import Plan
 from dist_layerlr.ranks import alike
 from dist_layerlr.weights import find_not_finite
@@ -26,6 +26,7 @@ from launch.trainer.engines.base import autocast
 from launch.trainer.families.diffusion import Diffusion
 from launch.trainer.job import Job
 from launch.trainer.lock import hold
+from launch.trainer.objectives import FitsPipeline
 from launch.trainer.options import LORA
 from launch.trainer.pipelines import load_pipeline, pipeline_of, sample_by_pipeline
 from launch.trainer.record import RECORD, RESOLVED
@@ -56,6 +57,7 @@ _IN_FINAL = (
     "config.json",
     "diffusion_pytorch_model*.safetensors*",
     "adapter_model.safetensors",
+    "pytorch_lora_weights.safetensors",
 )
 """What a run's result consists of. It stays until the next one is complete."""
 
@@ -119,7 +121,7 @@ def check_fresh(folder: Path) -> None:
     Raises:
         ConfigError: there are some.
     """
-    if complete(folder / CHECKPOINTS):
+    if complete_checkpoints(folder / CHECKPOINTS):
         raise ConfigError(
             f"Invalid --output-dir {str(folder)!r}: it holds checkpoints of an earlier run. "
             "Continue it with --resume latest, choose another folder, or delete its checkpoints/."
@@ -141,7 +143,7 @@ def _found(folder: Path, patterns: tuple[str, ...]) -> list[Path]:
 
 def draw_plan(plan: Plan, folder: Path) -> None:
     """Write lr_grid.png."""
-    from dist_layerlr.report.heatmap import draw_grid
+    from dist_layerlr.report import draw_grid
 
     draw_grid(plan, folder / "lr_grid.png")
 
@@ -149,8 +151,9 @@ def draw_plan(plan: Plan, folder: Path) -> None:
 def save_result(job: Job, step: int, proof: dict[str, Any]) -> Path:
     """Write the trained weights under original names, with plan and proof beside them. Collective.
 
-    A full finetune becomes a diffusers model folder, a LoRA a PEFT adapter folder. The plan's
-    digest, the step and the run are in the safetensors metadata.
+    A full finetune becomes a diffusers model folder. A LoRA becomes a PEFT adapter folder, with the
+    file that ``pipe.load_lora_weights`` takes where the model's pipeline has it. The plan's digest,
+    the step and the run are in the safetensors metadata.
 
     Args:
         job: What was trained.
@@ -170,13 +173,15 @@ def save_result(job: Job, step: int, proof: dict[str, Any]) -> Path:
     staged = _staged(final)
     # What a killed run has left behind is in the way.
     alike(lambda: shutil.rmtree(staged, ignore_errors=True) if main else None)
-    files = export_weights(
-        job.engine.model,
-        staged,
-        format="peft" if job.options.training_method == LORA else "diffusers",
-        metadata={"plan_digest": job.plan.digest, "step": str(step), "run": job.run_id},
-        base=job.options.model_path,
-    )
+    files: list[Path] = []
+    for form in _forms(job):
+        files += export_weights(
+            job.engine.model,
+            staged,
+            format=form,
+            metadata={"plan_digest": job.plan.digest, "step": str(step), "run": job.run_id},
+            base=job.options.model_path,
+        )
     alike(lambda: _complete(job, proof) if main else None)
     return final / files[0].name
 
@@ -186,6 +191,14 @@ def final_of(job: Job) -> Path:
     if not job.network:
         return job.folder / FINAL
     return job.folder.parent / FINAL / job.network
+
+
+def _forms(job: Job) -> tuple[str, ...]:
+    """The formats of a result, that by which it is known first."""
+    if job.options.training_method != LORA:
+        return ("diffusers",)
+    offered = adapter_formats(job.engine.model)
+    return tuple(form for form in ("peft", "pipeline") if form in offered)
 
 
 def _complete(job: Job, proof: dict[str, Any]) -> None:
@@ -259,10 +272,9 @@ def holds_result(final: Path, run_id: str | None, step: int) -> bool:
     if run_id is None or not files:
         return False
     try:
-        with safe_open(str(files[0]), framework="pt") as file:
-            found = file.metadata() or {}
+        found = read_safetensors_header(files[0]).metadata
     # Whatever is wrong with it, it is no result: the weights are written again.
-    except Exception:
+    except ModelSourceError:
         return False
     return (found.get("run"), found.get("step")) == (run_id, str(step))
 
@@ -311,8 +323,7 @@ def _generate(job: Job, models: Mapping[str, nn.Module], batch: Batch) -> tuple[
     """Return what the model makes of a batch's prompts, and what to draw beside it. Collective."""
     options, device, family = job.options, job.runtime.device, job.family
     moved, seed = to_device(batch, device), options.train.seed
-    folder = pipeline_of(options.model_path)
-    if folder is None or not isinstance(family, Diffusion):
+    if pipeline_of(options.model_path) is None or not isinstance(family, Diffusion):
         if len(models) > 1:
             # Each has its part of the path only, and the pipeline knows which.
             return None, None
@@ -320,7 +331,9 @@ def _generate(job: Job, models: Mapping[str, nn.Module], batch: Batch) -> tuple[
         real = batch.get(LATENTS)
         # Of several streams the first: a picture has no sound.
         return made, next(iter(real.values())) if isinstance(real, Mapping) else real
-    pipeline = alike(lambda: load_pipeline(family, folder, models, device))
+    pipeline = alike(lambda: load_pipeline(family, options.model_path, models, device))
+    if isinstance(job.objective, FitsPipeline):
+        job.objective.fit_pipeline(pipeline)
     wanted = options.samples
     made = sample_by_pipeline(family, pipeline, moved, seed, wanted.steps, wanted.guidance)
     return made, None

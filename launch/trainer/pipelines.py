@@ -34,13 +34,18 @@ def pipeline_of(model_folder: str | Path) -> Path | None:
 
 
 def load_pipeline(
-    family: Diffusion, folder: Path, models: Mapping[str, nn.Module], device: torch.device
+    family: Diffusion,
+    model_folder: str | Path,
+    models: Mapping[str, nn.Module],
+    device: torch.device,
 ) -> Any:
-    """Load the pipeline of a folder around live networks.
+    """Load the pipeline that live networks belong to, around them.
+
+    Wan 2.2's other expert is loaded too where it does not train: a clip needs both.
 
     Args:
-        family: Names the pipeline's class and the network's place in it.
-        folder: Holds ``model_index.json``.
+        family: Names the pipeline's class.
+        model_folder: Of a network, in its pipeline's folder.
         models: The networks, or their wrappers: one of any name, or each by its component.
         device: Where they run; the VAE goes there too.
 
@@ -49,10 +54,14 @@ def load_pipeline(
     """
     import diffusers
 
+    own = Path(model_folder).resolve()
+    folder, component = own.parent, own.name
     index = json.loads((folder / INDEX).read_text(encoding="utf-8"))
-    # Both experts of Wan 2.2 are networks; none is loaded beside the live ones.
-    networks = [name for name in index if name in (family.subfolder, "transformer_2")]
-    absent = {name: None for name in index if name.startswith(_NOT_NEEDED) or name in networks}
+    live = dict(models) if len(models) > 1 else {component: next(iter(models.values()))}
+    unneeded = [name for name in index if name.startswith(_NOT_NEEDED) or name in live]
+    absent: dict[str, None] = dict.fromkeys(unneeded)
+    # Its warnings are for callers who forget what a cached prompt lacks on purpose.
+    diffusers.utils.logging.set_verbosity_error()
     # A variant may have a pipeline of its own: text-to-video and image-to-video.
     first = next(iter(models.values()))
     name = family.pipeline_name(_config(first))
@@ -64,10 +73,7 @@ def load_pipeline(
         if isinstance(part, nn.Module):
             part.to(device).requires_grad_(False)
     # After loading: from_pretrained refuses wrappers, which are of other classes.
-    # An expert that trains alone stands for the other one too, on whose part of the path it was not
-    # trained.
-    live = {name: _callable(models.get(name, first)) for name in networks}
-    pipeline.register_modules(**live)
+    pipeline.register_modules(**{name: _callable(model) for name, model in live.items()})
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
 

@@ -9,19 +9,26 @@ from pathlib import Path
 from typing import Any
 
 from dist_layerlr import fields
-from dist_layerlr.checkpoint import Saving, find_checkpoint, finish_background_save, resume_plan
-from dist_layerlr.checkpoint.folders import CHECKPOINTS, complete, step_of
-from dist_layerlr.checkpoint.manifest import read_manifest
+from dist_layerlr.checkpoint import (
+    CHECKPOINTS,
+    Saving,
+    complete_checkpoints,
+    find_checkpoint,
+    finish_background_save,
+    read_manifest,
+    resume_plan,
+    step_of,
+)
 from dist_layerlr.errors import CheckpointError, ConfigError
-from dist_layerlr.export.export import SAVED_CONFIG, adapter_config
+from dist_layerlr.export import SAVED_CONFIG, adapter_config
 from dist_layerlr.plan import Plan
 from dist_layerlr.ranks import alike, any_rank, rank_zero
+from launch.trainer.adapters import ADAPTER
 from launch.trainer.job import Job
 from launch.trainer.outputs import check_fresh
 from launch.trainer.runtime import Runtime
 from launch.trainer.state import Position
 from launch.trainer.team import Team, own, under
-from launch.trainer.weights import ADAPTER
 
 LATEST = "latest"
 _RUN = "run"
@@ -46,7 +53,7 @@ def choose_checkpoint(resume: str | None, folder: Path, runtime: Runtime) -> Pat
         return None
     # Any rank: on a network disk some see a checkpoint later than others. find_checkpoint below
     # then fails on those, on all ranks together.
-    if resume == LATEST and not any_rank(bool(complete(folder / CHECKPOINTS))):
+    if resume == LATEST and not any_rank(bool(complete_checkpoints(folder / CHECKPOINTS))):
         runtime.say(f"no checkpoint in {folder / CHECKPOINTS} yet: starting at step 0")
         return None
     path = find_checkpoint(folder / CHECKPOINTS if resume == LATEST else resume)
@@ -97,7 +104,7 @@ def _newest_common(root: Path, names: Collection[str]) -> dict[str, str]:
     by_step: dict[int, dict[str, str]] = {}
     for name in names:
         # The later of two of one step comes last, and stays.
-        for path in complete(root / name / CHECKPOINTS):
+        for path in complete_checkpoints(root / name / CHECKPOINTS):
             by_step.setdefault(step_of(path), {})[name] = str(path)
     steps = [step for step, found in by_step.items() if len(found) == len(names)]
     return by_step[max(steps)] if steps else {}

@@ -3,30 +3,25 @@
 from __future__ import annotations
 
 import json
-import math
+from collections.abc import Mapping
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from dist_layerlr import fields
 from dist_layerlr.errors import ModelSourceError
-from dist_layerlr.plan import Plan, canonical_name
-from dist_layerlr.plan.names import base_name, parse
-from dist_layerlr.plan.read import checkpoint_files
-from dist_layerlr.weights import load_pretrained
-from dist_layerlr.weights.tensorfile import stored_tensors
+from dist_layerlr.plan import Plan, base_name, canonical_name
+from dist_layerlr.weights import load_pretrained, pretrained_tensors
+from launch.trainer.adapters import fresh_adapter, inject
 from launch.trainer.cli import blame
 from launch.trainer.engines.offload import CAST_BY_AUTOCAST
 from launch.trainer.families.base import Family
-from launch.trainer.options import LORA, PUBLISHED_MODEL, AdapterOptions, RunOptions
+from launch.trainer.options import LORA, PUBLISHED_MODEL, RunOptions
 from launch.trainer.published import published_config
-from launch.trainer.seeds import mix_seed
-
-ADAPTER = "default"
-"""PEFT's own name for a single adapter."""
 
 
 def read_model_config(folder: str | Path) -> dict[str, Any]:
@@ -81,7 +76,7 @@ def empty_model(family: Family, options: RunOptions) -> nn.Module:
     if options.train.checkpointing:
         family.checkpoint_blocks(model)
     if options.training_method == LORA:
-        _inject_lora(model, options.adapter, family.lora_targets(config))
+        inject(model, options.adapter, family.lora_targets(config))
     for name in _without_gradient(family, model):
         model.get_parameter(name).requires_grad_(False)
     return model
@@ -130,27 +125,6 @@ def spared_line(family: Family, model: Any, plan: Plan) -> str | None:
     )
 
 
-def _inject_lora(
-    model: nn.Module, adapter: AdapterOptions, family_targets: tuple[str, ...] | str
-) -> None:
-    from peft import LoraConfig, inject_adapter_in_model
-
-    model.requires_grad_(False)
-    targets = list(adapter.target_modules) or family_targets
-    # PEFT takes a string for a regular expression and a list for endings.
-    targets = list(targets) if isinstance(targets, tuple) else targets
-    config = LoraConfig(r=adapter.rank, lora_alpha=adapter.alpha, target_modules=targets)
-    try:
-        # Not model.add_adapter, which some classes of diffusers lack.
-        inject_adapter_in_model(config, model, ADAPTER)
-    except ValueError:
-        # Its text is the whole module, printed.
-        allowed = f"name endings of linear or convolution layers of {type(model).__name__}"
-        example = family_targets if isinstance(family_targets, str) else family_targets[0]
-        hint = f" Such as {example!r}; see model.named_modules()."
-        raise fields.invalid("adapter.target_modules", targets, allowed, hint) from None
-
-
 def hold_in_16_bits(model: nn.Module, options: RunOptions) -> None:
     """Keep the frozen layers beside a LoRA in bf16 where their files hold 16 bits. On a meta model.
 
@@ -160,36 +134,31 @@ def hold_in_16_bits(model: nn.Module, options: RunOptions) -> None:
     """
     if options.train.dtype != "bf16" or options.training_method != LORA:
         return
-    stored: dict[str, torch.dtype] = {}
-    for file in checkpoint_files(options.model_path):
-        stored |= {name: found.dtype for name, found in stored_tensors(file).items()}
+    stored = pretrained_tensors(model, options.model_path)
     for path, module in model.named_modules():
         if not isinstance(module, CAST_BY_AUTOCAST):
             continue
         for name, param in module.named_parameters(recurse=False):
-            dtype = stored.get(base_name(canonical_name(f"{path}.{name}")))
-            if not param.requires_grad and dtype in (torch.bfloat16, torch.float16):
+            found = stored.get(base_name(canonical_name(f"{path}.{name}")))
+            halves = found is not None and found.dtype in (torch.bfloat16, torch.float16)
+            if halves and not param.requires_grad:
                 param.data = param.data.to(torch.bfloat16)
 
 
 def load_base(model: nn.Module, options: RunOptions) -> None:
     """Fill the sharded model with the weights of ``model_path`` and fresh adapters. Collective.
 
-    An adapter's start derives from (seed, name).
+    An adapter's start derives from (seed, name), and from the base weight under it.
     """
-    load_pretrained(
-        model,
-        options.model_path,
-        fresh=lambda name, shape: _fresh_adapter(name, shape, options.train.seed),
-    )
 
+    @cache
+    def stored() -> Mapping[str, Any]:
+        # Only for a DoRA, and read once.
+        return pretrained_tensors(model, options.model_path)
 
-def _fresh_adapter(name: str, shape: tuple[int, ...], seed: int) -> Tensor:
-    """Return PEFT's default start: A kaiming uniform with a = sqrt(5), B zero."""
-    # Drawn by name and not in order, so that every rank draws the same whole tensor and keeps its
-    # shard of it, whatever the sharder.
-    full = torch.zeros(shape)
-    if not parse(canonical_name(name)).is_lora_b:
-        generator = torch.Generator().manual_seed(mix_seed(seed, *name.encode()))
-        nn.init.kaiming_uniform_(full, a=math.sqrt(5), generator=generator)
-    return full
+    def find(name: str) -> Any:
+        return stored().get(name)
+
+    half = torch.bfloat16 if options.train.dtype == "bf16" else None
+    fresh = fresh_adapter(find, options.train.seed, half)
+    load_pretrained(model, options.model_path, fresh=fresh)

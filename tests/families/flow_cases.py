@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
-from torch import Tensor
+from torch import Tensor, nn
 
 from launch.trainer.families import get_family
 from launch.trainer.families.latents import from_patches, from_tokens, to_patches, to_tokens
@@ -94,3 +94,88 @@ CASES = {
         network_class={"qk_norm": "rms_norm_across_heads"},
     ),
 }
+
+
+class Told:
+    """A network that notes what it is told, and may be told something else."""
+
+    def __init__(self, model: nn.Module, **changes: Callable[[Any], Any]):
+        self.model, self.changes, self.seen = model, changes, {}
+
+    def __call__(self, **inputs: Any) -> Any:
+        self.seen = inputs
+        changed = {name: change(inputs[name]) for name, change in self.changes.items()}
+        return self.model(**{**inputs, **changed})
+
+
+# Mutants of single families
+
+
+def _patch_before_channel(tokens: Tensor) -> Tensor:
+    """(B, N, channel x 2 x 2) -> (B, N, 2 x 2 x channel)."""
+    return tokens.unflatten(-1, (-1, 4)).transpose(-1, -2).flatten(-2)
+
+
+def _channel_before_patch(tokens: Tensor) -> Tensor:
+    return tokens.unflatten(-1, (4, -1)).transpose(-1, -2).flatten(-2)
+
+
+def _packed_otherwise(original: Any, model: Any, *args: Any) -> Tensor:
+    def packed(hidden_states: Tensor, **inputs: Any) -> tuple[Tensor]:
+        answer = model(hidden_states=_patch_before_channel(hidden_states), **inputs)[0]
+        return (_channel_before_patch(answer),)
+
+    return original(packed, *args)
+
+
+def _encoded_otherwise(original: Any, pipeline: Any, pixels: Tensor) -> dict[str, Tensor]:
+    latents = original(pipeline, pixels)["latents"]
+    return {"latents": _patch_before_channel(latents.permute(1, 2, 0)).permute(2, 0, 1)}
+
+
+def _told(**changes: Callable[[Any], Any]) -> Callable[..., Tensor]:
+    return lambda original, model, *args: original(Told(model, **changes), *args)
+
+
+def _other_axes(ids: Tensor) -> Tensor:
+    """Rows and columns exchanged."""
+    return ids[:, [0, 2, 1, *range(3, ids.shape[1])]]
+
+
+_turned = _told(img_ids=_other_axes)
+_flux2 = {
+    "patch before channel": ("encode_pixels", _encoded_otherwise),
+    "positions have rows and columns exchanged": ("predict", _turned),
+    "words have no positions": ("predict", _told(txt_ids=torch.zeros_like)),
+}
+OWN_MUTANTS: dict[str, dict[str, tuple[str, Callable[..., Any]]]] = {
+    "flux_2_dev": {**_flux2, "guidance is 3.5": ("predict", _told(guidance=lambda g: 3.5 * g))},
+    "flux_2_klein_4b": _flux2,
+    "sd35_medium": {
+        "pooled vectors are exchanged": (
+            "predict",
+            _told(pooled_projections=lambda pooled: pooled.flip(0)),
+        ),
+        "pooled vectors are dropped": ("predict", _told(pooled_projections=torch.zeros_like)),
+    },
+    "qwen": {
+        "patch before channel": ("predict", _packed_otherwise),
+        "rows and columns are exchanged in img_shapes": (
+            "predict",
+            _told(img_shapes=lambda shapes: [[(f, w, h)] for ((f, h, w),) in shapes]),
+        ),
+    },
+    "zimage": {
+        "padding is passed as words": (
+            "predict",
+            _told(cap_feats=lambda feats: list(nn.utils.rnn.pad_sequence(feats, batch_first=True))),
+        ),
+    },
+    "chroma_1": {
+        "patch before channel": ("predict", _packed_otherwise),
+        "positions have rows and columns exchanged": ("predict", _turned),
+        # Added to the scores, it masks nothing.
+        "the mask is a float": ("predict", _told(attention_mask=lambda mask: mask.float())),
+    },
+}
+"""Case -> what -> (method, change)."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import wave
 from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
@@ -24,9 +25,7 @@ from launch.trainer.families.diffusion import Diffusion, Origin
 from launch.trainer.tiny import build, known
 from tests.support.latents import write_image
 
-VARIANTS = {"wan_i2v": "wan", "wan22_i2v": "wan22", "wan22_5b": "wan22"}
-"""Tiny pipelines that share a model type."""
-PIPELINES = [name for name in known() if name in FAMILIES or name in VARIANTS]
+PIPELINES = list(known())
 CLIPS = ("wan", "wan22", "hunyuan_video", "ltx2")
 """Beginnings of the families whose samples are clips."""
 CAPTIONS = ("A red cat", "dogs", "a very long road to the sea", "cat", "", "two mats, 3 cats")
@@ -36,7 +35,8 @@ BUCKETS = ("--pixels", "2048", "--step", "32")
 
 
 def type_of(name: str) -> str:
-    return VARIANTS.get(name, name)
+    """The model type of a tiny pipeline; those of variants begin with it."""
+    return name if name in FAMILIES else name.partition("_")[0]
 
 
 def family_of(name: str) -> Diffusion:
@@ -93,7 +93,7 @@ def test_six_samples_of_two_sizes_are_what_the_pipeline_makes_of_them(
     source, output = clips if is_clip else pictures, tmp_path / "out"
     model = model_folder(name, tmp_path)
     flags = flags_of(name, source, output, model)
-    status = cache_latents.main([*flags, *BUCKETS])
+    status = cache_latents.main([*flags, *BUCKETS, "--fps", "24"])
     if name.endswith("_i2v") and find_spec("ftfy") is None:
         # This pipeline of diffusers calls the package whether it is installed or not.
         assert status == 2 and "'ftfy' is not defined; pip install ftfy." in capsys.readouterr().err
@@ -110,9 +110,10 @@ def test_six_samples_of_two_sizes_are_what_the_pipeline_makes_of_them(
     for i in (1, 2):
         sample = gather(source).samples[i]
         placement = place(SIZES[i % 2][::-1], SIZES[i % 2][::-1])
-        # 10 frames: 9 are the most that the VAEs take, which begin with one and go on in fours.
+        # 10 frames: 9 are the most that the VAEs take, which begin with one and go on in fours
+        # or eights.
         pixels = load_placed(sample, placement, 9 if is_clip else 1)
-        origin = Origin(size=placement.original, corner=(0, 0))
+        origin = Origin(size=placement.original, corner=(0, 0), fps=24.0 if is_clip else None)
         with torch.no_grad():
             expected = {
                 **family.encode_source(pipeline, pixels, origin),
@@ -351,3 +352,37 @@ def test_only_sizes_keep_their_precision_in_a_cache_of_16_bits(source: Path, tmp
         "time_ids": "F32",
     }
     assert CachedDataset(str(tmp_path / "out"))[0]["time_ids"][:2].tolist() == [513, 1027]
+
+
+def test_the_sound_beside_a_clip_is_encoded_with_it(tmp_path: Path):
+    for name in ("loud", "silent"):
+        for frame in range(9):
+            write_image(tmp_path / "in" / name / f"{frame}.png", frame, SIZES[0])
+        (tmp_path / "in" / f"{name}.txt").write_text("a cat")
+    noise = torch.randint(-9000, 9000, (16_000, 2), generator=torch.Generator().manual_seed(0))
+    with wave.open(str(tmp_path / "in" / "loud.wav"), "wb") as file:
+        file.setparams((2, 2, 16_000, 0, "NONE", ""))
+        file.writeframes(noise.to(torch.int16).numpy().tobytes())
+    flags = flags_of("ltx2", tmp_path / "in", tmp_path / "out", model_folder("ltx2", tmp_path))
+    assert cache_latents.main([*flags, *BUCKETS, "--fps", "24"]) == 0
+    loud, silent = CachedDataset(str(tmp_path / "out"))
+    assert loud["has_audio"].tolist() is True and silent["has_audio"].tolist() is False
+    origin = Origin(size=(32, 64), corner=(0, 0), fps=24.0, sound=noise.T / 2.0**15, rate=16_000)
+    (sample, _) = gather(tmp_path / "in").samples
+    pixels = load_placed(sample, place((32, 64), (32, 64)), 9)
+    with torch.no_grad():
+        expected = family_of("ltx2").encode_source(tiny("ltx2"), pixels, origin)
+    assert torch.equal(loud["audio_latents"], expected["audio_latents"])
+    assert not torch.equal(loud["audio_latents"], silent["audio_latents"])
+
+
+def test_clips_without_a_rate_are_skipped_by_a_model_that_is_told_it(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    for frame in range(9):
+        write_image(tmp_path / "in" / "clip" / f"{frame}.png", frame, SIZES[0])
+    (tmp_path / "in" / "clip.txt").write_text("a cat")
+    flags = flags_of("ltx2", tmp_path / "in", tmp_path / "out", model_folder("ltx2", tmp_path))
+    assert cache_latents.main([*flags, *BUCKETS]) == 2
+    said = capsys.readouterr().err
+    assert "None of 1 samples can be encoded; clip: A clip does not say how many frames" in said

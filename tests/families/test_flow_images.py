@@ -11,7 +11,7 @@ import pytest
 
 from launch.trainer.data.base import PROMPT_EMBEDS
 from launch.trainer.tiny.text import text_parts
-from tests.families.flow_cases import CASES
+from tests.families.flow_cases import CASES, OWN_MUTANTS
 from tests.support.oracle import (
     Case,
     check_call,
@@ -68,12 +68,16 @@ def test_prompts_of_one_length_need_no_mask(name: str) -> None:
     check_guidance(case)
 
 
+def _mutants(name: str) -> Mapping[str, tuple[str, Any]]:
+    return {**mutants_of(CASES[name]), **OWN_MUTANTS.get(name, {})}
+
+
 @pytest.mark.parametrize(
-    ("name", "label"), [(name, label) for name, case in CASES.items() for label in mutants_of(case)]
+    ("name", "label"), [(name, label) for name in CASES for label in _mutants(name)]
 )
 def test_a_family_that_was_changed_is_told_from_the_pipeline(name: str, label: str) -> None:
     case = CASES[name]
-    check_mutant(case, mutant(case.family, *mutants_of(case)[label]))
+    check_mutant(case, mutant(case.family, *_mutants(name)[label]))
 
 
 # Captions

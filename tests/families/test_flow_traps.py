@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ from typing import Any
 import peft
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from dist_layerlr import plan_model
 from dist_layerlr.errors import ConfigError, ModelSourceError
@@ -22,9 +23,9 @@ from launch.trainer.families import get_family
 from launch.trainer.options import load_options
 from launch.trainer.runtime import Runtime
 from launch.trainer.weights import empty_model, frozen_line
-from tests.families.flow_cases import CASES
+from tests.families.flow_cases import CASES, Told
 from tests.support.forked import in_fork
-from tests.support.oracle import check_mutant, make_pipeline, make_samples, mutant
+from tests.support.oracle import make_pipeline, make_samples
 from tests.support.ranks import run_ranks
 
 Write = Callable[..., Path]
@@ -59,18 +60,6 @@ def batch_of(name: str) -> Batch:
 # Chroma's mask
 
 
-class Told:
-    """A network that notes what it is told, and may be told something else."""
-
-    def __init__(self, model: nn.Module, **changes: Callable[[Any], Any]):
-        self.model, self.changes, self.seen = model, changes, {}
-
-    def __call__(self, **inputs: Any) -> Any:
-        self.seen = inputs
-        changed = {name: change(inputs[name]) for name, change in self.changes.items()}
-        return self.model(**{**inputs, **changed})
-
-
 @pytest.mark.parametrize("dtype", [torch.bool, torch.float32, torch.int64])
 def test_chroma_is_given_a_bool_mask_whatever_the_batch_holds(dtype: torch.dtype) -> None:
     family, batch = CASES["chroma_1"].family, batch_of("chroma_1")
@@ -82,13 +71,6 @@ def test_chroma_is_given_a_bool_mask_whatever_the_batch_holds(dtype: torch.dtype
     assert seen.dtype == torch.bool
     # 3 and 5 tokens, and the patches of 16 x 32 latents.
     assert seen.sum(1).tolist() == [3 + 128, 5 + 128]
-
-
-def test_a_float_mask_would_let_chroma_read_padding() -> None:
-    def float_mask(original: Any, model: Any, *args: Any) -> Tensor:
-        return original(Told(model, attention_mask=lambda mask: mask.float()), *args)
-
-    check_mutant(CASES["chroma_1"], mutant(CASES["chroma_1"].family, "predict", float_mask))
 
 
 def _gradients(file: Path, batch: Batch, turn_on: Any = None) -> tuple[Tensor, dict[str, Tensor]]:
@@ -223,6 +205,37 @@ def test_other_variants_are_refused_by_the_key_that_tells_them(
     with pytest.raises(ModelSourceError, match=said) as caught:
         get_family(model_type).check_config(config)
     assert next(iter(config), "qk_norm") in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("model_type", "index", "said"),
+    [
+        ("flux_2_klein_4b", {"is_distilled": True}, "FLUX.2-klein-base"),
+        ("flux_2_klein_9b", {"is_distilled": True}, "FLUX.2-klein-base"),
+        ("qwen", {"_class_name": "QwenImageEditPipeline"}, "edit or layered"),
+    ],
+)
+def test_variants_with_the_same_network_are_refused_by_their_pipelines_index(
+    model_type: str, index: dict[str, Any], said: str, tmp_path: Path
+) -> None:
+    (tmp_path / "transformer").mkdir()
+    family = get_family(model_type)
+    own = {"_class_name": family.pipeline_class, "is_distilled": False}
+    for content in ({}, own):
+        (tmp_path / "model_index.json").write_text(json.dumps(content))
+        assert family.model_folder(tmp_path) == tmp_path / "transformer"
+    (tmp_path / "model_index.json").write_text(json.dumps({**own, **index}))
+    for path in (tmp_path, tmp_path / "transformer"):
+        with pytest.raises(ModelSourceError, match=said) as caught:
+            family.model_folder(path)
+        assert next(iter(index)) in str(caught.value)
+
+
+def test_chroma_is_built_without_a_warning() -> None:
+    network = CASES["chroma_1"].parts()["transformer"]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", FutureWarning)
+        get_family("chroma_1").build(dict(network.config))
 
 
 @pytest.mark.parametrize("name", CASES)

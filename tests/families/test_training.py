@@ -31,8 +31,8 @@ SHARDERS = {
     "zero 2": (2, ["--deepspeed_config", ZERO2]),
 }
 CAPTIONS = ("a red cat", "red", "a cat runs left", "cat", "a", "runs left")
-DIFFUSION = [n for n in ("flux_2_dev", "flux_2_klein_4b") if n in FAMILIES]
-FULL = ("flux_2_klein_4b",)
+DIFFUSION = [name for name in FAMILIES if isinstance(get_family(name), Diffusion)]
+FULL = ("wan", "flux_2_klein_4b", "sdxl")
 """Trained as a whole, too."""
 RUNS = [(name, "lora") for name in DIFFUSION] + [(name, "full") for name in FULL]
 IDS = [f"{name}-{method}" for name, method in RUNS]

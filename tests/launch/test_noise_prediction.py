@@ -230,3 +230,20 @@ def test_betas_are_those_of_the_scheduler_beside_the_network(
     assert torch.equal(beside.alphas, PNDMScheduler.from_config(SHIPPED).alphas_cumprod)
     ends = {"sd15": 0.0047, "sdxl": 0.0047, "pixart": 4e-5}
     assert float(alone.alphas[-1]) == pytest.approx(ends[model_type], rel=0.02)
+
+
+def test_a_pipeline_samples_by_what_is_trained() -> None:
+    class Pipeline:
+        scheduler: Any = EulerDiscreteScheduler.from_config({**SHIPPED, "_class_name": ""})
+
+    pipeline, shipped = Pipeline(), {**SHIPPED, "_class_name": "EulerDiscreteScheduler"}
+    noise(scheduler=shipped).fit_pipeline(pipeline)
+    assert pipeline.scheduler.config.prediction_type == "epsilon"
+    assert not pipeline.scheduler.config.rescale_betas_zero_snr
+    objective = noise(scheduler=shipped, prediction="v_prediction", zero_terminal_snr=True)
+    objective.fit_pipeline(pipeline)
+    assert isinstance(pipeline.scheduler, EulerDiscreteScheduler)
+    assert pipeline.scheduler.config.prediction_type == "v_prediction"
+    torch.testing.assert_close(pipeline.scheduler.alphas_cumprod, objective.alphas)
+    pipeline.scheduler.set_timesteps(5)
+    assert int(pipeline.scheduler.timesteps[0]) == 999

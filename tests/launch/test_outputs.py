@@ -91,6 +91,7 @@ def test_a_second_run_into_the_same_folder_replaces_the_first(
         "final/verify.json",
         "final/adapter_config.json",
         "final/adapter_model.safetensors",
+        "final/pytorch_lora_weights.safetensors",
         "final/README.md",
     }
     assert (tmp_path / "out" / "final" / "README.md").read_text() == "mine too"

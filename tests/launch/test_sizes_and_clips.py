@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from dist_layerlr.errors import ConfigError, ModelSourceError
-from launch.trainer.data.clips import load_placed, load_sound, measure
+from launch.trainer.data.clips import at_rate, load_placed, load_sound, measure
 from launch.trainer.data.images import Source
 from launch.trainer.data.sizes import bucket_sizes, nearest, place
 from launch.trainer.data.sources import gather
@@ -101,6 +101,11 @@ def test_a_video_file_is_a_clip(tmp_path: Path):
     # Levels 0, 30, ... 120 of 255 in [-1, 1], as far as the codec keeps them.
     wanted = torch.arange(0, 150, 30) / 127.5 - 1
     torch.testing.assert_close(clip.mean((0, 2, 3)), wanted, atol=0.03, rtol=0)
+    # At 5 a second every 2.4th: frames 0, 2, 4 of 0 to 6.
+    slower = at_rate(seen, 5)
+    assert (slower.frames, slower.fps, slower.stride) == (3, 5, 2.4)
+    clip = load_placed(sample, place(seen.size, (16, 32)), 3, slower.stride)
+    torch.testing.assert_close(clip.mean((0, 2, 3)), wanted[::2], atol=0.03, rtol=0)
     path.write_bytes(path.read_bytes()[:200])
     with pytest.raises(ModelSourceError, match="ramp.mp4: not a readable video"):
         measure(sample)

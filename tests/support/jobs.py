@@ -107,7 +107,8 @@ def _run_all(rank: int, world_size: int, calls: list[list[str]]) -> list[Ended]:
 
 def weights(folder: Path) -> dict[str, torch.Tensor]:
     """What a run in ``folder`` exported."""
-    (file,) = (folder / "out" / "final").glob("*.safetensors")
+    # An adapter lies there in a second form too, whose name comes later.
+    file = min((folder / "out" / "final").glob("*.safetensors"))
     return load_file(str(file))
 
 

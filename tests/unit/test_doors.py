@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 
 import dist_layerlr
+from tests.support.imports import ROOT, imported, trees
 
-ROOT = Path(__file__).resolve().parents[2]
 LAZY = {"": "_PACKAGE_OF", "checkpoint": "_MODULE_OF", "offload": "_MODULE_OF"}
 SKIP = "[mypy-torch.*,numpy.*,accelerate.*]\nfollow_imports = skip\n"
 EAGER = ("export", "integrations", "optim", "plan", "proof", "report", "sharders", "weights")
@@ -34,6 +34,16 @@ def tables(package: str) -> tuple[dict[str, str], dict[str, str]]:
     return typed, lazy
 
 
+def public_names() -> dict[str, list[str]]:
+    """{package, "" for the top: the names that it re-exports}."""
+    names = {"": list(dist_layerlr.__all__)}
+    for package in (*EAGER, "checkpoint", "offload"):
+        tree = ast.parse((ROOT / "dist_layerlr" / package / "__init__.py").read_text("utf-8"))
+        imported = [n for n in ast.walk(tree) if isinstance(n, ast.ImportFrom)]
+        names[package] = [a.name for n in imported for a in n.names if a.asname == a.name]
+    return names
+
+
 @pytest.mark.parametrize("package", sorted(LAZY))
 def test_type_checkers_and_the_running_program_know_the_same_names(package: str):
     typed, lazy = tables(package)
@@ -45,11 +55,7 @@ def test_type_checkers_and_the_running_program_know_the_same_names(package: str)
 
 
 def test_mypy_reveals_a_concrete_type_for_every_public_name(tmp_path: Path):
-    names = {"": dist_layerlr.__all__}
-    for package in (*EAGER, "checkpoint", "offload"):
-        tree = ast.parse((ROOT / "dist_layerlr" / package / "__init__.py").read_text("utf-8"))
-        imported = [n for n in ast.walk(tree) if isinstance(n, ast.ImportFrom)]
-        names[package] = [a.name for n in imported for a in n.names if a.asname == a.name]
+    names = public_names()
     lines = ["import dist_layerlr"]
     for package, found in names.items():
         place = f"dist_layerlr.{package}" if package else "dist_layerlr"
@@ -66,6 +72,19 @@ def test_mypy_reveals_a_concrete_type_for_every_public_name(tmp_path: Path):
     assert len(revealed) == sum(map(len, names.values()))
     assert not [line for line in revealed if 'is "Any"' in line]
     assert 'has no attribute "typo_name"' in found
+
+
+def test_the_trainer_imports_public_names_only():
+    public = public_names()
+    public[""] += ["errors", "fields", "files", "ranks"]
+    private = []
+    for module, tree in trees("launch").items():
+        for place, _, name in (found.rpartition(".") for found in imported(tree)):
+            top, _, package = place.partition(".")
+            # A module at the root is a door of its own.
+            if top == "dist_layerlr" and package not in public[""]:
+                private += [] if name in public.get(package, ()) else [f"{module}: {place}.{name}"]
+    assert not private
 
 
 def test_packages_are_attributes_without_an_import_of_their_own():

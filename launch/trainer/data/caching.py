@@ -156,13 +156,12 @@ def _encode_pixels(
     pipeline.to(wish.device)
     for work in tqdm(works, unit="sample", disable=None):
         try:
-            pixels = load_placed(work.sample, work.placement, work.frames)
-            origin = _origin(work)
+            pixels = load_placed(work.sample, work.placement, work.frames, work.stride)
+            with torch.inference_mode():
+                encoded = family.encode_source(pipeline, pixels, _origin(work))
         except ModelSourceError as error:
             report.found.skip(work.sample.source, error)
             continue
-        with torch.inference_mode():
-            encoded = family.encode_source(pipeline, pixels, origin)
         waiting = _prompt_file(wish, work)
         stored = _stored(encoded, DTYPES[wish.dtype], work.sample.source)
         tensors = {**stored, **load_file(waiting)}
@@ -171,6 +170,11 @@ def _encode_pixels(
         write_sample(work.path, tensors, work.metadata)
         waiting.unlink()
         report.written += 1
+    if works and not report.written:
+        first = report.found.skipped[-1]
+        raise ModelSourceError(
+            f"None of {len(works)} samples can be encoded; {first.path}: {first.why}"
+        )
 
 
 def _origin(work: Work) -> Origin:

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import wave
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.util import find_spec
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +31,8 @@ class Measures:
     """How many there are; 1 for an image."""
     fps: float | None
     """Frames per second; None: a folder of frames or an image does not say."""
+    stride: float = 1.0
+    """Frames of the source for each that is counted."""
 
 
 def video_problem() -> str | None:
@@ -75,14 +76,34 @@ def _measure_video(path: Path) -> Measures:
     return Measures(size=(first.height, first.width), frames=frames, fps=fps)
 
 
-def load_placed(source: Source, placement: Placement, frames: int) -> Tensor:
+def at_rate(seen: Measures, fps: float | None) -> Measures:
+    """Count the frames of a clip at another rate; None keeps its own.
+
+    Frames that do not say their rate are taken to have it.
+    """
+    if fps is None or seen.frames == 1:
+        return seen
+    stride = 1.0 if seen.fps is None else seen.fps / fps
+    frames = int((seen.frames - 1) / stride) + 1
+    return replace(seen, frames=frames, fps=float(fps), stride=stride)
+
+
+def load_placed(source: Source, placement: Placement, frames: int, stride: float = 1.0) -> Tensor:
     """Load the first frames of a source as (3, F, H, W), float32 in [-1, 1].
+
+    With a stride, the frame that is shown at each time: some are left out, or come twice.
 
     Raises:
         ModelSourceError: a file is damaged.
     """
     images = _video_images(source.video) if source.video else map(open_image, source.frames)
-    found = [to_pixels(_placed(image, placement)) for image in islice(images, frames)]
+    wanted, found = [int(i * stride) for i in range(frames)], list[Tensor]()
+    for number, image in enumerate(images):
+        times = wanted.count(number)
+        if times:
+            found += [to_pixels(_placed(image, placement))] * times
+        if len(found) == frames:
+            break
     if len(found) < frames:
         raise ModelSourceError(f"{len(found)} frames can be read, need {frames}; replace the clip")
     return torch.stack(found, dim=1)

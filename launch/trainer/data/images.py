@@ -15,7 +15,7 @@ from PIL import Image, ImageOps
 from torch import Tensor
 
 from dist_layerlr.errors import ModelSourceError
-from dist_layerlr.plan.names import natural_key
+from dist_layerlr.plan import natural_key
 from launch.trainer.cli import blame
 from launch.trainer.data.encode import ClipSize
 

@@ -14,7 +14,7 @@ from dist_layerlr import fields
 from dist_layerlr.errors import ModelSourceError
 from launch.trainer.cli import blame
 from launch.trainer.data.cached import CAPTION, read_header
-from launch.trainer.data.clips import Measures, measure
+from launch.trainer.data.clips import Measures, at_rate, measure
 from launch.trainer.data.images import Source
 from launch.trainer.data.sizes import Placement, bucket_sizes, nearest, place
 from launch.trainer.data.sources import Found
@@ -46,6 +46,8 @@ class Wish:
     """Height and width of all samples instead of buckets."""
     frames: int | None
     """The most that a clip keeps; None: the usual number."""
+    fps: float | None
+    """Frames per second that are kept of a video, and that folders of frames have."""
     dtype: str
     device: str
     overwrite: bool
@@ -61,8 +63,10 @@ class Work:
     placement: Placement
     frames: int
     fps: float | None
+    stride: float
+    """Frames of the source for each that is kept: 1.25 makes 24 of 30."""
     of_frames: int
-    """How many the source has."""
+    """How many there are at that stride."""
     path: Path
     """Of the output file."""
     metadata: Mapping[str, str]
@@ -126,7 +130,7 @@ def plan(wish: Wish, grid: Grid, report: Report) -> list[Work]:
     works, (mine, processes) = [], wish.shard
     for sample in report.found.samples[mine::processes]:
         try:
-            seen = measure(sample)
+            seen = at_rate(measure(sample), wish.fps)
             frames = _frames(seen, grid, wish.frames)
         except ModelSourceError as error:
             report.found.skip(sample.source, error)
@@ -164,6 +168,7 @@ def _work(wish: Wish, sample: Source, placement: Placement, frames: int, seen: M
         "pixels": f"{frames} x {placement.size[0]} x {placement.size[1]}",
         "original": f"{placement.original[0]} x {placement.original[1]}",
         "crop": f"{placement.corner[0]}, {placement.corner[1]}",
+        "fps": str(seen.fps),
     }
     path = wish.output / f"{sample.name}.safetensors"
     return Work(
@@ -171,6 +176,7 @@ def _work(wish: Wish, sample: Source, placement: Placement, frames: int, seen: M
         placement=placement,
         frames=frames,
         fps=seen.fps,
+        stride=seen.stride,
         of_frames=seen.frames,
         path=path,
         metadata=metadata,

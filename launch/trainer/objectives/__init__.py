@@ -1,4 +1,5 @@
 """What a training step minimises: one file for each objective; families name theirs."""
 
+from launch.trainer.objectives.base import FitsPipeline as FitsPipeline
 from launch.trainer.objectives.base import Noted as Noted
 from launch.trainer.objectives.base import Objective as Objective

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 from torch import Tensor, nn
 
@@ -44,6 +44,15 @@ class Objective(Protocol):
             seed: Of the run.
             steps: Calls of the model, 1 or more.
         """
+        ...
+
+
+@runtime_checkable
+class FitsPipeline(Protocol):
+    """An objective whose settings decide how the model must be sampled."""
+
+    def fit_pipeline(self, pipeline: Any) -> None:
+        """Change the scheduler of a pipeline of diffusers to what is trained for."""
         ...
 
 

@@ -48,8 +48,8 @@ class NoisePrediction:
         fields.one_of(lambda: (EPSILON, VELOCITY)),
         default=None,
         shown="the checkpoint's",
-        doc="What the network returns. To sample with another than the checkpoint's, change"
-        " `prediction_type` in its scheduler_config.json too.",
+        doc="What the network returns. To sample elsewhere with another than the checkpoint's, set"
+        " `prediction_type` in its scheduler_config.json.",
     )
     min_snr_gamma: float | None = setting(
         fields.number(0.0, open_low=True),
@@ -77,8 +77,8 @@ class NoisePrediction:
         fields.boolean,
         default=None,
         shown="the checkpoint's",
-        doc="Rescales the betas so that the last timestep is pure noise. Needs `v_prediction`, and"
-        " `rescale_betas_zero_snr` in scheduler_config.json to sample.",
+        doc="Rescales the betas so that the last timestep is pure noise. Needs `v_prediction`; to"
+        " sample elsewhere, set `rescale_betas_zero_snr` in scheduler_config.json.",
     )
 
     def __post_init__(self) -> None:
@@ -195,6 +195,17 @@ class NoisePrediction:
         snr = alphas / (1 - alphas)
         kept = snr.clamp(max=self.min_snr_gamma)
         return kept / (snr + 1 if self._predicts == VELOCITY else snr)
+
+    def fit_pipeline(self, pipeline: Any) -> None:
+        """Give the pipeline's scheduler this prediction and these betas."""
+        own = pipeline.scheduler
+        changed: dict[str, Any] = {"prediction_type": self._predicts}
+        if self.zero_terminal_snr is not None:
+            changed[RESCALE] = self.zero_terminal_snr
+            if self.zero_terminal_snr:
+                # Other spacings leave the last timestep out, which is the one that changed.
+                changed["timestep_spacing"] = "trailing"
+        pipeline.scheduler = type(own).from_config(own.config, **changed)
 
     @torch.no_grad()
     def generate(self, model: nn.Module, batch: Batch, seed: int, steps: int) -> Tensor | None:

@@ -46,7 +46,7 @@ def train(rank: int, steps: int, store: str, root: Path, running: Any) -> None:
         driver.optimizer, Schedule(kind="cosine", warmup_steps=2, total_steps=steps + 1)
     )
     extra = {"schedule": schedule}
-    if folders.complete(root):
+    if folders.complete_checkpoints(root):
         load_checkpoint(root, driver.plan, driver.model, driver.optimizer, extra=extra)
     running.set()
     while schedule.last_step < steps:
@@ -103,12 +103,14 @@ def attempt(
 
 def check_visible(root: Path) -> int:
     """Every folder that looks like a checkpoint is whole. Returns the newest step."""
-    for path in folders.complete(root):
+    for path in folders.complete_checkpoints(root):
         manifest = read_manifest(path)
         assert broken(path, read_index(path, manifest), 0, 1) == [], path
         assert manifest.step == folders.step_of(path)
-    assert {p.name for p in root.glob("step_*")} == {p.name for p in folders.complete(root)}
-    return folders.step_of(folders.latest(root)) if folders.complete(root) else 0
+    assert {p.name for p in root.glob("step_*")} == {
+        p.name for p in folders.complete_checkpoints(root)
+    }
+    return folders.step_of(folders.latest(root)) if folders.complete_checkpoints(root) else 0
 
 
 def survive(kills: int, steps: int, seed: int, tmp_path: Path) -> None:
@@ -131,7 +133,7 @@ def survive(kills: int, steps: int, seed: int, tmp_path: Path) -> None:
         assert done or attempt(root, steps, chooser)
         ended: Weights = torch.load(root / DONE)
         assert all(torch.equal(ended[name], wanted[name]) for name in wanted), root
-        assert (check_visible(root), len(folders.complete(root))) == (steps, KEEP)
+        assert (check_visible(root), len(folders.complete_checkpoints(root))) == (steps, KEEP)
         runs += 1
     print(f"{killed} kills in {runs} runs of {steps} steps")
 

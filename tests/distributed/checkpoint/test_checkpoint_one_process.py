@@ -210,7 +210,7 @@ def one_process(rank: int, world_size: int, root: Path) -> None:
     frozen_and_freed(root)
     state_that_is_refused_or_absent(root, one)
     shutil.rmtree(root)
-    assert not folders.complete(root)
+    assert not folders.complete_checkpoints(root)
 
 
 def test_one_process_keeps_layouts_ties_buffers_schedulers_and_what_is_frozen(

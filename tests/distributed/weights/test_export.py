@@ -270,6 +270,10 @@ def check_lora(sharder: str, key: str, folder: Path) -> None:
         wanted = kind.output(model)
     export_weights(model, folder / "out", format="peft")
     export_weights(model, folder / "kohya", format="kohya", dtype=torch.float32)
+    forms = {"peft": "out/adapter_model", "kohya": "kohya/lora"}
+    if key != "llm":
+        export_weights(model, folder / "pipeline", format="pipeline")
+        forms["pipeline"] = "pipeline/pytorch_lora_weights"
     config = json.loads((folder / "out" / "adapter_config.json").read_text())
     saving = save_checkpoint(
         folder / "saved", plan, model, stepper, step=1, extra={"adapter_config": config}
@@ -280,7 +284,7 @@ def check_lora(sharder: str, key: str, folder: Path) -> None:
         same(kind, PeftModel.from_pretrained(base, str(folder / "out")), wanted)
         if key != "llm":
             check_with_diffusers(kind, folder, wanted)
-        for format, file in (("peft", "out/adapter_model"), ("kohya", "kohya/lora")):
+        for format, file in forms.items():
             again = str(folder / f"from_disk_{format}")
             assert main(["export", str(saving.path), again, "--format", format]) == 0
             live, disk = (
@@ -351,7 +355,7 @@ def refused(rank: int, world_size: int, folder: str) -> None:
     for model, format, words in (
         (lora, "diffusers", "adapter 'default' as diffusers weights"),
         (full, "peft", "No adapter 'default' to export as peft"),
-        (full, "gguf", "format='gguf': must be one of diffusers, transformers, peft, kohya"),
+        (full, "gguf", "format='gguf': must be one of diffusers, transformers, peft, pipeline"),
     ):
         with pytest.raises(ConfigError, match=words):
             export_weights(model, folder, format=format)

@@ -7,10 +7,11 @@ from pathlib import Path
 
 import pytest
 
-from dist_layerlr import cli, fields
+from dist_layerlr import LayerLRError, cli, fields
 from dist_layerlr.files import read_json
 from dist_layerlr.plan.config import Config
 from dist_layerlr.plan.training_config import MODEL_TYPES, TRAINER_KEYS
+from launch.trainer.cli import complain
 from tests.support import census
 
 BLOCK = {"enabled": True, "component_lr": {"self_attn": 1e-4}}
@@ -31,6 +32,19 @@ def test_a_defect_ends_with_status_3_which_is_not_diffs_they_differ(
     monkeypatch.setattr(cli, "read_model", defect)
     assert cli.main(["plan", "x.tsv", "--config", config(tmp_path)]) == 3
     assert "KeyError" in capsys.readouterr().err
+
+
+def test_an_error_of_several_lines_is_one_line_in_the_library_and_in_the_trainer(
+    monkeypatch, capsys
+):
+    def refuse(_: object) -> None:
+        raise LayerLRError("no rule names\n  a.b\n  c.d")
+
+    monkeypatch.setattr(cli, "read_json", refuse)
+    assert cli.main(["plan", "x.tsv", "--config", "x.json"]) == 2
+    assert capsys.readouterr().err == "dist-layerlr: error: no rule names a.b c.d\n"
+    complain("train.py", "no rule names\n  a.b", everywhere=True)
+    assert capsys.readouterr().err == "train.py: error: no rule names a.b\n"
 
 
 @pytest.mark.parametrize(

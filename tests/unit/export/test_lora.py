@@ -12,7 +12,7 @@ from peft import LoraConfig, get_peft_model, get_peft_model_state_dict
 from torch import nn
 
 from dist_layerlr import ConfigError
-from dist_layerlr.export.adapter_names import adapter_of, kohya_alpha, kohya_name, peft_name
+from dist_layerlr.export.adapter_names import adapter_of, alpha_of, kohya_names, peft_name
 from dist_layerlr.plan import canonical_name
 from tests.support import census
 
@@ -61,7 +61,7 @@ def test_kohya_names_are_those_of_the_census(model: str) -> None:
         rows = list(csv.DictReader(lines, delimiter="\t"))
     assert len(rows) > 100
     for row in rows:
-        assert kohya_name(row["peft_name"]) == row["name"]
+        assert kohya_names(row["peft_name"])[0] == row["name"]
 
 
 @pytest.mark.parametrize(
@@ -73,12 +73,13 @@ def test_kohya_alpha_over_rank_is_pefts_scaling(settings: dict[str, Any]) -> Non
     for path in ("default", "conv"):
         layer = model.get_submodule(f"base_model.model.{path}")
         rank = layer.lora_A["default"].weight.shape[0]
-        name, alpha = kohya_alpha(f"{path}.lora_A.default.weight", rank, config)
-        assert name == f"lora_unet_{path}.alpha"
+        name = f"{path}.lora_A.default.weight"
+        alpha = alpha_of(name, rank, config)
+        assert kohya_names(name)[1] == f"lora_unet_{path}.alpha"
         assert math.isclose(alpha / rank, layer.scaling["default"])
 
 
 def test_what_kohya_has_no_name_for_is_refused() -> None:
     for name in ("a.to_q.lora_magnitude_vector.default.weight", "words.lora_embedding_A.default"):
         with pytest.raises(ConfigError, match=f"Cannot export {name} under a kohya name"):
-            kohya_name(name)
+            kohya_names(name)

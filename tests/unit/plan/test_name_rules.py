@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from dist_layerlr.plan import components, layer_decay, name_rules, stacks
+from dist_layerlr.plan import build_plan, components, layer_decay, name_rules, stacks
 from dist_layerlr.plan.build import _Labeller, _siblings
 from dist_layerlr.plan.entries import ParamInfo
 from dist_layerlr.plan.name_rules import NameRule, NameRules, is_attention
@@ -31,8 +31,8 @@ def rows(*tables: str):
     ]
 
 
-def twins(example: str) -> list[str]:
-    """A model of two blocks: the example in each of them, beside a self attention."""
+def twins(example: str, *beside: str) -> list[str]:
+    """A model of two blocks: the example in each of them, beside a self attention and more."""
     segments = example.split(".")
     key = next((i for i, segment in enumerate(segments) if segment.isdecimal()), None)
     if key is None:
@@ -40,7 +40,8 @@ def twins(example: str) -> list[str]:
     names = []
     for block in "01":
         names.append(".".join((*segments[:key], block, *segments[key + 1 :])))
-        names.append(".".join((*segments[:key], block, "self_attn", "q_proj", "weight")))
+        for name in ("self_attn.q_proj.weight", *beside):
+            names.append(".".join((*segments[:key], block, name)))
     return names
 
 
@@ -50,7 +51,7 @@ def model_of(rule: NameRule) -> tuple[str, list[str]]:
         names = [row.name for row in census.rows(rule.model)]
         assert rule.example in names, f"{rule.model} has no {rule.example}"
         return rule.example, names
-    names = twins(rule.example)
+    names = twins(rule.example, *(["mlp.experts.down_proj"] if rule.label == "router" else []))
     return names[0], names
 
 
@@ -117,3 +118,40 @@ def test_the_example_of_an_embedding_row_is_hit_by_that_row(table: str, rule: Na
 @pytest.mark.parametrize("convention", layer_decay.CONVENTIONS)
 def test_no_convention_decays_a_head(convention: str):
     assert layer_decay.CONVENTIONS[convention](parse("head.weight"), None, 12) == 13
+
+
+ROUTERS = {
+    "Qwen3-MoE": ("mlp.gate.weight", "mlp.experts.gate_up_proj"),
+    "Mixtral on disk": ("block_sparse_moe.gate.weight", "block_sparse_moe.experts.0.w1.weight"),
+    "DeepSeek": ("mlp.gate.e_score_correction_bias", "mlp.experts.0.up_proj.weight"),
+    "GPT-OSS": ("mlp.router.bias", "mlp.experts.down_proj_bias"),
+    "HiDream": ("block.ff_i.gate.weight", "block.ff_i.experts.0.w1.weight"),
+}
+
+
+@pytest.mark.parametrize(("router", "expert"), ROUTERS.values(), ids=ROUTERS.keys())
+def test_a_router_is_no_feed_forward_and_its_experts_are(router: str, expert: str):
+    names = twins(f"layers.0.{router}", expert)
+    found = label(names[0], names)
+    assert (found.component, found.fine) == ("default", "router")
+    assert label(f"layers.0.{expert}", names).component == "ffn"
+
+
+def test_a_gate_without_experts_is_a_feed_forward():
+    names = twins("layers.0.mlp.gate.weight", "mlp.up.weight")
+    assert label(names[0], names).component == "ffn"
+
+
+def test_a_listed_router_takes_its_own_rate_and_an_unlisted_one_the_default():
+    names = twins("layers.0.mlp.gate.weight", "mlp.experts.down_proj")
+    shapes = dict.fromkeys(names, (4, 4))
+    for listed, wanted in (({}, 7e-4), ({"router": 1e-6}, 1e-6)):
+        block = {
+            "enabled": True,
+            "depth_strategy": "flat",
+            "component_lr": {"ffn": 3e-4, **listed},
+            "default_lr": 7e-4,
+        }
+        entries = build_plan(shapes, {"per_layer_lr": block}).entries
+        assert entries["layers.1.mlp.gate.weight"].lr == wanted
+        assert entries["layers.1.mlp.experts.down_proj"].lr == 3e-4
