@@ -279,7 +279,7 @@ def test_clips_of_several_frame_rates_are_refused_in_one_batch() -> None:
     ("change", "message"),
     [
         ({AUDIO_LATENTS: None}, "audio_latents is missing"),
-        ({AUDIO_PROMPT_EMBEDS: torch.zeros(4, 17)}, r"audio_prompt_embeds has shape .*\(T, 16\)"),
+        ({AUDIO_PROMPT_EMBEDS: torch.zeros(4, 17)}, r"audio_prompt_embeds has shape .*\(L, 16\)"),
         ({FPS: torch.zeros(1)}, r"fps has shape \(1,\)"),
     ],
 )

@@ -66,6 +66,7 @@ def run_one(sharding: str, options: RunOptions, runtime: Runtime, ds_config: Pat
     job = Job(
         engine=engine,
         family=family,
+        objective=family.objective(options.objective, Path(options.model_path)),
         data=open_dataset(options.data),
         plan=plan,
         options=options,

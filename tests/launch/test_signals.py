@@ -158,9 +158,9 @@ def test_a_stop_between_microbatches_saves_the_step_before_at_once(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """A step of a large model takes longer than the launcher waits."""
-    from launch.trainer import loop
+    from launch.trainer.batches import Batches
 
-    read, seen = loop._read, -8  # a whole run comes first
+    read, seen = Batches.read, -8  # a whole run comes first
 
     def interrupted(*args: Any) -> Any:
         nonlocal seen
@@ -173,7 +173,7 @@ def test_a_stop_between_microbatches_saves_the_step_before_at_once(
         return read(*args)
 
     run_config["train"].update(steps=2, micro_batch=1)
-    monkeypatch.setattr(loop, "_read", interrupted)
+    monkeypatch.setattr(Batches, "read", interrupted)
     calls = [call_of(run_config, tmp_path / "whole", "--sharding", "ddp")]
     for sharder in sharders:
         call = call_of(run_config, tmp_path / sharder, *SHARDERS[sharder], "--resume", "latest")

@@ -29,6 +29,8 @@ AUDIO_LATENTS, AUDIO_PROMPT_EMBEDS = "audio_latents", "audio_prompt_embeds"
 FPS, HAS_AUDIO = "fps", "has_audio"
 """Fields of a sample, both scalars. Frames per second enter the positions. Without the second a
 sample has sound; where it is false the sound's loss counts nothing."""
+_USUAL_RATE = 24.0
+"""Frames per second where nothing says them: the pipeline's own default."""
 VIDEO, AUDIO = "video", "audio"
 """The streams, by which latents, noise and velocity of a batch are told apart."""
 SIZES = Resolution(tokens_of=lambda shape: prod(shape[1:]), tokens=(1024, 4096), mu=(0.95, 2.05))
@@ -89,18 +91,19 @@ class LTX2(Diffusion):
             ModelSourceError: several frame rates, or lengths of prompts, which no call can take.
         """
         one_length(samples, PROMPT_EMBEDS, "encode all prompts again, without a --max-tokens")
-        rates = sorted({float(one.get(FPS, 0.0)) for one in samples})
+        rates = sorted({_scalar(one, FPS, _USUAL_RATE) for one in samples})
         if len(rates) > 1:
             raise ModelSourceError(
                 f"Samples of one batch have {', '.join(map(str, rates))} frames per second, and"
                 " one call of this model takes one rate: encode all clips at the same --fps, or set"
                 " train.micro_batch=1."
             )
-        heard = [float(one.get(HAS_AUDIO, 1.0)) for one in samples]
+        heard = [_scalar(one, HAS_AUDIO, 1.0) for one in samples]
         batch = dict(stack([_tensors(one) for one in samples]))
         if AUDIO_LATENTS in batch:
-            batch[LATENTS] = {VIDEO: batch[LATENTS], AUDIO: batch.pop(AUDIO_LATENTS)}
-            batch[WEIGHTS] = {AUDIO: torch.tensor(heard)}
+            clip, sound = batch[LATENTS], batch.pop(AUDIO_LATENTS)
+            batch[LATENTS] = {VIDEO: clip, AUDIO: sound}
+            batch[WEIGHTS] = {AUDIO: torch.tensor(heard, device=clip.device)}
         return {**batch, FPS: rates[0]}
 
     def tokens(self, model_config: Mapping[str, Any], sample: Sample) -> int:
@@ -113,9 +116,9 @@ class LTX2(Diffusion):
         video, audio = _prompt_widths(model_config)
         return {
             LATENTS: (model_config["in_channels"], "F", "H", "W"),
-            AUDIO_LATENTS: ("L", model_config["audio_in_channels"]),
-            PROMPT_EMBEDS: ("T", video),
-            AUDIO_PROMPT_EMBEDS: ("T", audio),
+            AUDIO_LATENTS: ("A", model_config["audio_in_channels"]),
+            PROMPT_EMBEDS: ("L", video),
+            AUDIO_PROMPT_EMBEDS: ("L", audio),
             FPS: (),
         }
 
@@ -139,8 +142,8 @@ class LTX2(Diffusion):
                 "A clip does not say how many frames a second has, which this model is told: give"
                 " a video file in place of a folder of frames."
             )
-        # A single frame has no rate; this is the pipeline's own default.
-        fps = fps or 24.0
+        # A single frame has no rate.
+        fps = fps or _USUAL_RATE
         found = {FPS: torch.tensor(fps), HAS_AUDIO: torch.tensor(origin.sound is not None)}
         found[AUDIO_LATENTS] = _sound(pipeline, origin, frames, fps)
         return {**self.encode_pixels(pipeline, pixels), **found}
@@ -308,6 +311,12 @@ def _prompt_widths(model_config: Mapping[str, Any]) -> tuple[int, int]:
 def _prompt(batch: Batch) -> dict[str, Tensor]:
     rows = batch[PROMPT_EMBEDS]
     return {"prompt_embeds": rows, "prompt_attention_mask": rows.new_ones(rows.shape[:2])}
+
+
+def _scalar(sample: Sample, name: str, default: float) -> float:
+    value = sample.get(name)
+    # On the meta device, where memory is estimated, there are no numbers.
+    return default if value is None or value.is_meta else float(value)
 
 
 def _tensors(sample: Sample) -> Sample:
