@@ -22,8 +22,10 @@ from dist_layerlr.plan.config import PRESET, Config, PatternRule, PerLayerLR, Re
 from dist_layerlr.plan.depth import DepthSettings
 from dist_layerlr.plan.presets import RfdetrPreset
 from dist_layerlr.sharders import Layout
+from launch.trainer.objectives.experts import ExpertFlow
 from launch.trainer.objectives.flow import FlowMatching
 from launch.trainer.objectives.noise import NoisePrediction
+from launch.trainer.objectives.streams import AudioVideoFlow
 from launch.trainer.options import BLOCKS, RunOptions
 from tests.support.optimizers import PACKAGES, Make, is_installed, package_of
 
@@ -54,7 +56,12 @@ def tables() -> dict[str, list[Setting]]:
         "config": [*settings(Config, RunOptions).values()],
         "memory.stagehand": [*settings(StreamPolicy).values()],
     }
-    found["objective.flow"] = [*settings(FlowMatching).values()]
+    flow = settings(FlowMatching)
+    found["objective.flow"] = [*flow.values()]
+    # What two families of clips add to flow matching.
+    for name, cls in (("wan22", ExpertFlow), ("ltx2", AudioVideoFlow)):
+        more = settings(cls)
+        found[f"objective.{name}"] = [more[key] for key in more if key not in flow]
     found["objective.noise"] = [*settings(NoisePrediction).values()]
     for name, block in BLOCKS.items():
         found[name] = [*settings(block).values()]

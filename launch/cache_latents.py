@@ -34,7 +34,7 @@ try:
     from launch.trainer.cli import Parser, blame, complain, integer
     from launch.trainer.data.base import LATENTS, PROMPT_EMBEDS
     from launch.trainer.data.cached import CAPTION, CachedDataset, read_header
-    from launch.trainer.data.caching import DTYPES, Wish, cache, write_sample
+    from launch.trainer.data.caching import cache, write_sample
     from launch.trainer.data.encode import (
         check_size,
         check_tokens,
@@ -49,6 +49,7 @@ try:
     )
     from launch.trainer.data.images import Source, common_size, cut_frames, find_samples, load_clip
     from launch.trainer.data.order import buckets_of
+    from launch.trainer.data.works import DTYPES, Report, Wish
 except ModuleNotFoundError as error:
     # Nothing of the project can be imported, so this line cannot come from the project.
     print(f'cache_latents: error: {error}. Run: pip install -e ".[train]"', file=sys.stderr)
@@ -147,7 +148,12 @@ def _parser() -> Parser:
     add("--text-encoder", type=Path, metavar="DIR", help="local transformers folder")
     add("--tokenizer", type=Path, metavar="DIR", help="default: in or beside the text encoder")
     add("--max-tokens", type=number, metavar="N", help="default: the tokenizer's, at most 512")
-    add("--frames", type=number, metavar="N", help="keep the first N frames of each clip")
+    add(
+        "--frames",
+        type=number,
+        metavar="N",
+        help="first frames of a clip; --model: at most, 81",
+    )
     add("--height", type=number, metavar="PX", help="resize and crop; needs --width")
     add("--width", type=number, metavar="PX", help="resize and crop; needs --height")
     add("--dtype", choices=sorted(DTYPES), default="fp32", help="to compute and to store")
@@ -190,13 +196,26 @@ def encode_by_pipeline(args: argparse.Namespace, environment: Mapping[str, str])
         with blame(f"{args.output / name}: cannot be written", "free space"):
             write_text(args.output / name, "\n".join(lines) + "\n")
         _warn(f"skipped {len(lines)} files, see {args.output / name}; first: {lines[0]}")
+    _warn_of(report)
+    return report.written
+
+
+def _warn_of(report: Report) -> None:
     if report.cut:
         what = "captions longer than the pipeline takes were cut, first that of"
         _warn(f"{what} {report.cut[0]}; shorten them: {len(report.cut)} cut")
+    if report.shortened:
+        what = "clips had more frames than the VAE takes or --frames keeps, first"
+        _warn(f"{what} {report.shortened[0]}: {len(report.shortened)} shortened")
     if report.enlarged:
         what = "pictures smaller than --pixels were enlarged, first"
         _warn(f"{what} {report.enlarged[0]}: {len(report.enlarged)} enlarged")
-    return report.written
+    if report.uncleaned:
+        names = " ".join(report.uncleaned)
+        _warn(
+            f"captions were encoded as they are; with {names} installed the pipeline mends them"
+            " first. Install it here and where you sample, or in neither place"
+        )
 
 
 def _wishes(args: argparse.Namespace) -> dict[str, Any]:

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from dist_layerlr.checkpoint.deepspeed import save_deepspeed as save_deepspeed
     from dist_layerlr.checkpoint.folders import CHECKPOINTS as CHECKPOINTS
     from dist_layerlr.checkpoint.folders import complete_checkpoints as complete_checkpoints
+    from dist_layerlr.checkpoint.folders import step_of as step_of
     from dist_layerlr.checkpoint.load import Restored as Restored
     from dist_layerlr.checkpoint.load import load_checkpoint as load_checkpoint
     from dist_layerlr.checkpoint.manifest import read_manifest as read_manifest
@@ -28,6 +29,7 @@ _MODULE_OF = {
     "save_deepspeed": "deepspeed",
     "CHECKPOINTS": "folders",
     "complete_checkpoints": "folders",
+    "step_of": "folders",
     "Restored": "load",
     "find_checkpoint": "resume",
     "load_checkpoint": "load",

@@ -295,7 +295,7 @@ def estimate(options: RunOptions, plan: Plan, ranks: int, card_gb: float) -> Est
         ConfigError: a number out of range.
         ModelSourceError: no config of the model.
     """
-    family = get_family(options.model_type)
+    family = get_family(options.model_type, options.objective)
     model = empty_model(family, options)
     sizes = measure(model, plan, options)
     known = PUBLISHED.get(options.model_type)

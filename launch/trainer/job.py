@@ -32,5 +32,8 @@ class Job:
     """This rank."""
     folder: Path
     """Output folder of the run; only rank 0 writes into it."""
+    network: str = ""
+    """Its component of the pipeline where the run trains several; ``folder`` is then a sub-folder
+    of that name."""
     run_id: str
     """Names this start of the run, in its checkpoints and in ``final/``."""

@@ -23,6 +23,7 @@ from launch.trainer.runtime import LOWER, Diverged, Runtime
 from launch.trainer.seeds import MODEL_STREAM, mix_seed
 from launch.trainer.signals import StopFlag
 from launch.trainer.state import Outcome, Position
+from launch.trainer.team import Team, alone, under
 
 Save = Callable[[int, int, Mapping[str, float]], None]
 """(steps done, samples seen, rates observed at the first step) -> a checkpoint."""
@@ -31,7 +32,7 @@ Draw = Callable[[int], object]
 
 
 def train(
-    job: Job,
+    run: Job | Team,
     metrics: MetricsFile | None,
     stop: StopFlag | None = None,
     begin: Position | None = None,
@@ -41,7 +42,7 @@ def train(
     """Train until ``train.steps`` optimizer steps are done, or until a signal. Collective.
 
     Args:
-        job: What is trained, and on what.
+        run: What is trained, and on what.
         metrics: Where rank 0 writes its rows; None elsewhere.
         stop: Ends the run as soon as any rank sees it raised: after the microbatch at hand. A step
             whose last microbatch that was is done first, any other is dropped.
@@ -56,7 +57,8 @@ def train(
     # The norms' weights are float32 under bf16 autocast, so torch takes its unfused kernel: slower,
     # the same numbers.
     warnings.filterwarnings("ignore", message="Mismatch dtype between input and weight")
-    settings = job.options.train
+    team = alone(run) if isinstance(run, Job) else run
+    job, settings = team.face, team.face.options.train
     begin = begin or Position()
     batches = Batches(job, begin)
     factor, done, saved = 1.0, begin.step, begin.step
@@ -65,7 +67,7 @@ def train(
     stopped = _told(stop)
     with progress(settings.steps, begin.step, job.runtime) as show:
         while done < settings.steps and not stopped:
-            row, stopped = _step(job, done, batches, observed, stop)
+            row, stopped = _step(team, done, batches, observed, stop)
             if row is None:
                 break
             factor = row["lr_factor"]
@@ -92,14 +94,14 @@ def train(
 
 
 def _step(
-    job: Job, step: int, batches: Batches, observed: dict[str, float], stop: StopFlag | None
+    team: Team, step: int, batches: Batches, observed: dict[str, float], stop: StopFlag | None
 ) -> tuple[dict[str, Any] | None, bool]:
     """Do one optimizer step. Returns its row of metrics, and whether any rank was told to stop.
 
     If the loss is not finite, weights stay as they are. There is no row where a stop came between
     two microbatches: the weights are then those of the step before, and can be saved at once.
     """
-    started = time.perf_counter()
+    started, name, job = time.perf_counter(), team.turns.at(step), team.at(step)
     factor = job.options.schedule.factor(step)
     loss = _accumulate(job, batches, step, stop)
     if loss is None:
@@ -108,10 +110,14 @@ def _step(
     loss, stopped = _share(loss, stop is not None and stop.raised, job.runtime)
     norm = math.nan
     if math.isfinite(loss):
-        # The first step is watched: it proves the effective rates, not only the reported ones.
-        norm = job.engine.step(factor, observed=observed if step == 0 else None)
+        # The first step of a network is watched: it proves the effective rates, not only the
+        # reported ones.
+        first: dict[str, float] | None = {} if team.turns.is_first(step) else None
+        norm = job.engine.step(factor, observed=first)
+        observed.update(under(name, first or {}))
     row = {
         "step": step,
+        **({"network": name} if name else {}),
         "loss": loss,
         "lr_factor": factor,
         "grad_norm": norm,

@@ -32,10 +32,12 @@ from launch.trainer.pipelines import load_pipeline, pipeline_of, sample_by_pipel
 from launch.trainer.record import RECORD, RESOLVED
 from launch.trainer.runlog import LOG
 from launch.trainer.runtime import LOWER, Diverged
+from launch.trainer.team import Team
 
 PLAN, PROOF, METRICS = "plan.json", "verify.json", "metrics.jsonl"
 FINAL = "final"
-_STAGED, _REPLACED = ".final.new", ".final.old"
+_NEW, _OLD = ".new", ".old"
+"""Endings of a result's name while it is written, and while it is replaced."""
 _PER_RUN = (
     PLAN,
     PROOF,
@@ -79,7 +81,8 @@ def open_output_dir(
     """
     folder = Path(path)
     # The weights that are trained would replace the model that they are trained from.
-    if (folder / FINAL).resolve() == Path(model_path).resolve():
+    model = Path(model_path).resolve()
+    if (folder / FINAL).resolve() in (model, model.parent):
         raise ConfigError(
             f"Invalid --output-dir {str(path)!r}: model_path is its final/. Choose another folder."
         )
@@ -89,7 +92,8 @@ def open_output_dir(
         if probe:
             # The lock first: probing must not disturb another run's files.
             hold(folder, say)
-            _mend(folder)
+            for final in (folder / FINAL, *_networks(folder / FINAL)):
+                _mend(final)
             _probe(folder)
     except OSError as error:
         what = f"{error.strerror}: {str(error.filename)!r}"
@@ -165,7 +169,8 @@ def save_result(job: Job, step: int, proof: dict[str, Any]) -> Path:
     """
     # The last step may break what no later loss will show.
     alike(lambda: _check_finite(job.engine.model, step))
-    staged, main = job.folder / _STAGED, job.runtime.is_main
+    final, main = final_of(job), job.runtime.is_main
+    staged = _staged(final)
     # What a killed run has left behind is in the way.
     alike(lambda: shutil.rmtree(staged, ignore_errors=True) if main else None)
     files: list[Path] = []
@@ -178,7 +183,14 @@ def save_result(job: Job, step: int, proof: dict[str, Any]) -> Path:
             base=job.options.model_path,
         )
     alike(lambda: _complete(job, proof) if main else None)
-    return job.folder / FINAL / files[0].name
+    return final / files[0].name
+
+
+def final_of(job: Job) -> Path:
+    """Where a job's result goes: ``final/``, or the sub-folder of its network there."""
+    if not job.network:
+        return job.folder / FINAL
+    return job.folder.parent / FINAL / job.network
 
 
 def _forms(job: Job) -> tuple[str, ...]:
@@ -191,11 +203,16 @@ def _forms(job: Job) -> tuple[str, ...]:
 
 def _complete(job: Job, proof: dict[str, Any]) -> None:
     """Put the staged result in the place of the one that was there."""
+    final = final_of(job)
     try:
-        for folder in (job.folder, job.folder / _STAGED):
+        for folder in (job.folder, _staged(final)):
             write_json(folder / PROOF, proof)
             write_text(folder / PLAN, job.plan.to_json() + "\n")
-        _swap(job.folder)
+        _swap(final)
+        if job.network:
+            # Of an earlier run of one network: beside two they would be a third.
+            for path in _found(final.parent, _IN_FINAL):
+                path.unlink()
     except OSError as error:
         raise ConfigError(
             f"Cannot write {str(error.filename)!r}: {error.strerror}. The final/ that was there is"
@@ -203,26 +220,26 @@ def _complete(job: Job, proof: dict[str, Any]) -> None:
         ) from None
 
 
-def _swap(folder: Path) -> None:
-    """Make ``.final.new`` the ``final/`` of a folder. Only names change, so it is soon done."""
-    final, staged, replaced = folder / FINAL, folder / _STAGED, folder / _REPLACED
+def _swap(final: Path) -> None:
+    """Make the staged folder the ``final`` one. Only names change, so it is soon done."""
     if final.exists():
-        final.rename(replaced)
+        final.rename(_replaced(final))
     # A process that dies here leaves the earlier result under its other name: see _mend.
-    staged.rename(final)
-    sync_folder(folder)
-    _mend(folder)
+    _staged(final).rename(final)
+    sync_folder(final.parent)
+    _mend(final)
 
 
-def _mend(folder: Path) -> None:
+def _mend(final: Path) -> None:
     """Finish what ``_swap`` has begun, or undo it where the new result has no name yet."""
-    final, replaced = folder / FINAL, folder / _REPLACED
+    replaced = _replaced(final)
     if not replaced.exists():
         return
     if not final.exists():
         replaced.rename(final)
         return
-    ours = set(_found(replaced, _IN_FINAL))
+    # Results of several networks, each in a sub-folder, are ours too.
+    ours = {*_found(replaced, _IN_FINAL), *_networks(replaced)}
     for path in replaced.iterdir():
         if path not in ours and not (final / path.name).exists():
             path.rename(final / path.name)
@@ -232,9 +249,26 @@ def _mend(folder: Path) -> None:
         shutil.rmtree(replaced)
 
 
-def holds_result(folder: Path, run_id: str | None, step: int) -> bool:
-    """Whether ``final/`` is what this start of a run made of its weights after ``step`` steps."""
-    files = sorted(folder.glob(f"{FINAL}/*.safetensors"))
+def _networks(final: Path) -> list[Path]:
+    """Sub-folders that hold the result of one network each, or are about to."""
+    found = []
+    for plan in final.glob(f"*/{PLAN}"):
+        name = plan.parent.name.removeprefix(".").removesuffix(_OLD)
+        found.append(final / name)
+    return list(dict.fromkeys(found))
+
+
+def _staged(final: Path) -> Path:
+    return final.with_name(f".{final.name}{_NEW}")
+
+
+def _replaced(final: Path) -> Path:
+    return final.with_name(f".{final.name}{_OLD}")
+
+
+def holds_result(final: Path, run_id: str | None, step: int) -> bool:
+    """Whether a folder is what this start of a run made of its weights after ``step`` steps."""
+    files = sorted(final.glob("*.safetensors"))
     if run_id is None or not files:
         return False
     try:
@@ -245,14 +279,14 @@ def holds_result(folder: Path, run_id: str | None, step: int) -> bool:
     return (found.get("run"), found.get("step")) == (run_id, str(step))
 
 
-def draw_generated(job: Job, step: int | None = None) -> Path | None:
+def draw_generated(team: Team, step: int | None = None) -> Path | None:
     """Generate clips for the first prompts and draw them.
 
     By the model's pipeline where its folder is there; else by the objective, as latents beside the
     real ones. Collective: the forward pass is.
 
     Args:
-        job: What is trained.
+        team: What is trained.
         step: Optimizer steps done; None: at the end of the run.
 
     Returns:
@@ -260,16 +294,20 @@ def draw_generated(job: Job, step: int | None = None) -> Path | None:
     """
     from launch.trainer.samples import draw_samples
 
-    options, device, model = job.options, job.runtime.device, job.engine.model
+    job = team.face
+    options, device = job.options, job.runtime.device
     chosen = one_batch(job.data, options.samples.count)
     if not chosen:
         return None
     batch = alike(lambda: job.family.collate([job.data[index] for index in chosen]))
+    models = {name: one.engine.model for name, one in team.jobs.items()}
     # Dropout and the like are for training; generate() runs the forward pass alone.
-    model.eval()
-    with torch.no_grad(), autocast(device, options):
-        made, real = _generate(job, batch)
-    model.train()
+    for model in models.values():
+        model.eval()
+    with torch.no_grad(), autocast(device, options), team.called():
+        made, real = _generate(job, models, batch)
+    for model in models.values():
+        model.train()
     if made is None:
         return None
     name = "samples.png" if step is None else f"step_{step:06d}.png"
@@ -281,16 +319,19 @@ def draw_generated(job: Job, step: int | None = None) -> Path | None:
     return path
 
 
-def _generate(job: Job, batch: Batch) -> tuple[Any, Any]:
+def _generate(job: Job, models: Mapping[str, nn.Module], batch: Batch) -> tuple[Any, Any]:
     """Return what the model makes of a batch's prompts, and what to draw beside it. Collective."""
     options, device, family = job.options, job.runtime.device, job.family
     moved, seed = to_device(batch, device), options.train.seed
     if pipeline_of(options.model_path) is None or not isinstance(family, Diffusion):
+        if len(models) > 1:
+            # Each has its part of the path only, and the pipeline knows which.
+            return None, None
         made = job.objective.generate(job.engine.model, moved, seed, options.samples.steps)
         real = batch.get(LATENTS)
         # Of several streams the first: a picture has no sound.
         return made, next(iter(real.values())) if isinstance(real, Mapping) else real
-    pipeline = alike(lambda: load_pipeline(family, options.model_path, job.engine.model, device))
+    pipeline = alike(lambda: load_pipeline(family, options.model_path, models, device))
     if isinstance(job.objective, FitsPipeline):
         job.objective.fit_pipeline(pipeline)
     wanted = options.samples

@@ -34,17 +34,20 @@ def pipeline_of(model_folder: str | Path) -> Path | None:
 
 
 def load_pipeline(
-    family: Diffusion, model_folder: str | Path, model: nn.Module, device: torch.device
+    family: Diffusion,
+    model_folder: str | Path,
+    models: Mapping[str, nn.Module],
+    device: torch.device,
 ) -> Any:
-    """Load the pipeline that a live network belongs to, around it.
+    """Load the pipeline that live networks belong to, around them.
 
-    Wan 2.2's other expert is loaded too: a clip needs both.
+    Wan 2.2's other expert is loaded too where it does not train: a clip needs both.
 
     Args:
         family: Names the pipeline's class.
-        model_folder: Of the network, in its pipeline's folder.
-        model: The network, or its wrapper.
-        device: Where it runs; the VAE goes there too.
+        model_folder: Of a network, in its pipeline's folder.
+        models: The networks, or their wrappers: one of any name, or each by its component.
+        device: Where they run; the VAE goes there too.
 
     Raises:
         ModelSourceError: a component is missing or damaged.
@@ -54,11 +57,14 @@ def load_pipeline(
     own = Path(model_folder).resolve()
     folder, component = own.parent, own.name
     index = json.loads((folder / INDEX).read_text(encoding="utf-8"))
-    absent = {name: None for name in index if name.startswith(_NOT_NEEDED)} | {component: None}
+    live = dict(models) if len(models) > 1 else {component: next(iter(models.values()))}
+    unneeded = [name for name in index if name.startswith(_NOT_NEEDED) or name in live]
+    absent: dict[str, None] = dict.fromkeys(unneeded)
     # Its warnings are for callers who forget what a cached prompt lacks on purpose.
     diffusers.utils.logging.set_verbosity_error()
     # A variant may have a pipeline of its own: text-to-video and image-to-video.
-    name = family.pipeline_name(_config(model))
+    first = next(iter(models.values()))
+    name = family.pipeline_name(_config(first))
     pipeline_class = from_diffusers(name, family.model_type)
     diffusers.utils.logging.disable_progress_bar()
     with blame(f"{folder}: {name} cannot be loaded", "download it again"):
@@ -67,7 +73,7 @@ def load_pipeline(
         if isinstance(part, nn.Module):
             part.to(device).requires_grad_(False)
     # After loading: from_pretrained refuses wrappers, which are of other classes.
-    pipeline.register_modules(**{component: _callable(model)})
+    pipeline.register_modules(**{name: _callable(model) for name, model in live.items()})
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from dist_layerlr.checkpoint import (
     finish_background_save,
     read_manifest,
     resume_plan,
+    step_of,
 )
 from dist_layerlr.errors import CheckpointError, ConfigError
 from dist_layerlr.export import SAVED_CONFIG, adapter_config
@@ -26,6 +28,7 @@ from launch.trainer.job import Job
 from launch.trainer.outputs import check_fresh
 from launch.trainer.runtime import Runtime
 from launch.trainer.state import Position
+from launch.trainer.team import Team, own, under
 
 LATEST = "latest"
 _RUN = "run"
@@ -57,6 +60,54 @@ def choose_checkpoint(resume: str | None, folder: Path, runtime: Runtime) -> Pat
     if not is_own(path, folder):
         alike(lambda: check_fresh(folder))
     return path
+
+
+def choose_checkpoints(
+    resume: str | None, folder: Path, runtime: Runtime, names: Collection[str]
+) -> dict[str, Path]:
+    """Return the checkpoint of each network to continue from; none: from the beginning. Collective.
+
+    Args:
+        resume: As ``choose_checkpoint`` takes it. For several networks a path is that of a run's
+            output folder.
+        folder: Output folder of the run.
+        runtime: This rank.
+        names: Of the networks.
+
+    Raises:
+        ConfigError: see ``choose_checkpoint``.
+        CheckpointError: no step of which every network has a checkpoint.
+    """
+    if len(names) == 1:
+        found = choose_checkpoint(resume, folder, runtime)
+        return {} if found is None else dict.fromkeys(names, found)
+    root = folder if resume in (None, LATEST) else Path(str(resume))
+    if root.resolve() != folder.resolve() or resume is None:
+        for name in names:
+            alike(partial(check_fresh, folder / name))
+    if resume is None:
+        return {}
+    # One rank looks, so that all take the same: a disk may show files late.
+    common = rank_zero(lambda: _newest_common(root, names))
+    if not common and resume == LATEST:
+        runtime.say(f"no step has a checkpoint of every network in {root}: starting at step 0")
+    elif not common:
+        raise CheckpointError(
+            f"Invalid --resume {str(root)!r}: no step has a checkpoint of each of"
+            f" {', '.join(names)} there. Give the output folder of a run of both experts."
+        )
+    return {name: Path(path) for name, path in common.items()}
+
+
+def _newest_common(root: Path, names: Collection[str]) -> dict[str, str]:
+    """The checkpoints of the newest step that every network has; empty without one."""
+    by_step: dict[int, dict[str, str]] = {}
+    for name in names:
+        # The later of two of one step comes last, and stays.
+        for path in complete_checkpoints(root / name / CHECKPOINTS):
+            by_step.setdefault(step_of(path), {})[name] = str(path)
+    steps = [step for step, found in by_step.items() if len(found) == len(names)]
+    return by_step[max(steps)] if steps else {}
 
 
 def is_own(checkpoint: Path, folder: Path) -> bool:
@@ -177,7 +228,11 @@ class Saver:
             _RUN: job.run_id,
             **self._adapter,
         }
-        saving = job.engine.save(job.folder / CHECKPOINTS, step, extra, job.options.train)
+        train = job.options.train
+        if job.network and train.keep is not None:
+            # A run that is killed between two networks' checkpoints goes on from the step before.
+            train = replace(train, keep=train.keep + 1)
+        saving = job.engine.save(job.folder / CHECKPOINTS, step, extra, train)
         self._pending = (saving, step)
         if not job.options.train.background_save:
             self.finish()
@@ -189,6 +244,38 @@ class Saver:
         if pending is not None:
             saving, step = pending
             self._job.runtime.say(f"saved checkpoint {saving.path} after {step} steps")
+
+
+class Savers:
+    """Writes the checkpoints of all networks of a run, one after the other."""
+
+    def __init__(self, team: Team):
+        self._team = team
+        self._savers = {name: Saver(job) for name, job in team.jobs.items()}
+
+    def __call__(self, step: int, samples: int, observed: Mapping[str, float]) -> None:
+        """Write a checkpoint of each network, or begin to. Collective."""
+        for name, _ in self._team.each():
+            self._savers[name](step, samples, own(name, observed))
+
+    def finish(self) -> None:
+        """Wait for those that are still being written. Collective."""
+        for saver in self._savers.values():
+            saver.finish()
+
+
+def restore_all(team: Team, paths: Mapping[str, Path]) -> Position:
+    """Load the checkpoint of each network. Returns where to go on. Collective.
+
+    Raises:
+        CheckpointError, ConfigError: see ``restore``.
+    """
+    begin, observed = Position(), dict[str, float]()
+    for name, job in team.each():
+        if name in paths:
+            begin = restore(job, paths[name])
+            observed |= under(name, begin.observed)
+    return replace(begin, observed=observed)
 
 
 def _changed(old: Mapping[str, Any], new: Mapping[str, Any]) -> Iterator[str]:

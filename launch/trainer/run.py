@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import uuid
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -23,34 +25,40 @@ from launch.trainer import outputs
 from launch.trainer.batches import check_dropout, order_of
 from launch.trainer.data import fit_dataset, open_dataset
 from launch.trainer.engines import build_engine
+from launch.trainer.engines.base import Engine
 from launch.trainer.estimate import check_cards, estimate
 from launch.trainer.families import get_family
+from launch.trainer.families.base import Family
 from launch.trainer.job import Job
 from launch.trainer.loop import micro_batch_size, train, write_row
 from launch.trainer.metrics import MetricsFile
-from launch.trainer.objectives import Noted
+from launch.trainer.objectives import Noted, Objective
 from launch.trainer.options import RunOptions
 from launch.trainer.record import write_record
 from launch.trainer.request import Request
 from launch.trainer.resume import (
-    Saver,
+    Past,
+    Savers,
     adapt_plan,
-    choose_checkpoint,
+    choose_checkpoints,
     is_own,
     look_back,
-    restore,
+    restore_all,
 )
 from launch.trainer.runlog import LOG
 from launch.trainer.runtime import Diverged, Runtime
 from launch.trainer.signals import StopFlag, catch_signals
 from launch.trainer.state import Outcome, Position
+from launch.trainer.team import Team, check_team, options_of_each, own, team_of
 from launch.trainer.weights import empty_model, frozen_line, spare_from_decay, spared_line
 
 
 def print_plan(options: RunOptions, runtime: Runtime) -> None:
-    """Print the grid of learning rates. Collective."""
-    _, plan = _planned(options)
-    runtime.say(grid(plan))
+    """Print the grid of learning rates of each network. Collective."""
+    for name, one in options_of_each(options).items():
+        if name:
+            runtime.say(f"{name}:")
+        runtime.say(grid(_planned(one)[1]))
 
 
 def print_estimate(options: RunOptions, runtime: Runtime, cards: int, card_gb: float) -> None:
@@ -58,6 +66,17 @@ def print_estimate(options: RunOptions, runtime: Runtime, cards: int, card_gb: f
     check_cards(cards, card_gb)
     _, plan = _planned(options)
     runtime.say(alike(lambda: estimate(options, plan, cards, card_gb)).table())
+
+
+@dataclass(frozen=True, kw_only=True)
+class Planned:
+    """One network of a run, before it has memory."""
+
+    options: RunOptions
+    model: nn.Module
+    """On the meta device."""
+    plan: Plan
+    objective: Objective
 
 
 def run(request: Request, options: RunOptions, runtime: Runtime) -> None:
@@ -68,12 +87,11 @@ def run(request: Request, options: RunOptions, runtime: Runtime) -> None:
         Diverged: Training ran into NaN or infinity.
     """
     # Cheap checks first, so that a typing error costs seconds and not the loading of a model.
-    model, plan = _planned(options)
-    alike(lambda: check_pretrained(model, options.model_path, fresh=True))
     family = get_family(options.model_type, options.objective)
-    objective = alike(lambda: family.objective(options.objective, Path(options.model_path)))
+    planned = _plan_each(family, options)
+    alike(lambda: check_team(planned, request.sharding, options))
     data = alike(lambda: open_dataset(options.data))
-    shape: Any = model.config
+    shape: Any = next(iter(planned.values())).model.config
     alike(lambda: fit_dataset(data, family, shape))
     alike(lambda: check_dropout(options.train.caption_dropout, data, family))
     alike(lambda: micro_batch_size(options, runtime.world_size))
@@ -82,12 +100,12 @@ def run(request: Request, options: RunOptions, runtime: Runtime) -> None:
             request.output_dir, options.model_path, probe=runtime.is_main, say=runtime.say
         )
     )
-    checkpoint = choose_checkpoint(request.resume, folder, runtime)
+    checkpoints = choose_checkpoints(request.resume, folder, runtime, planned)
     run_id = rank_zero(lambda: uuid.uuid4().hex[:16])
-    if checkpoint is not None:
+    for name, checkpoint in checkpoints.items():
         past = look_back(checkpoint)
         trained = past.step == options.train.steps
-        if trained and rank_zero(lambda: outputs.holds_result(folder, past.run_id, past.step)):
+        if trained and rank_zero(partial(_all_written, folder, planned, past)):
             runtime.say(
                 f"nothing to train: {checkpoint} is after {past.step} of {past.step} steps;"
                 f" {folder / outputs.FINAL}, plan.json and verify.json stay as that run left them"
@@ -95,27 +113,26 @@ def run(request: Request, options: RunOptions, runtime: Runtime) -> None:
             return
         # What is left to write is the result of the start that trained.
         run_id = past.run_id or run_id if trained else run_id
-        plan = adapt_plan(checkpoint, plan, runtime, trained=trained)
-    runtime.say(grid(plan))
-    note = objective.note if isinstance(objective, Noted) else None
-    for line in (frozen_line(family, model, options), spared_line(family, model, plan), note):
-        if line is not None:
-            runtime.say(line)
-    engine = build_engine(request.sharding, model, plan, options, runtime, request.deepspeed_config)
-    job = Job(
-        engine=engine,
-        family=family,
-        objective=objective,
-        data=data,
-        plan=plan,
-        options=options,
-        runtime=runtime,
-        folder=folder,
-        run_id=run_id,
-    )
+        adapted = adapt_plan(checkpoint, planned[name].plan, runtime, trained=trained)
+        planned[name] = replace(planned[name], plan=adapted)
+    jobs = {}
+    for name, one in planned.items():
+        _announce(name, one, family, runtime)
+        jobs[name] = Job(
+            engine=_engine(request, one, runtime, alone=len(planned) == 1),
+            family=family,
+            objective=one.objective,
+            data=data,
+            plan=one.plan,
+            options=one.options,
+            runtime=runtime,
+            folder=folder / name,
+            network=name,
+            run_id=run_id,
+        )
     # Until the weights are written: a second signal must not cut the saving short.
     with catch_signals() as stop:
-        _train_and_save(job, stop, checkpoint)
+        _train_and_save(team_of(jobs, options, folder), stop, checkpoints)
 
 
 def _planned(options: RunOptions) -> tuple[nn.Module, Plan]:
@@ -125,25 +142,65 @@ def _planned(options: RunOptions) -> tuple[nn.Module, Plan]:
     return model, alike(lambda: spare_from_decay(family, model, plan_model(model, options.plan)))
 
 
-def _train_and_save(job: Job, stop: StopFlag, checkpoint: Path | None) -> None:
+def _plan_each(family: Family, options: RunOptions) -> dict[str, Planned]:
+    """Build each network of the run on the meta device, and check its weights. Collective."""
+    found = {}
+    for name, given in alike(lambda: options_of_each(options)).items():
+        model, plan = _planned(given)
+        alike(partial(check_pretrained, model, given.model_path, fresh=True))
+        objective = alike(partial(family.objective, given.objective, Path(given.model_path)))
+        found[name] = Planned(options=given, model=model, plan=plan, objective=objective)
+    return found
+
+
+def _engine(request: Request, one: Planned, runtime: Runtime, *, alone: bool) -> Engine:
+    """Load a network's weights into place. Collective."""
+    model, plan, config = one.model, one.plan, request.deepspeed_config
+    engine = build_engine(request.sharding, model, plan, one.options, runtime, config)
+    if not alone:
+        # Before the next one is loaded: the device may hold one only.
+        engine.rest()
+    return engine
+
+
+def _all_written(folder: Path, names: Iterable[str], past: Past) -> bool:
+    """Whether the result of each network is what the start that trained made of it."""
+    finals = [folder / outputs.FINAL / name for name in names]
+    return all(outputs.holds_result(final, past.run_id, past.step) for final in finals)
+
+
+def _announce(name: str, one: Planned, family: Family, runtime: Runtime) -> None:
+    """Print the grid of a network, and what of it does not train."""
+    note = one.objective.note if isinstance(one.objective, Noted) else None
+    frozen = frozen_line(family, one.model, one.options)
+    lines = (frozen, spared_line(family, one.model, one.plan), note)
+    for line in (f"{name}:" if name else None, grid(one.plan), *lines):
+        if line is not None:
+            runtime.say(line)
+
+
+def _train_and_save(team: Team, stop: StopFlag, checkpoints: Mapping[str, Path]) -> None:
     """Continue or begin, prove, train, prove again, and write the results. Collective."""
-    runtime = job.runtime
-    begin = Position() if checkpoint is None else restore(job, checkpoint)
+    job, runtime = team.face, team.face.runtime
+    begin = restore_all(team, checkpoints)
     # After a checkpoint was loaded, which may have overwritten rates.
-    proof = alike(lambda: job.engine.prove(1.0, begin.step))
-    runtime.say(proof.line())
+    proofs = _prove(team, begin.step, begin.step)
+    for name, proof in proofs.items():
+        runtime.say(f"{name}: {proof.line()}" if name else proof.line())
     prediction = _predict(job)
     if prediction is not None:
         runtime.say(f"[stagehand] {prediction.line()}")
     runtime.say(_sizes(job, begin))
-    kept = checkpoint is not None and is_own(checkpoint, job.folder)
+    kept = any(is_own(path, team.jobs[name].folder) for name, path in checkpoints.items())
     # All ranks, though one writes: they end together where its disk is full.
-    metrics = alike(lambda: _open_files(job, begin, proof, kept=kept) if runtime.is_main else None)
+    metrics = alike(
+        lambda: _open_files(team, begin, proofs, kept=kept) if runtime.is_main else None
+    )
     if prediction is not None:
         write_row(metrics, {"step": begin.step, "prediction": prediction.to_dict()})
-    save = Saver(job)
+    save = Savers(team)
     try:
-        outcome = train(job, metrics, stop, begin, save, partial(outputs.draw_generated, job))
+        outcome = train(team, metrics, stop, begin, save, partial(outputs.draw_generated, team))
     except Diverged:
         # All ranks raise it. The last periodic checkpoint is good, so let it get onto the disk.
         save.finish()
@@ -153,23 +210,48 @@ def _train_and_save(job: Job, stop: StopFlag, checkpoint: Path | None) -> None:
         runtime.say(f"stopped by a signal before step {begin.step + 1}; nothing new to save")
         return
     # Again, because DeepSpeed, a scheduler or an optimizer may have changed rates on the way.
-    after = alike(lambda: job.engine.prove(outcome.last_factor, outcome.steps))
-    seen = {"start": proof.to_dict(), "end": after.to_dict(), "first_step_lr": outcome.observed}
-    weights = outputs.save_result(job, outcome.steps, seen)
-    _finish(job, outcome, weights)
+    after = _prove(team, begin.step, outcome.steps)
+    weights = []
+    for name, one in team.each():
+        ends = {"start": proofs[name].to_dict(), "end": after[name].to_dict()}
+        seen = {**ends, "first_step_lr": own(name, outcome.observed)}
+        weights.append(outputs.save_result(one, outcome.steps, seen))
+    _finish(team, outcome, weights)
 
 
-def _open_files(job: Job, begin: Position, proof: Proof, *, kept: bool) -> MetricsFile:
+def _prove(team: Team, begin: int, end: int) -> dict[str, Proof]:
+    """Verify the live learning rates of each network after ``end`` steps. Collective.
+
+    Args:
+        team: The networks.
+        begin: Steps that were done before this process trained.
+        end: Steps that are done.
+    """
+    found = {}
+    for name, job in team.each():
+        factor, steps = team.factor(name, begin, end), team.turns.count(name, end)
+        found[name] = alike(partial(job.engine.prove, factor, steps))
+    return found
+
+
+def _open_files(
+    team: Team, begin: Position, proofs: Mapping[str, Proof], *, kept: bool
+) -> MetricsFile:
     """Begin the files of this run; go on with those that are there where ``kept``."""
+    job = team.face
     # Only now, when nothing can be refused any more: bad input must not cost the earlier results.
     try:
-        if not kept:
-            outputs.remove_previous_run(job.folder)
-        write_text(job.folder / outputs.PLAN, job.plan.to_json() + "\n")
-        outputs.draw_plan(job.plan, job.folder)
+        for one in (job, *team.jobs.values()):
+            one.folder.mkdir(parents=True, exist_ok=True)
+            if not kept:
+                outputs.remove_previous_run(one.folder)
+        for one in team.jobs.values():
+            write_text(one.folder / outputs.PLAN, one.plan.to_json() + "\n")
+            outputs.draw_plan(one.plan, one.folder)
         # Where no step is left, this process's config is not what was trained.
         if begin.step < job.options.train.steps:
-            write_record(job, begin, sharder=proof.sharder, kept=kept)
+            sharder = next(iter(proofs.values())).sharder
+            write_record(job, begin, sharder=sharder, kept=kept)
         job.runtime.log.open(job.folder / LOG, kept=kept)
         return MetricsFile(job.folder / outputs.METRICS, first_step=begin.step)
     except OSError as error:
@@ -214,10 +296,13 @@ def _predict(job: Job) -> Prediction | None:
     return job.engine.predict(tokens, micro_steps, job.options)
 
 
-def _finish(job: Job, outcome: Outcome, weights: Path) -> None:
+def _finish(team: Team, outcome: Outcome, weights: Sequence[Path]) -> None:
     """Draw the samples unless a signal hurries, and say where everything is. Collective."""
-    picture = None if outcome.stopped else outputs.draw_generated(job)
+    job = team.face
+    picture = None if outcome.stopped else outputs.draw_generated(team)
     ended = "stopped by a signal after" if outcome.stopped else "finished"
-    job.runtime.say(f"{ended} {outcome.steps} steps; weights in {weights}")
+    where = " and ".join(map(str, weights))
+    job.runtime.say(f"{ended} {outcome.steps} steps; weights in {where}")
     if picture is not None:
-        job.runtime.say(f"learning rates in {job.folder / 'lr_grid.png'}, samples in {picture}")
+        grids = " and ".join(str(one.folder / "lr_grid.png") for one in team.jobs.values())
+        job.runtime.say(f"learning rates in {grids}, samples in {picture}")

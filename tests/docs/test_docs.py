@@ -9,6 +9,7 @@ import json
 import os
 import re
 import shlex
+import shutil
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
@@ -23,7 +24,7 @@ from dist_layerlr.plan.config import PatternRule, PerLayerLR, Region
 from dist_layerlr.plan.depth import DEPTH_FUNCTIONS, DepthSettings
 from dist_layerlr.plan.layer_decay import CONVENTIONS
 from dist_layerlr.plan.presets import PRESET_CLASSES, PRESETS, RfdetrPreset
-from launch import make_tiny_wan, train
+from launch import cache_latents, make_tiny_wan, tiny, train
 from tests.support.ranks import run_ranks
 
 ROOT = Path(__file__).resolve().parent.parent.parent
@@ -165,7 +166,8 @@ BLOCKS_RUN_BELOW = {
     ("bash", "dist-layerlr plan"),
     ("json", "per_layer_lr"),
     ("python", "StreamPolicy"),
-    ("bash", "launch/train.py"),
+    ("bash", "python launch/train.py --config FILE\n"),
+    ("bash", "launch/cache_latents.py"),
 }
 """(language, piece of text) of the README blocks that the tests below take by `readme`."""
 
@@ -315,10 +317,39 @@ def test_readmes_train_commands_take_their_arguments(
     """What they start is trained for real in test_world_size_invariance.py and
     test_ds_configs.py."""
     config = str(write_config(run_config))
-    lines = readme("bash", "launch/train.py").splitlines()
+    lines = readme("bash", "python launch/train.py --config FILE\n").splitlines()
     assert [line.split()[0] for line in lines] == ["python", "torchrun", "deepspeed"]
     for line in lines:
         words = [config if word == "FILE" else word for word in shlex.split(line, comments=True)]
         arguments = words[words.index("launch/train.py") + 1 :]
         assert train.main([*arguments, "--plan-only"]) == 0, line
         assert "blocks.002.self_attn" in capsys.readouterr().out
+
+
+def test_readmes_way_from_a_pipeline_folder_to_an_adapter_runs(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from diffusers import StableDiffusionXLPipeline
+    from PIL import Image
+
+    shutil.copytree(ROOT / "launch" / "configs", tmp_path / "launch" / "configs")
+    monkeypatch.chdir(tmp_path)
+    assert "`python launch/tiny.py sdxl MODEL`" in README and tiny.main(["sdxl", "MODEL"]) == 0
+    Path("photos").mkdir()
+    for number, size in enumerate([(64, 64), (96, 64), (64, 64), (96, 64)]):
+        Image.new("RGB", size, (40 * number, 99, 200)).save(f"photos/{number}.png")
+        Path(f"photos/{number}.txt").write_text("a red square")
+    block = readme("bash", "launch/cache_latents.py").replace("\\\n", " ")
+    encode, training, asking = (shlex.split(one, comments=True) for one in block.splitlines())
+    # Pictures of a million pixels and a thousand steps would take as long as they say.
+    assert cache_latents.main([*encode[2:], "--pixels", "4096"]) == 0
+    assert training[1] == asking[1] == "launch/train.py"
+    assert train.main([*training[2:], "--max-steps", "2"]) == 0
+    assert "verified on 1 rank" in capsys.readouterr().out
+    assert Path("runs/latest/samples/samples.png").is_file()
+    pipeline = StableDiffusionXLPipeline.from_pretrained("MODEL")
+    assert '`pipe.load_lora_weights("runs/latest/final")`' in README
+    pipeline.load_lora_weights("runs/latest/final")
+    assert pipeline.get_active_adapters()
+    assert train.main(asking[2:]) == 0
+    assert capsys.readouterr().out.splitlines()[-1].endswith(("fits", "too large"))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -204,6 +205,37 @@ def test_other_variants_are_refused_by_the_key_that_tells_them(
     with pytest.raises(ModelSourceError, match=said) as caught:
         get_family(model_type).check_config(config)
     assert next(iter(config), "qk_norm") in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("model_type", "index", "said"),
+    [
+        ("flux_2_klein_4b", {"is_distilled": True}, "FLUX.2-klein-base"),
+        ("flux_2_klein_9b", {"is_distilled": True}, "FLUX.2-klein-base"),
+        ("qwen", {"_class_name": "QwenImageEditPipeline"}, "edit or layered"),
+    ],
+)
+def test_variants_with_the_same_network_are_refused_by_their_pipelines_index(
+    model_type: str, index: dict[str, Any], said: str, tmp_path: Path
+) -> None:
+    (tmp_path / "transformer").mkdir()
+    family = get_family(model_type)
+    own = {"_class_name": family.pipeline_class, "is_distilled": False}
+    for content in ({}, own):
+        (tmp_path / "model_index.json").write_text(json.dumps(content))
+        assert family.model_folder(tmp_path) == tmp_path / "transformer"
+    (tmp_path / "model_index.json").write_text(json.dumps({**own, **index}))
+    for path in (tmp_path, tmp_path / "transformer"):
+        with pytest.raises(ModelSourceError, match=said) as caught:
+            family.model_folder(path)
+        assert next(iter(index)) in str(caught.value)
+
+
+def test_chroma_is_built_without_a_warning() -> None:
+    network = CASES["chroma_1"].parts()["transformer"]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", FutureWarning)
+        get_family("chroma_1").build(dict(network.config))
 
 
 @pytest.mark.parametrize("name", CASES)

@@ -64,6 +64,9 @@ def test_every_batch_is_of_one_bucket_and_an_epoch_sees_every_sample():
     assert len({str(epoch) for epoch in epochs}) == 4
     ranks = [[bucket_of(batch[0]) for batch in epoch] for epoch in epochs]
     assert any(one != sorted(one) for one in ranks), "batches of all buckets are mixed"
+    inside = [[i for batch in epoch for i in batch if i in BUCKETS[2]] for epoch in epochs]
+    assert any(one[:7] != sorted(one[:7]) for one in inside), "a bucket is shuffled, too"
+    assert len({tuple(sorted(batch)) for epoch in epochs for batch in epoch}) > 8
 
 
 def test_the_order_depends_on_the_seed_and_the_number_alone():
@@ -98,6 +101,7 @@ def test_a_tenth_of_the_captions_is_dropped_the_same_ones_on_every_rank():
     dropped = [n for n in numbers if loses_caption(n, seed=4, share=0.1)]
     # Four standard deviations of a binomial: sqrt(20000 * 0.1 * 0.9) = 42.
     assert abs(len(dropped) - 2000) < 170
+    assert dropped != [n for n in numbers if loses_caption(n, seed=5, share=0.1)]
     more = {n for n in numbers if loses_caption(n, seed=4, share=0.2)}
     assert more > set(dropped)
     assert not any(loses_caption(n, 4, 0.0) for n in range(1000))

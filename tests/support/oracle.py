@@ -351,7 +351,8 @@ def check_mutant(case: Case, family: Diffusion) -> None:
     for check in checks if _encodes_alike(case, family) else reversed(checks):
         try:
             check(case, family)
-        except AssertionError:
+        # Measured, or refused by torch: some mutants turn the latents and not their condition.
+        except (AssertionError, RuntimeError):
             return
     pytest.fail("oracle, call and ragged hold for the mutant")
 

@@ -14,6 +14,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from dist_layerlr.errors import ModelSourceError
 from launch.trainer.cli import blame
 from launch.trainer.data.images import Source, image_size, open_image, to_pixels
 from launch.trainer.data.sizes import Placement
@@ -50,9 +51,12 @@ def measure(source: Source) -> Measures:
         return _measure_video(source.video)
     sizes = {path: image_size(path) for path in source.frames}
     first = sizes[source.frames[0]]
-    with blame(source.source, "bring all frames of a clip to one size"):
-        other = next((path.name for path, size in sizes.items() if size != first), None)
-        assert other is None, f"{other} is of another size than {source.frames[0].name}"
+    for path, size in sizes.items():
+        if size != first:
+            raise ModelSourceError(
+                f"{path.name} is of another size than {source.frames[0].name}; bring all frames of"
+                " a clip to one size"
+            )
     return Measures(size=first, frames=len(source.frames), fps=None)
 
 
@@ -62,7 +66,8 @@ def _measure_video(path: Path) -> Measures:
         first = next(stream.container.decode(stream))
         # The decoder gives the picture as it was stored, not as players turn it.
         turned = getattr(first, "rotation", 0)
-        assert turned == 0, f"is to be turned by {turned} degrees"
+        if turned:
+            raise ValueError(f"it is to be turned by {turned} degrees")
         # Some containers do not say how many frames follow.
         frames = stream.frames or 1 + sum(1 for _ in stream.container.decode(stream))
         rate = stream.average_rate
@@ -78,8 +83,8 @@ def load_placed(source: Source, placement: Placement, frames: int) -> Tensor:
     """
     images = _video_images(source.video) if source.video else map(open_image, source.frames)
     found = [to_pixels(_placed(image, placement)) for image in islice(images, frames)]
-    with blame(source.source, "replace or remove it"):
-        assert len(found) == frames, f"has {len(found)} frames that can be read, need {frames}"
+    if len(found) < frames:
+        raise ModelSourceError(f"{len(found)} frames can be read, need {frames}; replace the clip")
     return torch.stack(found, dim=1)
 
 
@@ -94,7 +99,8 @@ def load_sound(path: Path) -> tuple[Tensor, int]:
             width, channels, rate = file.getsampwidth(), file.getnchannels(), file.getframerate()
             raw = bytearray(file.readframes(file.getnframes()))
         kinds = {2: torch.int16, 4: torch.int32}
-        assert width in kinds, f"{8 * width} bits a number"
+        if width not in kinds:
+            raise ValueError(f"{8 * width} bits a number")
         numbers = torch.frombuffer(raw, dtype=kinds[width]).view(-1, channels)
     return numbers.T.to(torch.float32) / 2.0 ** (8 * width - 1), rate
 

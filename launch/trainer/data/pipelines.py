@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import gc
+import sys
 from collections.abc import Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +21,10 @@ TEXT_PARTS = ("text_encoder", "tokenizer", "connectors")
 """Beginnings of the components that ``Diffusion.encode_prompt`` may need."""
 PIXEL_PARTS = ("vae", "audio_vae", "image_encoder", "image_processor", "feature_extractor")
 """Those that ``Diffusion.encode_source`` may need."""
+
+_CLEANERS = {"ftfy": "is_ftfy_available", "bs4": "is_bs4_available"}
+"""Modules that mend captions, and the function by which diffusers asks for each."""
+_PACKAGES = {"ftfy": "ftfy", "bs4": "beautifulsoup4"}
 
 
 def load_parts(folder: Path, kept: Sequence[str], dtype: torch.dtype, model_type: str) -> Any:
@@ -36,10 +42,10 @@ def load_parts(folder: Path, kept: Sequence[str], dtype: torch.dtype, model_type
     import diffusers
     import transformers
 
-    # Standard error is for our own progress bar.
-    diffusers.utils.logging.disable_progress_bar()
-    transformers.utils.logging.disable_progress_bar()
-    transformers.utils.logging.set_verbosity_error()
+    # Standard error is for our own progress bar; what they warn of, once a caption, is said once.
+    for library in (diffusers, transformers):
+        library.utils.logging.disable_progress_bar()
+        library.utils.logging.set_verbosity_error()
     index = read_json(folder / INDEX)
     names = [name for name, entry in index.items() if isinstance(entry, list)]
     absent = {name: None for name in names if not name.startswith(tuple(kept))}
@@ -53,6 +59,13 @@ def load_parts(folder: Path, kept: Sequence[str], dtype: torch.dtype, model_type
         if isinstance(part, torch.nn.Module):
             part.eval().requires_grad_(False)
     return pipeline
+
+
+def missing_cleaners(pipeline: Any) -> list[str]:
+    """Names of packages with which the pipeline would clean captions, were they installed."""
+    module = sys.modules[type(pipeline).__module__]
+    wanted = [name for name, asked in _CLEANERS.items() if hasattr(module, asked)]
+    return [_PACKAGES[name] for name in wanted if find_spec(name) is None]
 
 
 def read_index(folder: Path, subfolder: str) -> tuple[str, dict[str, Any]]:

@@ -56,8 +56,10 @@ def bucket_sizes(pixels: int, step: int) -> list[tuple[int, int]]:
     square = math.sqrt(pixels)
     shortest, longest = max(step, square / _LONGEST), square * _LONGEST
     heights = range(math.ceil(shortest / step) * step, int(longest) + 1, step)
-    found = [(height, int(pixels / height) // step * step) for height in heights]
-    return [(height, width) for height, width in found if width >= shortest - step and width > 0]
+    found = {(height, int(pixels / height) // step * step) for height in heights}
+    kept = {size for size in found if min(size) >= shortest - step and min(size) > 0}
+    # What a picture may be, it may be turned by a quarter.
+    return sorted(kept | {(width, height) for height, width in kept})
 
 
 def nearest(original: tuple[int, int], sizes: Sequence[tuple[int, int]]) -> tuple[int, int]:

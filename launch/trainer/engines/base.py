@@ -49,6 +49,14 @@ class Engine(Protocol):
         """
         ...
 
+    def rest(self) -> None:
+        """Leave the device while another model trains, where this one is there as a whole."""
+        ...
+
+    def wake(self) -> None:
+        """Come back to the device."""
+        ...
+
     def prove(self, factor: float, steps: int) -> Proof:
         """Verify the live learning rates on all ranks, and values after ``steps`` steps."""
         ...

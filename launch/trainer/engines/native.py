@@ -25,7 +25,7 @@ from dist_layerlr.optim import scale_lrs
 from dist_layerlr.plan import Plan
 from dist_layerlr.proof import Proof
 from dist_layerlr.ranks import alike
-from dist_layerlr.sharders import materialize
+from dist_layerlr.sharders import materialize, sharder_of
 from launch.trainer.engines.offload import Stagehand, hold_in_bf16
 from launch.trainer.engines.sharding import Sharding
 from launch.trainer.engines.wrap import blocks_of, replicate
@@ -48,6 +48,7 @@ class NativeEngine:
         assert sharding.wrap is not None
         self._plan, self._clip, self._sharding = plan, options.train.grad_clip, sharding
         self._handle: Handle | None = None
+        self._device = runtime.device
         if options.stream is not None and sharding.stagehand is Stagehand.STREAMS:
             self._stream(model, options, options.stream, runtime)
             return
@@ -114,6 +115,30 @@ class NativeEngine:
             self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         return norm
+
+    def rest(self) -> None:
+        """Move weights and optimizer states to the host, between steps, where gradients are none.
+
+        Shards of FSDP2 stay: its communication holds on to them. Streamed weights are on the host.
+        """
+        self._move(torch.device("cpu"))
+
+    def wake(self) -> None:
+        """Move back what ``rest`` has moved."""
+        self._move(self._device)
+
+    def _move(self, device: torch.device) -> None:
+        if self._handle is not None or sharder_of(self.model).layout.shards:
+            return
+        # Through .data and in place: DDP and the optimizer go on holding the same tensors. Buffers
+        # stay, since DDP remembers which they were.
+        for param in self.model.parameters():
+            if param.device != device:
+                param.data = param.data.to(device)
+        for state in self.optimizer.state.values():
+            for key, value in state.items():
+                if isinstance(value, Tensor) and value.device != device:
+                    state[key] = value.to(device)
 
     def prove(self, factor: float, steps: int) -> Proof:
         """Verify the live learning rates on all ranks, and values after ``steps`` steps."""

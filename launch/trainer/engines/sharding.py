@@ -60,6 +60,9 @@ class Sharding:
     """Who keeps weights in host memory when ``memory.stagehand`` is on."""
     refuses: str = ""
     """Why it cannot do so: at all, or in a full finetune where ``stagehand`` is STREAMS."""
+    several: bool = False
+    """Whether one process can hold two models of which one trains at a time. A whole copy leaves
+    the device while the other trains; shards stay."""
     accelerate: str | None = None
     """Flags by which ``accelerate launch`` asks for the same; None: there are none."""
 
@@ -85,12 +88,15 @@ _FSDP2 = "--use_fsdp --fsdp_version 2"
 # Names are spelled as the library, the command line, run.sh and the tests spell them.
 _ROWS = (
     # One process has no gradients to reduce and no launcher to wait for.
-    Sharding(name="none", wrap=wrap.whole, launcher=None, stagehand=Stagehand.STREAMS),
+    Sharding(
+        name="none", wrap=wrap.whole, launcher=None, stagehand=Stagehand.STREAMS, several=True
+    ),
     Sharding(
         name="ddp",
         wrap=wrap.ddp,
         micro_step=_no_sync,
         stagehand=Stagehand.STREAMS,
+        several=True,
         refuses="its gradient reduction needs them on the device",
     ),
     Sharding(
@@ -116,6 +122,7 @@ _ROWS = (
         wrap=wrap.fsdp2,
         micro_step=_set_sync,
         stagehand=Stagehand.DELEGATES,
+        several=True,
         accelerate=_FSDP2,
     ),
     Sharding(
@@ -123,6 +130,7 @@ _ROWS = (
         wrap=wrap.hsdp,
         micro_step=_set_sync,
         stagehand=Stagehand.DELEGATES,
+        several=True,
         accelerate=_FSDP2,
     ),
     # DeepSpeed refuses stages below 3 with the ds_config in hand: see offload_zero.

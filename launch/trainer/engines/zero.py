@@ -96,6 +96,12 @@ class ZeroEngine:
         norm = self.model.get_global_grad_norm()
         return float(norm) if norm is not None else float("nan")
 
+    def rest(self) -> None:
+        """Stay: partitions share flat memory with the engine. No two models train in turn here."""
+
+    def wake(self) -> None:
+        """Stay; see ``rest``."""
+
     def prove(self, factor: float, steps: int) -> Proof:
         """Verify the live learning rates on all ranks, and values after ``steps`` steps."""
         return verify(self._plan, self.model, factor=factor, deep=True, steps=steps)

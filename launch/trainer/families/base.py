@@ -142,6 +142,10 @@ class SeveralNetworks(Protocol):
         """
         ...
 
+    def settings_of(self, name: str, settings: Mapping[str, Any]) -> Mapping[str, Any]:
+        """Return the settings under which one of several networks trains."""
+        ...
+
 
 @runtime_checkable
 class HasVariants(Protocol):

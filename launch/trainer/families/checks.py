@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from dist_layerlr.errors import ModelSourceError
+from dist_layerlr.files import read_json
 from launch.trainer.data.base import Sample
 
 Layout = Sequence[int | str]
@@ -75,6 +77,31 @@ def refuse_key(model_config: Mapping[str, Any], key: str, allowed: object, what:
         raise ModelSourceError(
             f"config.json of model_path has {key}={found!r}, and {allowed!r} is trained here:"
             f" {what}."
+        )
+
+
+def refuse_pipeline(model_folder: Path, key: str, allowed: Sequence[object], what: str) -> None:
+    """Refuse a network whose pipeline's ``model_index.json`` has another value under ``key``.
+
+    For variants whose networks have the same ``config.json``.
+
+    Args:
+        model_folder: Of the network. One that lies in no pipeline passes.
+        key: A key of ``model_index.json``. A missing one passes.
+        allowed: The values of what is trained here.
+        what: The variant that another value stands for, and what to train instead.
+
+    Raises:
+        ModelSourceError: names the file, the key, its value, those allowed and ``what``.
+    """
+    path = model_folder.parent / "model_index.json"
+    if not path.is_file():
+        return
+    index = read_json(path)
+    if key in index and index[key] not in allowed:
+        values = " or ".join(repr(value) for value in allowed)
+        raise ModelSourceError(
+            f"{path} has {key}={index[key]!r}, and {values} is trained here: {what}."
         )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
 from typing import Any
 
@@ -33,6 +34,13 @@ class Chroma(Diffusion):
     defaults = {"shift": 1.0, "sample_shift": 3.2}
     ragged = True
     patch = 2
+
+    def build(self, model_config: Mapping[str, Any]) -> nn.Module:
+        """Build the network; see ``Family.build``."""
+        with warnings.catch_warnings():
+            # Diffusers warns of its own import, and nobody who trains can change it.
+            warnings.filterwarnings("ignore", message="`FluxPosEmbed`", category=FutureWarning)
+            return super().build(model_config)
 
     def checkpoint_blocks(self, model: nn.Module) -> None:
         """Checkpoint with the mask; see ``_WithMask``."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
@@ -11,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn.functional import pixel_unshuffle
 
 from launch.trainer.data.base import LATENTS, PROMPT_EMBEDS, Batch, Sample
-from launch.trainer.families.checks import Layout, refuse_key
+from launch.trainer.families.checks import Layout, refuse_key, refuse_pipeline
 from launch.trainer.families.diffusion import Diffusion, tokens_of
 from launch.trainer.families.latents import encode_image, from_tokens, to_tokens
 from launch.trainer.objectives.sigma import BY_RESOLUTION, TIMESTEPS, Resolution
@@ -124,6 +125,13 @@ class Flux2Klein(Flux2):
 
     pipeline_class = "Flux2KleinPipeline"
     guidance = None
+
+    def model_folder(self, path: Path) -> Path:
+        """Refuse also klein without base, whose network has the same config."""
+        folder = super().model_folder(path)
+        step = "this klein is distilled to few steps, which training undoes; use FLUX.2-klein-base"
+        refuse_pipeline(folder, "is_distilled", (False, None), step)
+        return folder
 
     def pipeline_inputs(self, batch: Batch, guidance: float) -> dict[str, Any]:
         """See ``Diffusion.pipeline_inputs``."""

@@ -20,6 +20,7 @@ from launch.trainer.families.diffusion import Diffusion, Origin
 from launch.trainer.families.sound import fitted, log_mel
 from launch.trainer.families.video import clip_size, one_length
 from launch.trainer.objectives import Objective
+from launch.trainer.objectives.first_frame import FIRST_FRAME, token_times
 from launch.trainer.objectives.sigma import BY_RESOLUTION, Resolution
 from launch.trainer.objectives.streams import WEIGHTS, AudioVideoFlow
 
@@ -264,12 +265,17 @@ def _call(
 ) -> tuple[Tensor, Tensor]:
     """Call the network; the velocity of the clip in the form of ``video``, and the sound's."""
     *_, frames, height, width = video.shape
+    times = {"timestep": timestep}
+    if FIRST_FRAME in batch:
+        # The sound has no first frame: its time is the clip's.
+        given = token_times(timestep, batch[FIRST_FRAME], frames, height * width)
+        times = {"timestep": given, "audio_timestep": timestep}
     found: tuple[Tensor, Tensor] = model(
         # Patches of one latent: tokens in the order (F, H, W).
         hidden_states=video.flatten(2).transpose(1, 2),
         encoder_hidden_states=batch[PROMPT_EMBEDS],
         audio_encoder_hidden_states=batch[AUDIO_PROMPT_EMBEDS],
-        timestep=timestep,
+        **times,
         # A timestep too, in spite of its name.
         sigma=timestep,
         num_frames=frames,

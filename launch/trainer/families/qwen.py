@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from launch.trainer.data.base import LATENTS, PROMPT_EMBEDS, PROMPT_MASK, Batch, Sample
-from launch.trainer.families.checks import Layout, refuse_key
+from launch.trainer.families.checks import Layout, refuse_key, refuse_pipeline
 from launch.trainer.families.diffusion import Diffusion, tokens_of
 from launch.trainer.families.latents import from_patches, to_patches
 from launch.trainer.objectives.sigma import TIMESTEPS, Resolution
@@ -40,6 +41,13 @@ class Qwen(Diffusion):
     }
     ragged = True
     patch = 2
+
+    def model_folder(self, path: Path) -> Path:
+        """Refuse also Qwen-Image-Edit, whose first version's network has the same config."""
+        folder = super().model_folder(path)
+        step = "this is an edit or layered variant, which needs other inputs; use Qwen-Image"
+        refuse_pipeline(folder, "_class_name", (self.pipeline_class,), step)
+        return folder
 
     def check_config(self, model_config: Mapping[str, Any]) -> None:
         """Refuse another class, edit, layered and distilled variants; see ``Family``."""

@@ -6,13 +6,18 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor, nn
+
 from dist_layerlr import fields
 from dist_layerlr.errors import ConfigError, ModelSourceError
 from dist_layerlr.files import read_json
+from dist_layerlr.sharders import unwrap
+from launch.trainer.data.base import Batch
 from launch.trainer.families.checks import refuse_key
 from launch.trainer.families.wan import Wan, channels_of, check_channels
 from launch.trainer.objectives import Objective
 from launch.trainer.objectives.experts import BOTH, HIGH, LOW, ExpertFlow
+from launch.trainer.objectives.first_frame import FIRST_FRAME, token_times
 
 EXPERTS = {HIGH: "transformer", LOW: "transformer_2"}
 """Expert -> component of the pipeline: its ``transformer`` is asked at or above the boundary."""
@@ -49,14 +54,32 @@ class Wan22(Wan):
                 )
         return found
 
+    def predict(self, model: nn.Module, noisy: Tensor, timestep: Tensor, batch: Batch) -> Tensor:
+        """Call the network, with a time per token where a first frame is given."""
+        if FIRST_FRAME in batch:
+            timestep = _token_times(model, noisy, timestep, batch[FIRST_FRAME])
+        return super().predict(model, noisy, timestep, batch)
+
+    def settings_of(self, name: str, settings: Mapping[str, Any]) -> Mapping[str, Any]:
+        """Return the settings of one expert; see ``SeveralNetworks.settings_of``."""
+        experts = {component: expert for expert, component in EXPERTS.items()}
+        return {**settings, "expert": experts[name]}
+
     def objective(self, settings: Mapping[str, Any], model_folder: Path) -> Objective:
         """Make the objective of one network: its shift, and its range of noise shares.
 
         Raises:
             ConfigError: an expert without a boundary, or a range that lies outside the expert's.
         """
+        variant = _variant(model_folder)
+        if settings.get("first_frame", 0.0) > 0 and variant != "dense":
+            raise fields.invalid(
+                "objective.first_frame",
+                settings["first_frame"],
+                "0 for a model that is told one time per clip; the 5B model is told one per token",
+            )
         expert, boundary = _expert(model_folder, settings), _boundary(model_folder, settings)
-        shift = _SHIFTS[_variant(model_folder)]
+        shift = _SHIFTS[variant]
         given = {"shift": shift, "sample_shift": shift, **settings}
         if expert is not None:
             if boundary is None:
@@ -73,6 +96,14 @@ class Wan22(Wan):
                 allowed = f"a range that meets [{low}, {high}], that of the expert {expert!r}"
                 raise fields.invalid("objective", named, allowed)
         return super().objective({**given, "expert": expert, "boundary": boundary}, model_folder)
+
+
+def _token_times(model: nn.Module, noisy: Tensor, timestep: Tensor, given: Tensor) -> Tensor:
+    network: Any = unwrap(model)
+    frames, height, width = (
+        size // step for size, step in zip(noisy.shape[2:], network.config.patch_size, strict=True)
+    )
+    return token_times(timestep, given, frames, height * width)
 
 
 def _expert(model_folder: Path, settings: Mapping[str, Any]) -> str | None:

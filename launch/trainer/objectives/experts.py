@@ -6,13 +6,13 @@ from dataclasses import dataclass
 
 from dist_layerlr import fields
 from dist_layerlr.fields import setting
-from launch.trainer.objectives.flow import FlowMatching
+from launch.trainer.objectives.first_frame import FirstFrameFlow
 
 HIGH, LOW, BOTH = "high", "low", "both"
 
 
 @dataclass(frozen=True, kw_only=True)
-class ExpertFlow(FlowMatching):
+class ExpertFlow(FirstFrameFlow):
     """Trains one expert on its part of the path: [boundary, 1] or [0, boundary].
 
     The family puts the range into ``low`` and ``high``; an objective is never of ``both``.
@@ -30,4 +30,11 @@ class ExpertFlow(FlowMatching):
         default=None,
         shown="boundary_ratio of model_index.json",
         doc="Noise share at which the experts meet.",
+    )
+    switch_every: int = setting(
+        fields.integer(1),
+        default=1,
+        unit="steps",
+        doc="With both experts: between draws of the one that trains next. Changing them costs the"
+        " way of both networks between host and device.",
     )

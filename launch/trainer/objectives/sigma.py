@@ -103,6 +103,15 @@ class SigmaDistribution:
         share = self._kept(NormalDist().cdf(normal.item()), shift)
         return bend(_sigmoid(self._logit_at(share)), shift)
 
+    def share(self) -> float:
+        """Return how much of the whole distribution lies in [low, high].
+
+        It must not depend on the size of a sample: ``shift`` is a number.
+        """
+        assert not isinstance(self.shift, str), "a shift by resolution has no share of its own"
+        below, above = (self._share_below(_unbend(s, self.shift)) for s in (self.low, self.high))
+        return above - below
+
     def _kept(self, share: float, shift: float) -> float:
         """Move a share of the whole distribution into the part whose sigmas are trained."""
         below, above = (self._share_below(_unbend(s, shift)) for s in (self.low, self.high))

@@ -13,7 +13,13 @@ from torch.nn.functional import mse_loss
 from dist_layerlr import fields
 from dist_layerlr.fields import setting
 from launch.trainer.data.base import LATENTS, Batch
-from launch.trainer.objectives.flow import FlowBatch, FlowMatching, make_flow_batch, sample
+from launch.trainer.objectives.first_frame import (
+    FIRST_FRAME,
+    FirstFrameFlow,
+    error_without_first,
+    with_first,
+)
+from launch.trainer.objectives.flow import FlowBatch, make_flow_batch, sample
 from launch.trainer.objectives.sigma import TIMESTEPS, DrawSigma
 from launch.trainer.seeds import EXTRA_STREAM, mix_seed
 
@@ -22,10 +28,10 @@ WEIGHTS = "stream_weights"
 
 
 @dataclass(frozen=True, kw_only=True)
-class AudioVideoFlow(FlowMatching):
+class AudioVideoFlow(FirstFrameFlow):
     """Predicts the velocity of every stream. Satisfies ``Objective``.
 
-    With one stream, whose latents are no mapping, it is ``FlowMatching``.
+    With one stream, whose latents are no mapping, it is ``FirstFrameFlow``.
     """
 
     audio: bool = setting(
@@ -40,10 +46,18 @@ class AudioVideoFlow(FlowMatching):
         if not isinstance(latents, Mapping):
             return super().loss(model, batch, numbers, seed)
         flow = make_streams(latents, numbers, seed, self.draw_sigma)
-        found = self.predict(model, flow.noisy, flow.timestep, batch)
+        clip, given = next(iter(latents)), None
+        noisy, told = flow.noisy, batch
+        if self.first_frame > 0:
+            given = self.draw_given(latents[clip], numbers, seed)
+            noisy = {**noisy, clip: with_first(noisy[clip], latents[clip], given)}
+            told = {**batch, FIRST_FRAME: given}
+        found = self.predict(model, noisy, flow.timestep, told)
         weights, total = batch.get(WEIGHTS, {}), torch.zeros_like(flow.sigma)
         for name, target in flow.target.items():
             each = mse_loss(found[name].float(), target, reduction="none").flatten(1).mean(1)
+            if given is not None and name == clip:
+                each = error_without_first(found[name], target, given)
             # A weight of 0 and not a part left out: every step has the same graph, so that ranks
             # with and without sound reduce the same gradients.
             total = total + each * weights.get(name, 1.0)
