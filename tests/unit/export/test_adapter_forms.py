@@ -317,6 +317,16 @@ def test_pixarts_comfyui_names_are_diffusers_own_and_the_scale_is_in_lora_b(
     assert not [name for name in found if name.endswith("alpha")]
 
 
+def test_pixarts_adapter_loads_by_peft_alone(tmp_path: Path) -> None:
+    model = adapted("pixart", use_dora=True)
+    with pytest.raises(ConfigError, match="PixArt's pipelines have no load_lora_weights"):
+        export(model, tmp_path, "pipeline")
+    assert not hasattr(diffusers.PixArtSigmaPipeline, "load_lora_weights")
+    export_weights(model, tmp_path, format="peft")
+    found = peft.PeftModel.from_pretrained(built("pixart"), str(tmp_path)).base_model.model
+    assert farthest(merged(found), merged(model)) == 0
+
+
 @pytest.mark.parametrize("name", ["sd15", "sd35", "wan"])
 def test_without_its_header_a_pipeline_takes_the_rank_for_alpha(name: str, tmp_path: Path) -> None:
     model = adapted(name)
