@@ -247,16 +247,32 @@ def sample(tensor: Tensor, count: int) -> Tensor:
     return tensor[sample_places(tensor.numel(), count)]
 
 
+def is_optimizer(value: Any) -> bool:
+    """Whether this is an optimizer or stands for one."""
+    return isinstance(getattr(value, "param_groups", None), list)
+
+
+def live_optimizer(optimizer: Any) -> Any:
+    """The torch optimizer inside the wrappers of trainers and engines; what is none stays as it is.
+
+    A look-ahead around another optimizer is none of them: it is what is stepped.
+    """
+    while is_optimizer(inner := getattr(optimizer, "optimizer", None)):
+        # Accelerate's wrappers are torch optimizers by inheritance alone.
+        wraps = any(c.__name__ == "AcceleratedOptimizer" for c in type(optimizer).__mro__)
+        if isinstance(optimizer, Optimizer) and not wraps:
+            break
+        optimizer = inner
+    return optimizer
+
+
 def innermost(optimizer: Any) -> Any:
-    """Look through wrappers such as AcceleratedOptimizer to the torch optimizer.
+    """As ``live_optimizer``, where there must be one.
 
     Raises:
         ConfigError: there is none.
     """
-    while not isinstance(optimizer, Optimizer) and hasattr(optimizer, "optimizer"):
-        optimizer = optimizer.optimizer
-    while type(optimizer).__name__ == "AcceleratedOptimizer":
-        optimizer = optimizer.optimizer
+    optimizer = live_optimizer(optimizer)
     if not hasattr(optimizer, "param_groups"):
         raise ConfigError(
             f"Invalid optimizer={optimizer!r}: give the torch optimizer that is stepped."
