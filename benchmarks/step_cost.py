@@ -2,6 +2,7 @@
 
     python benchmarks/step_cost.py            # 2 gloo ranks; about 25 minutes on 2 cores
     python benchmarks/step_cost.py --only "zero 1" --rounds 40
+    python benchmarks/step_cost.py --upkeep   # what is not a step: attach, verify, trial; 2 minutes
 
 Each arm of step_arms.py has a model and an optimizer of its own. Arms take turns in rotating order,
 and a ratio is the median of the rounds' ratios, so that a slow moment of the machine hits all arms
@@ -29,6 +30,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 from torch.multiprocessing.spawn import spawn
+from torch.optim import AdamW
 
 import dist_layerlr
 from step_arms import (
@@ -60,6 +62,7 @@ SHARDERS = (
 METHODS = ("full", "lora")
 SCALING = (1, 12, 144, 1000)
 MANY_NAMES = 4000
+TRIALS = 15
 WARMUP = 3
 """Unmeasured steps: the first one makes the optimizer's state, and allocators settle."""
 COLUMNS = f"{'whole':>7} /{'flat':>5}{'optim':>8} /{'flat':>5}"
@@ -79,11 +82,15 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--only", choices=SHARDERS, help="one sharder")
+    parser.add_argument(
+        "--upkeep", action="store_true", help="only what is not a step; nothing is written"
+    )
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=METHODS)
     parser.add_argument("--rounds", type=int, default=20, help="measured steps (default 20)")
     parser.add_argument("--out", type=Path, default=RESULT, help="JSON file")
     args = parser.parse_args()
-    print(HEADER)
+    if not args.upkeep:
+        print(HEADER)
     with tempfile.TemporaryDirectory() as folder:
         arguments = (os.path.join(folder, "store"), args)
         spawn(work, arguments, nprocs=WORLD)  # type: ignore[no-untyped-call]
@@ -100,16 +107,16 @@ def work(rank: int, store: str, args: argparse.Namespace) -> None:
             print(text, flush=True)
 
     for sharder in SHARDERS if args.only is None else (args.only,):
-        for method in args.methods:
+        for method in () if args.upkeep else args.methods:
             row = compare(sharder, method, args.rounds)
             add(row, line_of_arms(row))
-        if sharder in ("fsdp2", "zero 2"):
+        if sharder in ("fsdp2", "zero 2") and not args.upkeep:
             row = scale(sharder, args.rounds)
             add(row, line_of_scaling(row))
-        if sharder in ("ddp", "fsdp2"):
+        if not sharder.startswith("zero"):
             row = upkeep(sharder)
             add(row, line_of_upkeep(row))
-    if rank == 0:
+    if rank == 0 and not args.upkeep:
         write(rows, args.rounds, args.out)
     # A rank that leaves early takes the store with it, which the other one may still need.
     dist.barrier()
@@ -161,7 +168,7 @@ def _ratio(times: list[float], base: list[float]) -> float:
 
 
 def upkeep(sharder: str) -> Row:
-    """Seconds of what is not a step, for 4,000 names at 144 rates; medians of 5."""
+    """Seconds of what is not a step, for 4,000 names at 144 rates; medians."""
     model: nn.Module = nn.Sequential(*(nn.Linear(4, 4) for _ in range(MANY_NAMES // 2)))
     plan = dist_layerlr.plan_model(model, CONFIG)
     entries = {}
@@ -183,7 +190,26 @@ def upkeep(sharder: str) -> Row:
         "attach_s": _seconds(attach),
         "verify_s": _seconds(verify),
         "schedule_step_s": _seconds(schedule.step),
+        "trial_s": trial(sharder),
     }
+
+
+def trial(sharder: str) -> float:
+    """Seconds of CPU time by which an optimizer that must be tried costs more than a known one."""
+    model: nn.Module = nn.Sequential(*(nn.Linear(4, 4) for _ in range(4)))
+    plan = dist_layerlr.plan_model(model, CONFIG)
+    model = wrap(sharder, model, WORLD)
+    extra = []
+    for number in range(TRIALS):
+        # Every trial is of settings that none was of before.
+        make = partial(AdamW, fused=True, eps=1e-8 * (1 + number / TRIALS))
+        times = []
+        for _ in range(2):
+            start = time.process_time()
+            dist_layerlr.attach(plan, model, make)
+            times.append(time.process_time() - start)
+        extra.append(times[0] - times[1])
+    return statistics.median(extra)
 
 
 def _seconds(action: Callable[[], object]) -> float:
@@ -222,7 +248,8 @@ def line_of_upkeep(row: Row) -> str:
     """What is paid once, and by a scheduler."""
     what = f"attach {row['attach_s']:.2f} s, verify {row['verify_s']:.2f} s"
     step = row["schedule_step_s"] * 1e6
-    return f"{row['sharder']:<16}{MANY_NAMES:,} names: {what}, schedule step {step:.0f} us"
+    what += f", schedule step {step:.0f} us; trial of AdamW {row['trial_s'] * 1e3:.0f} ms of CPU"
+    return f"{row['sharder']:<16}{MANY_NAMES:,} names: {what}"
 
 
 def write(rows: list[Row], rounds: int, out: Path) -> None:

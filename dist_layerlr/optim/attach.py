@@ -51,7 +51,7 @@ def attach(plan: Plan, model: nn.Module, make: MakeOptimizer, *, emission: str =
         optimizer = _build(plan, sharder, make, _in_segments(sharder.layout, emission))
     layout = sharder.layout
     verdict = _tried(plan, optimizer, layout)
-    if verdict.fault and emission == AUTO and layout.shards and not layout.flat:
+    if verdict.fault and emission == AUTO and layout.meshes:
         # What needs whole matrices gets them where the sharder's own tensors stand for them:
         # operations on DTensors gather what they need.
         with together(plan.digest):

@@ -7,10 +7,11 @@ from typing import Any
 
 from dist_layerlr import fields
 from dist_layerlr.errors import ConfigError
-from dist_layerlr.optim.groups import LR, default_lr, unwrap
+from dist_layerlr.optim.groups import LR, default_lr
 from dist_layerlr.optim.rehearsal import StandIn
 from dist_layerlr.optim.schedule import RateDriver
 from dist_layerlr.optim.schedulers import problem_of
+from dist_layerlr.sharders.base import live_optimizer
 
 
 class Follower(RateDriver):
@@ -21,7 +22,7 @@ class Follower(RateDriver):
     ):
         """Build the scheduler on a scratch optimizer, and put its first rate in force."""
         super().__init__(optimizer)
-        live = unwrap(self.optimizer)
+        live = live_optimizer(self.optimizer)
         self.base_lr = _base_of(live, base_lr)
         """What the scheduler sees as the optimizer's only rate."""
         defaults = {**getattr(live, "defaults", {}), LR: self.base_lr}

@@ -14,7 +14,7 @@ from torch.optim import Optimizer
 
 from dist_layerlr.errors import PlanMismatch
 from dist_layerlr.plan.entries import GroupSpec, Plan
-from dist_layerlr.sharders.base import ParamGroup
+from dist_layerlr.sharders.base import ParamGroup, live_optimizer
 from dist_layerlr.sharders.model import live_parameters
 
 LR = "lr"
@@ -72,18 +72,6 @@ def split_by_mesh(group: ParamGroup) -> list[ParamGroup]:
     ]
 
 
-def is_optimizer(value: Any) -> bool:
-    """Whether this is an optimizer or stands for one."""
-    return isinstance(getattr(value, "param_groups", None), list)
-
-
-def unwrap(optimizer: Any) -> Any:
-    """The optimizer inside the wrappers of trainers and engines; what is none stays as it is."""
-    while is_optimizer(inner := getattr(optimizer, "optimizer", None)):
-        optimizer = inner
-    return optimizer
-
-
 def base_lr(plan: Plan) -> float:
     """The rate that stands for the plan where only one can be shown. Never 0."""
     settings = plan.config.per_layer_lr
@@ -110,7 +98,7 @@ def default_lr(optimizer: Any) -> float | None:
     None: nobody said it, or what was said (an ``lr=1.0`` that every group overrides) is no rate of
     this plan.
     """
-    live = unwrap(optimizer)
+    live = live_optimizer(optimizer)
     stated = getattr(live, "defaults", {}).get(LR)
     if stated is None:
         return None
@@ -124,7 +112,7 @@ def default_lr(optimizer: Any) -> float | None:
 
 def planned_rates(optimizer: Any) -> list[float]:
     """The planned rate of each group: the plan's, where it is known, else the ``initial_lr``."""
-    live = unwrap(optimizer)
+    live = live_optimizer(optimizer)
     plan = _PLANS.get(live) if isinstance(live, Optimizer) else None
     known = {spec.name: spec.lr for spec in plan.groups} if plan is not None else {}
     rates: list[float] = []

@@ -8,7 +8,7 @@ from typing import Any
 from torch.optim import Optimizer
 
 from dist_layerlr.errors import ConfigError
-from dist_layerlr.optim.groups import unwrap
+from dist_layerlr.sharders.base import live_optimizer
 
 _SURE = 8
 """Optimizer steps in a row that each had several schedule steps.
@@ -32,7 +32,7 @@ class Pace:
         """Schedule steps since the last optimizer step, and before it."""
         self._several = 0
         """Optimizer steps in a row that had several."""
-        live = unwrap(optimizer)
+        live = live_optimizer(optimizer)
         if not isinstance(live, Optimizer):
             return
         mine = weakref.ref(self)

@@ -90,15 +90,22 @@ def live_params(found: Pieces) -> dict[str, LiveParam]:
     Pieces of one name are added up.
     """
     live: dict[str, LiveParam] = {}
+    # Thousands of names share few groups, and some keep their rates on the device.
+    read: dict[int, tuple[float, float, float | None]] = {}
     for piece in found.pieces:
+        group = piece.group
+        if id(group) not in read:
+            initial = group.get(INITIAL_LR)
+            known = None if initial is None else float(initial)
+            read[id(group)] = float(group[LR]), float(group.get(WEIGHT_DECAY, 0.0)), known
+        lr, weight_decay, initial_lr = read[id(group)]
         before = live.get(piece.name)
-        initial = piece.group.get(INITIAL_LR)
         live[piece.name] = LiveParam(
-            lr=float(piece.group[LR]),
-            weight_decay=float(piece.group.get(WEIGHT_DECAY, 0.0)),
+            lr=lr,
+            weight_decay=weight_decay,
             numel=piece.numel + (before.numel if before else 0),
             replicas=piece.replicas,
-            initial_lr=None if initial is None else float(initial),
+            initial_lr=initial_lr,
         )
     return live
 
@@ -127,13 +134,14 @@ def factor_in_force(found: Pieces) -> float:
 
 def repeated(found: Pieces) -> list[str]:
     """Names with two pieces that overlap: stepped twice."""
+    pieces_of = Counter(piece.name for piece in found.pieces)
     spans: dict[str, list[tuple[int, int]]] = {}
     for piece in found.pieces:
-        spans.setdefault(piece.name, []).append((piece.start, piece.start + piece.numel))
+        if pieces_of[piece.name] > 1:
+            span = (piece.start, piece.start + piece.numel)
+            spans.setdefault(piece.name, []).append(span)
     twice: list[str] = []
     for name, held in spans.items():
-        if len(held) == 1:
-            continue
         # Two equal empty spans, too, are two groups that hold one parameter.
         doubled = len(set(held)) < len(held)
         # In the order of their starts, spans that overlap have neighbours that do.

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from dist_layerlr.optim.groups import is_optimizer, unwrap
+from dist_layerlr.sharders.base import is_optimizer, live_optimizer
 
 _PLAIN = (bool, int, float, complex, str, bytes, type(None), type, types.ModuleType)
 _SHARED_FROM = 10_000
@@ -97,7 +97,7 @@ class Copier:
         groups = optimizer.param_groups
         if id(groups) not in self._scratch:
             self._alive.append(groups)
-            defaults = getattr(unwrap(optimizer), "defaults", None)
+            defaults = getattr(live_optimizer(optimizer), "defaults", None)
             self._scratch[id(groups)] = StandIn(groups, defaults or {})
         return self._scratch[id(groups)]
 

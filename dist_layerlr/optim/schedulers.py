@@ -18,11 +18,9 @@ from dist_layerlr.optim.groups import (
     INITIAL_LR,
     LR,
     default_lr,
-    is_optimizer,
     planned_rates,
     put_back,
     settings_of,
-    unwrap,
 )
 from dist_layerlr.optim.rehearsal import Copier, is_scheduler, nested, optimizer_of
 from dist_layerlr.optim.simulate import (
@@ -33,6 +31,7 @@ from dist_layerlr.optim.simulate import (
     run_of,
     stepper,
 )
+from dist_layerlr.sharders.base import is_optimizer, live_optimizer
 
 _TRENDS = (0.0, 1.0, -1.0)
 """A metric stays, rises or falls: for every scheduler that waits for one, it never improves, or
@@ -198,7 +197,7 @@ def _absolute_end(copier: Copier, optimizer: Any) -> str | None:
     if default_lr(optimizer) is not None:
         return None
     for name, value in copier.rates:
-        if name in _DEFAULT_RATE and value == unwrap(optimizer).defaults.get(LR):
+        if name in _DEFAULT_RATE and value == live_optimizer(optimizer).defaults.get(LR):
             return (
                 f"it measures its end against {name}={value:g}, the optimizer's default rate, at"
                 " which no group is planned. Build the optimizer with attach, or with an lr that is"

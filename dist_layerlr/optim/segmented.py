@@ -123,6 +123,7 @@ class Segmented(Optimizer):
         if self._slices is not None:
             self.bind(self._slices)
 
+    @torch.no_grad()
     def _cut(self, slices: list[Slice], group_number: Mapping[str, int]) -> list[OwnerViews]:
         """One row per outer tensor, cut into runs of slices that touch and share a group."""
         by_owner: dict[int, list[Slice]] = {}

@@ -68,6 +68,9 @@ class Verdict:
 
 _MAKERS: WeakKeyDictionary[Optimizer, MakeOptimizer] = WeakKeyDictionary()
 _SEEN: dict[Any, Verdict] = {}
+_COUNTERS: dict[type, set[str]] = {}
+"""{class: what its own steps change, as trials have shown}: no settings, so a live optimizer that
+has been stepped is the one that was tried."""
 
 
 def remember(optimizer: Optimizer, make: MakeOptimizer) -> None:
@@ -108,7 +111,8 @@ def try_way(optimizer: Any, way: Way, owners: Sequence[Tensor], shapes: Sequence
         found = _try(subject, way)
         if any_rank(found.fault is not None) and found.fault is None:
             found = replace(found, fault="it failed on another rank")
-        _SEEN[key] = found
+        # The trial has shown which of the facts are counters: they are in no key from now on.
+        _SEEN[_Subject.of(optimizer, inner, owners, shapes).key, way] = found
     assert found is not None
     return found
 
@@ -147,8 +151,7 @@ class _Subject:
             dtypes=dtypes,
             device=device,
             key=(
-                _fingerprint(inner),
-                tuple(repr(_settings(g)) for g in groups),
+                _lasting(inner),
                 make is None,
                 ndims,
                 dtypes,
@@ -172,15 +175,26 @@ def _different(groups: Iterable[ParamGroup]) -> list[ParamGroup]:
     return list(found.values())[:_KINDS]
 
 
-def _fingerprint(optimizer: Any) -> tuple[Any, ...]:
-    """Class and settings, those of optimizers inside it included."""
-    parts: list[Any] = [type(optimizer), repr(getattr(optimizer, "defaults", None))]
-    for name, value in sorted(vars(optimizer).items()):
+def _lasting(optimizer: Any) -> tuple[tuple[str, Any], ...]:
+    """Class and settings, without what steps change."""
+    counters = _COUNTERS.get(type(optimizer), set())
+    return tuple(fact for fact in sorted(_facts(optimizer).items()) if fact[0] not in counters)
+
+
+def _facts(optimizer: Any) -> dict[str, Any]:
+    """Class, settings and counters by name, those of optimizers inside it included."""
+    facts: dict[str, Any] = {"class": type(optimizer)}
+    facts["defaults"] = repr(getattr(optimizer, "defaults", None))
+    for name, value in vars(optimizer).items():
         if isinstance(value, (bool, int, float, str)) and not name.startswith("_"):
-            parts.append((name, value))
+            facts[f"self.{name}"] = value
         elif isinstance(value, Optimizer) and value is not optimizer:
-            parts.append((name, _fingerprint(value)))
-    return tuple(parts)
+            facts |= {f"{name}/{inner}": fact for inner, fact in _facts(value).items()}
+    for number, group in enumerate(_different(optimizer.param_groups)):
+        for key, value in _settings(group).items():
+            # For each kind of group; what counts in one of them counts in all.
+            facts[f"group.{key}"] = (*facts.get(f"group.{key}", ()), number, repr(value))
+    return facts
 
 
 def _rebuild(optimizer: Any) -> MakeOptimizer:
@@ -262,12 +276,24 @@ def _compare(subject: _Subject, scratch: Scratch, way: Way) -> Verdict:
 
 def _attempt(subject: _Subject, scratch: Scratch, way: Way) -> tuple[Trained | None, str | None]:
     """(weights after training, what was raised instead)."""
+    made: list[tuple[Optimizer, dict[str, Any]]] = []
+
+    def make(groups: list[ParamGroup]) -> Optimizer:
+        optimizer = subject.make(groups)
+        made.append((optimizer, _facts(optimizer)))
+        return optimizer
+
     try:
         with _quiet(subject.device):
-            return stepped(subject.make, scratch, way), None
+            trained = stepped(make, scratch, way)
     except Exception as error:
         first = str(error).partition("\n")[0]
         return None, f"it raised {type(error).__name__}: {first[:160]}"
+    for optimizer, before in made:
+        after = _facts(optimizer)
+        changed = {name for name in after if before.get(name) != after[name]}
+        _COUNTERS.setdefault(type(optimizer), set()).update(changed)
+    return trained, None
 
 
 @contextlib.contextmanager

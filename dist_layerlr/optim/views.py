@@ -57,7 +57,8 @@ class OwnerViews:
 
     def __post_init__(self) -> None:
         self.owner = self.runs[0].owner
-        self.sizes, self.used = _part_sizes(self.runs, local(self.owner).numel())
+        here = local(self.owner).detach()
+        self.sizes, self.used = _part_sizes(self.runs, here.numel())
         # A DTensor is never stepped as it is: each call on it pays for dispatch, one on its local
         # shard does not.
         whole = len(self.sizes) == 1 and not isinstance(self.owner, DTensor)
@@ -65,7 +66,7 @@ class OwnerViews:
         if self.shares_state:
             self.views = [self.owner]
         else:
-            self.views = [nn.Parameter(cut) for cut in self.cut(local(self.owner).detach())]
+            self.views = [nn.Parameter(cut) for cut in self.cut(here)]
 
     def cut(self, tensor: Tensor) -> Sequence[Tensor]:
         """The views' parts of a local tensor laid out as the owner."""

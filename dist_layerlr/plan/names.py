@@ -10,6 +10,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 
 from dist_layerlr.errors import ModelSourceError
 
@@ -62,6 +63,7 @@ class ParamPath:
         return ".".join((*self.owner, self.leaf))
 
 
+@lru_cache(maxsize=1 << 16)  # of one model, asked for at every attach, verify and save
 def canonical_name(name: str) -> str:
     """Undo every wrapper, by whole segments.
 

@@ -25,8 +25,8 @@ def element_problems(
     """Add up which elements all ranks step, and compare with the true sizes. Collective.
 
     A shard that two ranks step in place of one that nobody does has the right number of elements.
-    Therefore a number for each end of a span is added at its start and subtracted at its end: where
-    spans join, they cancel, and what is left is that of the whole, once for each copy.
+    Therefore a number for each end of a span is added at its start and subtracted at its end, 0 at
+    the ends of the whole: where spans join, they cancel, and nothing is left.
 
     Args:
         plan: of the model.
@@ -40,35 +40,43 @@ def element_problems(
     """
     names = sorted(plan.entries)
     row = {name: number for number, name in enumerate(names)}
+    sizes = [plan.entries[name].numel for name in names]
     counts, ends = [0] * len(names), [0] * len(names)
     for piece in found.pieces:
         at = row.get(piece.name)
         if at is not None and piece.numel:
             counts[at] += piece.numel
-            ends[at] += _mark(piece.start) - _mark(piece.start + piece.numel)
+            # Most pieces are whole parameters: these have nothing to mark.
+            if piece.start or piece.numel != sizes[at]:
+                ends[at] += _mark(piece.start, sizes[at])
+                ends[at] -= _mark(piece.start + piece.numel, sizes[at])
     # A rank's own sum may be of many spans; that of all ranks must fit in int64.
     table = torch.tensor([counts, [end % (1 << _BITS) for end in ends]], dtype=torch.int64)
     if in_group():
         table = table.to(transport_device())
         dist.all_reduce(table)
     problems: list[Problem] = []
-    for name, count, end in zip(names, *table.tolist(), strict=True):
-        numel = plan.entries[name].numel
+    for name, numel, count, end in zip(names, sizes, *table.tolist(), strict=True):
         copies = live[name].replicas
         if name in anyhow and numel:
             copies = max(count // numel, 1)
         if count != numel * copies:
             text = f"{name}: {count} elements stepped over all ranks, {numel * copies} expected"
             problems.append(("elements", text))
-        elif numel and (end - copies * (_mark(0) - _mark(numel))) % (1 << _BITS):
+        elif end % (1 << _BITS):
             text = f"{name}: some elements are stepped by more ranks than others"
             problems.append(("elements", text))
     return problems
 
 
 @lru_cache(maxsize=1 << 16)  # sizes recur
-def _mark(position: int) -> int:
-    """A number for a position, such that no two sets of few positions have equal sums."""
+def _mark(position: int, size: int) -> int:
+    """A number for a position, such that no two sets of few positions have equal sums.
+
+    0 where the whole, of ``size`` elements, begins and ends.
+    """
+    if position in (0, size):
+        return 0
     mixed = (position + 1) * _MIX & 0xFFFFFFFFFFFFFFFF
     mixed = (mixed ^ mixed >> 29) * _MIX & 0xFFFFFFFFFFFFFFFF
     return mixed >> (64 - _BITS)

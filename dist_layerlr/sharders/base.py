@@ -20,7 +20,7 @@ from torch.optim import Optimizer
 from dist_layerlr.errors import ConfigError, PlanMismatch
 from dist_layerlr.plan.names import canonical_name
 from dist_layerlr.ranks import world_size
-from dist_layerlr.sharders.model import live_parameters, unwrap
+from dist_layerlr.sharders.model import Kinds, live_parameters, names_of_parameters, unwrap
 
 ParamGroup = dict[str, Any]
 """One entry of a torch optimizer's ``param_groups``."""
@@ -167,8 +167,8 @@ class Sharder(ABC):
 
     @classmethod
     @abstractmethod
-    def handles(cls, model: nn.Module) -> bool:
-        """Whether this sharder wraps the model."""
+    def handles(cls, kinds: Kinds) -> bool:
+        """Whether this sharder wraps a model of these kinds."""
 
     @abstractmethod
     def _read_layout(self) -> Layout:
@@ -211,7 +211,10 @@ def local(tensor: Tensor) -> Tensor:
     """This rank's part, without autograd and without DTensor dispatch afterwards."""
     if not isinstance(tensor, DTensor):
         return tensor
-    # Outside no_grad each call records an autograd node, which takes twice the time.
+    # With gradients on, each call records an autograd node, which takes twice the time. So does
+    # switching them off: who reads thousands of tensors does that once.
+    if not torch.is_grad_enabled():
+        return tensor.to_local()
     with torch.no_grad():
         return tensor.to_local()
 
@@ -244,16 +247,32 @@ def sample(tensor: Tensor, count: int) -> Tensor:
     return tensor[sample_places(tensor.numel(), count)]
 
 
+def is_optimizer(value: Any) -> bool:
+    """Whether this is an optimizer or stands for one."""
+    return isinstance(getattr(value, "param_groups", None), list)
+
+
+def live_optimizer(optimizer: Any) -> Any:
+    """The torch optimizer inside the wrappers of trainers and engines; what is none stays as it is.
+
+    A look-ahead around another optimizer is none of them: it is what is stepped.
+    """
+    while is_optimizer(inner := getattr(optimizer, "optimizer", None)):
+        # Accelerate's wrappers are torch optimizers by inheritance alone.
+        wraps = any(c.__name__ == "AcceleratedOptimizer" for c in type(optimizer).__mro__)
+        if isinstance(optimizer, Optimizer) and not wraps:
+            break
+        optimizer = inner
+    return optimizer
+
+
 def innermost(optimizer: Any) -> Any:
-    """Look through wrappers such as AcceleratedOptimizer to the torch optimizer.
+    """As ``live_optimizer``, where there must be one.
 
     Raises:
         ConfigError: there is none.
     """
-    while not isinstance(optimizer, Optimizer) and hasattr(optimizer, "optimizer"):
-        optimizer = optimizer.optimizer
-    while type(optimizer).__name__ == "AcceleratedOptimizer":
-        optimizer = optimizer.optimizer
+    optimizer = live_optimizer(optimizer)
     if not hasattr(optimizer, "param_groups"):
         raise ConfigError(
             f"Invalid optimizer={optimizer!r}: give the torch optimizer that is stepped."
@@ -287,6 +306,7 @@ def _by_identity(
     return pieces, strangers
 
 
+@torch.no_grad()
 def pieces_of_parameters(model: nn.Module, optimizer: Any, pieces_of: PiecesOf) -> Pieces:
     """What an optimizer holds whose tensors are the model's own parameters."""
     inner = innermost(optimizer)
@@ -300,6 +320,7 @@ def pieces_of_parameters(model: nn.Module, optimizer: Any, pieces_of: PiecesOf) 
     return Pieces(pieces=found, requires_grad=trained, strangers=strangers, optimizer=inner)
 
 
+@torch.no_grad()
 def whole_slices(model: nn.Module) -> list[Slice]:
     """Trainable parameters that an optimizer holds whole, or as whole local shards."""
     return [
@@ -337,10 +358,10 @@ def tied_names(model: nn.Module) -> dict[int, list[str]]:
     More than one where weights are tied.
     """
     names: dict[int, list[str]] = {}
-    for raw, param in unwrap(model).named_parameters(remove_duplicate=False):
+    for name, param in names_of_parameters(model, tied=True):
         known = names.setdefault(id(param), [])
-        if canonical_name(raw) not in known:
-            known.append(canonical_name(raw))
+        if name not in known:
+            known.append(name)
     return names
 
 

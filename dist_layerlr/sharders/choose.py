@@ -8,6 +8,7 @@ from dist_layerlr.sharders.base import Sharder
 from dist_layerlr.sharders.dtensor import DTensorSharder
 from dist_layerlr.sharders.fsdp1 import Fsdp1Sharder
 from dist_layerlr.sharders.fsdp2 import Fsdp2Sharder
+from dist_layerlr.sharders.model import Kinds
 from dist_layerlr.sharders.plain import PlainSharder
 from dist_layerlr.sharders.zero import ZeroSharder
 
@@ -24,4 +25,5 @@ _SHARDERS: tuple[type[Sharder], ...] = (
 
 def sharder_of(model: nn.Module) -> Sharder:
     """The sharder of a model as it is wrapped now, bound to that model."""
-    return next(kind(model) for kind in _SHARDERS if kind.handles(model))
+    kinds = Kinds.of(model)
+    return next(sharder(model) for sharder in _SHARDERS if sharder.handles(kinds))

@@ -7,12 +7,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from dist_layerlr.errors import PlanMismatch
+from dist_layerlr.ranks import world_size
 from dist_layerlr.sharders.base import (
     Layout,
     ParamGroup,
@@ -28,6 +30,7 @@ from dist_layerlr.sharders.base import (
     pieces_of_parameters,
     whole_slices,
 )
+from dist_layerlr.sharders.model import Kinds
 from dist_layerlr.sharders.placement import place
 
 
@@ -35,14 +38,9 @@ class DTensorSharder(Sharder):
     """Local parts of DTensors that somebody has placed (``parallelize_module``, or by hand)."""
 
     @classmethod
-    def handles(cls, model: nn.Module) -> bool:
+    def handles(cls, kinds: Kinds) -> bool:
         """Whether any parameter is a DTensor."""
-        # Module.parameters() costs three times as much, and every attach and verify comes here.
-        for module in model.modules():
-            for param in module._parameters.values():
-                if isinstance(param, DTensor):
-                    return True
-        return False
+        return any(issubclass(kind, DTensor) for kind in kinds.parameters)
 
     def _read_layout(self) -> Layout:
         return Layout(name="dtensor", shards=True, meshes=True)
@@ -55,7 +53,8 @@ class DTensorSharder(Sharder):
     def pieces(self, optimizer: Any) -> Pieces:
         """Local parts, by identity; one piece for each run of elements."""
         self.reshard()
-        return pieces_of_parameters(self.model, optimizer, _pieces_of)
+        pieces_of = partial(_pieces_of, ranks=world_size())
+        return pieces_of_parameters(self.model, optimizer, pieces_of)
 
     def weights(self) -> list[Weight]:
         """Local parts, one weight for each run; plain parameters beside them are whole.
@@ -71,8 +70,8 @@ class DTensorSharder(Sharder):
         return found + buffers(self.model)
 
 
-def _pieces_of(name: str, param: Tensor, group: ParamGroup) -> Iterator[Piece]:
-    placed = place(name, param, local(param))
+def _pieces_of(name: str, param: Tensor, group: ParamGroup, *, ranks: int) -> Iterator[Piece]:
+    placed = place(name, param, local(param), ranks)
     # Runs come in the order in which the local part holds their elements.
     offset = 0
     for start, numel in placed.runs:
@@ -89,7 +88,7 @@ def _pieces_of(name: str, param: Tensor, group: ParamGroup) -> Iterator[Piece]:
 
 
 def _weights(param: nn.Parameter, name: str, aliases: tuple[str, ...]) -> Iterator[Weight]:
-    placed = place(name, param, local(param))
+    placed = place(name, param, local(param), world_size())
     flat, home = flat_view(param)
     whole = Weight(
         name=name,

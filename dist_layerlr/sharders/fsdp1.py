@@ -33,7 +33,7 @@ from dist_layerlr.sharders.base import (
     parameters_with_names,
     whole_weight,
 )
-from dist_layerlr.sharders.model import FLAT_PARAM, unwrap
+from dist_layerlr.sharders.model import FLAT_PARAM, Kinds, names_of_parameters
 from dist_layerlr.sharders.ranges import flat_ranges
 
 
@@ -67,9 +67,9 @@ class Fsdp1Sharder(Sharder):
     """Flat parameters, by the handle's own map of original names."""
 
     @classmethod
-    def handles(cls, model: nn.Module) -> bool:
+    def handles(cls, kinds: Kinds) -> bool:
         """Whether any module is a ``FullyShardedDataParallel``."""
-        return any(_is_unit(module) for module in model.modules())
+        return any(map(_is_unit, kinds.modules))
 
     def _read_layout(self) -> Layout:
         flat = any(n.rpartition(".")[2] == FLAT_PARAM for n, _ in self.model.named_parameters())
@@ -87,10 +87,10 @@ class Fsdp1Sharder(Sharder):
         for shard in iterate_shards(self.model):
             by_owner.setdefault(id(shard.owner), []).append(shard)
             trained[shard.name] = shard.trainable
-        for raw, param in unwrap(self.model).named_parameters():
+        for name, param in names_of_parameters(self.model):
             # What FSDP1 ignores, or does not wrap.
-            if id(param) not in by_owner and raw.rpartition(".")[2] != FLAT_PARAM:
-                trained.setdefault(canonical_name(raw), param.requires_grad)
+            if id(param) not in by_owner and name.rpartition(".")[2] != FLAT_PARAM:
+                trained.setdefault(name, param.requires_grad)
         pieces: list[Piece] = []
         strangers = 0
         for group in inner.param_groups:
@@ -117,8 +117,8 @@ class Fsdp1Sharder(Sharder):
         return [*found, *ignored, *buffers(self.model)]
 
 
-def _is_unit(module: nn.Module) -> bool:
-    return any(c.__name__ == "FullyShardedDataParallel" for c in type(module).__mro__)
+def _is_unit(kind: type[nn.Module]) -> bool:
+    return any(c.__name__ == "FullyShardedDataParallel" for c in kind.__mro__)
 
 
 def _weight(shard: Shard) -> Weight:
@@ -149,7 +149,7 @@ def iterate_shards(model: nn.Module) -> Iterator[Shard]:
     """
     for path, module in model.named_modules():
         handle = getattr(module, "_handle", None)
-        if handle is None or not _is_unit(module):
+        if handle is None or not _is_unit(type(module)):
             continue
         try:
             yield from _unit(canonical_name(path), handle.flat_param, handle)

@@ -7,10 +7,9 @@ on meshes of some ranks only.
 
 from __future__ import annotations
 
-from torch import nn
-
 from dist_layerlr.sharders.base import Layout
 from dist_layerlr.sharders.dtensor import DTensorSharder
+from dist_layerlr.sharders.model import Kinds
 
 
 class Fsdp2Sharder(DTensorSharder):
@@ -20,11 +19,11 @@ class Fsdp2Sharder(DTensorSharder):
     """
 
     @classmethod
-    def handles(cls, model: nn.Module) -> bool:
+    def handles(cls, kinds: Kinds) -> bool:
         """Whether any module is an ``FSDPModule``."""
         from torch.distributed.fsdp import FSDPModule
 
-        return any(isinstance(module, FSDPModule) for module in model.modules())
+        return any(issubclass(kind, FSDPModule) for kind in kinds.modules)
 
     def _read_layout(self) -> Layout:
         return Layout(name="fsdp2", shards=True, meshes=True)

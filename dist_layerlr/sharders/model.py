@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import replace
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -77,8 +77,7 @@ def _tie_warnings(model: nn.Module, infos: list[ParamInfo], plan: Plan) -> list[
     others: dict[str, ParamInfo] = {}
     owners: dict[str, str] = {}
     layers = own_layers(unwrap(model))
-    for raw, param in unwrap(model).named_parameters(remove_duplicate=False):
-        name = canonical_name(raw)
+    for name, param in names_of_parameters(model, tied=True):
         kept = first.setdefault(id(param), name)
         if kept != name:
             others[name] = ParamInfo(
@@ -143,9 +142,39 @@ def materialize(module: nn.Module, device: torch.device | str, *, recurse: bool 
         module.to(device)  # buffers; FSDP2 also looks at its new shards here
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Kinds:
+    """What a model consists of, from one walk over its modules: every sharder asks this."""
+
+    model: type[nn.Module]
+    modules: frozenset[type[nn.Module]]
+    """Classes of all modules, the model's own among them."""
+    parameters: frozenset[type[Any]]
+    """Classes of all parameters."""
+
+    @classmethod
+    def of(cls, model: nn.Module) -> Kinds:
+        """Of a model as it is wrapped now."""
+        modules: set[type[nn.Module]] = set()
+        parameters: set[type[Any]] = set()
+        # Module.parameters() costs three times as much, and every attach and verify comes here.
+        for module in model.modules():
+            modules.add(type(module))
+            parameters.update(map(type, module._parameters.values()))
+        return cls(model=type(model), modules=frozenset(modules), parameters=frozenset(parameters))
+
+
+def names_of_parameters(
+    model: nn.Module, *, tied: bool = False
+) -> Iterator[tuple[str, nn.Parameter]]:
+    """(canonical name, live parameter), in the module's order; tied ones once unless ``tied``."""
+    for raw, param in unwrap(model).named_parameters(remove_duplicate=not tied):
+        yield canonical_name(raw), param
+
+
 def live_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     """{canonical name: live parameter}, tied parameters once."""
-    return {canonical_name(name): param for name, param in unwrap(model).named_parameters()}
+    return dict(names_of_parameters(model))
 
 
 def true_shape(param: nn.Parameter) -> Shape:

@@ -17,7 +17,6 @@ from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.placement_types import Placement
 
 from dist_layerlr.errors import PlanMismatch
-from dist_layerlr.ranks import world_size
 from dist_layerlr.sharders.ranges import Range, box_runs, count_box_runs, shard_ranges
 
 MAX_RUNS = 1 << 22
@@ -36,24 +35,25 @@ class Placed:
     """Ranks that hold each element."""
 
 
-def place(name: str, tensor: Tensor, here: Tensor) -> Placed:
+def place(name: str, tensor: Tensor, here: Tensor, ranks: int) -> Placed:
     """Where a parameter's local part lies.
 
     Args:
         name: for errors.
         tensor: a DTensor, or a plain tensor, of which every rank has a copy.
         here: its local part.
+        ranks: of the job.
 
     Raises:
         PlanMismatch: a placement that is no run of elements, or that does not describe ``here``.
     """
     if not isinstance(tensor, DTensor):
-        return Placed(runs=[(0, tensor.numel())], replicas=world_size())
+        return Placed(runs=[(0, tensor.numel())], replicas=ranks)
     mesh, placements = tensor.device_mesh, tensor.placements
     coordinate = mesh.get_coordinate()
     # None: this rank has no part in the mesh.
     at = None if coordinate is None else tuple(coordinate)
-    box = _box(mesh, placements, tensor.shape, at, world_size())
+    box = _box(mesh, placements, tensor.shape, at, ranks)
     if box.unreadable is not None:
         raise PlanMismatch(
             f"{name} is placed as {placements}: a parameter that is {box.unreadable} has its value"

@@ -5,7 +5,7 @@ from __future__ import annotations
 from functools import partial
 from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from dist_layerlr.ranks import world_size
 from dist_layerlr.sharders.base import (
@@ -22,13 +22,14 @@ from dist_layerlr.sharders.base import (
     whole_slices,
     whole_weight,
 )
+from dist_layerlr.sharders.model import Kinds
 
 
 class PlainSharder(Sharder):
     """No sharding. DDP only adds a ``module.`` prefix."""
 
     @classmethod
-    def handles(cls, model: nn.Module) -> bool:
+    def handles(cls, kinds: Kinds) -> bool:
         """True: it is the last sharder asked."""
         return True
 

@@ -34,7 +34,7 @@ from dist_layerlr.sharders.base import (
     parameters_with_names,
     whole_weight,
 )
-from dist_layerlr.sharders.model import live_parameters, materialize
+from dist_layerlr.sharders.model import Kinds, live_parameters, materialize
 from dist_layerlr.sharders.ranges import zero3_partition, zero3_range
 from dist_layerlr.sharders.zero_modes import refuse_modes
 
@@ -43,9 +43,9 @@ class ZeroSharder(Sharder):
     """A DeepSpeed engine: the original parameters of each group, and this rank's fragments."""
 
     @classmethod
-    def handles(cls, model: nn.Module) -> bool:
+    def handles(cls, kinds: Kinds) -> bool:
         """Whether the model is a DeepSpeed engine."""
-        return any(c.__name__ == "DeepSpeedEngine" for c in type(model).__mro__)
+        return any(kind.__name__ == "DeepSpeedEngine" for kind in kinds.model.__mro__)
 
     def _read_layout(self) -> Layout:
         engine: Any = self.model

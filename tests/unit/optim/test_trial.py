@@ -8,7 +8,9 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import nn
+from torch.distributed.fsdp import FullyShardedDataParallel
 
 import dist_layerlr as dl
 from dist_layerlr.optim.trial import Verdict, remember, try_out
@@ -139,6 +141,56 @@ def test_settings_are_tried_not_the_class() -> None:
     first = len(made)
     verdict(make, "fsdp1")
     assert first > 1 and len(made) == first + 1  # the second time it is only built
+
+
+class FlatRate(CountsInItself):
+    """A setting of its own, beside the counters in itself and in its groups."""
+
+    def __init__(self, params: Any):
+        super().__init__(params)
+        self.flat = False
+
+
+def test_counters_are_no_settings_and_settings_that_change_are_tried_again() -> None:
+    made: list[int] = []
+
+    def make(groups: Any) -> torch.optim.Optimizer:
+        made.append(len(groups))
+        return FlatRate(groups)
+
+    model = make_model()
+    plan = dl.plan_model(model, CONFIG)
+    optimizer = dl.attach(plan, model, make)
+    tried = len(made)
+    for _ in range(3):
+        fill_grads(model)
+        optimizer.step()
+        dl.verify(plan, model, optimizer)
+    assert tried > 1 and len(made) == tried
+    optimizer.flat = True
+    dl.verify(plan, model, optimizer)
+    assert len(made) > tried
+
+
+def test_fsdp1_hands_shards_over_in_one_way_so_nothing_else_is_built_before_a_refusal() -> None:
+    made: list[int] = []
+
+    def make(groups: Any) -> torch.optim.Optimizer:
+        made.append(sum(param.numel() for group in groups for param in group["params"]))
+        return ClippedByNorm(groups)
+
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        net = make_model()
+        plan = dl.plan_model(net, CONFIG)
+        elements = sum(entry.numel for entry in plan.entries.values())
+        cpu = torch.device("cpu")
+        model = FullyShardedDataParallel(net, use_orig_params=True, device_id=cpu)
+        with pytest.raises(dl.ConfigError, match="ClippedByNorm under fsdp1"):
+            dl.attach(plan, model, make)
+    finally:
+        dist.destroy_process_group()
+    assert made.count(elements) == 1
 
 
 def test_an_optimizer_that_others_built_is_built_anew_from_its_settings() -> None:
