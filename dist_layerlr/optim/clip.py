@@ -66,5 +66,13 @@ def _clip(params: list[nn.Parameter], max_norm: float) -> float:
 
 
 def _gradient(param: nn.Parameter) -> Tensor:
-    assert param.grad is not None
-    return param.grad
+    """A gradient whose addends on several ranks (``Partial``) are summed, here and for the step.
+
+    torch 2.10 scales such addends wrongly in place.
+    """
+    gradient = param.grad
+    assert gradient is not None
+    if isinstance(gradient, DTensor) and isinstance(param, DTensor):
+        if any(placement.is_partial() for placement in gradient.placements):
+            gradient = param.grad = gradient.redistribute(placements=param.placements)
+    return gradient

@@ -13,7 +13,7 @@ import prodigyopt
 import pytorch_optimizer
 import schedulefree
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 Make = Callable[[Any], torch.optim.Optimizer]
 
@@ -43,6 +43,22 @@ def is_installed(package: str) -> bool:
     """Whether it can be imported; timm's optimizers need torchvision besides."""
     needed = [package, "torchvision"] if package == "timm" else [package]
     return all(importlib.util.find_spec(name) is not None for name in needed)
+
+
+def adagrad_needs_its_constructor() -> bool:
+    """Whether Adagrad makes its state in its constructor alone, as torch 2.10 and 2.11 do.
+
+    A view that is stepped for a slice of a tensor then has none.
+    """
+    param = nn.Parameter(torch.ones(1))
+    param.grad = torch.ones(1)
+    optimizer = torch.optim.Adagrad([param])
+    optimizer.state.clear()
+    try:
+        optimizer.step()
+    except KeyError:
+        return True
+    return False
 
 
 class ClippedByNorm(torch.optim.AdamW):

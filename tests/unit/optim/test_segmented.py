@@ -16,6 +16,7 @@ import dist_layerlr as dl
 from dist_layerlr.optim.segmented import Segmented
 from dist_layerlr.sharders.base import Slice
 from tests.support.living import living_bytes, only_new_tensors
+from tests.support.optimizers import adagrad_needs_its_constructor
 
 CONFIG: dict[str, Any] = {
     "learning_rate": 3e-4,
@@ -85,6 +86,8 @@ def train(
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_segmented_equals_groups_bitwise_on_whole_parameters(name: str) -> None:
+    if name == "Adagrad" and adagrad_needs_its_constructor():
+        pytest.skip("this torch's Adagrad has no state outside its constructor")
     groups, segmented = train("groups", OPTIMIZERS[name]), train("segmented", OPTIMIZERS[name])
     assert all(torch.equal(groups[n], segmented[n]) for n in groups)
 
