@@ -56,9 +56,10 @@ def write(family: str, out: Path) -> list[str]:
     """
     pipeline = build(family)
     # Components of another family would stay beside the new ones.
-    if out.is_dir() and any(out.iterdir()) and not (out / "model_index.json").is_file():
+    known = [out / name for name in ("model_index.json", "config.json")]
+    if out.is_dir() and any(out.iterdir()) and not any(path.is_file() for path in known):
         raise ConfigError(
-            f"Invalid OUT={str(out)!r}. It holds other files than a pipeline's; choose an empty or"
+            f"Invalid OUT={str(out)!r}. It holds other files than a model's; choose an empty or"
             " a new folder."
         )
     with blame(f"Invalid OUT={str(out)!r}: cannot be written to", "choose another folder"):

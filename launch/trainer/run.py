@@ -25,6 +25,7 @@ from launch.trainer.data import fit_dataset, open_dataset
 from launch.trainer.engines import build_engine
 from launch.trainer.estimate import check_cards, estimate
 from launch.trainer.families import get_family
+from launch.trainer.families.base import live_config
 from launch.trainer.job import Job
 from launch.trainer.loop import micro_batch_size, train, write_row
 from launch.trainer.metrics import MetricsFile
@@ -73,8 +74,7 @@ def run(request: Request, options: RunOptions, runtime: Runtime) -> None:
     family = get_family(options.model_type, options.objective)
     objective = alike(lambda: family.objective(options.objective, Path(options.model_path)))
     data = alike(lambda: open_dataset(options.data))
-    shape: Any = model.config
-    alike(lambda: fit_dataset(data, family, shape))
+    alike(lambda: fit_dataset(data, family, live_config(model)))
     alike(lambda: check_dropout(options.train.caption_dropout, data, family))
     alike(lambda: micro_batch_size(options, runtime.world_size))
     folder = alike(
@@ -210,7 +210,7 @@ def _predict(job: Job) -> Prediction | None:
     micro_steps = job.options.train.global_batch // world_size // micro
     # The first sample that is read at all: if it is damaged on one rank, all must hear of it.
     first = alike(lambda: job.data[0])
-    tokens = micro * job.family.tokens(model.config, first)
+    tokens = micro * job.family.tokens(live_config(model), first)
     return job.engine.predict(tokens, micro_steps, job.options)
 
 
