@@ -22,6 +22,7 @@ from dist_layerlr.plan.config import PRESET, Config, PatternRule, PerLayerLR, Re
 from dist_layerlr.plan.depth import DepthSettings
 from dist_layerlr.plan.presets import RfdetrPreset
 from dist_layerlr.sharders import Layout
+from launch.trainer.objectives.causal_lm import NextToken
 from launch.trainer.objectives.experts import ExpertFlow
 from launch.trainer.objectives.flow import FlowMatching
 from launch.trainer.objectives.noise import NoisePrediction
@@ -62,6 +63,7 @@ def tables() -> dict[str, list[Setting]]:
     for name, cls in (("wan22", ExpertFlow), ("ltx2", AudioVideoFlow)):
         more = settings(cls)
         found[f"objective.{name}"] = [more[key] for key in more if key not in flow]
+    found["objective.next_token"] = [*settings(NextToken).values()]
     found["objective.noise"] = [*settings(NoisePrediction).values()]
     for name, block in BLOCKS.items():
         found[name] = [*settings(block).values()]

@@ -24,7 +24,7 @@ from dist_layerlr.plan.names import base_name, parse
 from launch.trainer.activations import count_saved
 from launch.trainer.engines.wrap import blocks_of
 from launch.trainer.families import get_family
-from launch.trainer.families.base import Family
+from launch.trainer.families.base import Family, HasExample, live_config
 from launch.trainer.options import LORA, PUBLISHED_MODEL, RunOptions
 from launch.trainer.published import PUBLISHED
 from launch.trainer.weights import empty_model
@@ -217,6 +217,8 @@ def streamed_row(
 
 def example(family: Any, model_config: Mapping[str, Any], sizes: Mapping[str, int]) -> Any:
     """Return one sample on the meta device, its lettered axes of these sizes."""
+    if isinstance(family, HasExample):
+        return family.example(model_config, sizes)
     sample = {}
     for name, axes in family.layout(model_config).items():
         shape = [sizes[axis] if isinstance(axis, str) else axis for axis in axes]
@@ -301,10 +303,9 @@ def estimate(options: RunOptions, plan: Plan, ranks: int, card_gb: float) -> Est
     known = PUBLISHED.get(options.model_type)
     activations = None
     what = "activations are not counted"
-    if known is not None and hasattr(family, "layout"):
+    if known is not None:
         # The live config, which has the defaults of the class too.
-        shape: Any = model.config
-        sample = example(family, shape, known.sizes)
+        sample = example(family, live_config(model), known.sizes)
         activations = count_activations(family, plan, options, sample)
         what = f"{options.train.micro_batch or 1} x {known.sample}, {options.train.dtype}"
         what += ", checkpointing" if options.train.checkpointing else ""

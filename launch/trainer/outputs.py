@@ -19,10 +19,12 @@ from dist_layerlr.export import adapter_formats
 from dist_layerlr.files import read_safetensors_header, sync_folder, write_json, write_text
 from dist_layerlr.plan import Plan
 from dist_layerlr.ranks import alike
+from dist_layerlr.sharders import unwrap
 from dist_layerlr.weights import find_not_finite
 from launch.trainer.data.base import LATENTS, Batch, to_device
 from launch.trainer.data.order import one_batch
 from launch.trainer.engines.base import autocast
+from launch.trainer.families.base import HasFiles, live_config
 from launch.trainer.families.diffusion import Diffusion
 from launch.trainer.job import Job
 from launch.trainer.lock import hold
@@ -56,6 +58,7 @@ _IN_FINAL = (
     "adapter_config.json",
     "config.json",
     "diffusion_pytorch_model*.safetensors*",
+    "model*.safetensors*",
     "adapter_model.safetensors",
     "pytorch_lora_weights.safetensors",
 )
@@ -151,9 +154,9 @@ def draw_plan(plan: Plan, folder: Path) -> None:
 def save_result(job: Job, step: int, proof: dict[str, Any]) -> Path:
     """Write the trained weights under original names, with plan and proof beside them. Collective.
 
-    A full finetune becomes a diffusers model folder. A LoRA becomes a PEFT adapter folder, with the
-    file that ``pipe.load_lora_weights`` takes where the model's pipeline has it. The plan's digest,
-    the step and the run are in the safetensors metadata.
+    A full finetune becomes a model folder of the family's library. A LoRA becomes a PEFT adapter
+    folder, with the file that ``pipe.load_lora_weights`` takes where the model's pipeline has it.
+    The plan's digest, the step and the run are in the safetensors metadata.
 
     Args:
         job: What was trained.
@@ -196,7 +199,7 @@ def final_of(job: Job) -> Path:
 def _forms(job: Job) -> tuple[str, ...]:
     """The formats of a result, that by which it is known first."""
     if job.options.training_method != LORA:
-        return ("diffusers",)
+        return (job.family.weights_format,)
     offered = adapter_formats(job.engine.model)
     return tuple(form for form in ("peft", "pipeline") if form in offered)
 
@@ -205,6 +208,8 @@ def _complete(job: Job, proof: dict[str, Any]) -> None:
     """Put the staged result in the place of the one that was there."""
     final = final_of(job)
     try:
+        for name, content in _beside(job).items():
+            (_staged(final) / name).write_bytes(content)
         for folder in (job.folder, _staged(final)):
             write_json(folder / PROOF, proof)
             write_text(folder / PLAN, job.plan.to_json() + "\n")
@@ -218,6 +223,14 @@ def _complete(job: Job, proof: dict[str, Any]) -> None:
             f"Cannot write {str(error.filename)!r}: {error.strerror}. The final/ that was there is"
             " unchanged."
         ) from None
+
+
+def _beside(job: Job) -> Mapping[str, bytes]:
+    """What the family puts beside the weights of a full finetune."""
+    family, options = job.family, job.options
+    if options.training_method == LORA or not isinstance(family, HasFiles):
+        return {}
+    return family.files_beside(live_config(unwrap(job.engine.model)), Path(options.model_path))
 
 
 def _swap(final: Path) -> None:

@@ -20,7 +20,7 @@ class Published:
     name: str
     """As its publisher calls it."""
     class_name: str
-    """Of the network, in diffusers."""
+    """Of the network, in diffusers; empty: ``config`` names it as another library does."""
     config: Mapping[str, Any] = field(default_factory=dict)
     """Arguments of the class that differ from its defaults."""
     sizes: Mapping[str, int]
@@ -65,6 +65,19 @@ _PIXART = {
     "caption_channels": 4096,
     "interpolation_scale": 2,
     "use_additional_conditions": False,
+}
+_QWEN3_8B = {
+    "architectures": ["Qwen3ForCausalLM"],
+    "model_type": "qwen3",
+    "vocab_size": 151936,
+    "hidden_size": 4096,
+    "intermediate_size": 12288,
+    "num_hidden_layers": 36,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "head_dim": 128,
+    "max_position_embeddings": 40960,
+    "tie_word_embeddings": False,
 }
 _IMAGE = "1024 x 1024 px"
 _CLIP = {"F": 21, "H": 60, "W": 104, "L": 512}
@@ -154,6 +167,13 @@ PUBLISHED = {
         sizes=_latent(32, L=300),
         sample=_IMAGE,
     ),
+    "llm": Published(
+        name="Qwen3-8B",
+        class_name="",
+        config=_QWEN3_8B,
+        sizes={"L": 2048},
+        sample="2048 tokens",
+    ),
     "ltx2": Published(
         name="LTX-2",
         class_name="LTX2VideoTransformer3DModel",
@@ -194,4 +214,5 @@ def published_config(model_type: str) -> dict[str, Any]:
             f"model_path is missing, and no published config of model_type={model_type!r} is known"
             f" here (known: {', '.join(sorted(PUBLISHED))}). Give model_path."
         )
-    return {"_class_name": known.class_name, **known.config}
+    named = {"_class_name": known.class_name} if known.class_name else {}
+    return {**named, **known.config}

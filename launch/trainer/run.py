@@ -28,7 +28,7 @@ from launch.trainer.engines import build_engine
 from launch.trainer.engines.base import Engine
 from launch.trainer.estimate import check_cards, estimate
 from launch.trainer.families import get_family
-from launch.trainer.families.base import Family
+from launch.trainer.families.base import Family, live_config
 from launch.trainer.job import Job
 from launch.trainer.loop import micro_batch_size, train, write_row
 from launch.trainer.metrics import MetricsFile
@@ -91,7 +91,7 @@ def run(request: Request, options: RunOptions, runtime: Runtime) -> None:
     planned = _plan_each(family, options)
     alike(lambda: check_team(planned, request.sharding, options))
     data = alike(lambda: open_dataset(options.data))
-    shape: Any = next(iter(planned.values())).model.config
+    shape = live_config(next(iter(planned.values())).model)
     alike(lambda: fit_dataset(data, family, shape))
     alike(lambda: check_dropout(options.train.caption_dropout, data, family))
     alike(lambda: micro_batch_size(options, runtime.world_size))
@@ -292,7 +292,7 @@ def _predict(job: Job) -> Prediction | None:
     micro_steps = job.options.train.global_batch // world_size // micro
     # The first sample that is read at all: if it is damaged on one rank, all must hear of it.
     first = alike(lambda: job.data[0])
-    tokens = micro * job.family.tokens(model.config, first)
+    tokens = micro * job.family.tokens(live_config(model), first)
     return job.engine.predict(tokens, micro_steps, job.options)
 
 

@@ -19,7 +19,7 @@ from dist_layerlr.weights import load_pretrained, pretrained_tensors
 from launch.trainer.adapters import fresh_adapter, inject
 from launch.trainer.cli import blame
 from launch.trainer.engines.offload import CAST_BY_AUTOCAST
-from launch.trainer.families.base import Family
+from launch.trainer.families.base import Family, live_config
 from launch.trainer.options import LORA, PUBLISHED_MODEL, RunOptions
 from launch.trainer.published import published_config
 
@@ -36,8 +36,8 @@ def read_model_config(folder: str | Path) -> dict[str, Any]:
         fields.mapping("content", loaded)
     except (OSError, ValueError, RecursionError) as error:
         raise ModelSourceError(
-            f"Cannot read {str(path)!r}: {error}. model_path must be a model folder in diffusers"
-            " format."
+            f"Cannot read {str(path)!r}: {error}. model_path must be a folder of weights with"
+            " their config.json."
         ) from None
     return dict(loaded)
 
@@ -73,6 +73,9 @@ def empty_model(family: Family, options: RunOptions) -> nn.Module:
         init_empty_weights(include_buffers=False),
     ):
         model = family.build(config)
+    # The context gives each name a tensor of its own, those of tied weights too.
+    if callable(tie := getattr(model, "tie_weights", None)):
+        tie()
     if options.train.checkpointing:
         family.checkpoint_blocks(model)
     if options.training_method == LORA:
@@ -84,7 +87,7 @@ def empty_model(family: Family, options: RunOptions) -> nn.Module:
 
 def _without_gradient(family: Family, model: Any) -> list[str]:
     """Live names that the objective gives no gradient: parameters, and adapters on them."""
-    still = set(family.without_gradient(model.config))
+    still = set(family.without_gradient(live_config(model)))
     names = [name for name, _ in model.named_parameters()]
     return [name for name in names if base_name(canonical_name(name)) in still]
 
@@ -106,7 +109,7 @@ def frozen_line(family: Family, model: nn.Module, options: RunOptions) -> str | 
 
 def spare_from_decay(family: Family, model: Any, plan: Plan) -> Plan:
     """Give weight decay 0 to what the family names; see ``Family.without_decay``."""
-    spared = set(family.without_decay(model.config)) & plan.entries.keys()
+    spared = set(family.without_decay(live_config(model))) & plan.entries.keys()
     entries = {
         name: replace(entry, weight_decay=0.0) if name in spared else entry
         for name, entry in plan.entries.items()
@@ -116,7 +119,7 @@ def spare_from_decay(family: Family, model: Any, plan: Plan) -> Plan:
 
 def spared_line(family: Family, model: Any, plan: Plan) -> str | None:
     """Say which parameters have no weight decay because of the family; None where none."""
-    spared = [name for name in family.without_decay(model.config) if name in plan.entries]
+    spared = [name for name in family.without_decay(live_config(model)) if name in plan.entries]
     if not spared:
         return None
     return (

@@ -16,7 +16,7 @@ from dist_layerlr.errors import ConfigError
 from launch.trainer.data.base import Batch, Sample, stack, to_device
 from launch.trainer.families import FAMILIES, get_family
 from launch.trainer.objectives import Objective
-from launch.trainer.objectives.causal_lm import IGNORED, LABELS, NextToken
+from launch.trainer.objectives.causal_lm import IGNORED, LABELS, NextToken, Predicted
 from launch.trainer.objectives.flow import FlowMatching, euler_sigmas, make_flow_batch
 from launch.trainer.objectives.sigma import Resolution, SigmaDistribution
 
@@ -154,12 +154,11 @@ class Llama:
     """How a family of language models calls its model and pads its samples."""
 
     def __init__(self) -> None:
-        self.objective: Objective = NextToken(logits=self.logits)
+        self.objective: Objective = NextToken(predict=self.predict)
 
-    def logits(self, model: nn.Module, batch: Batch) -> Tensor:
+    def predict(self, model: nn.Module, batch: Batch) -> Predicted:
         output = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"])
-        found: Tensor = output.logits
-        return found
+        return Predicted(logits=output.logits)
 
     def collate(self, samples: Sequence[Sample]) -> Batch:
         longest = max(len(one["input_ids"]) for one in samples)

@@ -23,6 +23,7 @@ _CLIP_AXES = 4
 KINDS: dict[str, str] = {
     "cached": "cached:CachedDataset",
     "digits": "digits:MovingDigits",
+    "text": "text:TextBlocks",
 }
 
 
@@ -52,6 +53,9 @@ def fit_dataset(data: Dataset, family: Family, model_config: Mapping[str, Any]) 
     Raises:
         ModelSourceError: label, field, shape found and shape needed.
     """
+    fit = getattr(family, "fit_data", None)
+    if fit is not None:
+        fit(model_config, data)
     shapes = getattr(data, "shapes", None)
     if shapes is None:
         family.check_sample(model_config, data[0], data.name(0))

@@ -17,6 +17,7 @@ FAMILIES: dict[str, str] = {
     "flux_2_klein_4b": "flux2:Flux2Klein4B",
     "flux_2_klein_9b": "flux2:Flux2Klein9B",
     "hunyuan_video": "hunyuan_video:HunyuanVideo",
+    "llm": "llm:LLM",
     "ltx2": "ltx2:LTX2",
     "pixart": "pixart:PixArt",
     "qwen": "qwen:Qwen",

@@ -35,6 +35,11 @@ class Family(Protocol):
         ...
 
     @property
+    def weights_format(self) -> str:
+        """Of a full finetune's result: a key of ``dist_layerlr.export.FORMATS``."""
+        ...
+
+    @property
     def objective_class(self) -> type:
         """A dataclass; its settings are the fields of the config's ``objective`` block."""
         ...
@@ -85,7 +90,8 @@ class Family(Protocol):
     def without_decay(self, model_config: Mapping[str, Any]) -> tuple[str, ...]:
         """Names of parameters that weight decay must not touch, whatever the plan says.
 
-        Some of their elements get a gradient of zero always, so that decay alone would move them.
+        Some of their elements get a gradient of zero always, so that decay alone would move them,
+        or the model's own library spares them.
         """
         ...
 
@@ -154,6 +160,49 @@ class HasVariants(Protocol):
     def variant(self, settings: Mapping[str, Any]) -> Family:
         """Return the family that trains under what the ``objective`` block gives, checked."""
         ...
+
+
+@runtime_checkable
+class FitsData(Protocol):
+    """What a family has as well that must see the whole data set, and not only a sample."""
+
+    def fit_data(self, model_config: Mapping[str, Any], data: Any) -> None:
+        """Tell the data set what the model takes, and refuse one that does not fit.
+
+        Raises:
+            ConfigError: field of the config, its value and what is needed.
+        """
+        ...
+
+
+@runtime_checkable
+class HasExample(Protocol):
+    """What a family has as well whose samples are not float tensors of a ``layout``."""
+
+    def example(self, model_config: Mapping[str, Any], sizes: Mapping[str, int]) -> Sample:
+        """Return one sample on the meta device, its lettered axes of these sizes."""
+        ...
+
+
+@runtime_checkable
+class HasFiles(Protocol):
+    """What a family has as well whose result needs other files beside weights and config."""
+
+    def files_beside(self, model_config: Mapping[str, Any], folder: Path) -> Mapping[str, bytes]:
+        """Return the files of a result by name; a ``config.json`` replaces the copied one.
+
+        Args:
+            model_config: Of the live model.
+            folder: Of the model that was trained.
+        """
+        ...
+
+
+def live_config(model: Any) -> Mapping[str, Any]:
+    """Return a live model's config as a mapping: transformers has a class of its own for it."""
+    config = model.config
+    found: Mapping[str, Any] = config if isinstance(config, Mapping) else config.to_dict()
+    return found
 
 
 def network_folders(

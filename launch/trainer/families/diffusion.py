@@ -52,6 +52,7 @@ class Diffusion(ABC):
     subfolder: ClassVar[str] = "transformer"
     """Of a pipeline folder: where the network lies."""
     flat_units: ClassVar[tuple[str, ...]] = ()
+    weights_format: ClassVar[str] = "diffusers"
     objective_class: ClassVar[type] = FlowMatching
     defaults: ClassVar[Mapping[str, Any]] = {}
     """The family's own values for settings of ``objective_class``."""

@@ -1,8 +1,11 @@
-"""Whole pipelines of a few thousand random weights: for tests, and to try a config without a model.
+"""Whole pipelines and models of a few thousand random weights.
+
+They are for tests, and to try a config without a model.
 
 ``tiny/<family module>.py`` holds ``PARTS``: model type -> a function that returns the components of
 its pipeline but for text encoders and tokenizers, which are in ``text.py``. A module may name the
-pipelines of variants that are no model type of their own in ``PIPELINES``.
+pipelines of variants that are no model type of their own in ``PIPELINES``. Families outside
+diffusers have ``FOLDERS`` instead: name -> a function that returns a ``ModelFolder``.
 """
 
 from __future__ import annotations
@@ -38,6 +41,8 @@ def build(model_type: str) -> Any:
         hint = fields.suggestion(model_type, modules)
         raise fields.invalid("FAMILY", model_type, f"one of {', '.join(modules)}", hint)
     module = modules[model_type]
+    if model_type in getattr(module, "FOLDERS", ()):
+        return module.FOLDERS[model_type]()
     parts = {**module.PARTS[model_type](), **text_parts(model_type)}
     cls = from_diffusers(_pipeline_class(module, model_type), model_type)
     asked = inspect.signature(cls.__init__).parameters
@@ -53,7 +58,8 @@ def known() -> Mapping[str, ModuleType]:
     found: dict[str, ModuleType] = {}
     for entry in pkgutil.iter_modules(__path__):
         module = import_module(f".{entry.name}", __name__)
-        found |= dict.fromkeys(getattr(module, "PARTS", ()), module)
+        for table in ("PARTS", "FOLDERS"):
+            found |= dict.fromkeys(getattr(module, table, ()), module)
     return dict(sorted(found.items()))
 
 
