@@ -184,8 +184,7 @@ def encode_by_pipeline(args: argparse.Namespace, environment: Mapping[str, str])
         LayerLRError: the model or the folders cannot be used; files already written stay.
     """
     _check_device(args.device)
-    rank, processes = (int(environment.get(key, d)) for key, d in _RANK.items())
-    shard = args.shard or (rank, processes)
+    shard = _shard_of(args, environment)
     # torchrun's processes of one machine share its devices out by this number.
     device = args.device if args.device == "cpu" else f"cuda:{environment.get('LOCAL_RANK', 0)}"
     wish = Wish(**{**_wishes(args), "device": device, "shard": shard})
@@ -199,6 +198,12 @@ def encode_by_pipeline(args: argparse.Namespace, environment: Mapping[str, str])
         _warn(f"skipped {len(lines)} files, see {args.output / name}; first: {lines[0]}")
     _warn_of(report)
     return report.written
+
+
+def _shard_of(args: argparse.Namespace, environment: Mapping[str, str]) -> tuple[int, int]:
+    """Number of this process, and how many there are."""
+    rank, processes = (int(environment.get(key, d)) for key, d in _RANK.items())
+    return args.shard or (rank, processes)
 
 
 def _warn_of(report: Report) -> None:
@@ -337,6 +342,11 @@ def main(argv: Sequence[str] | None = None) -> int:
             written = encode_all(args)
         else:
             written = encode_by_pipeline(args, os.environ)
+            mine, processes = _shard_of(args, os.environ)
+            if processes > 1:
+                # The others may still write, and this one may have had nothing to do.
+                print(f"cache_latents: {written} samples written by process {mine} of {processes}")
+                return 0
         dataset = CachedDataset(str(args.output))  # also proves that all files can be read
     except LayerLRError as error:
         complain("cache_latents", error)

@@ -241,11 +241,17 @@ def test_shards_write_together_what_one_process_writes(source: Path, tmp_path: P
     assert two.empty_prompt() is not None
 
 
-def test_torchrun_s_rank_is_the_shard(source: Path, tmp_path: Path):
-    model = model_folder("sdxl", tmp_path)
-    args = cache_latents.parse_args([*flags_of("sdxl", source, tmp_path / "out", model), *BUCKETS])
-    told = {"RANK": "1", "WORLD_SIZE": "3", "LOCAL_RANK": "1"}
-    assert cache_latents.encode_by_pipeline(args, told) == 1
+def test_torchrun_s_rank_is_the_shard(
+    source: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+):
+    for rank, count in ((1, 1), (5, 0)):  # of 6 processes and 4 samples
+        for key, value in {"RANK": rank, "WORLD_SIZE": 6, "LOCAL_RANK": rank}.items():
+            monkeypatch.setenv(key, str(value))
+        assert run_sdxl(source, tmp_path / "out") == 0
+        assert f"{count} samples written by process {rank} of 6" in capsys.readouterr().out
     assert [path.name for path in (tmp_path / "out").rglob("*.safetensors")] == ["b.safetensors"]
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import sys
+import warnings
 from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
@@ -51,7 +52,9 @@ def load_parts(folder: Path, kept: Sequence[str], dtype: torch.dtype, model_type
     absent = {name: None for name in names if not name.startswith(tuple(kept))}
     cls = from_diffusers(str(index["_class_name"]), model_type)
     where = f"Invalid --model {str(folder)!r}: {cls.__name__} cannot be loaded"
-    with blame(where, "download the folder again"):
+    with blame(where, "download the folder again"), warnings.catch_warnings():
+        # Newer releases call the argument dtype, which older ones do not know.
+        warnings.filterwarnings("ignore", message=".*torch_dtype", category=FutureWarning)
         options = {"torch_dtype": dtype, "local_files_only": True}
         pipeline = cls.from_pretrained(folder, **options, **absent)
     pipeline.set_progress_bar_config(disable=True)
