@@ -17,9 +17,9 @@ PROJECT = tomli.loads((ROOT / "pyproject.toml").read_text())
 EXTRAS = {
     "build.txt": (),
     "quickstart.txt": ("train", "plot"),
-    "test.txt": ("train", "plot", "dev"),
+    "test.txt": ("train", "plot", "families", "dev"),
+    "oldest.txt": ("train", "plot", "dev"),
 }
-EXTRAS["oldest.txt"] = EXTRAS["test.txt"]
 
 
 def lock(name: str) -> list[str]:
@@ -83,6 +83,7 @@ echo "${told##*--no-build-isolation }" >> pip.log
 PYTHON = """shift 2  # -m venv
 if [ "$1" = --clear ]; then shift; rm -r "$1"; echo cleared >> pip.log; fi
 mkdir -p "$1/bin" && cp pip "$1/bin"
+cp pip "$1/bin/python"
 """
 
 
@@ -103,8 +104,8 @@ def test_readmes_table_of_tested_releases_is_that_of_the_locks(row: str, name: s
 
 @pytest.fixture
 def checkout(tmp_path: Path) -> Path:
-    """What install.sh reads, and a python whose environments hold a pip that writes down what it is
-    told."""
+    """What install.sh reads, and a python whose environments hold a pip and a python that write
+    down what they are told."""
     shutil.copytree(ROOT / "requirements", tmp_path / "requirements")
     shutil.copy(ROOT / "pyproject.toml", tmp_path)
     for name, script in {"pip": PIP, "python": PYTHON}.items():
@@ -124,15 +125,16 @@ def install(checkout: Path) -> list[str]:
     return told
 
 
-BUILD, LOCK, PROJECT_ITSELF = (
+BUILD, LOCK, OPERATORS, PROJECT_ITSELF = (
     "-r requirements/build.txt",
     "-r requirements/test.txt",
+    "requirements/torchvision_ops.py",
     "--no-deps -e .",
 )
 
 
 def test_an_environment_is_made_once_from_the_lock_and_nothing_else(checkout: Path) -> None:
-    assert install(checkout) == [BUILD, LOCK, PROJECT_ITSELF]
+    assert install(checkout) == [BUILD, LOCK, OPERATORS, PROJECT_ITSELF]
     assert install(checkout) == []
 
 
@@ -140,7 +142,7 @@ def test_an_environment_of_another_lock_is_emptied_and_made_anew(checkout: Path)
     install(checkout)
     with (checkout / "requirements" / "test.txt").open("a") as file:
         file.write("another==1.0\n")
-    assert install(checkout) == ["cleared", BUILD, LOCK, PROJECT_ITSELF]
+    assert install(checkout) == ["cleared", BUILD, LOCK, OPERATORS, PROJECT_ITSELF]
 
 
 def test_an_interrupted_environment_is_finished_and_one_of_somebody_else_is_not_emptied(
@@ -148,7 +150,7 @@ def test_an_interrupted_environment_is_finished_and_one_of_somebody_else_is_not_
 ) -> None:
     install(checkout)
     (checkout / "env" / "lock.txt").unlink()
-    assert install(checkout) == [BUILD, LOCK]
+    assert install(checkout) == [BUILD, LOCK, OPERATORS]
 
 
 def test_another_pyproject_installs_the_project_again_and_nothing_else(checkout: Path) -> None:

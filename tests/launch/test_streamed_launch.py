@@ -105,7 +105,9 @@ def offloads(engine: Any) -> Any:
         )
     if hasattr(engine.model, "_get_fsdp_state"):
         states = [block._get_fsdp_state() for block in engine.model.blocks]
-        policies = {type(s._fsdp_param_groups[0].offload_policy).__name__ for s in states}
+        # torch 2.10 keeps one group on each state, later releases a list.
+        groups = [getattr(s, "_fsdp_param_groups", None) or [s._fsdp_param_group] for s in states]
+        policies = {type(group[0].offload_policy).__name__ for group in groups}
         ahead = [len(s._states_to_forward_prefetch) for s in states]
         return policies, ahead, [len(s._states_to_backward_prefetch) for s in states]
     return None
