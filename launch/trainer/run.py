@@ -45,7 +45,14 @@ from launch.trainer.runlog import LOG
 from launch.trainer.runtime import Diverged, Runtime
 from launch.trainer.signals import StopFlag, catch_signals
 from launch.trainer.state import Outcome, Position
-from launch.trainer.weights import empty_model, frozen_line, spare_from_decay, spared_line
+from launch.trainer.weights import (
+    empty_model,
+    fresh_line,
+    fresh_weights,
+    frozen_line,
+    spare_from_decay,
+    spared_line,
+)
 
 
 def print_plan(options: RunOptions, runtime: Runtime) -> None:
@@ -70,7 +77,8 @@ def run(request: Request, options: RunOptions, runtime: Runtime) -> None:
     """
     # Cheap checks first, so that a typing error costs seconds and not the loading of a model.
     model, plan = _planned(options)
-    alike(lambda: check_pretrained(model, options.model_path, fresh=True))
+    anew = alike(lambda: fresh_weights(options))
+    alike(lambda: check_pretrained(model, options.model_path, fresh=True, anew=anew))
     family = get_family(options.model_type, options.objective)
     objective = alike(lambda: family.objective(options.objective, Path(options.model_path)))
     data = alike(lambda: open_dataset(options.data))
@@ -98,7 +106,8 @@ def run(request: Request, options: RunOptions, runtime: Runtime) -> None:
         plan = adapt_plan(checkpoint, plan, runtime, trained=trained)
     runtime.say(grid(plan))
     note = objective.note if isinstance(objective, Noted) else None
-    for line in (frozen_line(family, model, options), spared_line(family, model, plan), note):
+    spared, new = spared_line(family, model, plan), fresh_line(options)
+    for line in (frozen_line(family, model, options), spared, new, note):
         if line is not None:
             runtime.say(line)
     engine = build_engine(request.sharding, model, plan, options, runtime, request.deepspeed_config)
