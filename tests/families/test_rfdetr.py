@@ -96,7 +96,14 @@ def test_the_shipped_config_trains_and_the_plan_is_verified(sharder: str, runs: 
 
 @SHARED
 def test_ranks_change_nothing(sharder: str, runs: Runs) -> None:
-    assert runs.differ("full", sharder) <= 1e-5
+    found = [weights(runs.folder("full", one)) for one in ("none", sharder)]
+    for tensors in found:
+        for name, value in tensors.items():
+            if name.endswith("self_attn.in_proj_bias"):
+                # The bias of the keys adds one number to all scores of a query: its gradient is
+                # rounding alone, and Adam makes a step of whatever there is.
+                value.view(3, -1)[1] = 0
+    assert largest_difference(*found) <= 1e-5
 
 
 def test_weights_of_torch_save_are_read_as_those_of_safetensors(runs: Runs, model: Path) -> None:

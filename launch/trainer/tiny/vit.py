@@ -19,8 +19,6 @@ _SWIN = {
     "depths": (1, 2),
     "num_heads": (2, 2),
     "window_size": 4,
-    # Which paths are dropped depends on the microbatch, so that ranks would change the run.
-    "drop_path_rate": 0.0,
 }
 _HF = {
     "hidden_size": 24,
@@ -44,7 +42,14 @@ def _timm(name: str, sizes: Mapping[str, Any]) -> ModelFolder:
 def _save_timm(components: Mapping[str, Any], folder: Path) -> None:
     from timm.models import save_for_hf
 
-    save_for_hf(components["model"], str(folder), safe_serialization=True)
+    # Which paths are dropped depends on the microbatch, so that ranks would change the run; timm
+    # does not write down by itself that none are.
+    save_for_hf(
+        components["model"],
+        str(folder),
+        model_args={"drop_path_rate": 0.0},
+        safe_serialization=True,
+    )
 
 
 def _transformers(name: str) -> ModelFolder:
