@@ -23,6 +23,8 @@ from dist_layerlr.plan.depth import DepthSettings
 from dist_layerlr.plan.presets import RfdetrPreset
 from dist_layerlr.sharders import Layout
 from launch.trainer.objectives.causal_lm import NextToken
+from launch.trainer.objectives.classes import Classification
+from launch.trainer.objectives.detection import Detection
 from launch.trainer.objectives.experts import ExpertFlow
 from launch.trainer.objectives.flow import FlowMatching
 from launch.trainer.objectives.noise import NoisePrediction
@@ -64,6 +66,8 @@ def tables() -> dict[str, list[Setting]]:
         more = settings(cls)
         found[f"objective.{name}"] = [more[key] for key in more if key not in flow]
     found["objective.next_token"] = [*settings(NextToken).values()]
+    found["objective.classes"] = [*settings(Classification).values()]
+    found["objective.detection"] = [*settings(Detection).values()]
     found["objective.noise"] = [*settings(NoisePrediction).values()]
     for name, block in BLOCKS.items():
         found[name] = [*settings(block).values()]

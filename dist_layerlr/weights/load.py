@@ -12,7 +12,7 @@ then load::
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from pathlib import Path
 from typing import BinaryIO
 
@@ -27,20 +27,27 @@ from dist_layerlr.ranks import alike
 from dist_layerlr.sharders import Weight, sharder_of
 from dist_layerlr.sharders.model import unwrap
 from dist_layerlr.weights.disk_names import Stored, under_live_names
+from dist_layerlr.weights.picklefile import SUFFIXES, pickled_tensors
 from dist_layerlr.weights.tensorfile import FileTensor, Part, stored_tensors
 
 Pretrained = str | Path | Iterable[Path]
-"""A checkpoint folder, a safetensors file, or several files."""
+"""A checkpoint folder, a safetensors file or a ``.pth`` of torch.save, or several files."""
 Fresh = Callable[[str, Shape], Tensor]
-"""(canonical name, shape) -> the first value of an adapter's parameter."""
+"""(canonical name, shape) -> the first value of a parameter that no file holds."""
 Matched = list[tuple[Weight, Stored | None]]
-"""What the model holds and where a file has it; None: an adapter's own, which no file has."""
+"""What the model holds and where a file has it; None: it begins anew, as an adapter does."""
 CHUNK = 1 << 24
 """Elements read at once where they are cast or go to a device: the memory that loading needs beside
 the model itself, 64 MiB in fp32."""
 
 
-def load_pretrained(model: nn.Module, source: Pretrained, *, fresh: Fresh | None = None) -> None:
+def load_pretrained(
+    model: nn.Module,
+    source: Pretrained,
+    *,
+    fresh: Fresh | None = None,
+    anew: Collection[str] = (),
+) -> None:
     """Fill every parameter and persistent buffer, whatever wraps or shards the model. Collective.
 
     Values take the dtype of the live tensor; under ZeRO the fp32 masters are filled, and the
@@ -50,7 +57,9 @@ def load_pretrained(model: nn.Module, source: Pretrained, *, fresh: Fresh | None
         model: after sharding, and after ``deepspeed.initialize``; its parameters are real.
         source: a checkpoint folder, a safetensors file, or several.
         fresh: (canonical name, shape) -> value of an adapter's parameter, which no checkpoint
-            holds. The same on all ranks.
+            holds, and of those in ``anew``. The same on all ranks.
+        anew: canonical names that are not read, whatever the files hold under them, such as a head
+            for another number of classes. They need ``fresh``.
 
     Raises:
         ModelSourceError: on all ranks alike; see ``check_pretrained``, or a file that cannot be
@@ -58,13 +67,16 @@ def load_pretrained(model: nn.Module, source: Pretrained, *, fresh: Fresh | None
     """
     sharder = sharder_of(model)
     # Two agreements: no rank writes its first element before every rank has matched all names.
-    matched = alike(lambda: _match(model, sharder.true_weights(), source, fresh is not None))
+    names = _anew(anew, fresh is not None)
+    matched = alike(lambda: _match(model, sharder.true_weights(), source, names))
     alike(lambda: _fill(matched, fresh))
     # ZeRO computes with low-precision copies, which are made from the masters that were filled.
     sharder.refresh()
 
 
-def check_pretrained(model: nn.Module, source: Pretrained, *, fresh: bool = False) -> None:
+def check_pretrained(
+    model: nn.Module, source: Pretrained, *, fresh: bool = False, anew: Collection[str] = ()
+) -> None:
     """Refuse a checkpoint that does not fit the model, from file headers alone.
 
     The model may be on the meta device.
@@ -73,12 +85,13 @@ def check_pretrained(model: nn.Module, source: Pretrained, *, fresh: bool = Fals
         model: sharded or not.
         source: as for ``load_pretrained``.
         fresh: whether adapters' parameters may be missing.
+        anew: as for ``load_pretrained``.
 
     Raises:
         ModelSourceError: damaged file, or a tensor that is missing, too many, of another shape or
             kind of number.
     """
-    _match(model, sharder_of(model).weights(), source, fresh)
+    _match(model, sharder_of(model).weights(), source, _anew(anew, fresh))
 
 
 def pretrained_tensors(model: nn.Module, source: Pretrained) -> Mapping[str, Stored]:
@@ -105,16 +118,28 @@ def _under_live_names(
     return under_live_names(inner, live, _stored(source))
 
 
-def _match(model: nn.Module, weights: list[Weight], source: Pretrained, fresh: bool) -> Matched:
+def _anew(names: Collection[str], fresh: bool) -> Callable[[str], bool]:
+    """Whether a name of the model is made, and not read."""
+    if names and not fresh:
+        raise ValueError("Weights that begin anew need fresh=, which makes their values.")
+    return lambda name: fresh and (parse(name).is_adapter or base_name(name) in names)
+
+
+def _match(
+    model: nn.Module, weights: list[Weight], source: Pretrained, anew: Callable[[str], bool]
+) -> Matched:
     matched: Matched = []
     used: set[str] = set()
     stored = _under_live_names(model, weights, source)
     for weight in weights:
-        if parse(weight.name).is_adapter and fresh:
-            matched.append((weight, None))
-            continue
         # A file holds a tied tensor once, under any of its names.
         names = [base_name(name) for name in (weight.name, *weight.aliases)]
+        if anew(weight.name):
+            # What the file holds under these names is no mistake, but for another head.
+            if not parse(weight.name).is_adapter:
+                used.update(names)
+            matched.append((weight, None))
+            continue
         used.update(names)
         found = next((stored[name] for name in names if name in stored), None)
         if found is None:
@@ -189,14 +214,21 @@ def _read(file: BinaryIO, part: Part, into: Tensor) -> None:
 
 
 def _stored(source: Pretrained) -> Mapping[str, FileTensor]:
-    if isinstance(source, (str, Path)):
-        files = [Path(source)] if Path(source).is_file() else checkpoint_files(source)
-    else:
-        files = list(source)
+    files = _files(Path(source)) if isinstance(source, (str, Path)) else list(source)
     found: dict[str, FileTensor] = {}
     for file in files:
-        found |= stored_tensors(file)
+        found |= pickled_tensors(file) if file.suffix in SUFFIXES else stored_tensors(file)
     return found
+
+
+def _files(path: Path) -> list[Path]:
+    if path.is_file():
+        return [path]
+    pickled = [file for suffix in SUFFIXES for file in path.glob(f"*{suffix}")]
+    # Beside safetensors they are the same weights in an older form, or others.
+    if len(pickled) == 1 and not any(path.glob("*.safetensors")):
+        return pickled
+    return checkpoint_files(path)
 
 
 def _where(source: Pretrained) -> str:

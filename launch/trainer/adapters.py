@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,8 @@ from launch.trainer.seeds import mix_seed
 
 ADAPTER = "default"
 """PEFT's own name for a single adapter."""
+_HEAD_STD = 0.02
+"""Of a new head: what timm and transformers begin classifiers with."""
 _MAGNITUDE = "lora_magnitude_vector"
 Targets = tuple[str, ...] | str
 """Endings of module names, or one regular expression that matches whole names."""
@@ -92,17 +94,22 @@ def _place(stacks: StackMap, module: str) -> Location | None:
 
 
 def fresh_adapter(
-    stored: Callable[[str], FileTensor | None], seed: int, half: torch.dtype | None
+    stored: Callable[[str], FileTensor | None],
+    seed: int,
+    half: torch.dtype | None,
+    anew: Mapping[str, float] | None = None,
 ) -> Callable[[str, tuple[int, ...]], Tensor]:
-    """Return what makes the start of each adapter tensor, the same on every rank.
+    """Return what makes the start of each tensor that no file holds, the same on every rank.
 
     It is PEFT's default: A kaiming uniform with a = sqrt(5), B zero, and DoRA's magnitudes the
-    norms of the base weight's rows, so that the first output is that of the base model.
+    norms of the base weight's rows, so that the first output is that of the base model. A new
+    head's weights are normal with a deviation of 0.02.
 
     Args:
         stored: Name of a base weight -> where its file has it.
         seed: Of the run.
         half: The dtype that base weights with 16 bits in their files are held in; None: fp32.
+        anew: Weights of the base that no file holds, and the value of their vectors.
     """
 
     def make(name: str, shape: tuple[int, ...]) -> Tensor:
@@ -115,8 +122,13 @@ def fresh_adapter(
         # Drawn by name and not in order, so that every rank draws the same whole tensor and keeps
         # its shard of it, whatever the sharder.
         full = torch.zeros(shape)
-        if not path.is_lora_b:
-            generator = torch.Generator().manual_seed(mix_seed(seed, *name.encode()))
+        generator = torch.Generator().manual_seed(mix_seed(seed, *name.encode()))
+        if not path.is_adapter:
+            if len(shape) > 1:
+                nn.init.normal_(full, std=_HEAD_STD, generator=generator)
+            else:
+                full.fill_((anew or {})[name])
+        elif not path.is_lora_b:
             nn.init.kaiming_uniform_(full, a=math.sqrt(5), generator=generator)
         return full
 

@@ -59,6 +59,7 @@ _IN_FINAL = (
     "config.json",
     "diffusion_pytorch_model*.safetensors*",
     "model*.safetensors*",
+    "*.pth",
     "adapter_model.safetensors",
     "pytorch_lora_weights.safetensors",
 )
@@ -208,8 +209,7 @@ def _complete(job: Job, proof: dict[str, Any]) -> None:
     """Put the staged result in the place of the one that was there."""
     final = final_of(job)
     try:
-        for name, content in _beside(job).items():
-            (_staged(final) / name).write_bytes(content)
+        _write_beside(job, _staged(final))
         for folder in (job.folder, _staged(final)):
             write_json(folder / PROOF, proof)
             write_text(folder / PLAN, job.plan.to_json() + "\n")
@@ -225,12 +225,12 @@ def _complete(job: Job, proof: dict[str, Any]) -> None:
         ) from None
 
 
-def _beside(job: Job) -> Mapping[str, bytes]:
-    """What the family puts beside the weights of a full finetune."""
+def _write_beside(job: Job, result: Path) -> None:
+    """Have the family write what it puts beside the weights of a full finetune."""
     family, options = job.family, job.options
-    if options.training_method == LORA or not isinstance(family, HasFiles):
-        return {}
-    return family.files_beside(live_config(unwrap(job.engine.model)), Path(options.model_path))
+    if options.training_method != LORA and isinstance(family, HasFiles):
+        config = live_config(unwrap(job.engine.model))
+        family.write_beside(config, Path(options.model_path), result)
 
 
 def _swap(final: Path) -> None:

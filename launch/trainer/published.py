@@ -114,6 +114,13 @@ PUBLISHED = {
         sizes=_latent(64, L=512),
         sample=_IMAGE,
     ),
+    "rfdetr": Published(
+        name="RF-DETR Nano",
+        class_name="",
+        config={"model_name": "RFDETRNano"},
+        sizes={"R": 384},
+        sample="384 x 384 px",
+    ),
     "sd15": Published(
         name="stable-diffusion-v1-5",
         class_name="UNet2DConditionModel",
@@ -180,6 +187,13 @@ PUBLISHED = {
         config={"rope_type": "split"},
         sizes={"F": 16, "H": 16, "W": 24, "L": 1024, "A": 126},
         sample="121 frames of 768 x 512 px",
+    ),
+    "vit": Published(
+        name="vit_base_patch16_224 of timm",
+        class_name="",
+        config={"architecture": "vit_base_patch16_224", "num_classes": 1000},
+        sizes={"H": 224, "W": 224},
+        sample="224 x 224 px",
     ),
     "wan": Published(
         name="Wan2.1-T2V-14B",

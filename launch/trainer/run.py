@@ -50,7 +50,14 @@ from launch.trainer.runtime import Diverged, Runtime
 from launch.trainer.signals import StopFlag, catch_signals
 from launch.trainer.state import Outcome, Position
 from launch.trainer.team import Team, check_team, options_of_each, own, team_of
-from launch.trainer.weights import empty_model, frozen_line, spare_from_decay, spared_line
+from launch.trainer.weights import (
+    empty_model,
+    fresh_line,
+    fresh_weights,
+    frozen_line,
+    spare_from_decay,
+    spared_line,
+)
 
 
 def print_plan(options: RunOptions, runtime: Runtime) -> None:
@@ -147,7 +154,8 @@ def _plan_each(family: Family, options: RunOptions) -> dict[str, Planned]:
     found = {}
     for name, given in alike(lambda: options_of_each(options)).items():
         model, plan = _planned(given)
-        alike(partial(check_pretrained, model, given.model_path, fresh=True))
+        anew = alike(partial(fresh_weights, given))
+        alike(partial(check_pretrained, model, given.model_path, fresh=True, anew=anew))
         objective = alike(partial(family.objective, given.objective, Path(given.model_path)))
         found[name] = Planned(options=given, model=model, plan=plan, objective=objective)
     return found
@@ -173,7 +181,8 @@ def _announce(name: str, one: Planned, family: Family, runtime: Runtime) -> None
     """Print the grid of a network, and what of it does not train."""
     note = one.objective.note if isinstance(one.objective, Noted) else None
     frozen = frozen_line(family, one.model, one.options)
-    lines = (frozen, spared_line(family, one.model, one.plan), note)
+    spared, new = spared_line(family, one.model, one.plan), fresh_line(one.options)
+    lines = (frozen, spared, new, note)
     for line in (f"{name}:" if name else None, grid(one.plan), *lines):
         if line is not None:
             runtime.say(line)

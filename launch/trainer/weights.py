@@ -13,13 +13,15 @@ import torch
 from torch import nn
 
 from dist_layerlr import fields
-from dist_layerlr.errors import ModelSourceError
+from dist_layerlr.errors import ConfigError, ModelSourceError
 from dist_layerlr.plan import Plan, base_name, canonical_name
+from dist_layerlr.ranks import alike
 from dist_layerlr.weights import load_pretrained, pretrained_tensors
 from launch.trainer.adapters import fresh_adapter, inject
 from launch.trainer.cli import blame
 from launch.trainer.engines.offload import CAST_BY_AUTOCAST
-from launch.trainer.families.base import Family, live_config
+from launch.trainer.families import get_family
+from launch.trainer.families.base import Family, HasFreshWeights, live_config
 from launch.trainer.options import LORA, PUBLISHED_MODEL, RunOptions
 from launch.trainer.published import published_config
 
@@ -122,10 +124,7 @@ def spared_line(family: Family, model: Any, plan: Plan) -> str | None:
     spared = [name for name in family.without_decay(live_config(model)) if name in plan.entries]
     if not spared:
         return None
-    return (
-        f"no weight decay for {', '.join(spared)}: some of their elements get no gradient, and"
-        " decay alone would move those"
-    )
+    return f"no weight decay for {', '.join(spared)}, which the family exempts"
 
 
 def hold_in_16_bits(model: nn.Module, options: RunOptions) -> None:
@@ -163,5 +162,30 @@ def load_base(model: nn.Module, options: RunOptions) -> None:
         return stored().get(name)
 
     half = torch.bfloat16 if options.train.dtype == "bf16" else None
-    fresh = fresh_adapter(find, options.train.seed, half)
-    load_pretrained(model, options.model_path, fresh=fresh)
+    anew = alike(lambda: fresh_weights(options))
+    fresh = fresh_adapter(find, options.train.seed, half, anew)
+    load_pretrained(model, options.model_path, fresh=fresh, anew=anew)
+
+
+def fresh_weights(options: RunOptions) -> Mapping[str, float]:
+    """Return the weights that begin anew; see ``HasFreshWeights``.
+
+    Raises:
+        ConfigError: an adapter is to be trained, beside which they would never move.
+    """
+    family = get_family(options.model_type, options.objective)
+    if not isinstance(family, HasFreshWeights):
+        return {}
+    names = family.fresh_weights(model_config(options))
+    if names and options.training_method == LORA:
+        raise ConfigError(
+            f"Invalid training_method={LORA!r}: {min(names)} begins anew, and an adapter would"
+            " leave it as it begins. Set training_method='fine_tune'."
+        )
+    return names
+
+
+def fresh_line(options: RunOptions) -> str | None:
+    """Say which weights begin anew; None where none."""
+    names = sorted(fresh_weights(options))
+    return f"new, not read from model_path: {', '.join(names)}" if names else None

@@ -114,7 +114,8 @@ def weights(folder: Path) -> dict[str, torch.Tensor]:
 
 def largest_difference(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> float:
     assert a.keys() == b.keys()
-    return max(float((a[n] - b[n]).abs().max()) for n in a)
+    # Buffers may be masks, and empty.
+    return max(float((a[n].float() - b[n].float()).abs().max()) for n in a if a[n].numel())
 
 
 def as_lora(config: Config) -> Config:

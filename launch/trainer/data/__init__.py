@@ -22,6 +22,8 @@ _CLIP_AXES = 4
 # Imported only when asked for: each kind has its own dependencies.
 KINDS: dict[str, str] = {
     "cached": "cached:CachedDataset",
+    "classes": "classes:ClassFolders",
+    "coco": "coco:CocoBoxes",
     "digits": "digits:MovingDigits",
     "text": "text:TextBlocks",
 }

@@ -163,6 +163,22 @@ class HasVariants(Protocol):
 
 
 @runtime_checkable
+class HasFreshWeights(Protocol):
+    """What a family has as well that may train weights which its checkpoint does not have."""
+
+    def fresh_weights(self, model_config: Mapping[str, Any]) -> Mapping[str, float]:
+        """Return the weights that begin anew: a head for another number of classes.
+
+        Args:
+            model_config: Content of the checkpoint's ``config.json``.
+
+        Returns:
+            Name -> value of each element where it is a vector; matrices are drawn.
+        """
+        ...
+
+
+@runtime_checkable
 class FitsData(Protocol):
     """What a family has as well that must see the whole data set, and not only a sample."""
 
@@ -188,12 +204,16 @@ class HasExample(Protocol):
 class HasFiles(Protocol):
     """What a family has as well whose result needs other files beside weights and config."""
 
-    def files_beside(self, model_config: Mapping[str, Any], folder: Path) -> Mapping[str, bytes]:
-        """Return the files of a result by name; a ``config.json`` replaces the copied one.
+    def write_beside(self, model_config: Mapping[str, Any], folder: Path, result: Path) -> None:
+        """Write what a result needs beside its weights and the copied ``config.json``.
 
         Args:
             model_config: Of the live model.
             folder: Of the model that was trained.
+            result: Holds the weights already; no reader sees it yet.
+
+        Raises:
+            OSError: no room, no rights.
         """
         ...
 

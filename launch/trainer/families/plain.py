@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -50,13 +50,11 @@ class Plain(ABC):
         """Stack the samples, which are of one shape; see ``Family.collate``."""
         return stack(samples)
 
-    def files_beside(self, model_config: Mapping[str, Any], folder: Path) -> Mapping[str, bytes]:
-        """Return copies of the model folder's companions; see ``HasFiles``."""
-        return {path.name: path.read_bytes() for path in self._found(folder)}
-
-    def _found(self, folder: Path) -> Iterator[Path]:
+    def write_beside(self, model_config: Mapping[str, Any], folder: Path, result: Path) -> None:
+        """Copy the model folder's companions; see ``HasFiles``."""
         for pattern in self.companions:
-            yield from sorted(folder.glob(pattern))
+            for path in folder.glob(pattern):
+                (result / path.name).write_bytes(path.read_bytes())
 
 
 def from_transformers(model_config: Mapping[str, Any], ending: str, model_type: str) -> Any:
