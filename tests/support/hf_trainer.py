@@ -25,7 +25,7 @@ CONFIG: dict[str, Any] = {
         "enabled": True,
         "component_lr": {"self_attn": 4e-3, "ffn": 2e-3, "norm": 5e-4},
         "default_lr": 1e-3,
-        "depth_strategy": "none",
+        "depth_strategy": "flat",
         "regions": [{"match": "model.layers.1.*", "lr_multiplier": 0.5}],
     }
 }
