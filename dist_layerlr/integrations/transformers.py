@@ -64,7 +64,8 @@ class LayerLRTrainer:
                 read["learning_rate"] = self.args.learning_rate
             given = load_config(read)
         plan = given if isinstance(given, Plan) else plan_model(self.model, given)
-        names: Any = self.get_decay_parameter_names(self.model)
+        trainer: Any = self
+        names = trainer.get_decay_parameter_names(self.model)
         decayed = {canonical_name(name) for name in names}
         entries = dict(plan.entries)
         for name, entry in plan.entries.items():
@@ -89,6 +90,7 @@ class LayerLRTrainer:
         if self.is_deepspeed_enabled:
             # The engine has cut its partitions; the trainer loads a checkpoint into it next.
             bind(self.layer_lr_plan, self.accelerator.deepspeed_engine_wrapped.engine)
+        self.layer_lr_callback.remember(self.optimizer)
         steps = min(num_training_steps, _MOST_STEPS)
         alike(lambda: check_scheduler(scheduler, steps=steps))
         return scheduler

@@ -8,7 +8,7 @@ from typing import Any
 
 from dist_layerlr.errors import ConfigError
 from dist_layerlr.files import write_json
-from dist_layerlr.optim.groups import INITIAL_LR
+from dist_layerlr.optim.groups import INITIAL_LR, NAME, settings_of
 from dist_layerlr.plan import Plan
 from dist_layerlr.plan.diff import PLAN_FILE
 from dist_layerlr.proof import Proof, reapply, verify
@@ -37,6 +37,7 @@ class LayerLRCallback:
         self.proofs: list[Proof] = []
         self._trainer, self._own = trainer, plan
         self._first_step = 0
+        self._prepared: list[dict[str, Any]] = []
 
     def __getattr__(self, event: str) -> Callable[..., None]:
         """Nothing happens at the trainer's other events, of which every release adds some.
@@ -57,6 +58,7 @@ class LayerLRCallback:
         """Prove what the trainer has prepared. It has loaded its checkpoint already."""
         self._first_step = state.global_step + 1
         if state.global_step:
+            self._complete(self._trainer.optimizer)
             scheduler = self._trainer.lr_scheduler
             factor = _factor(scheduler)
             reapply(self.plan, *self._live(), factor=factor, scheduler=scheduler)
@@ -72,6 +74,18 @@ class LayerLRCallback:
         folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
         if args.should_save and folder.is_dir():
             write_json(folder / PLAN_FILE, self.plan.to_dict())
+
+    def remember(self, optimizer: Any) -> None:
+        """Keep the settings of the groups as they are before a checkpoint is loaded."""
+        self._prepared = settings_of(optimizer)
+
+    def _complete(self, optimizer: Any) -> None:
+        """Give groups what torch's load by name took from those that the checkpoint does not know.
+
+        Their names are this plan's, too: a scheduler is judged by them.
+        """
+        for group, before in zip(optimizer.param_groups, self._prepared, strict=False):
+            group.update({k: v for k, v in before.items() if k not in group or k == NAME})
 
     def say(self, *lines: str) -> None:
         """Print once for all ranks, as the trainer prints its logs."""
