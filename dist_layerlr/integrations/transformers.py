@@ -18,12 +18,8 @@ from torch.optim import Optimizer
 from dist_layerlr.checkpoint.resume import inherit
 from dist_layerlr.files import read_json
 from dist_layerlr.integrations.transformers_callback import LayerLRCallback
-from dist_layerlr.integrations.transformers_checks import (
-    maker,
-    refuse_resume,
-    refuse_unproven,
-    resumed_rows,
-)
+from dist_layerlr.integrations.transformers_checks import maker, refuse_unproven
+from dist_layerlr.integrations.transformers_resume import refuse_resume, resumed_rows
 from dist_layerlr.optim import attach, bind, check_scheduler
 from dist_layerlr.plan import Config, Plan, canonical_name, load_config
 from dist_layerlr.ranks import alike
