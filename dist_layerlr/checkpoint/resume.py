@@ -12,7 +12,7 @@ from dist_layerlr.checkpoint import folders
 from dist_layerlr.checkpoint.manifest import Manifest, plan_problem, read_manifest, read_sealed
 from dist_layerlr.checkpoint.schema import Parser, checked, finite
 from dist_layerlr.errors import CheckpointError, ConfigError
-from dist_layerlr.plan.diff import PLAN_FILE, plan_diff
+from dist_layerlr.plan.diff import PLAN_FILE, Rows, plan_diff
 from dist_layerlr.plan.entries import Plan
 from dist_layerlr.plan.names import without_rank
 from dist_layerlr.ranks import alike, rank_zero
@@ -54,7 +54,11 @@ def resume_plan(folder: str | Path, plan: Plan) -> tuple[Plan, list[str]]:
 
 def adapted(path: Path, manifest: Manifest, plan: Plan) -> tuple[Plan, list[str]]:
     """``resume_plan`` for one rank and a manifest that is read already."""
-    rows = _plan_rows(path, manifest)
+    return inherit(_plan_rows(path, manifest), plan)
+
+
+def inherit(rows: Rows, plan: Plan) -> tuple[Plan, list[str]]:
+    """``resume_plan`` for the rows of the checkpoint's plan."""
     changes = plan_diff(rows, plan, called=("checkpoint's", "new"))
     if plan.config.per_layer_lr.resume_lr == "plan" or not changes:
         return plan, changes

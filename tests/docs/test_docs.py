@@ -95,6 +95,24 @@ def test_own_trainer_snippets_run_in_one_process() -> None:
     assert observed == [pytest.approx(1e-4, rel=0.02)]
 
 
+def test_own_trainer_diff_adds_four_lines_to_a_trainer_that_then_verifies_twice(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    text = (DOCS / "own_trainer.md").read_text()
+    (diff,) = re.findall(r"^```diff\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
+    marks = [line[:1] for line in diff.splitlines()]
+    assert marks.count("+") == 4
+    after = "\n".join(line[1:] for line in diff.splitlines() if line[:1] != "-")
+    # Ranks are told where they stand in the environment; here is one process.
+    code = "import os; [os.environ.pop(k, None) for k in ('RANK', 'LOCAL_RANK', 'WORLD_SIZE')]\n"
+    (printed,) = run_ranks(one_process, 1, code, [after])[0]
+    assert printed.count("verified on 1 rank (unsharded)") == 2
+    plan = json.loads((tmp_path / "out" / "checkpoint-2" / "plan.json").read_text())
+    row = plan["parameters"]["model.layers.0.self_attn.q_proj.weight"]
+    assert row["lr"] == 2e-4
+
+
 STREAMED_SHARED, *STREAMED = python_blocks("offload.md")
 
 
