@@ -33,8 +33,8 @@ NUMBER = re.compile(r"(?<=\.)\d+(?=\.|$)")
 
 
 def model_types() -> list[str]:
-    """The families with a published network and a config, by name."""
-    return sorted(PUBLISHED)
+    """The diffusion families, whose configs come as a LoRA and as a full finetune."""
+    return sorted(name for name, known in PUBLISHED.items() if known.class_name)
 
 
 @cache

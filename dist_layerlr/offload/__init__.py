@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from dist_layerlr.offload.codec import round_trip as round_trip
     from dist_layerlr.offload.policy import StreamPolicy as StreamPolicy
+    from dist_layerlr.offload.predict import layout_from_names as layout_from_names
     from dist_layerlr.offload.prediction import Machine as Machine
     from dist_layerlr.offload.prediction import Prediction as Prediction
     from dist_layerlr.offload.prediction import Workload as Workload
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
 _MODULE_OF = {
     "round_trip": "codec",
     "StreamPolicy": "policy",
+    "layout_from_names": "predict",
     "Machine": "prediction",
     "Prediction": "prediction",
     "Workload": "prediction",

@@ -16,11 +16,8 @@ import torch
 from torch import nn
 
 from dist_layerlr import fields
-from dist_layerlr.offload import StreamPolicy
-from dist_layerlr.offload.predict import layout_from_names
-from dist_layerlr.plan import Plan, canonical_name
-from dist_layerlr.plan.entries import ParamInfo
-from dist_layerlr.plan.names import base_name, parse
+from dist_layerlr.offload import StreamPolicy, layout_from_names
+from dist_layerlr.plan import ParamInfo, Plan, base_name, canonical_name, parse
 from launch.trainer.activations import count_saved
 from launch.trainer.engines.wrap import blocks_of
 from launch.trainer.families import get_family

@@ -16,7 +16,7 @@ from tests.support.imports import ROOT, imported, trees
 PROJECT = tomli.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
 FOLDERS = {
     "dist_layerlr": ("plot",),
-    "launch": ("train", "plot", "families"),
+    "launch": ("train", "plot", "families", "video"),
     "benchmarks": ("train", "plot"),
     "tests": ("train", "plot", "families", "dev"),
 }
@@ -29,6 +29,9 @@ OPTIONAL = {
 """Imported only where someone installed it: to be compared with, or since the model is its own."""
 TOOLS = {"ruff", "mypy", "pre-commit", "pytest-xdist"}
 """Declared to be run, not imported."""
+OF_DIFFUSERS = {"ftfy", "beautifulsoup4"}
+"""Declared because pipelines of diffusers import them to clean captions, without depending on
+them."""
 OF_RFDETR = {"pytorch-lightning", "torchmetrics", "faster-coco-eval", "pycocotools"}
 """Declared because rfdetr imports them when it trains, without depending on them."""
 
@@ -73,6 +76,8 @@ def test_every_declared_package_is_imported_or_is_a_tool() -> None:
     modules = set().union(*map(third_party, FOLDERS))
     assert [
         d
-        for d in sorted(declared(*PROJECT["optional-dependencies"]) - TOOLS - OF_RFDETR)
+        for d in sorted(
+            declared(*PROJECT["optional-dependencies"]) - TOOLS - OF_RFDETR - OF_DIFFUSERS
+        )
         if not modules_of(d) & modules
     ] == []
