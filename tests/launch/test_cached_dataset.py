@@ -17,7 +17,7 @@ from launch.trainer.families import get_family
 from tests.support.latents import write_sample
 
 WAN = get_family("wan")
-WAN_CONFIG = {"in_channels": 4, "text_dim": 16, "patch_size": [1, 2, 2]}
+WAN_CONFIG = {"in_channels": 4, "out_channels": 4, "text_dim": 16, "patch_size": [1, 2, 2]}
 
 
 def test_samples_are_sorted_by_path_and_sub_folders_count(tmp_path: Path):
