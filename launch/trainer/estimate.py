@@ -188,7 +188,8 @@ def streamed_row(
         policy: How far ahead is fetched, and what stays.
         activations: What a forward pass keeps.
     """
-    full = sizes.frozen == 0
+    # A full finetune freezes the few names that get no gradient.
+    full = sizes.trained > sizes.frozen
     resident = policy.resident_blocks if isinstance(policy.resident_blocks, int) else 0
     layout = layout_from_names(
         parameters,
