@@ -50,7 +50,7 @@ def test_alone_the_cause_stays() -> None:
 def test_a_defect_shows_its_traceback_and_bad_input_does_not(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def defect(*_: object) -> None:
+    def defect(*_: object, **__: object) -> None:
         alike(lambda: {}["missing"])
 
     monkeypatch.setattr(train, "load_options", defect)
