@@ -11,6 +11,7 @@ from launch.trainer.data.base import Batch, Dataset, Sample, to_device
 from launch.trainer.data.order import Order, buckets_of
 from launch.trainer.families.base import Family
 from launch.trainer.job import Job
+from launch.trainer.options import RunOptions
 from launch.trainer.seeds import DROPOUT_STREAM, mix_seed
 from launch.trainer.state import Position
 
@@ -59,8 +60,8 @@ def loses_caption(number: int, seed: int, share: float) -> bool:
     return mix_seed(seed, DROPOUT_STREAM, number) < share * _SEEDS
 
 
-def empty_prompt(data: Dataset, family: Family) -> Sample:
-    """Return the family's prompt fields of the empty caption.
+def empty_prompt(data: Dataset, family: Family, field: str = "train.caption_dropout") -> Sample:
+    """Return the family's prompt fields of the empty caption, which a config field asks for.
 
     Raises:
         ConfigError: the family has no prompts, or the data set no empty one.
@@ -68,26 +69,27 @@ def empty_prompt(data: Dataset, family: Family) -> Sample:
     names: Sequence[str] = getattr(family, "prompt_fields", ())
     if not names:
         raise ConfigError(
-            f"Invalid train.caption_dropout: model_type={family.model_type!r} has no captions;"
-            " remove it."
+            f"Invalid {field}: model_type={family.model_type!r} has no captions; remove it."
         )
     find: Any = getattr(data, "empty_prompt", lambda: None)
     found: Mapping[str, Any] | None = find()
     missing = [name for name in names if found is None or name not in found]
     if found is None or missing:
         raise ConfigError(
-            "Invalid train.caption_dropout: the data set holds no empty prompt"
+            f"Invalid {field}: the data set holds no empty prompt"
             f" ({', '.join(missing)}); write it with `python launch/cache_latents.py --model ...`,"
-            " or set train.caption_dropout=0."
+            f" or remove {field}."
         )
     return {name: found[name] for name in names}
 
 
-def check_dropout(share: float, data: Dataset, family: Family) -> None:
-    """Refuse caption dropout where there is no empty prompt to put in.
+def check_empty_prompt(options: RunOptions, data: Dataset, family: Family) -> None:
+    """Refuse caption dropout and guided samples where there is no empty prompt.
 
     Raises:
         ConfigError: see ``empty_prompt``.
     """
-    if share > 0:
+    if options.train.caption_dropout > 0:
         empty_prompt(data, family)
+    if options.samples.guidance > 1:
+        empty_prompt(data, family, "samples.guidance")

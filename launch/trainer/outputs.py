@@ -5,7 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ from dist_layerlr.plan import Plan
 from dist_layerlr.ranks import alike
 from dist_layerlr.sharders import unwrap
 from dist_layerlr.weights import find_not_finite
+from launch.trainer.batches import empty_prompt
 from launch.trainer.data.base import LATENTS, Batch, to_device
 from launch.trainer.data.order import one_batch
 from launch.trainer.engines.base import autocast
@@ -312,7 +313,7 @@ def draw_generated(team: Team, step: int | None = None) -> Path | None:
     chosen = one_batch(job.data, options.samples.count)
     if not chosen:
         return None
-    batch = alike(lambda: job.family.collate([job.data[index] for index in chosen]))
+    batch = alike(lambda: _prompts_of(job, chosen))
     models = {name: one.engine.model for name, one in team.jobs.items()}
     # Dropout and the like are for training; generate() runs the forward pass alone.
     for model in models.values():
@@ -330,6 +331,17 @@ def draw_generated(team: Team, step: int | None = None) -> Path | None:
     shown: Any = made
     alike(lambda: draw_samples(path, shown.cpu(), real, labels) if labels else None)
     return path
+
+
+def _prompts_of(job: Job, chosen: Sequence[int]) -> Batch:
+    """Collate samples, and the same with the empty prompt where the pipeline is to be guided."""
+    samples = [job.data[index] for index in chosen]
+    batch = job.family.collate(samples)
+    if job.options.samples.guidance > 1:
+        empty = empty_prompt(job.data, job.family, "samples.guidance")
+        negative = job.family.collate([{**one, **empty} for one in samples])
+        batch = {**batch, "negative": negative}
+    return batch
 
 
 def _generate(job: Job, models: Mapping[str, nn.Module], batch: Batch) -> tuple[Any, Any]:

@@ -22,7 +22,7 @@ from dist_layerlr.report import grid
 from dist_layerlr.sharders import unwrap
 from dist_layerlr.weights import check_pretrained
 from launch.trainer import outputs
-from launch.trainer.batches import check_dropout, order_of
+from launch.trainer.batches import check_empty_prompt, order_of
 from launch.trainer.data import fit_dataset, open_dataset
 from launch.trainer.engines import build_engine
 from launch.trainer.engines.base import Engine
@@ -100,7 +100,7 @@ def run(request: Request, options: RunOptions, runtime: Runtime) -> None:
     data = alike(lambda: open_dataset(options.data))
     shape = live_config(next(iter(planned.values())).model)
     alike(lambda: fit_dataset(data, family, shape))
-    alike(lambda: check_dropout(options.train.caption_dropout, data, family))
+    alike(lambda: check_empty_prompt(options, data, family))
     alike(lambda: micro_batch_size(options, runtime.world_size))
     folder = alike(
         lambda: outputs.open_output_dir(

@@ -14,6 +14,7 @@ import torch
 from safetensors.torch import save_file
 
 from launch.trainer.data.base import to_device
+from launch.trainer.data.cached import EMPTY_PROMPT
 from launch.trainer.families import FAMILIES, get_family
 from launch.trainer.families.diffusion import Diffusion, Origin
 from launch.trainer.options import load_options
@@ -57,6 +58,9 @@ def prepare(name: str, root: Path) -> None:
     pipeline.save_pretrained(root / name / "model")
     cache = root / name / "cache"
     cache.mkdir()
+    with torch.no_grad():
+        empty = family.encode_prompt(pipeline, "")
+    save_file({k: v.contiguous() for k, v in empty.items()}, cache / EMPTY_PROMPT)
     for i, caption in enumerate(CAPTIONS):
         size = sizes_of(name)[i % 2]
         with torch.no_grad():
@@ -101,7 +105,7 @@ def config_of(name: str, method: str, root: Path) -> dict[str, Any]:
         "model_path": str(root / name / "model"),
         "data": {"kind": "cached", "folder": str(root / name / "cache")},
         "train": {"steps": 3, "global_batch": 2, "seed": 0},
-        "samples": {"count": 1, "steps": 2},
+        "samples": {"count": 1, "steps": 2, "guidance": 2.0},
     }
 
 
