@@ -17,6 +17,7 @@ from torch import Tensor
 
 from dist_layerlr import fields
 from dist_layerlr.errors import ModelSourceError
+from dist_layerlr.files import read_safetensors_header
 from launch.trainer.data.base import LATENTS, PROMPT_EMBEDS
 
 CAPTION = "caption"  # metadata
@@ -51,17 +52,13 @@ def read_header(path: Path) -> SampleHeader:
         ModelSourceError: the file is damaged, holds no field, or a field has an empty axis, or one
             that all families share has the wrong number of dims or type.
     """
-    shapes: dict[str, tuple[int, ...]] = {}
-    dtypes: dict[str, str] = {}
     try:
-        with safe_open(path, framework="pt") as file:
-            for name in sorted(file.keys()):
-                view = file.get_slice(name)
-                shapes[name], dtypes[name] = tuple(view.get_shape()), view.get_dtype()
-            # A file without metadata answers None.
-            metadata = dict(file.metadata() or {})
-    except (SafetensorError, OSError) as error:
+        header = read_safetensors_header(path)
+    except ModelSourceError as error:
         raise _damaged(path, error) from error
+    shapes = {name: tensor.shape for name, tensor in header.tensors.items()}
+    dtypes = {name: tensor.dtype for name, tensor in header.tensors.items()}
+    metadata = header.metadata
     for name, shape in shapes.items():
         _check_field(path, name, shape, dtypes[name])
     return SampleHeader(path=path, shapes=shapes, dtypes=dtypes, metadata=metadata)
