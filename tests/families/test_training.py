@@ -1,5 +1,5 @@
-"""Every diffusion family from a pipeline folder to an adapter: cached, trained under four sharders,
-sampled, exported.
+"""Every diffusion family from a pipeline folder to an adapter: cached, trained under four sharders
+and while streaming, sampled, exported.
 """
 
 from __future__ import annotations
@@ -35,6 +35,9 @@ CAPTIONS = ("a red cat", "red", "a cat runs left", "cat", "a", "runs left")
 DIFFUSION = [name for name in FAMILIES if isinstance(get_family(name), Diffusion)]
 FULL = ("wan", "flux_2_klein_4b", "sdxl")
 """Trained as a whole, too."""
+STREAMED = ("wan", "flux_2_klein_4b", "ltx2", "sd15")
+"""Their LoRA trains and samples a second time while blocks are streamed."""
+STAGEHAND = {"enabled": True, "pinned_pool_mb": 64, "prefetch_window": 1, "min_numel": 100}
 RUNS = [(name, "lora") for name in DIFFUSION] + [(name, "full") for name in FULL]
 IDS = [f"{name}-{method}" for name, method in RUNS]
 
@@ -124,6 +127,14 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Trained:
                 folder = made.folder(name, method, sharder)
                 calls.append(call_of(config_of(name, method, root), folder, *flags))
                 keys.append((name, method, sharder))
+        if world_size == 1:
+            for name in STREAMED:
+                config = {
+                    **config_of(name, "lora", root),
+                    "memory": {"stagehand": STAGEHAND},
+                }
+                calls.append(call_of(config, made.folder(name, "lora", "streamed")))
+                keys.append((name, "lora", "streamed"))
         made.ended.update(zip(keys, run_in_ranks(world_size, calls), strict=True))
     return made
 
@@ -148,6 +159,17 @@ def test_ranks_change_nothing(sharder: str, name: str, method: str, trained: Tra
     alone = weights(trained.folder(name, method, "none"))
     shared = weights(trained.folder(name, method, sharder))
     assert largest_difference(alone, shared) <= 1e-5
+
+
+@pytest.mark.parametrize("name", STREAMED)
+def test_streaming_changes_neither_weights_nor_samples(name: str, trained: Trained) -> None:
+    ended = trained.ended[name, "lora", "streamed"]
+    assert ended.status == 0, ended.complaint
+    assert "[stagehand] streaming" in ended.said
+    plain, streamed = (trained.folder(name, "lora", way) for way in ("none", "streamed"))
+    assert largest_difference(weights(plain), weights(streamed)) == 0
+    pictures = [folder / "out" / "samples" / "samples.png" for folder in (plain, streamed)]
+    assert pictures[0].read_bytes() == pictures[1].read_bytes()
 
 
 @pytest.mark.parametrize("name", DIFFUSION)
