@@ -206,16 +206,21 @@ def test_a_run_of_both_is_what_each_would_do_in_its_own_steps(
     pipeline: Path, tmp_path: Path
 ) -> None:
     """An expert that trains alone, in a run whose other steps do nothing, ends in the same weights:
-    it saw the same samples, noise and schedule."""
+    it saw the same samples, noise and schedule. Streaming changes nothing in that."""
     both = call_of(config_of(pipeline), tmp_path / "both")
+    stagehand = {"enabled": True, "pinned_pool_mb": 64, "prefetch_window": 1, "min_numel": 100}
+    config = {**config_of(pipeline), "memory": {"stagehand": stagehand}}
+    streamed = call_of(config, tmp_path / "streamed")
     folders = [tmp_path / "high", tmp_path / "low"]
     single = [call_of(config_of(pipeline, expert=f.name), f) for f in folders]
-    succeed(1, both)
+    succeed(1, both, streamed)
     for name, folder, call in zip((HIGH, LOW), folders, single, strict=True):
         outcome = in_fork(lambda call=call, name=name: only_own_steps(call, name), "cpu")
         assert outcome[0] == "passed", outcome
         file = folder / "out/final/diffusion_pytorch_model.safetensors"
         assert largest_difference(trained(tmp_path / "both", name), load_file(file)) == 0
+        # Each expert has its own slots, and blocks on the host while it is not its turn.
+        assert largest_difference(trained(tmp_path / "streamed", name), load_file(file)) == 0
     assert [row["network"] for row in rows(tmp_path / "both")] == [
         TURNS.at(step) for step in range(STEPS)
     ]
