@@ -5,19 +5,22 @@ and while streaming, sampled, exported.
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from diffusers import DiffusionPipeline
+from peft import PeftModel
 from safetensors.torch import save_file
 
 from launch.trainer.data.base import to_device
-from launch.trainer.data.cached import EMPTY_PROMPT
+from launch.trainer.data.cached import EMPTY_PROMPT, CachedDataset
 from launch.trainer.families import FAMILIES, get_family
 from launch.trainer.families.diffusion import Diffusion, Origin
-from launch.trainer.options import load_options
+from launch.trainer.options import RunOptions, load_options
 from launch.trainer.tiny import build
 from tests.support.jobs import Ended, call_of, largest_difference, run_in_ranks, weights
 from tests.support.pixels import clip_of, sizes_of
@@ -180,12 +183,11 @@ def test_the_loss_of_a_repeated_batch_falls(name: str, trained: Trained) -> None
     model = family.model_class.from_pretrained(options.model_path)
     still = set(family.without_gradient(model.config))
     moving = [p for n, p in model.named_parameters() if n not in still]
-    batch = family.collate([_sample(trained.root / name / "cache")])
-    objective = family.objective(options.objective, Path(options.model_path))
+    loss_of = objective_of(name, options, trained.root)
     optimizer = torch.optim.AdamW(moving, lr=1e-3)
     losses = []
     for _ in range(6):
-        loss = objective.loss(model, to_device(batch, torch.device("cpu")), [0], 0)
+        loss = loss_of(model)
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
@@ -193,7 +195,32 @@ def test_the_loss_of_a_repeated_batch_falls(name: str, trained: Trained) -> None
     assert losses[-1] < losses[0]
 
 
-def _sample(cache: Path) -> Any:
-    from launch.trainer.data.cached import CachedDataset
+def objective_of(name: str, options: RunOptions, root: Path) -> Callable[[Any], torch.Tensor]:
+    """The loss of a model on one sample of the cache, with the noise of the first step."""
+    family: Any = get_family(name)
+    batch = family.collate([CachedDataset(str(root / name / "cache"))[0]])
+    objective = family.objective(options.objective, Path(options.model_path))
+    return lambda model: objective.loss(model, to_device(batch, torch.device("cpu")), [0], 0)
 
-    return CachedDataset(str(cache))[0]
+
+@pytest.mark.parametrize("name", DIFFUSION)
+@torch.no_grad()
+def test_the_real_pipeline_with_the_adapter_answers_as_the_trained_model(
+    name: str, trained: Trained
+) -> None:
+    folder = trained.folder(name, "lora", "none")
+    options = load_options(folder / "config.json")
+    loss_of = objective_of(name, options, trained.root)
+    family: Any = get_family(name)
+    model = family.model_class.from_pretrained(options.model_path).eval()
+    before = loss_of(model)
+    final = folder / "out" / "final"
+    by_peft = loss_of(PeftModel.from_pretrained(model, str(final)).base_model.model.eval())
+    assert abs(by_peft - before) > 1e-6
+    pipeline = DiffusionPipeline.from_pretrained(str(trained.root / name / "model"))
+    if not hasattr(pipeline, "load_lora_weights"):
+        assert name == "pixart"
+        return
+    pipeline.load_lora_weights(str(final))
+    component = "unet" if hasattr(pipeline, "unet") else "transformer"
+    assert abs(loss_of(getattr(pipeline, component).eval()) - by_peft) <= 1e-6
