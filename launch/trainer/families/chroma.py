@@ -87,19 +87,10 @@ class Chroma(Diffusion):
         prompt, _, mask, *_ = pipeline.encode_prompt(caption, do_classifier_free_guidance=False)
         return {PROMPT_EMBEDS: prompt[0][mask[0].bool()]}
 
-    def pipeline_inputs(self, batch: Batch, guidance: float) -> dict[str, Any]:
-        """See ``Diffusion.pipeline_inputs``."""
+    def pipeline_prompt(self, batch: Batch) -> dict[str, Any]:
+        """See ``Diffusion.pipeline_prompt``."""
         prompt, mask = with_mask(batch)
-        inputs = {
-            "prompt_embeds": prompt,
-            "prompt_attention_mask": mask,
-            "guidance_scale": guidance,
-        }
-        if guidance > 1:
-            negative, mask = with_mask(batch["negative"])
-            inputs["negative_prompt_embeds"] = negative
-            inputs["negative_prompt_attention_mask"] = mask
-        return inputs
+        return {"prompt_embeds": prompt, "prompt_attention_mask": mask}
 
 
 class _WithMask:

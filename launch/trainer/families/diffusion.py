@@ -60,6 +60,8 @@ class Diffusion(ABC):
     """Fields of a sample that hold its prompt: those of the empty prompt replace them together."""
     ragged: ClassVar[bool] = False
     """Whether prompts of several lengths share a batch: padded, with a mask."""
+    guidance_argument: ClassVar[str] = "guidance_scale"
+    """By which the pipeline takes the scale of classifier-free guidance."""
     patch: ClassVar[int] = 1
     """Latent pixels of a token, each way: height and width must be multiples of it."""
 
@@ -201,7 +203,13 @@ class Diffusion(ABC):
             The fields of ``prompt_fields``, without a batch dimension.
         """
 
-    @abstractmethod
+    def pipeline_prompt(self, batch: Batch) -> dict[str, Any]:
+        """Arguments by which the pipeline takes encoded prompts.
+
+        Those of the negative prompt have the same names behind ``negative_``.
+        """
+        return {"prompt_embeds": batch[PROMPT_EMBEDS]}
+
     def pipeline_inputs(self, batch: Batch, guidance: float) -> dict[str, Any]:
         """Arguments by which the pipeline samples for the prompts of a batch.
 
@@ -210,6 +218,11 @@ class Diffusion(ABC):
             guidance: 1 samples without a negative prompt. More needs the fields of the empty prompt
                 in ``batch["negative"]``, collated like the others.
         """
+        inputs = {**self.pipeline_prompt(batch), self.guidance_argument: guidance}
+        if guidance > 1:
+            negative = self.pipeline_prompt(batch["negative"])
+            inputs |= {f"negative_{name}": value for name, value in negative.items()}
+        return inputs
 
     def pipeline_name(self, model_config: Mapping[str, Any]) -> str:
         """Return the class of the pipeline that samples with a checkpoint, in diffusers.

@@ -117,7 +117,7 @@ class Flux2Dev(Flux2):
 
     def pipeline_inputs(self, batch: Batch, guidance: float) -> dict[str, Any]:
         """Return prompt and embedded guidance; there is no negative prompt."""
-        return {"prompt_embeds": batch[PROMPT_EMBEDS], "guidance_scale": guidance}
+        return {**self.pipeline_prompt(batch), self.guidance_argument: guidance}
 
 
 class Flux2Klein(Flux2):
@@ -132,13 +132,6 @@ class Flux2Klein(Flux2):
         step = "this klein is distilled to few steps, which training undoes; use FLUX.2-klein-base"
         refuse_pipeline(folder, "is_distilled", (False, None), step)
         return folder
-
-    def pipeline_inputs(self, batch: Batch, guidance: float) -> dict[str, Any]:
-        """See ``Diffusion.pipeline_inputs``."""
-        inputs = {"prompt_embeds": batch[PROMPT_EMBEDS], "guidance_scale": guidance}
-        if guidance > 1:
-            inputs["negative_prompt_embeds"] = batch["negative"][PROMPT_EMBEDS]
-        return inputs
 
 
 class Flux2Klein4B(Flux2Klein):

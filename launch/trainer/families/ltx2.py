@@ -159,6 +159,11 @@ class LTX2(Diffusion):
         video, audio, _ = pipeline.connectors(rows, mask, padding_side=side)
         return {PROMPT_EMBEDS: video[0], AUDIO_PROMPT_EMBEDS: audio[0]}
 
+    def pipeline_prompt(self, batch: Batch) -> dict[str, Any]:
+        """See ``Diffusion.pipeline_prompt``: registers fill the padding; the mask is all ones."""
+        rows = batch[PROMPT_EMBEDS]
+        return {"prompt_embeds": rows, "prompt_attention_mask": rows.new_ones(rows.shape[:2])}
+
     def pipeline_inputs(self, batch: Batch, guidance: float) -> dict[str, Any]:
         """Return the prompts, and every other kind of guidance off.
 
@@ -167,12 +172,8 @@ class LTX2(Diffusion):
         off = {"guidance_scale": guidance, "guidance_rescale": 0.0}
         # The pipeline guides by skipped layers and by parted streams too unless it is told not to.
         off |= {"stg_scale": 0.0, "modality_scale": 1.0}
-        inputs: dict[str, Any] = {**off, **{f"audio_{key}": value for key, value in off.items()}}
-        inputs |= {"frame_rate": batch[FPS], **_prompt(batch)}
-        if guidance > 1:
-            told = _prompt(batch["negative"])
-            inputs |= {f"negative_{key}": value for key, value in told.items()}
-        return inputs
+        inputs = {**off, **{f"audio_{key}": value for key, value in off.items()}}
+        return {**super().pipeline_inputs(batch, guidance), **inputs, "frame_rate": batch[FPS]}
 
     @contextmanager
     def pipeline_with(self, pipeline: Any, batch: Batch) -> Iterator[None]:
@@ -306,11 +307,6 @@ def _prompt_widths(model_config: Mapping[str, Any]) -> tuple[int, int]:
         return width, width
     # Since 2.3 the connectors give each stream its own width.
     return model_config["cross_attention_dim"], model_config["audio_cross_attention_dim"]
-
-
-def _prompt(batch: Batch) -> dict[str, Tensor]:
-    rows = batch[PROMPT_EMBEDS]
-    return {"prompt_embeds": rows, "prompt_attention_mask": rows.new_ones(rows.shape[:2])}
 
 
 def _scalar(sample: Sample, name: str, default: float) -> float:

@@ -40,6 +40,7 @@ class Qwen(Diffusion):
         "sample_shift": 2.0,
     }
     ragged = True
+    guidance_argument = "true_cfg_scale"
     patch = 2
 
     def model_folder(self, path: Path) -> Path:
@@ -106,15 +107,6 @@ class Qwen(Diffusion):
         prompt, _ = pipeline.encode_prompt(caption, max_sequence_length=PROMPT_TOKENS)
         return {PROMPT_EMBEDS: prompt[0]}
 
-    def pipeline_inputs(self, batch: Batch, guidance: float) -> dict[str, Any]:
-        """See ``Diffusion.pipeline_inputs``."""
-        inputs = {
-            "prompt_embeds": batch[PROMPT_EMBEDS],
-            "prompt_embeds_mask": batch[PROMPT_MASK],
-            "true_cfg_scale": guidance,
-        }
-        if guidance > 1:
-            negative = batch["negative"]
-            inputs["negative_prompt_embeds"] = negative[PROMPT_EMBEDS]
-            inputs["negative_prompt_embeds_mask"] = negative[PROMPT_MASK]
-        return inputs
+    def pipeline_prompt(self, batch: Batch) -> dict[str, Any]:
+        """See ``Diffusion.pipeline_prompt``."""
+        return {"prompt_embeds": batch[PROMPT_EMBEDS], "prompt_embeds_mask": batch[PROMPT_MASK]}

@@ -65,13 +65,6 @@ class SD15(NoiseDenoiser):
         prompt, _ = pipeline.encode_prompt(caption, pipeline.device, 1, False)
         return {PROMPT_EMBEDS: prompt[0]}
 
-    def pipeline_inputs(self, batch: Batch, guidance: float) -> dict[str, Any]:
-        """See ``Diffusion.pipeline_inputs``."""
-        inputs = {"prompt_embeds": batch[PROMPT_EMBEDS], "guidance_scale": guidance}
-        if guidance > 1:
-            inputs["negative_prompt_embeds"] = batch["negative"][PROMPT_EMBEDS]
-        return inputs
-
 
 def refuse_other_inputs(model_config: Mapping[str, Any]) -> None:
     """Refuse UNets of other tasks, which share the class.

@@ -87,15 +87,6 @@ class SD35(Diffusion):
         )
         return {PROMPT_EMBEDS: prompt[0], POOLED: pooled[0]}
 
-    def pipeline_inputs(self, batch: Batch, guidance: float) -> dict[str, Any]:
-        """See ``Diffusion.pipeline_inputs``."""
-        inputs = {
-            "prompt_embeds": batch[PROMPT_EMBEDS],
-            "pooled_prompt_embeds": batch[POOLED],
-            "guidance_scale": guidance,
-        }
-        if guidance > 1:
-            negative = batch["negative"]
-            inputs["negative_prompt_embeds"] = negative[PROMPT_EMBEDS]
-            inputs["negative_pooled_prompt_embeds"] = negative[POOLED]
-        return inputs
+    def pipeline_prompt(self, batch: Batch) -> dict[str, Any]:
+        """See ``Diffusion.pipeline_prompt``."""
+        return {"prompt_embeds": batch[PROMPT_EMBEDS], "pooled_prompt_embeds": batch[POOLED]}

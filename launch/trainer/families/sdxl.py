@@ -93,14 +93,6 @@ class SDXL(NoiseDenoiser):
         prompt, _, pooled, _ = pipeline.encode_prompt(caption, do_classifier_free_guidance=False)
         return {PROMPT_EMBEDS: prompt[0], POOLED: pooled[0]}
 
-    def pipeline_inputs(self, batch: Batch, guidance: float) -> dict[str, Any]:
-        """See ``Diffusion.pipeline_inputs``."""
-        inputs = {
-            "prompt_embeds": batch[PROMPT_EMBEDS],
-            "pooled_prompt_embeds": batch[POOLED],
-            "guidance_scale": guidance,
-        }
-        if guidance > 1:
-            inputs["negative_prompt_embeds"] = batch["negative"][PROMPT_EMBEDS]
-            inputs["negative_pooled_prompt_embeds"] = batch["negative"][POOLED]
-        return inputs
+    def pipeline_prompt(self, batch: Batch) -> dict[str, Any]:
+        """See ``Diffusion.pipeline_prompt``."""
+        return {"prompt_embeds": batch[PROMPT_EMBEDS], "pooled_prompt_embeds": batch[POOLED]}

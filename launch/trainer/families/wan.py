@@ -165,9 +165,7 @@ class Wan(Diffusion):
 
     def pipeline_inputs(self, batch: Batch, guidance: float) -> dict[str, Any]:
         """See ``Diffusion.pipeline_inputs``."""
-        inputs = {"prompt_embeds": batch[PROMPT_EMBEDS], "guidance_scale": guidance}
-        if guidance > 1:
-            inputs["negative_prompt_embeds"] = batch["negative"][PROMPT_EMBEDS]
+        inputs = super().pipeline_inputs(batch, guidance)
         if CONDITION in batch:
             # The pipeline asks for an image, of which nothing is used: see pipeline_with.
             inputs["image"] = frame_image(torch.zeros(3, 8, 8))

@@ -68,13 +68,15 @@ class ZImage(Diffusion):
         prompts, _ = pipeline.encode_prompt(caption, do_classifier_free_guidance=False)
         return {PROMPT_EMBEDS: prompts[0]}
 
+    def pipeline_prompt(self, batch: Batch) -> dict[str, Any]:
+        """See ``Diffusion.pipeline_prompt``."""
+        return {"prompt_embeds": _prompts(batch)}
+
     def pipeline_inputs(self, batch: Batch, guidance: float) -> dict[str, Any]:
         """See ``Diffusion.pipeline_inputs``."""
         # The pipeline counts from 0: prompt + scale * (prompt - negative).
-        inputs = {"prompt_embeds": _prompts(batch), "guidance_scale": max(guidance - 1, 0.0)}
-        if guidance > 1:
-            inputs["negative_prompt_embeds"] = _prompts(batch["negative"])
-        return inputs
+        scale = {"guidance_scale": max(guidance - 1, 0.0)}
+        return {**super().pipeline_inputs(batch, guidance), **scale}
 
 
 def _prompts(batch: Batch) -> list[Tensor]:
