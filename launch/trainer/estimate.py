@@ -22,6 +22,7 @@ from launch.trainer.activations import count_saved
 from launch.trainer.engines.wrap import blocks_of
 from launch.trainer.families import get_family
 from launch.trainer.families.base import Family, HasExample, live_config
+from launch.trainer.optimizers import state_bytes
 from launch.trainer.options import LORA, PUBLISHED_MODEL, RunOptions
 from launch.trainer.published import PUBLISHED
 from launch.trainer.weights import empty_model
@@ -45,7 +46,7 @@ class Sizes:
     """Elements that do not."""
     frozen_bytes: int
     """Of one frozen element: 2 beside a LoRA under bf16, whose base files hold 16 bits."""
-    state_bytes: int
+    state_bytes: float
     """Optimizer state per trained element."""
     largest_block: int
     """Bytes of the weights of the largest block."""
@@ -121,13 +122,11 @@ def measure(model: nn.Module, plan: Plan, options: RunOptions) -> Sizes:
         still = _numel(p for p in block.parameters() if not p.requires_grad)
         weights.append(FP32 * moving + frozen_bytes * still)
         trainable.append(moving)
-    # Adam keeps two moments in float32; SGD one where it has momentum.
-    states = 2 if options.optimizer.kind == "adamw" else int(options.optimizer.momentum > 0)
     return Sizes(
         trained=trained,
         frozen=_numel(parameters) - trained,
         frozen_bytes=frozen_bytes,
-        state_bytes=FP32 * states,
+        state_bytes=state_bytes(options.optimizer),
         largest_block=max(weights),
         largest_trained=max(trainable),
     )

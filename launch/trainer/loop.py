@@ -112,7 +112,8 @@ def _step(
     if math.isfinite(loss):
         # The first step of a network is watched: it proves the effective rates, not only the
         # reported ones.
-        first: dict[str, float] | None = {} if team.turns.is_first(step) else None
+        watched = team.turns.is_first(step) and job.options.optimizer.observable
+        first: dict[str, float] | None = {} if watched else None
         norm = job.engine.step(factor, observed=first)
         observed.update(under(name, first or {}))
     row = {

@@ -19,28 +19,12 @@ from launch.trainer.adapter_options import LORA as LORA
 from launch.trainer.adapter_options import AdapterOptions, read_adapter
 from launch.trainer.families import get_family
 from launch.trainer.families.base import network_folders
+from launch.trainer.optimizers import OptimizerOptions, read_optimizer
 
 FULL = "fine_tune"
 """A value of ``training_method``; the other is LORA."""
 PUBLISHED_MODEL = "(published)"
 """Stands for ``model_path`` where only the plan or the size of the published model is asked for."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class OptimizerOptions:
-    """The torch optimizer. Learning rates are the plan's."""
-
-    kind: str = setting(
-        fields.one_of(lambda: ("adamw", "sgd")), default="adamw", key="type", doc="Its class."
-    )
-    betas: tuple[float, float] = setting(
-        fields.numbers(at_least=2), default=(0.9, 0.999), doc="AdamW only; both below 1."
-    )
-    eps: float = setting(fields.number(0.0, open_low=True), default=1e-8, doc="AdamW only.")
-    weight_decay: float = setting(
-        fields.number(0.0), default=0.01, doc="Where the plan gives no other."
-    )
-    momentum: float = setting(fields.number(0.0, 1.0), default=0.9, doc="SGD only.")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -235,7 +219,7 @@ def load_options(
     return RunOptions(
         **values,
         adapter=read_adapter(blocks["adapter"]),
-        optimizer=_optimizer(blocks["optimizer"]),
+        optimizer=read_optimizer(blocks["optimizer"]),
         # A run cut short by --max-steps may end within its warmup.
         schedule=_schedule(blocks["schedule"], train.steps, cut_short=max_steps is not None),
         train=train,
@@ -354,12 +338,6 @@ def _stream_policy(given: Mapping[str, Any]) -> StreamPolicy | None:
     except ConfigError as error:
         raise ConfigError(f"memory.stagehand: {error}") from None
     return policy if enabled else None
-
-
-def _optimizer(values: dict[str, Any]) -> OptimizerOptions:
-    if "betas" in values and (len(values["betas"]) != 2 or max(values["betas"]) >= 1.0):
-        raise fields.invalid("optimizer.betas", list(values["betas"]), "two numbers in [0, 1)")
-    return OptimizerOptions(**values)
 
 
 def _schedule(values: dict[str, Any], steps: int, *, cut_short: bool) -> Schedule:

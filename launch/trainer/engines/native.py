@@ -29,7 +29,8 @@ from dist_layerlr.sharders import materialize, sharder_of
 from launch.trainer.engines.offload import Stagehand, hold_in_bf16
 from launch.trainer.engines.sharding import Sharding
 from launch.trainer.engines.wrap import blocks_of, replicate
-from launch.trainer.options import OptimizerOptions, RunOptions, TrainOptions
+from launch.trainer.optimizers import make_optimizer
+from launch.trainer.options import RunOptions, TrainOptions
 from launch.trainer.runtime import Runtime
 from launch.trainer.weights import hold_in_16_bits, load_base
 
@@ -190,21 +191,3 @@ def observe(
     with effect_check(plan, model, optimizer, factor=factor) as rates:
         yield
     observed.update(rates)
-
-
-def make_optimizer(
-    groups: list[dict[str, Any]], options: OptimizerOptions
-) -> torch.optim.Optimizer:
-    """Build the optimizer that the config names on the plan's groups."""
-    if options.kind == "sgd":
-        return torch.optim.SGD(
-            groups, lr=0.0, momentum=options.momentum, weight_decay=options.weight_decay
-        )
-    # lr is a default for groups that name none, and the plan's groups all do: 0 would show it.
-    settings: dict[str, Any] = {
-        "betas": options.betas,
-        "eps": options.eps,
-        "weight_decay": options.weight_decay,
-    }
-    # One pass over memory on CPU and CUDA alike: see benchmarks/step_cost.py.
-    return torch.optim.AdamW(groups, lr=0.0, fused=True, **settings)

@@ -22,9 +22,10 @@ from dist_layerlr.plan import Plan
 from dist_layerlr.proof import Proof
 from dist_layerlr.ranks import alike
 from dist_layerlr.sharders import materialize, partition_empty
-from launch.trainer.engines.native import kept, make_optimizer, observe
+from launch.trainer.engines.native import kept, observe
 from launch.trainer.engines.offload import ZERO_STAGE, offload_zero
 from launch.trainer.engines.wrap import blocks_of
+from launch.trainer.optimizers import make_optimizer
 from launch.trainer.options import RunOptions, TrainOptions
 from launch.trainer.runtime import Runtime
 from launch.trainer.weights import load_base
