@@ -22,6 +22,8 @@ from typing import Any, NoReturn
 
 import torch
 from torch import nn
+from torch.optim import Optimizer
+from torch.optim.optimizer import register_optimizer_step_pre_hook
 from torch.utils.hooks import RemovableHandle
 
 from dist_layerlr.errors import OffloadError
@@ -83,8 +85,10 @@ class Engine:
         # Autograd's device threads unpack saved tensors while the caller's thread may run forwards.
         # Reentrant, because a trigger inside ``need`` comes back here.
         self._lock = threading.RLock()
-        trained = (m.weight.param for u in units for m in u.masters if m.trainable)
+        trained = {m.weight.param: u for u in units for m in u.masters if m.trainable}
         self.sink = GradSink(backend, trained, self._begin_backward)
+        self._unit_of = {id(param): unit for param, unit in trained.items()}
+        """{id of a streamed parameter that trains: its unit}."""
 
     def hook(
         self, model: nn.Module, before: Callable[[], None], after: Callable[[], None]
@@ -106,6 +110,8 @@ class Engine:
                     partial(self._enter_owner, index), prepend=True
                 )
                 yield owner.register_forward_hook(self._leave_owner, always_call=True)
+        # torch keeps this hook in a global list, which must not keep the model alive.
+        yield register_optimizer_step_pre_hook(partial(_announce_step, weakref.ref(self)))
 
     def need(self, index: int) -> None:
         """Bring a unit to the device and point its parameters at it.
@@ -124,6 +130,9 @@ class Engine:
             # in front of the first kernel that this one adds to the stream.
             self.point_at_host()
             self._refuse_changed(self.units[index].masters)
+            if not backward and self._pass is Pass.OUTSIDE:
+                # A unit without its model, a pass of its own: as at the begin of a forward.
+                self.copies.drop_trained()
             self.copies.drop_outdated(index)
             # Recomputation of a region of several units goes forward inside backward: there the
             # unit behind the last one is needed, and the next ones lie behind it.
@@ -169,6 +178,16 @@ class Engine:
                 self.copies.drop_trained()
                 self.sink.assign_gradients()
 
+    def before_step(self, optimizer: Optimizer) -> None:
+        """Some optimizer is about to write weights, maybe these."""
+        if graph_task() != -1:
+            return  # steps during backward are refused where a gradient arrives
+        stepped = {id(p) for group in optimizer.param_groups for p in group["params"]}
+        with self._lock:
+            units = {id(unit): unit for key, unit in self._unit_of.items() if key in stepped}
+            for unit in units.values():
+                unit.steps += 1
+
     def close(self) -> None:
         """Stop. Parameters point at the host afterwards."""
         try:
@@ -203,7 +222,12 @@ class Engine:
             if index != self._current:
                 self._refuse_changed(unit.masters[:1])
         before()
-        self._change_pass(Trigger.FORWARD_BEGINS)
+        with self._lock:
+            # Nothing current is left but by an interrupted forward.
+            self.point_at_host()
+            # Behind a forward that had no backward, the weights may have been stepped.
+            self.copies.drop_trained()
+            self._change_pass(Trigger.FORWARD_BEGINS)
 
     def _end_forward(
         self, after: Callable[[], None], module: nn.Module, args: Any, output: Any
@@ -309,6 +333,14 @@ class Engine:
             unseen = set(range(len(self.units))) - set(self._first_order)
             self.copies.ring.reorder([*self._first_order, *sorted(unseen)])
             self._first_order = None
+
+
+def _announce_step(
+    engine: weakref.ref[Engine], optimizer: Optimizer, args: Any, kwargs: Any
+) -> None:
+    live = engine()
+    if live is not None:
+        live.before_step(optimizer)
 
 
 def _change_since_stream(master: Master) -> str | None:

@@ -108,6 +108,8 @@ class Unit:
         self.dtypes = frozenset(m.dtype for m in masters)
         self.trained = frozenset(m.dtype for m in masters if m.trainable)
         """Dtypes of trainable weights."""
+        self.steps = 0
+        """Optimizer steps on these weights. A fused step changes no version counter."""
         # Views of the masters, taken once. Nobody can write to an encoded master.
         self._samples = [_sampled_words(m) for m in masters if m.codes is None]
 
@@ -122,8 +124,8 @@ class Unit:
         return payload
 
     def versions(self) -> tuple[int, ...]:
-        """Numbers that change with every write through a parameter."""
-        return tuple(write_count(m.weight.param) for m in self.masters)
+        """Numbers that change with every write through a parameter, and every optimizer step."""
+        return (self.steps, *(write_count(m.weight.param) for m in self.masters))
 
     def stamp(self) -> tuple[int, ...]:
         """Numbers that tell whether a copy on the device is still what the masters hold.

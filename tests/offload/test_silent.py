@@ -6,13 +6,85 @@ from typing import Any
 
 import pytest
 import torch
+from torch import nn
 
 from dist_layerlr.errors import OffloadError
 from dist_layerlr.offload.device import Immediate
 from dist_layerlr.offload.streaming import stream_on
+from tests.support.families import BLOCKS, toy_batch
+from tests.support.toys import WIDTH
 from tests.support.training import Case, attach, loss_of
 
 LORA, FULL = Case(lora=True), Case(lora=False)
+UNSAMPLED = 1
+"""An element of each weight that no stamp samples."""
+
+
+def _fused_step(model: nn.Module) -> torch.optim.Optimizer:
+    """One step that writes one element of each weight, and no version counter sees it."""
+    trained = [p for p in model.parameters() if p.requires_grad]
+    for p in trained:
+        p.grad = torch.zeros_like(p)
+        p.grad.view(-1)[UNSAMPLED] = 1.0
+    optimizer = torch.optim.AdamW(trained, lr=0.1, weight_decay=0.0, fused=True)
+    versions = [p._version for p in trained]
+    optimizer.step()
+    optimizer.zero_grad()
+    assert [p._version for p in trained] == versions
+    return optimizer
+
+
+@pytest.mark.parametrize("device", ["cpu"])
+@pytest.mark.parametrize("grad", [True, False])
+def test_a_fused_step_behind_a_forward_that_had_no_backward_is_seen(device: str, grad: bool):
+    found = []
+    for streamed in (False, True):
+        model: Any = FULL.model()
+        handle = attach(model, FULL, device) if streamed else None
+        with torch.set_grad_enabled(grad):
+            model(**toy_batch(0))
+            alone = model.blocks[1](torch.ones(2, WIDTH))
+        _fused_step(model)
+        with torch.no_grad():
+            found.append((model.blocks[1](torch.ones(2, WIDTH)), model(**toy_batch(0))))
+        assert not torch.equal(found[-1][0], alone)
+        if handle is not None:
+            handle.remove()
+    assert torch.equal(found[0][0], found[1][0]) and torch.equal(found[0][1], found[1][1])
+
+
+@pytest.mark.parametrize("device", ["cpu"])
+def test_a_write_that_no_optimizer_makes_is_seen_behind_a_forward_that_had_no_backward(device: str):
+    model = FULL.model()
+    with attach(model, FULL, device):
+        before = model(**toy_batch(0))
+        for p in model.parameters():
+            p.data.view(-1)[UNSAMPLED] += 0.1
+        after = model(**toy_batch(0))
+        assert not torch.equal(after, before)
+    assert torch.equal(after, model(**toy_batch(0)))
+
+
+@pytest.mark.parametrize("device", ["cpu"])
+def test_a_fused_step_between_forward_and_backward_is_refused(device: str):
+    model = FULL.model()
+    with attach(model, FULL, device):
+        loss = loss_of(model, FULL, 0, device)
+        _fused_step(model)
+        with pytest.raises(OffloadError, match="changed in place between forward and backward"):
+            loss.backward()
+
+
+@pytest.mark.parametrize("device", ["cpu"])
+def test_the_step_of_another_model_changes_nothing_here(device: str):
+    model, other = FULL.model(), nn.Linear(3, 3)
+    with attach(model, FULL, device) as handle:
+        loss = loss_of(model, FULL, 0, device)
+        before = handle.stats().total.fetches
+        _fused_step(other)
+        loss.backward()
+        # The last units of the forward are still there: backward begins with them.
+        assert handle.stats().total.fetches - before == BLOCKS - handle.stats().slots
 
 
 def test_weights_that_share_memory_and_train_are_refused():
