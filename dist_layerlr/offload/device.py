@@ -4,8 +4,8 @@ One implementation for CUDA, one where copies are immediate.
 
 [Note: stream order]
 Three queues: the compute stream (whatever stream the model runs on), the copy stream (host to
-device, in order), the gradient stream (device to host). The host never waits for the device except
-where a staging buffer is used again.
+device, in order), the gradient stream (device to host). The host waits for the device
+where a staging buffer is used again, and at point 6.
 
 1. *ready*: recorded on the copy stream behind a unit's copy (and expansion). The compute stream
    waits for it before the unit's first kernel.
@@ -19,6 +19,9 @@ where a staging buffer is used again.
    kept alive until the host has seen its event, so that the allocator cannot hand out its memory.
 5. The ring is allocated once, on the compute stream, and never freed while streaming: nothing to
    record with the allocator, and a bound on how far the host can run ahead.
+6. *masters*: the caller may write to them when he has them back. So the host waits for the last
+   copy that reads them: behind a forward without gradients, behind a backward, and before an
+   optimizer steps. (Behind a forward with gradients it does not: backward follows.)
 """
 
 from __future__ import annotations

@@ -175,7 +175,7 @@ class Engine:
             finally:
                 # The optimizer may step now, so copies of trained weights are worth nothing. The
                 # gradients come last: a parameter takes a host gradient only while it is there.
-                self.copies.drop_trained()
+                self._give_back()
                 self.sink.assign_gradients()
 
     def before_step(self, optimizer: Optimizer) -> None:
@@ -184,6 +184,7 @@ class Engine:
             return  # steps during backward are refused where a gradient arrives
         stepped = {id(p) for group in optimizer.param_groups for p in group["params"]}
         with self._lock:
+            self.copies.fetcher.release_masters()
             units = {id(unit): unit for key, unit in self._unit_of.items() if key in stepped}
             for unit in units.values():
                 unit.steps += 1
@@ -240,7 +241,7 @@ class Engine:
             self.point_at_host()
             if not torch.is_grad_enabled():
                 # No backward follows, so the optimizer may step before the next trigger.
-                self.copies.drop_trained()
+                self._give_back()
             self._tell_ring_the_order()
         after()
 
@@ -262,8 +263,7 @@ class Engine:
         self.saved.leave()
         if graph_task() == -1 and not self._pass.in_forward:
             # The unit was called without its model: nobody else ends this pass.
-            with self._lock:
-                self.point_at_host()
+            self._end_without_model()
 
     def _enter_owner(self, index: int, module: nn.Module, args: Any) -> None:
         if not torch.compiler.is_compiling():
@@ -274,8 +274,13 @@ class Engine:
         if torch.compiler.is_compiling() or self.saved.in_unit:
             return
         if graph_task() == -1 and not self._pass.in_forward:
-            with self._lock:
-                self.point_at_host()
+            self._end_without_model()
+
+    def _end_without_model(self) -> None:
+        with self._lock:
+            self.point_at_host()
+            if not torch.is_grad_enabled():
+                self._give_back()
 
     def _begin_backward(self) -> None:
         """Ask autograd to call back when this pass ends.
@@ -294,6 +299,11 @@ class Engine:
             at_end_of_backward(call)
 
     # State
+
+    def _give_back(self) -> None:
+        """End a pass behind which the caller may write to the weights."""
+        self.copies.drop_trained()
+        self.copies.fetcher.release_masters()
 
     def _change_pass(self, trigger: Trigger) -> None:
         with self._lock:

@@ -50,6 +50,8 @@ class Fetcher:
         """Pin the masters; allocate staging if they exceed ``pool_bytes`` or stand alone."""
         self._backend = backend
         self.fetches = self.nbytes = 0
+        self._last: Event = None
+        """The fetch that was asked for last."""
         self._pinned: list[Tensor] = []
         self._worker: ThreadPoolExecutor | None = None
         self._idle: queue.SimpleQueue[_Staging] = queue.SimpleQueue()
@@ -91,9 +93,11 @@ class Fetcher:
         self.fetches += 1
         self.nbytes += unit.host_bytes
         if self._worker is not None:
-            return self._worker.submit(self._upload_staged, unit, slot, after)
-        assert unit.arena is not None
-        return self._upload(unit, slot, unit.arena, after)
+            self._last = self._worker.submit(self._upload_staged, unit, slot, after)
+        else:
+            assert unit.arena is not None
+            self._last = self._upload(unit, slot, unit.arena, after)
+        return self._last
 
     def wait(self, ready: Event) -> bool:
         """Make compute wait for a fetch: point 1 of [Note: stream order].
@@ -102,6 +106,20 @@ class Fetcher:
         """
         # The host waits for the staging thread: until that has queued the copy there is no event.
         return self._backend.wait(ready.result() if isinstance(ready, Future) else ready)
+
+    def release_masters(self) -> None:
+        """Make the host wait until no copy reads the masters, so that the caller may write them.
+
+        Point 6 of [Note: stream order].
+        """
+        # The last copy is enough: both the worker and the copy stream keep their order.
+        last, self._last = self._last, None
+        if isinstance(last, Future):
+            # The worker has read the masters when the future is done; the device reads its staging
+            # buffer. An error is told to whoever needs the unit.
+            last.exception()
+        elif last is not None:
+            self._backend.finish(last)
 
     def close(self) -> None:
         """Finish all copies and unlock the memory."""

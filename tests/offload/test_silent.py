@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from typing import Any
 
 import pytest
@@ -9,8 +10,11 @@ import torch
 from torch import nn
 
 from dist_layerlr.errors import OffloadError
+from dist_layerlr.offload import budget
 from dist_layerlr.offload.device import Immediate
-from dist_layerlr.offload.streaming import stream_on
+from dist_layerlr.offload.masters import Unit, payload_bytes
+from dist_layerlr.offload.streaming import Handle, stream_on
+from dist_layerlr.offload.units import find_units
 from tests.support.families import BLOCKS, toy_batch
 from tests.support.toys import WIDTH
 from tests.support.training import Case, attach, loss_of
@@ -111,3 +115,57 @@ def test_the_default_device_does_not_move_the_masters():
     with handle:
         assert all(p.device.type == "cpu" for p in model.parameters())
         loss_of(model, FULL, 0, "cpu").backward()
+
+
+def _in_flight(handle: Handle) -> int:
+    """Copies to the device that have not read their masters yet."""
+    backend: Any = handle._backend
+    return len(backend._queue)
+
+
+@pytest.mark.parametrize("device", ["cpu"])
+@pytest.mark.parametrize("case", [LORA, FULL], ids=["lora", "full"])
+def test_no_copy_reads_the_masters_when_the_caller_may_write_them(case: Case, device: str):
+    model: Any = case.model()
+    with attach(model, case, device) as handle:
+        with torch.no_grad():
+            model.blocks[1](torch.ones(2, WIDTH))
+            assert _in_flight(handle) == 0
+            model.blocks[1].mlp[0](torch.ones(2, WIDTH))
+            assert _in_flight(handle) == 0
+            loss_of(model, case, 0, device)
+            assert _in_flight(handle) == 0
+        model.blocks[1](torch.ones(2, WIDTH))
+        assert _in_flight(handle) == 1  # the next block's: gradients are on, backward may follow
+        _fused_step(model)
+        assert _in_flight(handle) == 0
+        # A graph that ends at block 3: block 2 is fetched and not used.
+        x = torch.ones(2, WIDTH, requires_grad=True)
+        for block in model.blocks:
+            x = block(x if block is not model.blocks[3] else x.detach().requires_grad_())
+        x.sum().backward()
+        assert _in_flight(handle) == 0
+
+
+@pytest.mark.parametrize("device", ["cpu"])
+def test_the_staging_thread_has_read_the_masters_when_the_caller_may_write_them(
+    device: str, monkeypatch: pytest.MonkeyPatch
+):
+    unit = payload_bytes(find_units(FULL.model(), FULL.policy())[0], None)
+    gradients = budget.grad_staging_bytes(find_units(FULL.model(), FULL.policy()))
+    monkeypatch.setattr(budget, "MEBIBYTE", unit + gradients)  # one staging buffer
+    reading: list[str] = []
+    fill = Unit.fill
+
+    def slow_fill(self: Unit, staging: torch.Tensor) -> torch.Tensor:
+        reading.append(self.name)
+        time.sleep(0.02)
+        payload = fill(self, staging)
+        reading.remove(self.name)
+        return payload
+
+    monkeypatch.setattr(Unit, "fill", slow_fill)
+    model: Any = FULL.model()
+    with attach(model, FULL, device, pinned_pool_mb=1), torch.no_grad():
+        model.blocks[1](torch.ones(2, WIDTH))  # block 2 is fetched behind it
+        assert reading == []
