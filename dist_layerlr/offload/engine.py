@@ -33,15 +33,13 @@ from dist_layerlr.offload.gradients import GradSink
 from dist_layerlr.offload.internals import (
     at_end_of_backward,
     graph_task,
-    in_grad_transform,
-    registered_parameter,
 )
-from dist_layerlr.offload.masters import Master, Unit
+from dist_layerlr.offload.masters import Unit
 from dist_layerlr.offload.passes import TRANSITIONS, Pass, Trigger
 from dist_layerlr.offload.ring import Ring
 from dist_layerlr.offload.saved import SavedTensors
 from dist_layerlr.offload.transfer import Fetcher, Slot
-from dist_layerlr.offload.validate import check_autocast
+from dist_layerlr.offload.validate import check_autocast, check_masters, check_transform
 
 
 class _EndOfBackward:
@@ -82,6 +80,8 @@ class Engine:
         """Units in the order of the first forward; None once the ring knows it."""
         self._end_call: weakref.ref[_EndOfBackward] | None = None
         """The callback that waits for the end of this backward pass. Autograd owns it."""
+        self._unsettled = False
+        """Whether a backward pass failed whose gradients wait for ``recover``."""
         # Autograd's device threads unpack saved tensors while the caller's thread may run forwards.
         # Reentrant, because a trigger inside ``need`` comes back here.
         self._lock = threading.RLock()
@@ -125,11 +125,11 @@ class Engine:
                 self._begin_backward()
             if index == self._current:
                 return
-            self._refuse_grad_transform(index)
+            check_transform(self.units[index].name)
             # Before anything of this unit: the event that frees the slot of the one before must lie
             # in front of the first kernel that this one adds to the stream.
             self.point_at_host()
-            self._refuse_changed(self.units[index].masters)
+            check_masters(self.units[index].masters)
             if not backward and self._pass is Pass.OUTSIDE:
                 # A unit without its model, a pass of its own: as at the begin of a forward.
                 self.copies.drop_trained()
@@ -169,7 +169,7 @@ class Engine:
         """
         with self._lock:
             self._change_pass(Trigger.BACKWARD_ENDS)
-            self._end_call = None
+            self._end_call, self._unsettled = None, False
             try:
                 self.point_at_host()
             finally:
@@ -186,6 +186,8 @@ class Engine:
         with self._lock:
             self.copies.fetcher.release_masters()
             units = {id(unit): unit for key, unit in self._unit_of.items() if key in stepped}
+            if units:
+                self._refuse_unsettled()
             for unit in units.values():
                 unit.steps += 1
 
@@ -215,13 +217,14 @@ class Engine:
                 "Two threads run the streamed model at once, which has one set of weights on"
                 " the device. Give each call its turn (a lock)."
             )
+        self._refuse_unsettled()
         self._thread = thread
         self.saved.leave_all()
         # One parameter per unit shows a cast or move of the whole model here, before other code of
         # the forward fails because of it with a message of its own.
         for index, unit in enumerate(self.units):
             if index != self._current:
-                self._refuse_changed(unit.masters[:1])
+                check_masters(unit.masters[:1])
         before()
         with self._lock:
             # Nothing current is left but by an interrupted forward.
@@ -290,13 +293,26 @@ class Engine:
         """
         with self._lock:
             if self._pass.in_backward:
+                if self._unsettled:
+                    self._refuse_unsettled()
                 return
             self._change_pass(Trigger.BACKWARD_BEGINS)
             call = _EndOfBackward(self.finish_backward)
             # Autograd gets the only reference. It calls the callback if the pass succeeds; if the
-            # pass fails it drops it uncalled, before the caller sees the exception.
-            self._end_call = weakref.ref(call, lambda _: self.finish_backward())
+            # pass fails it drops it uncalled.
+            self._end_call = weakref.ref(call, self._fail_backward)
             at_end_of_backward(call)
+
+    def _fail_backward(self, end: weakref.ref[_EndOfBackward]) -> None:
+        """Autograd dropped the callback of a pass uncalled."""
+        with self._lock:
+            if end is not self._end_call:
+                return  # settled meanwhile
+            if self._device_type == "cpu":
+                # The caller's own thread ran the pass: it has not seen the exception yet.
+                self.finish_backward()
+            else:
+                self._abandon_backward()
 
     # State
 
@@ -304,6 +320,31 @@ class Engine:
         """End a pass behind which the caller may write to the weights."""
         self.copies.drop_trained()
         self.copies.fetcher.release_masters()
+
+    def _abandon_backward(self) -> None:
+        """End a backward pass of which the caller may have seen the exception already.
+
+        A device's thread may drop the pass after the caller went on. Nobody knows then whether he
+        took away the gradients, zeroed in the meantime, so they wait for ``recover``.
+        """
+        if not self.sink.holds_gradients:
+            self.finish_backward()
+            return
+        self._unsettled = True
+        self.point_at_host()
+        self._give_back()
+
+    def _refuse_unsettled(self) -> None:
+        """Refuse to go on behind a failed backward pass whose gradients are not settled."""
+        with self._lock:
+            if self._pass.in_backward and not self._unsettled:
+                self._abandon_backward()  # its callback is still to come, and will do nothing
+            if self._unsettled:
+                raise OffloadError(
+                    "A backward pass through the streamed model failed, and its gradients are not"
+                    " settled. Where the exception is caught call handle.recover(), and"
+                    " zero_grad() behind it."
+                )
 
     def _change_pass(self, trigger: Trigger) -> None:
         with self._lock:
@@ -320,24 +361,6 @@ class Engine:
         self._current = self._last = index
         self._versions_on_arrival = unit.versions()
 
-    def _refuse_grad_transform(self, index: int) -> None:
-        if in_grad_transform():
-            raise OffloadError(
-                f"Unit {self.units[index].name} cannot be fetched inside torch.func.grad, vjp"
-                " or jvp, which allow no copies into memory of others. Use"
-                " torch.autograd.grad, or torch.autograd.forward_ad."
-            )
-
-    def _refuse_changed(self, masters: Sequence[Master]) -> None:
-        """Refuse parameters that do not point at their masters, as they must at rest."""
-        for master in masters:
-            change = _change_since_stream(master)
-            if change:
-                raise OffloadError(
-                    f"Parameter {master.name} {change} after stream(). Call handle.remove() first, "
-                    "change the model, and stream again."
-                )
-
     def _tell_ring_the_order(self) -> None:
         if self._first_order:
             unseen = set(range(len(self.units))) - set(self._first_order)
@@ -351,18 +374,3 @@ def _announce_step(
     live = engine()
     if live is not None:
         live.before_step(optimizer)
-
-
-def _change_since_stream(master: Master) -> str | None:
-    """What a user did to a parameter that is at rest; None: nothing."""
-    param = master.weight.param
-    if registered_parameter(master.weight.owner, master.weight.leaf) is not param:
-        return "was replaced (load_state_dict(assign=True), or a swapped module)"
-    moved = param.data_ptr() != master.host.data_ptr()
-    # share_memory() moves the memory under a tensor that stays the same object.
-    moved = moved or master.stored.data_ptr() != master.address
-    if moved or param.dtype != master.dtype:
-        return "was moved or cast (.to(), .half(), .share_memory(), ...)"
-    if param.requires_grad and not master.trainable:
-        return "was unfrozen"
-    return None

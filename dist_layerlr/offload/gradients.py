@@ -89,6 +89,11 @@ class GradSink:
             self._hooks.append(hooked.register_post_accumulate_grad_hook(self._send_to_host))
         self._worker = ThreadPoolExecutor(1, "offload-gradients") if params else None
 
+    @property
+    def holds_gradients(self) -> bool:
+        """Whether gradients were taken from parameters and not put back yet."""
+        return bool(self._sums)
+
     def assign_gradients(self) -> None:
         """Wait for all gradients and set ``param.grad`` to the sums.
 

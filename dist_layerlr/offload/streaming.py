@@ -159,6 +159,18 @@ class Handle:
         if self._watch is not None:
             self._watch.check()
 
+    def recover(self) -> None:
+        """Settle a backward pass that failed: call it where its exception is caught.
+
+        Streamed weights have then the gradients that they would have without streaming: what had
+        arrived, added to what was there. On the CPU this has happened already; a device's autograd
+        thread may be late, and the next forward is an error until this was called. Idempotent.
+
+        Raises:
+            OffloadError: after ``remove``.
+        """
+        self._running_engine().finish_backward()
+
     def remove(self) -> None:
         """Give the model back as it was: plain tensors on their first devices, no hooks.
 

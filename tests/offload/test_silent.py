@@ -11,13 +11,22 @@ from torch import nn
 
 from dist_layerlr.errors import OffloadError
 from dist_layerlr.offload import budget
+from dist_layerlr.offload import engine as engine_module
 from dist_layerlr.offload.device import Immediate
 from dist_layerlr.offload.masters import Unit, payload_bytes
 from dist_layerlr.offload.streaming import Handle, stream_on
 from dist_layerlr.offload.units import find_units
 from tests.support.families import BLOCKS, toy_batch
 from tests.support.toys import WIDTH
-from tests.support.training import Case, attach, loss_of
+from tests.support.training import (
+    Case,
+    assert_equal,
+    attach,
+    loss_of,
+    make_optimizer,
+    train,
+    weights,
+)
 
 LORA, FULL = Case(lora=True), Case(lora=False)
 UNSAMPLED = 1
@@ -169,3 +178,61 @@ def test_the_staging_thread_has_read_the_masters_when_the_caller_may_write_them(
     with attach(model, FULL, device, pinned_pool_mb=1), torch.no_grad():
         model.blocks[1](torch.ones(2, WIDTH))  # block 2 is fetched behind it
         assert reading == []
+
+
+class _Boom(Exception):
+    pass
+
+
+def _fail_in_backward(model: Any, case: Case, device: str) -> None:
+    hook = model.blocks[2].register_full_backward_hook(_raise)
+    with pytest.raises(_Boom):
+        loss_of(model, case, 7, device).backward()
+    hook.remove()
+
+
+def _raise(*_: Any) -> None:
+    raise _Boom
+
+
+@pytest.mark.parametrize("device", ["cpu"])
+@pytest.mark.parametrize("late", ["held", "dropped"])
+@pytest.mark.parametrize("case", [LORA, FULL], ids=["lora", "full"])
+def test_a_backward_that_failed_on_a_device_never_settles_behind_the_callers_back(
+    case: Case, late: str, device: str, monkeypatch: pytest.MonkeyPatch
+):
+    held: list[Any] = []  # what the device's thread still holds when the caller goes on
+    queue = engine_module.at_end_of_backward
+
+    def hold(call: Any) -> None:
+        if late == "held":
+            held.append(call)
+        queue(call)
+
+    def script(model: Any, handle: Handle | None) -> dict[str, torch.Tensor]:
+        optimizer = make_optimizer(model)
+        loss_of(model, case, 0, device).backward()
+        _fail_in_backward(model, case, device)
+        if handle is not None and case is FULL:
+            assert model.blocks[5].attn.to_q.weight.grad is None  # neither put back nor zeroed
+            for use in (lambda: loss_of(model, case, 1, device), optimizer.step):
+                with pytest.raises(OffloadError, match=r"handle\.recover\(\)"):
+                    use()
+            handle.recover()
+        loss_of(model, case, 2, device).backward()  # on top of what had arrived
+        optimizer.step()
+        optimizer.zero_grad()
+        if handle is not None:
+            hook = model.blocks[3].register_forward_pre_hook(lambda *_: held.clear())
+            loss_of(model, case, 3, device)
+            hook.remove()
+        train(model, optimizer, case, device)
+        return weights(model)
+
+    wanted = script(case.model(), None)
+    model = case.model()
+    with attach(model, case, device) as handle:
+        monkeypatch.setattr(engine_module, "at_end_of_backward", hold)
+        assert handle._engine is not None
+        handle._engine._device_type = "cuda"  # as if another thread ran the backward
+        assert_equal(script(model, handle), wanted)
