@@ -16,7 +16,7 @@ from dist_layerlr.errors import OffloadError
 from dist_layerlr.offload.device import Backend, Event
 from dist_layerlr.offload.internals import storage_key, storage_uses
 from dist_layerlr.offload.masters import Unit
-from dist_layerlr.offload.ring import Ring, RingFull, State
+from dist_layerlr.offload.ring import Load, Ring, RingFull, State
 from dist_layerlr.offload.transfer import Fetcher, Slot
 
 
@@ -66,6 +66,8 @@ class DeviceCopies:
             unit: the one that is computed next.
             backward: whether the next ones are those in front of it in forward order.
 
+        A copy that fails leaves its unit on the host, to be fetched anew.
+
         Raises:
             OffloadError: every slot holds something that is still in use.
         """
@@ -73,19 +75,33 @@ class DeviceCopies:
             loads = self.ring.need(unit, backward=backward, busy=self.in_use_elsewhere())
         except RingFull:
             self._refuse_full(unit)
-        for load in loads:
-            # The stamp comes first: a write during the copy must make the copy outdated.
-            self._stamps[load.unit] = self._units[load.unit].stamp()
-            self._ready[load.unit] = self.fetcher.fetch(
-                self._units[load.unit], self._slots[load.slot]
-            )
+        for position, load in enumerate(loads):
+            try:
+                self._start(load)
+            except BaseException:
+                # None of the copies that are left was started: their units hold no slot.
+                for lost in loads[position:]:
+                    self.ring.drop(lost.unit)
+                raise
         if self.ring.state(unit) is State.LOADING:
             # Point 1 of [Note: stream order]. Compute waits, the host does not, and only for this
             # unit: the copies behind it go on beside its kernels.
-            late = self.fetcher.wait(self._ready.pop(unit))
+            try:
+                late = self.fetcher.wait(self._ready.pop(unit))
+            except BaseException:
+                self.ring.drop(unit)
+                raise
             self.stalls += late or any(load.unit == unit for load in loads)
             self.ring.arrived(unit)
         return self.slot_of(unit)
+
+    def _start(self, load: Load) -> None:
+        # An event is left here if the unit lost its slot unused. Should this fetch fail, that event
+        # must not be taken for its own.
+        self._ready.pop(load.unit, None)
+        # The stamp comes before the copy: a write during it must make the copy outdated.
+        self._stamps[load.unit] = self._units[load.unit].stamp()
+        self._ready[load.unit] = self.fetcher.fetch(self._units[load.unit], self._slots[load.slot])
 
     def release(self, unit: int) -> None:
         """Note that compute is done with a unit for now. Its copy stays until the slot is taken."""

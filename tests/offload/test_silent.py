@@ -16,6 +16,7 @@ from dist_layerlr.offload.device import Immediate
 from dist_layerlr.offload.masters import Unit, payload_bytes
 from dist_layerlr.offload.streaming import Handle, stream_on
 from dist_layerlr.offload.units import find_units
+from tests.support.adversary import Adversary
 from tests.support.families import BLOCKS, toy_batch
 from tests.support.toys import WIDTH
 from tests.support.training import (
@@ -236,3 +237,51 @@ def test_a_backward_that_failed_on_a_device_never_settles_behind_the_callers_bac
         assert handle._engine is not None
         handle._engine._device_type = "cuda"  # as if another thread ran the backward
         assert_equal(script(model, handle), wanted)
+
+
+class _Failing(Adversary):
+    """Fails once: at the ``at``-th copy from now on."""
+
+    at = -1
+
+    def upload(self, target: torch.Tensor, source: torch.Tensor, after: Any, then: Any) -> Any:
+        self.at -= 1
+        if self.at == 0:
+            raise _Boom
+        return super().upload(target, source, after, then)
+
+
+@pytest.mark.parametrize("device", ["cpu"])
+@pytest.mark.parametrize("staged", [False, True])
+def test_a_fetch_that_fails_is_made_anew(
+    staged: bool, device: str, monkeypatch: pytest.MonkeyPatch
+):
+    case = LORA
+    pool = {"pinned_pool_mb": 1} if staged else {}
+    if staged:
+        specs = find_units(case.model(), case.policy())
+        size = 2 * payload_bytes(specs[0], None) + budget.grad_staging_bytes(specs)
+        monkeypatch.setattr(budget, "MEBIBYTE", size)
+
+    def outputs(model: Any) -> list[torch.Tensor]:
+        x = torch.ones(2, WIDTH)
+        # Units that were fetched ahead lose their slots unused.
+        alone = [model.blocks[i](x) for i in (0, 4, 1, 5, 2, 0, 3)]
+        return [*alone, model(**toy_batch(0))]
+
+    failed: list[int] = []
+    with torch.no_grad():
+        wanted = outputs(case.model())
+        for at in range(1, 18):
+            model, backend = case.model(), _Failing(device)
+            with stream_on(backend, model, case.policy(**pool)):
+                outputs(model)
+                backend.at = at
+                for _ in range(3):
+                    try:
+                        found = outputs(model)
+                        assert all(map(torch.equal, found, wanted)), f"copy {at}"
+                    except _Boom:
+                        failed.append(at)
+    # Once each; of the rest some were fetched ahead, and not needed.
+    assert len(set(failed)) == len(failed) >= 5
