@@ -96,6 +96,7 @@ class Engine:
         """Register all triggers. ``before`` and ``after`` run around each forward of the model."""
         # In front of the caller's own pre-hooks, which may read weights; with always_call behind
         # the forward, so that an exception in it leaves the parameters on the host, too.
+        self.saved.reach.watch(model)
         yield model.register_forward_pre_hook(partial(self._begin_forward, before), prepend=True)
         yield model.register_forward_hook(partial(self._end_forward, after), always_call=True)
         for index, unit in enumerate(self.units):
@@ -297,11 +298,16 @@ class Engine:
                     self._refuse_unsettled()
                 return
             self._change_pass(Trigger.BACKWARD_BEGINS)
-            call = _EndOfBackward(self.finish_backward)
+            self.saved.reach.begin()
+            call = _EndOfBackward(self._succeed_backward)
             # Autograd gets the only reference. It calls the callback if the pass succeeds; if the
             # pass fails it drops it uncalled.
             self._end_call = weakref.ref(call, self._fail_backward)
             at_end_of_backward(call)
+
+    def _succeed_backward(self) -> None:
+        self.finish_backward()
+        self.saved.reach.check()
 
     def _fail_backward(self, end: weakref.ref[_EndOfBackward]) -> None:
         """Autograd dropped the callback of a pass uncalled."""

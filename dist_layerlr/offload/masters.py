@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from dist_layerlr.offload.codec import decode, encode, encoded_rows
 from dist_layerlr.offload.device import host_buffer
@@ -112,6 +112,10 @@ class Unit:
         """Optimizer steps on these weights. A fused step changes no version counter."""
         # Views of the masters, taken once. Nobody can write to an encoded master.
         self._samples = [_sampled_words(m) for m in masters if m.codes is None]
+
+    def trained_at(self) -> dict[int, nn.Parameter]:
+        """{first byte in the slot: parameter} of those that train."""
+        return {m.slot_offset: m.weight.param for m in self.masters if m.trainable}
 
     def fill(self, staging: Tensor) -> Tensor:
         """Copy the payload into a staging buffer and return the filled part."""

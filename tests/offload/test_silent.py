@@ -285,3 +285,41 @@ def test_a_fetch_that_fails_is_made_anew(
                         failed.append(at)
     # Once each; of the rest some were fetched ahead, and not needed.
     assert len(set(failed)) == len(failed) >= 5
+
+
+@pytest.mark.parametrize("reentrant", [None, False])
+@pytest.mark.parametrize("device", ["sim"])
+def test_a_backward_that_passes_streamed_weights_by_is_refused(reentrant: bool | None, device: str):
+    case = Case(lora=False, reentrant=reentrant)
+    model: Any = case.model()
+    with attach(model, case, device):
+        trained = [p for p in model.parameters() if p.requires_grad]
+        with pytest.raises(
+            OffloadError, match=r"backward\(inputs=\.\.\.\) gives streamed weights no"
+        ):
+            loss_of(model, case, 0, device).backward(inputs=trained)
+        model.zero_grad()
+        loss_of(model, case, 1, device).backward()
+        assert all(p.grad is not None for p in trained)
+
+
+@pytest.mark.parametrize("device", ["sim"])
+def test_the_gradient_of_an_input_and_a_weight_behind_detach_are_no_errors(device: str):
+    model: Any = FULL.model()
+    x = toy_batch(0)["x"].to(device).requires_grad_()
+    with attach(model, FULL, device):
+        (found,) = torch.autograd.grad(model(x).square().mean(), x)
+        assert torch.isfinite(found.cpu()).all()
+        loss_of(model, FULL, 1, device).backward()
+        layer = model.blocks[5].mlp[2]
+        layer.forward = lambda x: nn.functional.linear(x, layer.weight.detach(), layer.bias)
+        loss_of(model, FULL, 1, device).backward()
+
+
+@pytest.mark.parametrize("device", ["cpu"])
+def test_a_backward_of_some_inputs_gives_gradients_where_nothing_changes_device(device: str):
+    model: Any = FULL.model()
+    with attach(model, FULL, device):
+        trained = [p for p in model.parameters() if p.requires_grad]
+        loss_of(model, FULL, 0, device).backward(inputs=trained)
+        assert all(p.grad is not None for p in trained)
