@@ -42,6 +42,9 @@ class DeviceCopies:
         """{unit: event of its copy}, from the fetch until compute was made to wait for it."""
         self._stamps: dict[int, tuple[int, ...]] = {}
         """{unit: stamp of its masters when its copy was asked for}."""
+        self._aside: dict[int, str] = {}
+        """{slot: name of the unit whose weights it held} of slots that somebody still refers to,
+        though their copies are worth nothing."""
 
     @property
     def closed(self) -> bool:
@@ -53,11 +56,23 @@ class DeviceCopies:
         return self._slots[self.ring.slot(unit)]
 
     def unit_behind(self, tensor: Tensor) -> int | None:
-        """The unit whose slot a tensor lies in; None: it lies elsewhere."""
+        """The unit whose slot a tensor lies in; None: it lies elsewhere.
+
+        Raises:
+            OffloadError: the unit has left the slot.
+        """
         if tensor.layout is not torch.strided:  # only strided tensors have a storage
             return None
         slot = self._slot_index.get(storage_key(tensor))
-        return None if slot is None else self.ring.unit_in(slot)
+        if slot is None:
+            return None
+        unit = self.ring.unit_in(slot)
+        if unit is None:
+            raise OffloadError(
+                f"A view of a weight of {self._aside.get(slot, 'a streamed unit')} was kept from an"
+                " earlier pass and is used in this one. Take it anew in each forward, or clone it."
+            )
+        return unit
 
     def bring(self, unit: int, *, backward: bool) -> Slot:
         """Have a unit in a slot, start the copies of the next ones, and make compute wait for it.
@@ -71,6 +86,7 @@ class DeviceCopies:
         Raises:
             OffloadError: every slot holds something that is still in use.
         """
+        self._take_back_slots()
         try:
             loads = self.ring.need(unit, backward=backward, busy=self.in_use_elsewhere())
         except RingFull:
@@ -115,7 +131,7 @@ class DeviceCopies:
         if self.ring.state(unit) is State.HOST:
             return
         if self._stamps[unit] != self._units[unit].stamp():
-            self.ring.drop(unit)
+            self._drop([unit])
 
     def drop_trained(self) -> None:
         """Give up the copies of units that train.
@@ -123,9 +139,28 @@ class DeviceCopies:
         The optimizer is about to change their masters, maybe through ``.data``, which no version
         counter sees.
         """
-        for unit in self.ring.holders():
-            if self._units[unit].trained:
+        self._drop([unit for unit in self.ring.holders() if self._units[unit].trained])
+
+    def _drop(self, units: list[int]) -> None:
+        """Give up copies. A slot that a kept view shows goes to no other unit while it does."""
+        kept = self.in_use_elsewhere() if units else set()
+        for unit in units:
+            if unit in kept:
+                slot = self.ring.set_aside(unit)
+                # Used until it is taken back, so the event is recorded when it is taken again.
+                self._slots[slot].free = None
+                self._aside[slot] = self._units[unit].name
+            else:
                 self.ring.drop(unit)
+
+    def _take_back_slots(self) -> None:
+        for slot in list(self._aside):
+            if not self._is_shared(slot):
+                del self._aside[slot]
+                self.ring.take_back(slot)
+
+    def _is_shared(self, slot: int) -> bool:
+        return storage_uses(self._slots[slot].memory) > self._own_uses[slot]
 
     def in_use_elsewhere(self) -> set[int]:
         """Units whose slot somebody else refers to.
@@ -135,10 +170,8 @@ class DeviceCopies:
         found = set()
         for unit in self.ring.holders():
             # A slot that is being filled is referred to by its copy.
-            if self.ring.state(unit) is State.READY:
-                slot = self.ring.slot(unit)
-                if storage_uses(self._slots[slot].memory) > self._own_uses[slot]:
-                    found.add(unit)
+            if self.ring.state(unit) is State.READY and self._is_shared(self.ring.slot(unit)):
+                found.add(unit)
         return found
 
     def close(self) -> None:
@@ -148,7 +181,8 @@ class DeviceCopies:
         self._slots = ()
 
     def _refuse_full(self, unit: int) -> NoReturn:
-        held = ", ".join(self._units[u].name for u in sorted(self.in_use_elsewhere()))
+        names = [self._units[u].name for u in sorted(self.in_use_elsewhere())]
+        held = ", ".join(dict.fromkeys([*names, *self._aside.values()]))
         raise OffloadError(
             f"No slot for {self._units[unit].name}: views of the weights of {held} are still held,"
             " by code that kept them (clone what is to be kept), by saved-tensor hooks inside a"

@@ -323,3 +323,44 @@ def test_a_backward_of_some_inputs_gives_gradients_where_nothing_changes_device(
         trained = [p for p in model.parameters() if p.requires_grad]
         loss_of(model, FULL, 0, device).backward(inputs=trained)
         assert all(p.grad is not None for p in trained)
+
+
+@pytest.mark.parametrize("device", ["cpu"])
+def test_a_view_of_a_trained_weight_that_is_kept_still_shows_that_weight(device: str):
+    model: Any = FULL.model()
+    layer = model.blocks[3].mlp[0]
+    kept: list[torch.Tensor] = []
+    hook = layer.register_forward_pre_hook(lambda *_: kept.append(layer.weight.t()))
+    with attach(model, FULL, device) as handle:
+        loss_of(model, FULL, 0, device).backward()
+        hook.remove()
+        wanted = weights(model)["blocks.3.mlp.0.weight"].t()
+        with torch.no_grad():
+            model(**toy_batch(1))
+            assert torch.equal(kept[0], wanted)
+        model.zero_grad()
+        loss_of(model, FULL, 1, device).backward()
+        assert torch.equal(kept[0], wanted)
+        layer.forward = lambda x: nn.functional.linear(x, kept[0].t(), layer.bias)
+        with pytest.raises(OffloadError, match=r"view of a weight of blocks\.3 was kept"):
+            loss_of(model, FULL, 2, device)
+        del layer.forward
+        kept.clear()
+        loss_of(model, FULL, 2, device).backward()
+        assert handle._engine is not None and not handle._engine.copies._aside
+
+
+@pytest.mark.parametrize("device", ["cpu"])
+def test_kept_views_of_trained_weights_that_hold_every_slot_are_named(device: str):
+    model: Any = FULL.model()
+    kept: list[torch.Tensor] = []
+    for i in (1, 3, 5):
+        layer = model.blocks[i].mlp[0]
+        layer.register_forward_hook(lambda m, *_: kept.append(m.weight.t()) if grad() else None)
+    grad = torch.is_grad_enabled
+    with attach(model, FULL, device):
+        with pytest.raises(OffloadError, match=r"No slot for blocks.*views of the weights of"):
+            for step in range(3):
+                loss_of(model, FULL, step, device).backward()
+        kept.clear()
+        model(**toy_batch(0))
