@@ -110,6 +110,25 @@ def test_weights_that_share_memory_and_train_are_refused():
         assert part in str(error.value)
 
 
+@pytest.mark.parametrize("first", [2, 3])
+def test_weights_that_share_a_part_of_their_memory_and_train_are_refused(first: int):
+    model: Any = FULL.model()
+    memory = torch.randn(WIDTH + 10, WIDTH)
+    model.blocks[1].attn.to_k.weight.data = memory[:WIDTH]
+    model.blocks[first].attn.to_k.weight.data = memory[10:]
+    with pytest.raises(OffloadError, match=rf"blocks.1.*blocks.{first}.* share memory"):
+        attach(model, FULL, "cpu")
+
+
+def test_weights_that_lie_side_by_side_in_one_buffer_are_streamed():
+    model: Any = FULL.model()
+    memory = torch.randn(3 * WIDTH, WIDTH)
+    for i, part in enumerate(memory.split(WIDTH)):
+        model.blocks[i].attn.to_k.weight.data = part
+    with attach(model, FULL, "cpu"):
+        loss_of(model, FULL, 0, "cpu").backward()
+
+
 def test_frozen_weights_that_share_memory_are_streamed():
     model: Any = LORA.model()
     for layer in (model.blocks[1].attn.to_k, model.blocks[3].attn.to_k):
