@@ -42,6 +42,8 @@ class DeviceCopies:
         """{unit: event of its copy}, from the fetch until compute was made to wait for it."""
         self._stamps: dict[int, tuple[int, ...]] = {}
         """{unit: stamp of its masters when its copy was asked for}."""
+        self._at_rest: dict[int, tuple[int, ...]] = {}
+        """{unit: closer stamp of its masters when a pass ended} of copies that outlive the pass."""
         self._aside: dict[int, str] = {}
         """{slot: name of the unit whose weights it held} of slots that somebody still refers to,
         though their copies are worth nothing."""
@@ -132,6 +134,16 @@ class DeviceCopies:
             return
         if self._stamps[unit] != self._units[unit].stamp():
             self._drop([unit])
+
+    def rest(self) -> None:
+        """A pass has ended: the caller may write to masters until the next one begins."""
+        self._at_rest = {unit: self._units[unit].rest_stamp() for unit in self.ring.holders()}
+
+    def wake(self) -> None:
+        """A pass begins: give up copies whose masters were written to meanwhile."""
+        rested, self._at_rest = self._at_rest, {}
+        holders = set(self.ring.holders()) & rested.keys()
+        self._drop([u for u in sorted(holders) if self._units[u].rest_stamp() != rested[u]])
 
     def drop_trained(self) -> None:
         """Give up the copies of units that train.

@@ -177,6 +177,7 @@ class Engine:
                 # The optimizer may step now, so copies of trained weights are worth nothing. The
                 # gradients come last: a parameter takes a host gradient only while it is there.
                 self._give_back()
+                self.copies.rest()
                 self.sink.assign_gradients()
 
     def before_step(self, optimizer: Optimizer) -> None:
@@ -230,8 +231,7 @@ class Engine:
         with self._lock:
             # Nothing current is left but by an interrupted forward.
             self.point_at_host()
-            # Behind a forward that had no backward, the weights may have been stepped.
-            self.copies.drop_trained()
+            self._begin_pass()
             self._change_pass(Trigger.FORWARD_BEGINS)
 
     def _end_forward(
@@ -246,6 +246,7 @@ class Engine:
             if not torch.is_grad_enabled():
                 # No backward follows, so the optimizer may step before the next trigger.
                 self._give_back()
+            self.copies.rest()
             self._tell_ring_the_order()
         after()
 
@@ -285,6 +286,7 @@ class Engine:
             self.point_at_host()
             if not torch.is_grad_enabled():
                 self._give_back()
+            self.copies.rest()
 
     def _begin_backward(self) -> None:
         """Ask autograd to call back when this pass ends.
@@ -298,6 +300,7 @@ class Engine:
                     self._refuse_unsettled()
                 return
             self._change_pass(Trigger.BACKWARD_BEGINS)
+            self.copies.wake()
             self.saved.reach.begin()
             call = _EndOfBackward(self._succeed_backward)
             # Autograd gets the only reference. It calls the callback if the pass succeeds; if the
@@ -321,6 +324,12 @@ class Engine:
                 self._abandon_backward()
 
     # State
+
+    def _begin_pass(self) -> None:
+        """Begin with no copy that the caller has outdated."""
+        # Behind a forward that had no backward, the weights may have been stepped.
+        self.copies.drop_trained()
+        self.copies.wake()
 
     def _give_back(self) -> None:
         """End a pass behind which the caller may write to the weights."""

@@ -7,6 +7,7 @@ byte, what the slot holds. Masters that are mapped from safetensors files stand 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -112,6 +113,11 @@ class Unit:
         """Optimizer steps on these weights. A fused step changes no version counter."""
         # Views of the masters, taken once. Nobody can write to an encoded master.
         self._samples = [_sampled_words(m) for m in masters if m.codes is None]
+        self._rows = [_words_of_each_row(m) for m in masters if m.codes is None]
+
+    def rest_stamp(self) -> tuple[int, ...]:
+        """As ``stamp``, for longer times: it also changes with a write to a single row."""
+        return (*self.stamp(), sum(int(words.sum()) for words in self._rows))
 
     def trained_at(self) -> dict[int, nn.Parameter]:
         """{first byte in the slot: parameter} of those that train."""
@@ -258,6 +264,23 @@ def _sampled_words(master: Master) -> Tensor:
     # Whole words as integers: the sum of floats could lose a small change, or be NaN.
     words = master.stored.view(_WORDS.get(master.dtype.itemsize, torch.uint8))
     return sample(words, _SAMPLES)
+
+
+def _words_of_each_row(master: Master) -> Tensor:
+    """At least one word of every row and of every column."""
+    words = master.stored.view(_WORDS.get(master.dtype.itemsize, torch.uint8))
+    columns = 1
+    for size, step in zip(master.shape, master.stride, strict=True):
+        if size > 1:
+            columns = max(columns, step)
+    apart = words.numel() // _SAMPLES
+    if columns > 1:
+        apart = min(apart, columns - 1, words.numel() // columns)
+    # Steps shorter than a row meet each row; steps without a divisor in common with the row's
+    # length meet each place in it before they meet one again, and there are enough of them.
+    while math.gcd(apart, columns) > 1:
+        apart -= 1
+    return words[:: max(1, apart)]
 
 
 def _slot_stride(data: Tensor, *, keep: bool) -> tuple[int, ...]:
