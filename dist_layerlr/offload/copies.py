@@ -6,6 +6,7 @@ to slots of device memory, and knows when a copy is outdated or its slot still i
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Sequence
 from typing import NoReturn
 
@@ -32,14 +33,15 @@ class DeviceCopies:
         backend: Backend,
     ):
         self.ring, self.fetcher = ring, fetcher
-        self.stalls = 0
-        """Units that were needed before their copy had finished."""
+        self._stalls, self._stall_s = 0, 0.0
+        self._waits: deque[tuple[Event, Event]] = deque()
+        """(where compute was, what it waited for) of waits whose length is not known yet."""
         self._units, self._slots, self._backend = units, slots, backend
         self._slot_index = {storage_key(slot.memory): i for i, slot in enumerate(slots)}
         # Counted before any parameter points at a slot: more uses than these are somebody else's.
         self._own_uses = [storage_uses(slot.memory) for slot in slots]
         self._ready: dict[int, Event] = {}
-        """{unit: event of its copy}, from the fetch until compute was made to wait for it."""
+        """{unit: event of its copy}, from the fetch until it is known to be over."""
         self._stamps: dict[int, tuple[int, ...]] = {}
         """{unit: stamp of its masters when its copy was asked for}."""
         self._at_rest: dict[int, tuple[int, ...]] = {}
@@ -101,17 +103,47 @@ class DeviceCopies:
                 for lost in loads[position:]:
                     self.ring.drop(lost.unit)
                 raise
-        if self.ring.state(unit) is State.LOADING:
-            # Point 1 of [Note: stream order]. Compute waits, the host does not, and only for this
-            # unit: the copies behind it go on beside its kernels.
-            try:
-                late = self.fetcher.wait(self._ready.pop(unit))
-            except BaseException:
-                self.ring.drop(unit)
-                raise
-            self.stalls += late or any(load.unit == unit for load in loads)
-            self.ring.arrived(unit)
+        self._wait_for(unit)
         return self.slot_of(unit)
+
+    def _wait_for(self, unit: int) -> None:
+        """Make compute wait for a unit's copy, if it may still run."""
+        fetch = self._ready.get(unit)
+        if fetch is None:
+            return
+        first = self.ring.state(unit) is State.LOADING
+        # Point 1 of [Note: stream order]. Compute waits, the host does not, and only for this
+        # unit: the copies behind it go on beside its kernels.
+        try:
+            ready = self.fetcher.queued(fetch)
+            reached = self._backend.wait(ready)
+        except BaseException:
+            if first:
+                del self._ready[unit]
+                self.ring.drop(unit)
+            raise
+        if reached is None:
+            del self._ready[unit]
+        if first:
+            self.ring.arrived(unit)
+            if reached is not None:
+                self._waits.append((reached, ready))
+        # Every wait that is over is measured now, so that the list stays short.
+        self._measure()
+
+    def _measure(self) -> None:
+        while self._waits:
+            seconds = self._backend.waited(*self._waits[0])
+            if seconds is None:
+                return
+            self._waits.popleft()
+            self._stalls += seconds > 0
+            self._stall_s += seconds
+
+    def stalls(self) -> tuple[int, float]:
+        """Copies that compute waited for, and how many seconds, as far as they are known."""
+        self._measure()
+        return self._stalls, self._stall_s
 
     def _start(self, load: Load) -> None:
         # An event is left here if the unit lost its slot unused. Should this fetch fail, that event
@@ -125,8 +157,8 @@ class DeviceCopies:
         """Note that compute is done with a unit for now. Its copy stays until the slot is taken."""
         # Point 2 of [Note: stream order]: whoever still refers to the slot may use it after this
         # point, so the event is then recorded when the slot is taken.
-        in_use = unit in self.in_use_elsewhere()
-        self.slot_of(unit).free = None if in_use else self._backend.mark()
+        slot, in_use = self.slot_of(unit), unit in self.in_use_elsewhere()
+        slot.free = None if in_use else self._backend.mark(slot.free)
 
     def drop_outdated(self, unit: int) -> None:
         """Give up a unit's copy if its masters were written to since."""

@@ -8,15 +8,15 @@ byte, what the slot holds. Masters that are mapped from safetensors files stand 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
 from dist_layerlr.offload.codec import decode, encode, encoded_rows
-from dist_layerlr.offload.device import host_buffer
 from dist_layerlr.offload.internals import write_count
+from dist_layerlr.offload.pinning import host_buffer
 from dist_layerlr.offload.units import Streamed, UnitSpec
 
 ALIGNMENT = 256
@@ -170,18 +170,24 @@ def slot_bytes(spec: UnitSpec) -> int:
     return sum(aligned(w.param.nbytes) for w in spec.weights)
 
 
-def build(spec: UnitSpec, files: Files | None, host_dtype: str | None) -> Unit:
+def build(
+    spec: UnitSpec,
+    files: Files | None,
+    host_dtype: str | None,
+    allocate: Callable[[int], Tensor] = host_buffer,
+) -> Unit:
     """Copy a unit's values into masters. Nothing points at them yet.
 
     Args:
         spec: the unit.
         files: where frozen masters are, if they stay in their files.
         host_dtype: 8-bit format of frozen masters.
+        allocate: makes host bytes for the arena.
     """
     sizes = _stored_sizes(spec, host_dtype)
     starts = _offsets(sizes)
     offsets = _offsets([w.param.nbytes for w in spec.weights])
-    arena = host_buffer(starts[-1] + sizes[-1]) if files is None else None
+    arena = allocate(starts[-1] + sizes[-1]) if files is None else None
     masters = []
     for weight, size, start, offset in zip(spec.weights, sizes, starts, offsets, strict=True):
         frozen = not weight.param.requires_grad
