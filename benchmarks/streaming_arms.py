@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from dist_layerlr.offload import StreamPolicy
-from dist_layerlr.offload.device import Backend, Cuda, choose
+from dist_layerlr.offload.device import Accelerator, Backend, accelerator, choose
 from dist_layerlr.offload.streaming import stream_on
 from streaming_model import Block, Size, Stack, make_model
 
@@ -117,7 +117,7 @@ def _on_device(size: Size, device: torch.device, *, window: int = 1, share: floa
     return ours(size, choose(device), window=window, share=share)
 
 
-class SerialCuda(Cuda):
+class Serial(Accelerator):
     """Waits for every copy before anything else runs: what streaming costs without overlap."""
 
     def upload(
@@ -239,7 +239,7 @@ def builders(size: Size, device: torch.device) -> dict[str, Callable[[], Arm]]:
     for share in (0.25, 0.5):
         found[f"share{share:.2f}"] = partial(_on_device, size, device, share=share)
     if device.type == "cuda":
-        found["serial"] = lambda: ours(size, SerialCuda(device), overlap=False)
+        found["serial"] = lambda: ours(size, accelerator(device, Serial), overlap=False)
     found["naive"] = partial(naive, size, device)
     found["fsdp2"] = partial(fsdp2, size, device)
     if importlib.util.find_spec("diffusers"):

@@ -53,11 +53,21 @@ class SimulatedLink(Immediate):
             ready.wait()
         return ready
 
-    def wait(self, ready: threading.Event) -> bool:
-        """Make compute wait."""
-        late = not ready.is_set()
+    def wait(self, ready: threading.Event) -> float | None:
+        """Make compute wait. Returns the time, or None if the copy was done."""
+        if ready.is_set():
+            return None
+        reached = time.perf_counter()
         ready.wait()
-        return late
+        return time.perf_counter() - reached
+
+    def waited(self, reached: float, ready: threading.Event) -> float:
+        """What ``wait`` measured."""
+        return reached
+
+    def finish(self, event: threading.Event) -> None:
+        """Make the host wait."""
+        event.wait()
 
     def _copy(
         self, target: Tensor, source: Tensor, then: Callable[[], None] | None, end: float

@@ -6,6 +6,7 @@ to slots of device memory, and knows when a copy is outdated or its slot still i
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Sequence
 from typing import NoReturn
 
@@ -16,7 +17,7 @@ from dist_layerlr.errors import OffloadError
 from dist_layerlr.offload.device import Backend, Event
 from dist_layerlr.offload.internals import storage_key, storage_uses
 from dist_layerlr.offload.masters import Unit
-from dist_layerlr.offload.ring import Ring, RingFull, State
+from dist_layerlr.offload.ring import Load, Ring, RingFull, State
 from dist_layerlr.offload.transfer import Fetcher, Slot
 
 
@@ -32,16 +33,22 @@ class DeviceCopies:
         backend: Backend,
     ):
         self.ring, self.fetcher = ring, fetcher
-        self.stalls = 0
-        """Units that were needed before their copy had finished."""
+        self._stalls, self._stall_s = 0, 0.0
+        self._waits: deque[tuple[Event, Event]] = deque()
+        """(where compute was, what it waited for) of waits whose length is not known yet."""
         self._units, self._slots, self._backend = units, slots, backend
         self._slot_index = {storage_key(slot.memory): i for i, slot in enumerate(slots)}
         # Counted before any parameter points at a slot: more uses than these are somebody else's.
         self._own_uses = [storage_uses(slot.memory) for slot in slots]
         self._ready: dict[int, Event] = {}
-        """{unit: event of its copy}, from the fetch until compute was made to wait for it."""
+        """{unit: event of its copy}, from the fetch until it is known to be over."""
         self._stamps: dict[int, tuple[int, ...]] = {}
         """{unit: stamp of its masters when its copy was asked for}."""
+        self._at_rest: dict[int, tuple[int, ...]] = {}
+        """{unit: closer stamp of its masters when a pass ended} of copies that outlive the pass."""
+        self._aside: dict[int, str] = {}
+        """{slot: name of the unit whose weights it held} of slots that somebody still refers to,
+        though their copies are worth nothing."""
 
     @property
     def closed(self) -> bool:
@@ -53,11 +60,23 @@ class DeviceCopies:
         return self._slots[self.ring.slot(unit)]
 
     def unit_behind(self, tensor: Tensor) -> int | None:
-        """The unit whose slot a tensor lies in; None: it lies elsewhere."""
+        """The unit whose slot a tensor lies in; None: it lies elsewhere.
+
+        Raises:
+            OffloadError: the unit has left the slot.
+        """
         if tensor.layout is not torch.strided:  # only strided tensors have a storage
             return None
         slot = self._slot_index.get(storage_key(tensor))
-        return None if slot is None else self.ring.unit_in(slot)
+        if slot is None:
+            return None
+        unit = self.ring.unit_in(slot)
+        if unit is None:
+            raise OffloadError(
+                f"A view of a weight of {self._aside.get(slot, 'a streamed unit')} was kept from an"
+                " earlier pass and is used in this one. Take it anew in each forward, or clone it."
+            )
+        return unit
 
     def bring(self, unit: int, *, backward: bool) -> Slot:
         """Have a unit in a slot, start the copies of the next ones, and make compute wait for it.
@@ -66,40 +85,97 @@ class DeviceCopies:
             unit: the one that is computed next.
             backward: whether the next ones are those in front of it in forward order.
 
+        A copy that fails leaves its unit on the host, to be fetched anew.
+
         Raises:
             OffloadError: every slot holds something that is still in use.
         """
+        self._take_back_slots()
         try:
             loads = self.ring.need(unit, backward=backward, busy=self.in_use_elsewhere())
         except RingFull:
             self._refuse_full(unit)
-        for load in loads:
-            # The stamp comes first: a write during the copy must make the copy outdated.
-            self._stamps[load.unit] = self._units[load.unit].stamp()
-            self._ready[load.unit] = self.fetcher.fetch(
-                self._units[load.unit], self._slots[load.slot]
-            )
-        if self.ring.state(unit) is State.LOADING:
-            # Point 1 of [Note: stream order]. Compute waits, the host does not, and only for this
-            # unit: the copies behind it go on beside its kernels.
-            late = self.fetcher.wait(self._ready.pop(unit))
-            self.stalls += late or any(load.unit == unit for load in loads)
-            self.ring.arrived(unit)
+        for position, load in enumerate(loads):
+            try:
+                self._start(load)
+            except BaseException:
+                # None of the copies that are left was started: their units hold no slot.
+                for lost in loads[position:]:
+                    self.ring.drop(lost.unit)
+                raise
+        self._wait_for(unit)
         return self.slot_of(unit)
+
+    def _wait_for(self, unit: int) -> None:
+        """Make compute wait for a unit's copy, if it may still run."""
+        fetch = self._ready.get(unit)
+        if fetch is None:
+            return
+        first = self.ring.state(unit) is State.LOADING
+        # Point 1 of [Note: stream order]. Compute waits, the host does not, and only for this
+        # unit: the copies behind it go on beside its kernels.
+        try:
+            ready = self.fetcher.queued(fetch)
+            reached = self._backend.wait(ready)
+        except BaseException:
+            if first:
+                del self._ready[unit]
+                self.ring.drop(unit)
+            raise
+        if reached is None:
+            del self._ready[unit]
+        if first:
+            self.ring.arrived(unit)
+            if reached is not None:
+                self._waits.append((reached, ready))
+        # Every wait that is over is measured now, so that the list stays short.
+        self._measure()
+
+    def _measure(self) -> None:
+        while self._waits:
+            seconds = self._backend.waited(*self._waits[0])
+            if seconds is None:
+                return
+            self._waits.popleft()
+            self._stalls += seconds > 0
+            self._stall_s += seconds
+
+    def stalls(self) -> tuple[int, float]:
+        """Copies that compute waited for, and how many seconds, as far as they are known."""
+        self._measure()
+        return self._stalls, self._stall_s
+
+    def _start(self, load: Load) -> None:
+        # An event is left here if the unit lost its slot unused. Should this fetch fail, that event
+        # must not be taken for its own.
+        self._ready.pop(load.unit, None)
+        # The stamp comes before the copy: a write during it must make the copy outdated.
+        self._stamps[load.unit] = self._units[load.unit].stamp()
+        self._ready[load.unit] = self.fetcher.fetch(self._units[load.unit], self._slots[load.slot])
 
     def release(self, unit: int) -> None:
         """Note that compute is done with a unit for now. Its copy stays until the slot is taken."""
         # Point 2 of [Note: stream order]: whoever still refers to the slot may use it after this
         # point, so the event is then recorded when the slot is taken.
-        in_use = unit in self.in_use_elsewhere()
-        self.slot_of(unit).free = None if in_use else self._backend.mark()
+        slot, in_use = self.slot_of(unit), unit in self.in_use_elsewhere()
+        slot.free = None if in_use else self._backend.mark(slot.free)
 
     def drop_outdated(self, unit: int) -> None:
         """Give up a unit's copy if its masters were written to since."""
         if self.ring.state(unit) is State.HOST:
             return
         if self._stamps[unit] != self._units[unit].stamp():
-            self.ring.drop(unit)
+            self._drop([unit])
+
+    def rest(self) -> None:
+        """A pass has ended: the caller may write to masters until the next one begins."""
+        self._at_rest = {unit: self._units[unit].rest_stamp() for unit in self.ring.holders()}
+
+    def wake(self) -> None:
+        """A pass begins: give up copies whose masters were written to meanwhile."""
+        rested, self._at_rest = self._at_rest, {}
+        holders = set(self.ring.holders()) & rested.keys()
+        self._drop([u for u in sorted(holders) if self._units[u].rest_stamp() != rested[u]])
 
     def drop_trained(self) -> None:
         """Give up the copies of units that train.
@@ -107,9 +183,28 @@ class DeviceCopies:
         The optimizer is about to change their masters, maybe through ``.data``, which no version
         counter sees.
         """
-        for unit in self.ring.holders():
-            if self._units[unit].trained:
+        self._drop([unit for unit in self.ring.holders() if self._units[unit].trained])
+
+    def _drop(self, units: list[int]) -> None:
+        """Give up copies. A slot that a kept view shows goes to no other unit while it does."""
+        kept = self.in_use_elsewhere() if units else set()
+        for unit in units:
+            if unit in kept:
+                slot = self.ring.set_aside(unit)
+                # Used until it is taken back, so the event is recorded when it is taken again.
+                self._slots[slot].free = None
+                self._aside[slot] = self._units[unit].name
+            else:
                 self.ring.drop(unit)
+
+    def _take_back_slots(self) -> None:
+        for slot in list(self._aside):
+            if not self._is_shared(slot):
+                del self._aside[slot]
+                self.ring.take_back(slot)
+
+    def _is_shared(self, slot: int) -> bool:
+        return storage_uses(self._slots[slot].memory) > self._own_uses[slot]
 
     def in_use_elsewhere(self) -> set[int]:
         """Units whose slot somebody else refers to.
@@ -119,10 +214,8 @@ class DeviceCopies:
         found = set()
         for unit in self.ring.holders():
             # A slot that is being filled is referred to by its copy.
-            if self.ring.state(unit) is State.READY:
-                slot = self.ring.slot(unit)
-                if storage_uses(self._slots[slot].memory) > self._own_uses[slot]:
-                    found.add(unit)
+            if self.ring.state(unit) is State.READY and self._is_shared(self.ring.slot(unit)):
+                found.add(unit)
         return found
 
     def close(self) -> None:
@@ -132,7 +225,8 @@ class DeviceCopies:
         self._slots = ()
 
     def _refuse_full(self, unit: int) -> NoReturn:
-        held = ", ".join(self._units[u].name for u in sorted(self.in_use_elsewhere()))
+        names = [self._units[u].name for u in sorted(self.in_use_elsewhere())]
+        held = ", ".join(dict.fromkeys([*names, *self._aside.values()]))
         raise OffloadError(
             f"No slot for {self._units[unit].name}: views of the weights of {held} are still held,"
             " by code that kept them (clone what is to be kept), by saved-tensor hooks inside a"

@@ -1,11 +1,11 @@
 """The device: memory, copies, and what waits for what.
 
-One implementation for CUDA, one where copies are immediate.
+One implementation for devices with queues, one where copies are immediate.
 
 [Note: stream order]
 Three queues: the compute stream (whatever stream the model runs on), the copy stream (host to
-device, in order), the gradient stream (device to host). The host never waits for the device except
-where a staging buffer is used again.
+device, in order), the gradient stream (device to host). The host waits for the device
+where a staging buffer is used again, and at point 6.
 
 1. *ready*: recorded on the copy stream behind a unit's copy (and expansion). The compute stream
    waits for it before the unit's first kernel.
@@ -13,17 +13,19 @@ where a staging buffer is used again.
    kernel that used the slot, in forward and in backward. (Recorded after the forward alone it comes
    too early: backward still reads the slot.) The copy stream waits for it before it overwrites the
    slot. A slot that somebody still refers to at that moment gets no such event; it is recorded when
-   the slot is taken.
+   the slot is taken. Each event lies behind the one before, which may be another stream's.
 3. Copies into one slot need no event between them: the copy stream keeps their order.
 4. Gradients: the gradient stream waits for the compute stream before each copy; the gradient is
    kept alive until the host has seen its event, so that the allocator cannot hand out its memory.
 5. The ring is allocated once, on the compute stream, and never freed while streaming: nothing to
    record with the allocator, and a bound on how far the host can run ahead.
+6. *masters*: the caller may write to them when he has them back. So the host waits for the last
+   copy that reads them: behind a forward without gradients, behind a backward, and before an
+   optimizer steps. (Behind a forward with gradients it does not: backward follows.)
 """
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Callable
 from typing import Any, Protocol
 
@@ -31,9 +33,9 @@ import torch
 from torch import Tensor
 
 from dist_layerlr.errors import OffloadError
+from dist_layerlr.offload.pinning import Handed, Pins, Registered, host_buffer
+from dist_layerlr.offload.queues import Queues, TorchQueues
 
-PAGE = 4096
-"""Bytes of a page of host memory; page-locking works on whole pages."""
 Event = Any
 """A point in a queue."""
 
@@ -56,12 +58,19 @@ class Backend(Protocol):
         """
         ...
 
-    def wait(self, ready: Event) -> bool:
-        """Make compute wait for a copy. Returns whether it had to."""
+    def wait(self, ready: Event) -> Event:
+        """Make compute wait for a copy.
+
+        Returns where compute was; None: the copy had finished.
+        """
         ...
 
-    def mark(self) -> Event:
-        """Where compute is now."""
+    def waited(self, reached: Event, ready: Event) -> float | None:
+        """Seconds that compute, at the point ``reached``, waited; None: not known yet."""
+        ...
+
+    def mark(self, behind: Event = None) -> Event:
+        """Where compute is now, and behind another point of it."""
         ...
 
     def download(self, target: Tensor, source: Tensor) -> Event:
@@ -72,8 +81,16 @@ class Backend(Protocol):
         """Make the host wait."""
         ...
 
+    def enter_thread(self) -> None:
+        """Prepare a thread that was just started to use the device."""
+        ...
+
+    def host_buffer(self, nbytes: int, *, pinned: bool) -> Tensor:
+        """Host bytes; with ``pinned``, ``pin`` will be called for them."""
+        ...
+
     def pin(self, tensor: Tensor) -> None:
-        """Page-lock host memory in place."""
+        """Page-lock a host buffer."""
         ...
 
     def unpin(self, tensor: Tensor) -> None:
@@ -107,11 +124,14 @@ class Immediate:
         if then is not None:
             then()
 
-    def wait(self, ready: Event) -> bool:
+    def wait(self, ready: Event) -> Event:
         """Nothing to wait for."""
-        return False
 
-    def mark(self) -> Event:
+    def waited(self, reached: Event, ready: Event) -> float | None:
+        """Nobody did."""
+        return 0.0
+
+    def mark(self, behind: Event = None) -> Event:
         """One queue, so any point will do."""
         return True
 
@@ -121,6 +141,13 @@ class Immediate:
 
     def finish(self, event: Event) -> None:
         """Nothing to wait for."""
+
+    def enter_thread(self) -> None:
+        """Nothing to prepare."""
+
+    def host_buffer(self, nbytes: int, *, pinned: bool) -> Tensor:
+        """Pageable."""
+        return host_buffer(nbytes)
 
     def pin(self, tensor: Tensor) -> None:
         """Nothing to lock."""
@@ -136,15 +163,13 @@ class Immediate:
         """Nothing to wait for."""
 
 
-class Cuda:
-    """A CUDA device. The order of its queues: see [Note: stream order]."""
+class Accelerator:
+    """A device with queues: CUDA, ROCm, XPU, NPU. Their order: see [Note: stream order]."""
 
-    def __init__(self, device: torch.device):
-        index = torch.cuda.current_device() if device.index is None else device.index
-        self.device = torch.device("cuda", index)
-        self._copies: torch.cuda.Stream = torch.cuda.Stream(self.device)  # type: ignore[no-untyped-call]
-        self._pins: dict[int, weakref.finalize[Any, Any]] = {}
-        self._gradients: torch.cuda.Stream = torch.cuda.Stream(self.device)  # type: ignore[no-untyped-call]
+    def __init__(self, device: torch.device, queues: Queues, pins: Pins):
+        self.device = device
+        self._queues, self._pins = queues, pins
+        self._copies, self._gradients = queues.new(), queues.new()
 
     def allocate(self, nbytes: int) -> Tensor:
         """Device memory of the compute stream: point 5 of [Note: stream order]."""
@@ -154,88 +179,106 @@ class Cuda:
         self, target: Tensor, source: Tensor, after: Event, then: Callable[[], None] | None
     ) -> Event:
         """Points 1 to 3 of [Note: stream order]."""
-        with torch.cuda.stream(self._copies):
-            self._copies.wait_event(after)
+        self._copies.wait_event(after)
+        with self._queues.use(self._copies):
             target.copy_(source, non_blocking=True)
             if then is not None:
                 then()
-            return self._copies.record_event()
+        return self._queues.record(self._copies)
 
-    def wait(self, ready: Event) -> bool:
+    def wait(self, ready: Event) -> Event:
         """Point 1 of [Note: stream order]."""
-        late = not ready.query()
-        if late:
-            torch.cuda.current_stream(self.device).wait_event(ready)
-        return late
+        if ready.query():
+            return None
+        reached = self.mark()
+        self._queues.current().wait_event(ready)
+        return reached
 
-    def mark(self) -> Event:
+    def waited(self, reached: Event, ready: Event) -> float | None:
+        """By the clock of the device."""
+        if not (reached.query() and ready.query()):
+            return None
+        return max(0.0, float(reached.elapsed_time(ready))) / 1e3
+
+    def mark(self, behind: Event = None) -> Event:
         """Point 2 of [Note: stream order]."""
-        return torch.cuda.current_stream(self.device).record_event()
+        current = self._queues.current()
+        if behind is not None:
+            current.wait_event(behind)
+        return self._queues.record(current)
 
     def download(self, target: Tensor, source: Tensor) -> Event:
         """Point 4 of [Note: stream order]."""
         self._gradients.wait_event(self.mark())
-        with torch.cuda.stream(self._gradients):
+        with self._queues.use(self._gradients):
             target.copy_(source, non_blocking=True)
-            return self._gradients.record_event()
+        return self._queues.record(self._gradients)
 
     def finish(self, event: Event) -> None:
         """Block the host."""
         event.synchronize()
 
-    def pin(self, tensor: Tensor) -> None:
-        """Register the exact range; ``pin_memory`` would round it up to a power of two.
+    def enter_thread(self) -> None:
+        """Make this device the thread's own, for as long as the thread lives."""
+        # A fresh thread's device is number 0, and whoever restores it makes a context there.
+        self._queues.use(self._copies).__enter__()
 
-        Raises:
-            OffloadError: the system does not lock that much.
-        """
-        runtime: Any = torch.cuda.cudart()  # type: ignore[no-untyped-call]
-        status = runtime.cudaHostRegister(tensor.data_ptr(), tensor.nbytes, 0)
-        if int(status) != 0:
-            raise OffloadError(
-                f"Cannot page-lock {tensor.nbytes / 2**20:.0f} MiB of host memory ({status}). Set"
-                " pinned_pool_mb lower (masters then stay pageable), or raise the limit (ulimit"
-                " -l)."
-            )
-        # Also where the model is dropped without remove(): a page must not stay locked when its
-        # memory is reused.
-        self._pins[tensor.data_ptr()] = weakref.finalize(
-            tensor, runtime.cudaHostUnregister, tensor.data_ptr()
-        )
+    def host_buffer(self, nbytes: int, *, pinned: bool) -> Tensor:
+        """As the kind of device locks it."""
+        return self._pins.buffer(nbytes, pinned=pinned)
+
+    def pin(self, tensor: Tensor) -> None:
+        """Lock it, with this device as the current one."""
+        with self._queues.use(self._copies):
+            self._pins.lock(tensor)
 
     def unpin(self, tensor: Tensor) -> None:
-        """Give the range back."""
-        self._pins.pop(tensor.data_ptr())()
+        """Give the memory back."""
+        with self._queues.use(self._copies):
+            self._pins.unlock(tensor)
 
     def free_bytes(self) -> int | None:
         """As the driver reports it, cached blocks of torch's allocator included."""
-        free, _ = torch.cuda.mem_get_info(self.device)
-        cached = torch.cuda.memory_reserved(self.device) - torch.cuda.memory_allocated(self.device)
-        return free + cached
+        free, _ = torch.get_device_module(self.device).mem_get_info(self.device)
+        reserved = torch.accelerator.memory_reserved(self.device)
+        return int(free) + reserved - torch.accelerator.memory_allocated(self.device)
 
     def synchronize(self) -> None:
         """Block the host until the device is idle."""
-        torch.cuda.synchronize(self.device)
+        self._queues.synchronise()
 
 
-def host_buffer(nbytes: int) -> Tensor:
-    """Host bytes on pages of their own, so that locking them locks nothing else."""
-    # torch aligns to 64 bytes. With two pages more the bytes can start at a page, and the rest of
-    # their last page belongs to them, too.
-    memory = torch.empty(nbytes + 2 * PAGE, dtype=torch.uint8, device="cpu")
-    start = -memory.data_ptr() % PAGE
-    return memory[start : start + nbytes]
+def accelerator(device: torch.device, kind: type[Accelerator] = Accelerator) -> Accelerator:
+    """The backend of torch's accelerator, as a class or as one that is made of it."""
+    index = torch.accelerator.current_device_index() if device.index is None else device.index
+    device = torch.device(device.type, index)
+    queues = TorchQueues(device)
+    if device.type != "cuda":
+        return kind(device, queues, Handed())
+    runtime: Any = torch.cuda.cudart()  # type: ignore[no-untyped-call]
+    return kind(device, queues, Registered(runtime, device, queues.synchronise))
 
 
 def choose(device: torch.device | str | None) -> Backend:
-    """The backend of a device; cuda if there is one and none is named.
+    """The backend of a device; torch's accelerator if there is one and none is named.
 
     Raises:
         OffloadError: a device that copies cannot be ordered on.
     """
-    chosen = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    if chosen.type == "cuda":
-        return Cuda(chosen)
+    found = torch.accelerator.current_accelerator(check_available=True)
+    # MPS computes in the host's memory, where there is nothing to stream to.
+    default = "cpu" if found is None or found.type == "mps" else found.type
+    chosen = torch.device(device or default)
     if chosen.type == "cpu":
         return Immediate(chosen)
-    raise OffloadError(f"Invalid device={str(chosen)!r}. Must be 'cuda' (or 'cuda:N'), or 'cpu'.")
+    if chosen.type == "mps":
+        raise OffloadError(
+            "Invalid device='mps'. Its memory is the host's, and torch has no streams for it to"
+            " order copies by. Train the model there without stream()."
+        )
+    if found is None or chosen.type != found.type:
+        raise OffloadError(
+            f"Invalid device={str(chosen)!r}. Must be 'cpu', or torch's accelerator, which is"
+            f" {found.type if found else 'none'} here (cuda, which is ROCm's name too, xpu, npu)."
+        )
+    return accelerator(chosen)

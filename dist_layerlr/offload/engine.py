@@ -8,27 +8,8 @@ stays in the slot until the ring gives the slot to another unit. No hook of its 
 it: under non-reentrant checkpointing recomputation stops before forward returns, and a full
 backward hook fires before autograd has read all saved weights.
 
-Between passes no unit is current: all parameters are plain host tensors. ``Pass`` says where the
-model stands, and ``_TRANSITIONS`` is this table:
-
-====================  ====================  ============  ====================  =============
-pass                  forward begins        forward ends  backward begins       backward ends
-====================  ====================  ============  ====================  =============
-OUTSIDE               FORWARD               OUTSIDE (1)   BACKWARD              OUTSIDE (2)
-FORWARD               FORWARD (3)           OUTSIDE       BACKWARD_IN_FORWARD   FORWARD (2)
-BACKWARD              BACKWARD_IN_FORWARD   BACKWARD (1)  (4)                   OUTSIDE
-BACKWARD_IN_FORWARD   itself (3)            BACKWARD      (4)                   FORWARD
-====================  ====================  ============  ====================  =============
-
-1. The forward was refused before it began; torch calls the hook behind it all the same.
-2. The end of backward is idempotent: ``close`` calls it, too.
-3. The forward before was interrupted (KeyboardInterrupt), or the model calls itself.
-4. One graph task is watched at a time, the outermost; a nested one is part of it.
-
-BACKWARD_IN_FORWARD is ``torch.autograd.grad`` inside the model's forward. A forward *inside* a
-backward pass (recomputation, or a hook that calls the model) changes nothing here: it is part of
-that pass. Only torch knows that, per thread: ``graph_task() != -1``. A unit that is called while
-the pass is OUTSIDE, without its model, is a pass of its own and ends with its forward.
+Between passes no unit is current: all parameters are plain host tensors, which the caller may
+write. ``passes.py`` has the table of passes.
 """
 
 from __future__ import annotations
@@ -36,12 +17,13 @@ from __future__ import annotations
 import threading
 import weakref
 from collections.abc import Callable, Iterable, Sequence
-from enum import Enum
 from functools import partial
 from typing import Any, NoReturn
 
 import torch
 from torch import nn
+from torch.optim import Optimizer
+from torch.optim.optimizer import register_optimizer_step_pre_hook
 from torch.utils.hooks import RemovableHandle
 
 from dist_layerlr.errors import OffloadError
@@ -51,60 +33,13 @@ from dist_layerlr.offload.gradients import GradSink
 from dist_layerlr.offload.internals import (
     at_end_of_backward,
     graph_task,
-    in_grad_transform,
-    registered_parameter,
 )
-from dist_layerlr.offload.masters import Master, Unit
+from dist_layerlr.offload.masters import Unit
+from dist_layerlr.offload.passes import TRANSITIONS, Pass, Trigger
 from dist_layerlr.offload.ring import Ring
 from dist_layerlr.offload.saved import SavedTensors
 from dist_layerlr.offload.transfer import Fetcher, Slot
-from dist_layerlr.offload.validate import check_autocast
-
-
-class Pass(Enum):
-    """What the streamed model is doing. The table above says what follows what."""
-
-    OUTSIDE = "outside"
-    FORWARD = "forward"
-    BACKWARD = "backward"
-    BACKWARD_IN_FORWARD = "backward in forward"
-
-    @property
-    def in_forward(self) -> bool:
-        """Whether a forward of the whole model is running."""
-        return self in (Pass.FORWARD, Pass.BACKWARD_IN_FORWARD)
-
-    @property
-    def in_backward(self) -> bool:
-        """Whether a backward pass runs through the model whose end was not seen yet."""
-        return self in (Pass.BACKWARD, Pass.BACKWARD_IN_FORWARD)
-
-
-class Trigger(Enum):
-    """What moves the model from one pass to another."""
-
-    FORWARD_BEGINS = "forward begins"
-    FORWARD_ENDS = "forward ends"
-    BACKWARD_BEGINS = "backward begins"
-    BACKWARD_ENDS = "backward ends"
-
-
-_TRANSITIONS = {
-    (Pass.OUTSIDE, Trigger.FORWARD_BEGINS): Pass.FORWARD,
-    (Pass.OUTSIDE, Trigger.FORWARD_ENDS): Pass.OUTSIDE,
-    (Pass.OUTSIDE, Trigger.BACKWARD_BEGINS): Pass.BACKWARD,
-    (Pass.OUTSIDE, Trigger.BACKWARD_ENDS): Pass.OUTSIDE,
-    (Pass.FORWARD, Trigger.FORWARD_BEGINS): Pass.FORWARD,
-    (Pass.FORWARD, Trigger.FORWARD_ENDS): Pass.OUTSIDE,
-    (Pass.FORWARD, Trigger.BACKWARD_BEGINS): Pass.BACKWARD_IN_FORWARD,
-    (Pass.FORWARD, Trigger.BACKWARD_ENDS): Pass.FORWARD,
-    (Pass.BACKWARD, Trigger.FORWARD_BEGINS): Pass.BACKWARD_IN_FORWARD,
-    (Pass.BACKWARD, Trigger.FORWARD_ENDS): Pass.BACKWARD,
-    (Pass.BACKWARD, Trigger.BACKWARD_ENDS): Pass.OUTSIDE,
-    (Pass.BACKWARD_IN_FORWARD, Trigger.FORWARD_BEGINS): Pass.BACKWARD_IN_FORWARD,
-    (Pass.BACKWARD_IN_FORWARD, Trigger.FORWARD_ENDS): Pass.BACKWARD,
-    (Pass.BACKWARD_IN_FORWARD, Trigger.BACKWARD_ENDS): Pass.FORWARD,
-}
+from dist_layerlr.offload.validate import check_autocast, check_masters, check_transform
 
 
 class _EndOfBackward:
@@ -145,11 +80,15 @@ class Engine:
         """Units in the order of the first forward; None once the ring knows it."""
         self._end_call: weakref.ref[_EndOfBackward] | None = None
         """The callback that waits for the end of this backward pass. Autograd owns it."""
+        self._unsettled = False
+        """Whether a backward pass failed whose gradients wait for ``recover``."""
         # Autograd's device threads unpack saved tensors while the caller's thread may run forwards.
         # Reentrant, because a trigger inside ``need`` comes back here.
         self._lock = threading.RLock()
-        trained = (m.weight.param for u in units for m in u.masters if m.trainable)
+        trained = {m.weight.param: u for u in units for m in u.masters if m.trainable}
         self.sink = GradSink(backend, trained, self._begin_backward)
+        self._unit_of = {id(param): unit for param, unit in trained.items()}
+        """{id of a streamed parameter that trains: its unit}."""
 
     def hook(
         self, model: nn.Module, before: Callable[[], None], after: Callable[[], None]
@@ -157,6 +96,7 @@ class Engine:
         """Register all triggers. ``before`` and ``after`` run around each forward of the model."""
         # In front of the caller's own pre-hooks, which may read weights; with always_call behind
         # the forward, so that an exception in it leaves the parameters on the host, too.
+        self.saved.reach.watch(model)
         yield model.register_forward_pre_hook(partial(self._begin_forward, before), prepend=True)
         yield model.register_forward_hook(partial(self._end_forward, after), always_call=True)
         for index, unit in enumerate(self.units):
@@ -171,6 +111,8 @@ class Engine:
                     partial(self._enter_owner, index), prepend=True
                 )
                 yield owner.register_forward_hook(self._leave_owner, always_call=True)
+        # torch keeps this hook in a global list, which must not keep the model alive.
+        yield register_optimizer_step_pre_hook(partial(_announce_step, weakref.ref(self)))
 
     def need(self, index: int) -> None:
         """Bring a unit to the device and point its parameters at it.
@@ -184,11 +126,14 @@ class Engine:
                 self._begin_backward()
             if index == self._current:
                 return
-            self._refuse_grad_transform(index)
+            check_transform(self.units[index].name)
             # Before anything of this unit: the event that frees the slot of the one before must lie
             # in front of the first kernel that this one adds to the stream.
             self.point_at_host()
-            self._refuse_changed(self.units[index].masters)
+            check_masters(self.units[index].masters)
+            if not backward and self._pass is Pass.OUTSIDE:
+                # A unit without its model, a pass of its own: as at the begin of a forward.
+                self.copies.drop_trained()
             self.copies.drop_outdated(index)
             # Recomputation of a region of several units goes forward inside backward: there the
             # unit behind the last one is needed, and the next ones lie behind it.
@@ -225,14 +170,28 @@ class Engine:
         """
         with self._lock:
             self._change_pass(Trigger.BACKWARD_ENDS)
-            self._end_call = None
+            self._end_call, self._unsettled = None, False
             try:
                 self.point_at_host()
             finally:
                 # The optimizer may step now, so copies of trained weights are worth nothing. The
                 # gradients come last: a parameter takes a host gradient only while it is there.
-                self.copies.drop_trained()
+                self._give_back()
+                self.copies.rest()
                 self.sink.assign_gradients()
+
+    def before_step(self, optimizer: Optimizer) -> None:
+        """Some optimizer is about to write weights, maybe these."""
+        if graph_task() != -1:
+            return  # steps during backward are refused where a gradient arrives
+        stepped = {id(p) for group in optimizer.param_groups for p in group["params"]}
+        with self._lock:
+            self.copies.fetcher.release_masters()
+            units = {id(unit): unit for key, unit in self._unit_of.items() if key in stepped}
+            if units:
+                self._refuse_unsettled()
+            for unit in units.values():
+                unit.steps += 1
 
     def close(self) -> None:
         """Stop. Parameters point at the host afterwards."""
@@ -260,15 +219,20 @@ class Engine:
                 "Two threads run the streamed model at once, which has one set of weights on"
                 " the device. Give each call its turn (a lock)."
             )
+        self._refuse_unsettled()
         self._thread = thread
         self.saved.leave_all()
         # One parameter per unit shows a cast or move of the whole model here, before other code of
         # the forward fails because of it with a message of its own.
         for index, unit in enumerate(self.units):
             if index != self._current:
-                self._refuse_changed(unit.masters[:1])
+                check_masters(unit.masters[:1])
         before()
-        self._change_pass(Trigger.FORWARD_BEGINS)
+        with self._lock:
+            # Nothing current is left but by an interrupted forward.
+            self.point_at_host()
+            self._begin_pass()
+            self._change_pass(Trigger.FORWARD_BEGINS)
 
     def _end_forward(
         self, after: Callable[[], None], module: nn.Module, args: Any, output: Any
@@ -281,7 +245,8 @@ class Engine:
             self.point_at_host()
             if not torch.is_grad_enabled():
                 # No backward follows, so the optimizer may step before the next trigger.
-                self.copies.drop_trained()
+                self._give_back()
+            self.copies.rest()
             self._tell_ring_the_order()
         after()
 
@@ -303,8 +268,7 @@ class Engine:
         self.saved.leave()
         if graph_task() == -1 and not self._pass.in_forward:
             # The unit was called without its model: nobody else ends this pass.
-            with self._lock:
-                self.point_at_host()
+            self._end_without_model()
 
     def _enter_owner(self, index: int, module: nn.Module, args: Any) -> None:
         if not torch.compiler.is_compiling():
@@ -315,8 +279,14 @@ class Engine:
         if torch.compiler.is_compiling() or self.saved.in_unit:
             return
         if graph_task() == -1 and not self._pass.in_forward:
-            with self._lock:
-                self.point_at_host()
+            self._end_without_model()
+
+    def _end_without_model(self) -> None:
+        with self._lock:
+            self.point_at_host()
+            if not torch.is_grad_enabled():
+                self._give_back()
+            self.copies.rest()
 
     def _begin_backward(self) -> None:
         """Ask autograd to call back when this pass ends.
@@ -326,21 +296,76 @@ class Engine:
         """
         with self._lock:
             if self._pass.in_backward:
+                if self._unsettled:
+                    self._refuse_unsettled()
                 return
             self._change_pass(Trigger.BACKWARD_BEGINS)
-            call = _EndOfBackward(self.finish_backward)
+            self.copies.wake()
+            self.saved.reach.begin()
+            call = _EndOfBackward(self._succeed_backward)
             # Autograd gets the only reference. It calls the callback if the pass succeeds; if the
-            # pass fails it drops it uncalled, before the caller sees the exception.
-            self._end_call = weakref.ref(call, lambda _: self.finish_backward())
+            # pass fails it drops it uncalled.
+            self._end_call = weakref.ref(call, self._fail_backward)
             at_end_of_backward(call)
 
+    def _succeed_backward(self) -> None:
+        self.finish_backward()
+        self.saved.reach.check()
+
+    def _fail_backward(self, end: weakref.ref[_EndOfBackward]) -> None:
+        """Autograd dropped the callback of a pass uncalled."""
+        with self._lock:
+            if end is not self._end_call:
+                return  # settled meanwhile
+            if self._device_type == "cpu":
+                # The caller's own thread ran the pass: it has not seen the exception yet.
+                self.finish_backward()
+            else:
+                self._abandon_backward()
+
     # State
+
+    def _begin_pass(self) -> None:
+        """Begin with no copy that the caller has outdated."""
+        # Behind a forward that had no backward, the weights may have been stepped.
+        self.copies.drop_trained()
+        self.copies.wake()
+
+    def _give_back(self) -> None:
+        """End a pass behind which the caller may write to the weights."""
+        self.copies.drop_trained()
+        self.copies.fetcher.release_masters()
+
+    def _abandon_backward(self) -> None:
+        """End a backward pass of which the caller may have seen the exception already.
+
+        A device's thread may drop the pass after the caller went on. Nobody knows then whether he
+        took away the gradients, zeroed in the meantime, so they wait for ``recover``.
+        """
+        if not self.sink.holds_gradients:
+            self.finish_backward()
+            return
+        self._unsettled = True
+        self.point_at_host()
+        self._give_back()
+
+    def _refuse_unsettled(self) -> None:
+        """Refuse to go on behind a failed backward pass whose gradients are not settled."""
+        with self._lock:
+            if self._pass.in_backward and not self._unsettled:
+                self._abandon_backward()  # its callback is still to come, and will do nothing
+            if self._unsettled:
+                raise OffloadError(
+                    "A backward pass through the streamed model failed, and its gradients are not"
+                    " settled. Where the exception is caught call handle.recover(), and"
+                    " zero_grad() behind it."
+                )
 
     def _change_pass(self, trigger: Trigger) -> None:
         with self._lock:
             key = self._pass, trigger
-            assert key in _TRANSITIONS, f"{trigger.value} while {self._pass.value}"
-            self._pass = _TRANSITIONS[key]
+            assert key in TRANSITIONS, f"{trigger.value} while {self._pass.value}"
+            self._pass = TRANSITIONS[key]
 
     def _point_at(self, index: int, slot: Slot) -> None:
         """Make a unit the current one."""
@@ -351,24 +376,6 @@ class Engine:
         self._current = self._last = index
         self._versions_on_arrival = unit.versions()
 
-    def _refuse_grad_transform(self, index: int) -> None:
-        if in_grad_transform():
-            raise OffloadError(
-                f"Unit {self.units[index].name} cannot be fetched inside torch.func.grad, vjp"
-                " or jvp, which allow no copies into memory of others. Use"
-                " torch.autograd.grad, or torch.autograd.forward_ad."
-            )
-
-    def _refuse_changed(self, masters: Sequence[Master]) -> None:
-        """Refuse parameters that do not point at their masters, as they must at rest."""
-        for master in masters:
-            change = _change_since_stream(master)
-            if change:
-                raise OffloadError(
-                    f"Parameter {master.name} {change} after stream(). Call handle.remove() first, "
-                    "change the model, and stream again."
-                )
-
     def _tell_ring_the_order(self) -> None:
         if self._first_order:
             unseen = set(range(len(self.units))) - set(self._first_order)
@@ -376,16 +383,9 @@ class Engine:
             self._first_order = None
 
 
-def _change_since_stream(master: Master) -> str | None:
-    """What a user did to a parameter that is at rest; None: nothing."""
-    param = master.weight.param
-    if registered_parameter(master.weight.owner, master.weight.leaf) is not param:
-        return "was replaced (load_state_dict(assign=True), or a swapped module)"
-    moved = param.data_ptr() != master.host.data_ptr()
-    # share_memory() moves the memory under a tensor that stays the same object.
-    moved = moved or master.stored.data_ptr() != master.address
-    if moved or param.dtype != master.dtype:
-        return "was moved or cast (.to(), .half(), .share_memory(), ...)"
-    if param.requires_grad and not master.trainable:
-        return "was unfrozen"
-    return None
+def _announce_step(
+    engine: weakref.ref[Engine], optimizer: Optimizer, args: Any, kwargs: Any
+) -> None:
+    live = engine()
+    if live is not None:
+        live.before_step(optimizer)

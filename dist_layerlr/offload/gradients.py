@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from dist_layerlr.errors import OffloadError
-from dist_layerlr.offload.device import Backend, Event, host_buffer
+from dist_layerlr.offload.device import Backend, Event
 from dist_layerlr.offload.internals import accumulate_hooks, graph_task
 
 STAGING = 2
@@ -75,10 +75,12 @@ class GradSink:
         """Sent to the host so far."""
         params = list(params)
         largest = max((p.numel() * p.element_size() for p in params), default=0)
-        self._staging = [host_buffer(largest) for _ in range(STAGING if params else 0)]
+        self._staging: list[Tensor] = []
         self._idle: queue.SimpleQueue[Tensor] = queue.SimpleQueue()
-        for buffer in self._staging:
+        for _ in range(STAGING if params else 0):
+            buffer = backend.host_buffer(largest, pinned=True)
             backend.pin(buffer)
+            self._staging.append(buffer)
             self._idle.put(buffer)
         # A tensor hook runs before the gradient is accumulated and, as the other one, survives a
         # change of device; hooks on the AccumulateGrad node do not.
@@ -87,7 +89,16 @@ class GradSink:
             hooked: Any = param
             self._hooks.append(hooked.register_hook(lambda _, p=param: self._set_aside(p)))
             self._hooks.append(hooked.register_post_accumulate_grad_hook(self._send_to_host))
-        self._worker = ThreadPoolExecutor(1, "offload-gradients") if params else None
+        self._worker: ThreadPoolExecutor | None = None
+        if params:
+            self._worker = ThreadPoolExecutor(
+                1, "offload-gradients", initializer=backend.enter_thread
+            )
+
+    @property
+    def holds_gradients(self) -> bool:
+        """Whether gradients were taken from parameters and not put back yet."""
+        return bool(self._sums)
 
     def assign_gradients(self) -> None:
         """Wait for all gradients and set ``param.grad`` to the sums.

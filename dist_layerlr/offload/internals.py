@@ -33,6 +33,29 @@ def at_end_of_backward(call: Callable[[], None]) -> None:
     torch.autograd.Variable._execution_engine.queue_callback(call)
 
 
+def gradient_node(param: Tensor) -> Any:
+    """The node that accumulates this leaf's gradient in graphs that are built now.
+
+    Read in torch 2.13.
+    """
+    # A view of the leaf leads to its node, so it must be taken with gradients on.
+    with torch.enable_grad():
+        return torch.autograd.graph.get_gradient_edge(param).node
+
+
+def runs_in_this_pass(node: Any) -> bool:
+    """Whether the backward pass that this thread is in runs a node of its graph.
+
+    With ``backward(inputs=...)`` and ``autograd.grad`` it runs only what leads to the inputs. Read
+    in torch 2.13.
+    """
+    try:
+        found: bool = torch._C._will_engine_execute_node(node)
+    except RuntimeError:
+        return True  # torch refuses leaves that are inputs of autograd.grad themselves
+    return found
+
+
 def outer_saved_hooks() -> tuple[Callable[[Tensor], Any], Callable[[Any], Tensor]] | None:
     """The innermost saved-tensor hooks in force: (pack, unpack). Read in torch 2.6 to 2.13."""
     found: tuple[Callable[[Tensor], Any], Callable[[Any], Tensor]] | None

@@ -7,15 +7,16 @@ byte, what the slot holds. Masters that are mapped from safetensors files stand 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from dist_layerlr.offload.codec import decode, encode, encoded_rows
-from dist_layerlr.offload.device import host_buffer
 from dist_layerlr.offload.internals import write_count
+from dist_layerlr.offload.pinning import host_buffer
 from dist_layerlr.offload.units import Streamed, UnitSpec
 
 ALIGNMENT = 256
@@ -108,8 +109,19 @@ class Unit:
         self.dtypes = frozenset(m.dtype for m in masters)
         self.trained = frozenset(m.dtype for m in masters if m.trainable)
         """Dtypes of trainable weights."""
+        self.steps = 0
+        """Optimizer steps on these weights. A fused step changes no version counter."""
         # Views of the masters, taken once. Nobody can write to an encoded master.
         self._samples = [_sampled_words(m) for m in masters if m.codes is None]
+        self._rows = [_words_of_each_row(m) for m in masters if m.codes is None]
+
+    def rest_stamp(self) -> tuple[int, ...]:
+        """As ``stamp``, for longer times: it also changes with a write to a single row."""
+        return (*self.stamp(), sum(int(words.sum()) for words in self._rows))
+
+    def trained_at(self) -> dict[int, nn.Parameter]:
+        """{first byte in the slot: parameter} of those that train."""
+        return {m.slot_offset: m.weight.param for m in self.masters if m.trainable}
 
     def fill(self, staging: Tensor) -> Tensor:
         """Copy the payload into a staging buffer and return the filled part."""
@@ -122,8 +134,8 @@ class Unit:
         return payload
 
     def versions(self) -> tuple[int, ...]:
-        """Numbers that change with every write through a parameter."""
-        return tuple(write_count(m.weight.param) for m in self.masters)
+        """Numbers that change with every write through a parameter, and every optimizer step."""
+        return (self.steps, *(write_count(m.weight.param) for m in self.masters))
 
     def stamp(self) -> tuple[int, ...]:
         """Numbers that tell whether a copy on the device is still what the masters hold.
@@ -158,18 +170,24 @@ def slot_bytes(spec: UnitSpec) -> int:
     return sum(aligned(w.param.nbytes) for w in spec.weights)
 
 
-def build(spec: UnitSpec, files: Files | None, host_dtype: str | None) -> Unit:
+def build(
+    spec: UnitSpec,
+    files: Files | None,
+    host_dtype: str | None,
+    allocate: Callable[[int], Tensor] = host_buffer,
+) -> Unit:
     """Copy a unit's values into masters. Nothing points at them yet.
 
     Args:
         spec: the unit.
         files: where frozen masters are, if they stay in their files.
         host_dtype: 8-bit format of frozen masters.
+        allocate: makes host bytes for the arena.
     """
     sizes = _stored_sizes(spec, host_dtype)
     starts = _offsets(sizes)
     offsets = _offsets([w.param.nbytes for w in spec.weights])
-    arena = host_buffer(starts[-1] + sizes[-1]) if files is None else None
+    arena = allocate(starts[-1] + sizes[-1]) if files is None else None
     masters = []
     for weight, size, start, offset in zip(spec.weights, sizes, starts, offsets, strict=True):
         frozen = not weight.param.requires_grad
@@ -252,6 +270,23 @@ def _sampled_words(master: Master) -> Tensor:
     # Whole words as integers: the sum of floats could lose a small change, or be NaN.
     words = master.stored.view(_WORDS.get(master.dtype.itemsize, torch.uint8))
     return sample(words, _SAMPLES)
+
+
+def _words_of_each_row(master: Master) -> Tensor:
+    """At least one word of every row and of every column."""
+    words = master.stored.view(_WORDS.get(master.dtype.itemsize, torch.uint8))
+    columns = 1
+    for size, step in zip(master.shape, master.stride, strict=True):
+        if size > 1:
+            columns = max(columns, step)
+    apart = words.numel() // _SAMPLES
+    if columns > 1:
+        apart = min(apart, columns - 1, words.numel() // columns)
+    # Steps shorter than a row meet each row; steps without a divisor in common with the row's
+    # length meet each place in it before they meet one again, and there are enough of them.
+    while math.gcd(apart, columns) > 1:
+        apart -= 1
+    return words[:: max(1, apart)]
 
 
 def _slot_stride(data: Tensor, *, keep: bool) -> tuple[int, ...]:

@@ -70,9 +70,12 @@ class Ring:
         """Whether ``unit`` comes right behind ``before`` in forward order."""
         return self._place[unit] == self._place[before] + 1
 
-    def unit_in(self, slot: int) -> int:
-        """The unit that holds a slot."""
-        return next(unit for unit, held in self._slot.items() if held == slot)
+    def unit_in(self, slot: int) -> int | None:
+        """The unit that holds a slot; None: nobody does."""
+        for unit, held in self._slot.items():
+            if held == slot:
+                return unit
+        return None
 
     @property
     def order(self) -> tuple[int, ...]:
@@ -120,6 +123,19 @@ class Ring:
         assert self._state[unit] is not State.HOST, f"unit {unit} holds no slot"
         self._state[unit] = State.HOST
         self._empty.append(self._slot.pop(unit))
+
+    def set_aside(self, unit: int) -> int:
+        """Give up the unit's slot, which no other unit may take until ``take_back``.
+
+        Returns:
+            the slot.
+        """
+        self.drop(unit)
+        return self._empty.pop()
+
+    def take_back(self, slot: int) -> None:
+        """A slot that was set aside may be taken again."""
+        self._empty.append(slot)
 
     def _ahead(self, unit: int, backward: bool) -> list[int]:
         """The units that are fetched while this one is computed, nearest first."""

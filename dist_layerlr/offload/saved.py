@@ -19,6 +19,7 @@ from dist_layerlr.errors import OffloadError
 from dist_layerlr.offload.copies import DeviceCopies
 from dist_layerlr.offload.internals import outer_saved_hooks
 from dist_layerlr.offload.masters import Unit
+from dist_layerlr.offload.reach import Reach
 from dist_layerlr.offload.transfer import Slot
 
 _Pack: TypeAlias = Callable[[Tensor], Any]
@@ -37,6 +38,8 @@ class SavedView(NamedTuple):
     negative: bool
     versions: tuple[int, ...]
     """Of the unit's weights when it was saved."""
+    leaf: Any
+    """The node that is to accumulate the gradient, where the tensor is a weight that trains."""
 
     def view_in(self, slot: Slot) -> Tensor:
         """The tensor that was saved, as a view of a slot."""
@@ -72,6 +75,7 @@ class SavedTensors:
         self._units, self._copies, self._need = units, copies, need
         self._running: list[torch.autograd.graph.saved_tensors_hooks | None] = []
         """One entry per unit whose forward is running; None where nothing is saved."""
+        self.reach = Reach(units)
 
     @property
     def in_unit(self) -> bool:
@@ -125,6 +129,7 @@ class SavedTensors:
             conjugate=tensor.is_conj(),
             negative=tensor.is_neg(),
             versions=self._units[index].versions(),
+            leaf=self.reach.leaf(index, tensor),
         )
 
     def _unpack(self, outer: _Unpack | None, saved: Any) -> Tensor:
@@ -140,6 +145,7 @@ class SavedTensors:
                 " remove()."
             )
         self._need(saved.unit)
+        self.reach.read(saved.leaf)
         unit = self._units[saved.unit]
         # Autograd compares the versions of tensors that it saved itself; here that falls to us.
         if unit.versions() != saved.versions:

@@ -35,7 +35,10 @@ class Traffic:
     fetches: int = 0
     """Units copied to the device."""
     stalls: int = 0
-    """Units that were needed before their copy had finished."""
+    """Copies that compute waited for, by the device's clock; those that are done, so that a read
+    behind a synchronisation is complete."""
+    stall_s: float = 0.0
+    """Seconds that compute waited for them."""
 
     def since(self, before: Traffic) -> Traffic:
         """The difference."""

@@ -21,7 +21,7 @@ from dist_layerlr.offload.device import Backend, choose
 from dist_layerlr.offload.engine import Engine
 from dist_layerlr.offload.internals import ddp_ignored, set_ddp_ignored
 from dist_layerlr.offload.mapped import map_frozen
-from dist_layerlr.offload.masters import Master, Unit, aligned, build
+from dist_layerlr.offload.masters import Master, Unit, aligned, build, payload_bytes
 from dist_layerlr.offload.measure import predict_live
 from dist_layerlr.offload.policy import FILE, StreamPolicy
 from dist_layerlr.offload.predict import spread
@@ -91,11 +91,13 @@ class Handle:
         """
         engine = self._running_engine()
         copies = engine.copies
+        stalls, stall_s = copies.stalls()
         total = Traffic(
             h2d_bytes=copies.fetcher.nbytes,
             d2h_bytes=engine.sink.nbytes,
             fetches=copies.fetcher.fetches,
-            stalls=copies.stalls,
+            stalls=stalls,
+            stall_s=stall_s,
         )
         recent, self._reported = total.since(self._reported), total
         return Stats(
@@ -159,6 +161,18 @@ class Handle:
         if self._watch is not None:
             self._watch.check()
 
+    def recover(self) -> None:
+        """Settle a backward pass that failed: call it where its exception is caught.
+
+        Streamed weights have then the gradients that they would have without streaming: what had
+        arrived, added to what was there. On the CPU this has happened already; a device's autograd
+        thread may be late, and the next forward is an error until this was called. Idempotent.
+
+        Raises:
+            OffloadError: after ``remove``.
+        """
+        self._running_engine().finish_backward()
+
     def remove(self) -> None:
         """Give the model back as it was: plain tensors on their first devices, no hooks.
 
@@ -213,18 +227,22 @@ class Handle:
         specs = [spec for i, spec in enumerate(self._specs) if i not in self._resident]
         mapped = map_frozen(specs, files) if self.policy.host == FILE else None
         units = []
+        total = sum(payload_bytes(spec, self.policy.host_dtype) for spec in specs)
+        pool = master_pool_bytes(self.policy, self._specs)
+        pinned = mapped is None and (pool is None or total <= pool)
+        allocate = partial(self._backend.host_buffer, pinned=pinned)
         # The blocks leave the device before anything else comes to it, one by one: both need not
         # fit at the same time, and neither need two copies of the whole model fit on the host.
         for spec in specs:
             _STREAMED.add(spec.module)
             self._claimed.append(spec.module)
-            units.append(build(spec, mapped, self.policy.host_dtype))
+            units.append(build(spec, mapped, self.policy.host_dtype, allocate))
             for master in units[-1].masters:
                 param = master.weight.param
                 self._homes.append((master, param.device))
                 move(param, torch.device("cpu"), self._optimizer, master.host)
         self._move_residents()
-        self._engine = self._make_engine(units)
+        self._engine = self._make_engine(units, pool)
         hooks = list(self._engine.hook(self._model, self._before_forward, self._after_forward))
         # torch keeps this hook in a global list, which must not keep the model alive.
         hooks.append(
@@ -236,10 +254,12 @@ class Handle:
                     hooks.extend(_state_dict_hooks(master))
         self._undo.extend(hook.remove for hook in hooks)
 
-    def _make_engine(self, units: list[Unit]) -> Engine:
+    def _make_engine(self, units: list[Unit], pool_bytes: int | None) -> Engine:
         count = min(self.policy.slots, len(units))
         size = aligned(max(u.device_bytes for u in units))
         dtypes = frozenset[torch.dtype]().union(*(u.dtypes for u in units))
+        # Before the slots are marked: the first copy into its memory waits for their marks, too.
+        fetcher = Fetcher(self._backend, units, pool_bytes)
         slots = []
         for _ in range(count):
             memory = self._backend.allocate(size)
@@ -248,7 +268,6 @@ class Handle:
             # the first copy into it waits for compute up to here.
             slots.append(Slot(memory, typed, free=self._backend.mark()))
         ring = Ring(units=len(units), slots=count, window=self.policy.prefetch_window)
-        fetcher = Fetcher(self._backend, units, master_pool_bytes(self.policy, self._specs))
         return Engine(units, ring, slots, fetcher, self._backend)
 
     def _before_forward(self) -> None:

@@ -14,7 +14,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from dist_layerlr.offload.device import Backend, Event, host_buffer
+from dist_layerlr.offload.device import Backend, Event
 from dist_layerlr.offload.masters import Unit, aligned
 
 MOST_STAGING = 3
@@ -50,6 +50,8 @@ class Fetcher:
         """Pin the masters; allocate staging if they exceed ``pool_bytes`` or stand alone."""
         self._backend = backend
         self.fetches = self.nbytes = 0
+        self._last: Event = None
+        """The fetch that was asked for last."""
         self._pinned: list[Tensor] = []
         self._worker: ThreadPoolExecutor | None = None
         self._idle: queue.SimpleQueue[_Staging] = queue.SimpleQueue()
@@ -73,35 +75,50 @@ class Fetcher:
         largest = max(u.host_bytes for u in units)
         count = MOST_STAGING if pool_bytes is None else min(MOST_STAGING, pool_bytes // largest)
         for _ in range(count):
-            memory = host_buffer(largest)
+            memory = self._backend.host_buffer(largest, pinned=True)
             self._pin(memory)
             self._idle.put(_Staging(memory))
         # One thread, so that copies start in the order in which they were asked for.
-        self._worker = ThreadPoolExecutor(1, "offload-staging")
+        self._worker = ThreadPoolExecutor(
+            1, "offload-staging", initializer=self._backend.enter_thread
+        )
 
     def _pin(self, memory: Tensor) -> None:
         self._backend.pin(memory)
         self._pinned.append(memory)
 
     def fetch(self, unit: Unit, slot: Slot) -> Event:
-        """Start the copy. The result is for ``wait``."""
+        """Start the copy. The result is for ``queued``."""
         # Point 2 of [Note: stream order]. While somebody referred to the slot no event was
         # recorded. That use has been queued by now, so the event is recorded here.
         after = self._backend.mark() if slot.free is None else slot.free
         self.fetches += 1
         self.nbytes += unit.host_bytes
         if self._worker is not None:
-            return self._worker.submit(self._upload_staged, unit, slot, after)
-        assert unit.arena is not None
-        return self._upload(unit, slot, unit.arena, after)
+            self._last = self._worker.submit(self._upload_staged, unit, slot, after)
+        else:
+            assert unit.arena is not None
+            self._last = self._upload(unit, slot, unit.arena, after)
+        return self._last
 
-    def wait(self, ready: Event) -> bool:
-        """Make compute wait for a fetch: point 1 of [Note: stream order].
-
-        Returns whether it had to.
-        """
+    def queued(self, fetch: Event) -> Event:
+        """The point behind a fetch."""
         # The host waits for the staging thread: until that has queued the copy there is no event.
-        return self._backend.wait(ready.result() if isinstance(ready, Future) else ready)
+        return fetch.result() if isinstance(fetch, Future) else fetch
+
+    def release_masters(self) -> None:
+        """Make the host wait until no copy reads the masters, so that the caller may write them.
+
+        Point 6 of [Note: stream order].
+        """
+        # The last copy is enough: both the worker and the copy stream keep their order.
+        last, self._last = self._last, None
+        if isinstance(last, Future):
+            # The worker has read the masters when the future is done; the device reads its staging
+            # buffer. An error is told to whoever needs the unit.
+            last.exception()
+        elif last is not None:
+            self._backend.finish(last)
 
     def close(self) -> None:
         """Finish all copies and unlock the memory."""

@@ -76,6 +76,7 @@ def find_units(model: nn.Module, policy: StreamPolicy) -> list[UnitSpec]:
     for spec in specs:
         for weight in spec.weights:
             _refuse_kind(weight)
+            _refuse_encoding(weight, policy.host_dtype)
     _refuse_shared_memory(model, specs)
     return specs
 
@@ -181,24 +182,38 @@ def _refuse_tied(model: nn.Module, specs: list[UnitSpec]) -> None:
 
 
 def _refuse_shared_memory(model: nn.Module, specs: list[UnitSpec]) -> None:
-    """Refuse a streamed parameter that is tied to another by ``a.data = b.data``, if one trains.
+    """Refuse a streamed parameter whose memory is another's, too, wholly or in part, if one trains.
 
     Each would get a master of its own, and from then on a value of its own.
     """
     streamed = {id(w.param) for spec in specs for w in spec.weights}
-    owners: dict[tuple[torch.device, int], tuple[str, nn.Parameter]] = {}
+    places: list[tuple[str, int, int, str, nn.Parameter]] = []
     for name, param in model.named_parameters():
         # Subclasses and meta tensors have no address to compare.
-        if type(param.data) is not torch.Tensor or param.is_meta or not param.numel():
-            continue
-        other, tied = owners.setdefault((param.device, param.data_ptr()), (name, param))
-        trains = param.requires_grad or tied.requires_grad
-        if tied is not param and trains and streamed & {id(param), id(tied)}:
-            raise OffloadError(
-                f"Parameters {other} and {name} share memory (a.data = b.data), and streaming would"
-                " give each a value of its own. Tie the parameters (a = b) inside one unit, or copy"
-                f" the data, or set min_numel above {param.numel()}."
-            )
+        if type(param.data) is torch.Tensor and not param.is_meta and param.numel():
+            begin = param.data_ptr()
+            places.append((str(param.device), begin, begin + _extent(param), name, param))
+    before: list[tuple[str, int, int, str, nn.Parameter]] = []
+    # By address, so that what a range may lie over has come before it and has not ended.
+    for place in sorted(places, key=lambda place: place[:2]):
+        device, begin, _, name, param = place
+        before = [other for other in before if other[0] == device and other[2] > begin]
+        for _, _, _, other, tied in before:
+            trains = param.requires_grad or tied.requires_grad
+            if trains and streamed & {id(param), id(tied)}:
+                raise OffloadError(
+                    f"Parameters {other} and {name} share memory (a.data = b.data), and streaming"
+                    " would give each a value of its own. Tie the parameters (a = b) inside one"
+                    " unit, or copy the data, or set min_numel above"
+                    f" {max(param.numel(), tied.numel())}."
+                )
+        before.append(place)
+
+
+def _extent(tensor: torch.Tensor) -> int:
+    """Bytes from a tensor's first element to behind its last."""
+    last = sum((size - 1) * step for size, step in zip(tensor.shape, tensor.stride(), strict=True))
+    return (last + 1) * tensor.element_size()
 
 
 def _refuse_kind(weight: Streamed) -> None:
@@ -220,4 +235,17 @@ def _refuse_kind(weight: Streamed) -> None:
     if param.is_meta:
         raise OffloadError(
             f"Parameter {weight.name} is on the meta device. Load its weights before stream()."
+        )
+
+
+def _refuse_encoding(weight: Streamed, host_dtype: str | None) -> None:
+    """Refuse ``host_dtype`` for what it would round a second time, or cannot scale."""
+    dtype = weight.param.dtype
+    if host_dtype is None or weight.param.requires_grad:
+        return
+    if not dtype.is_floating_point or dtype.itemsize == 1:
+        raise OffloadError(
+            f"Parameter {weight.name} is {str(dtype).removeprefix('torch.')}:"
+            f" host_dtype={host_dtype!r} is for floating-point weights of 16 bits or more. Set"
+            " host_dtype=None, which streams the weights as they are."
         )

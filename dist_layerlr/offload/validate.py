@@ -13,9 +13,12 @@ from dist_layerlr.errors import OffloadError
 from dist_layerlr.offload.internals import (
     accumulate_hooks,
     call_is_compiled,
+    in_grad_transform,
     in_live_graph,
+    registered_parameter,
     wraps_compiled,
 )
+from dist_layerlr.offload.masters import Master
 from dist_layerlr.offload.units import UnitSpec
 from dist_layerlr.ranks import world_size
 
@@ -191,3 +194,47 @@ def check_autocast(device_type: str, name: str, dtypes: Iterable[torch.dtype]) -
             " every cast weight would stay on the device. Use torch.autocast(...,"
             " cache_enabled=False), or a bfloat16 model."
         )
+
+
+def check_transform(name: str) -> None:
+    """Refuse a fetch of a unit, by its name, under a function transform that differentiates.
+
+    Raises:
+        OffloadError: torch.func.grad, vjp or jvp is running.
+    """
+    if in_grad_transform():
+        raise OffloadError(
+            f"Unit {name} cannot be fetched inside torch.func.grad, vjp or jvp, which allow no"
+            " copies into memory of others. Use torch.autograd.grad, or"
+            " torch.autograd.forward_ad."
+        )
+
+
+def check_masters(masters: Iterable[Master]) -> None:
+    """Refuse parameters that do not point at their masters, as they must at rest.
+
+    Raises:
+        OffloadError: naming the parameter and what was done to it.
+    """
+    for master in masters:
+        change = _change_since_stream(master)
+        if change:
+            raise OffloadError(
+                f"Parameter {master.name} {change} after stream(). Call handle.remove() first, "
+                "change the model, and stream again."
+            )
+
+
+def _change_since_stream(master: Master) -> str | None:
+    """What a user did to a parameter that is at rest; None: nothing."""
+    param = master.weight.param
+    if registered_parameter(master.weight.owner, master.weight.leaf) is not param:
+        return "was replaced (load_state_dict(assign=True), or a swapped module)"
+    moved = param.data_ptr() != master.host.data_ptr()
+    # share_memory() moves the memory under a tensor that stays the same object.
+    moved = moved or master.stored.data_ptr() != master.address
+    if moved or param.dtype != master.dtype:
+        return "was moved or cast (.to(), .half(), .share_memory(), ...)"
+    if param.requires_grad and not master.trainable:
+        return "was unfrozen"
+    return None

@@ -211,3 +211,17 @@ def test_ddp_leaves_the_ignored_parameters_alone(device: str):
     internals.set_ddp_ignored(model, None)
     internals.set_ddp_ignored(model, None)
     assert internals.ddp_ignored(model) is None
+
+
+def test_a_pass_knows_whether_it_runs_the_node_of_a_leaf(device: str):
+    weight, other = (nn.Parameter(torch.ones(3, device=device)) for _ in range(2))
+    seen: list[bool] = []
+    loss = (weight * other).sum()
+    nodes = internals.gradient_node(weight), internals.gradient_node(other)
+    loss.grad_fn.register_prehook(
+        lambda _: seen.extend(internals.runs_in_this_pass(node) for node in nodes)
+    )
+    loss.backward(retain_graph=True)
+    loss.backward(inputs=[other])
+    assert seen == [True, True, False, True]
+    assert internals.gradient_node(weight) is nodes[0]

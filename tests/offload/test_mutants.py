@@ -16,10 +16,10 @@ from dist_layerlr.offload.copies import DeviceCopies
 from dist_layerlr.offload.engine import Engine
 from dist_layerlr.offload.gradients import GradSink
 from dist_layerlr.offload.saved import SavedTensors
-from dist_layerlr.offload.transfer import Fetcher
 from tests.offload.test_equality import check
 from tests.offload.test_limits import check_memory_of_a_graph
 from tests.offload.test_semantics import LORA, two_forwards
+from tests.support.adversary import Adversary
 from tests.support.forked import in_fork
 from tests.support.training import Case
 
@@ -27,7 +27,7 @@ Mutant = Callable[[], None]
 
 
 def no_ready_wait() -> None:
-    Fetcher.wait = lambda self, ready: False  # type: ignore[method-assign]
+    Adversary.wait = lambda self, ready: None  # type: ignore[method-assign]
 
 
 def no_free_wait() -> None:

@@ -1,4 +1,5 @@
-"""The engine's passes: its docstring shows the table that it runs by, and real scripts walk it."""
+"""The passes of a streamed model: their docstring shows the table that runs, and real scripts walk
+it."""
 
 from __future__ import annotations
 
@@ -7,8 +8,9 @@ import torch
 from torch import nn
 
 from dist_layerlr.errors import OffloadError
-from dist_layerlr.offload import engine as engine_module
-from dist_layerlr.offload.engine import _TRANSITIONS, Engine, Pass, Trigger
+from dist_layerlr.offload import passes
+from dist_layerlr.offload.engine import Engine
+from dist_layerlr.offload.passes import TRANSITIONS, Pass, Trigger
 from tests.support.training import Case, attach, loss_of
 
 LORA, FULL = Case(lora=True), Case(lora=False)
@@ -17,22 +19,22 @@ LORA, FULL = Case(lora=True), Case(lora=False)
 @pytest.fixture
 def walked(monkeypatch: pytest.MonkeyPatch) -> list[Pass]:
     """The passes that any engine was in, one entry per change."""
-    passes: list[Pass] = []
+    found: list[Pass] = []
     change = Engine._change_pass
 
     def noting(self: Engine, trigger: Trigger) -> None:
         before = self._pass
         change(self, trigger)
         if self._pass is not before:
-            passes.append(self._pass)
+            found.append(self._pass)
 
     monkeypatch.setattr(Engine, "_change_pass", noting)
-    return passes
+    return found
 
 
 def test_the_table_in_the_docstring_is_the_table_that_runs():
-    assert engine_module.__doc__ is not None
-    body = engine_module.__doc__.split("=\n")[2]
+    assert passes.__doc__ is not None
+    body = passes.__doc__.split("=\n")[2]
     found: dict[tuple[Pass, Trigger], Pass] = {}
     for line in body.splitlines()[:4]:
         name, *cells = [
@@ -42,7 +44,7 @@ def test_the_table_in_the_docstring_is_the_table_that_runs():
             word = cell.partition("(")[0].strip()
             if word:
                 found[Pass[name], trigger] = Pass[name if word == "itself" else word]
-    assert found == _TRANSITIONS
+    assert found == TRANSITIONS
 
 
 def test_a_pass_that_does_not_follow_is_an_error():

@@ -50,6 +50,14 @@ def _compiled(model: Any) -> None:
     model.blocks[2].compile(backend="eager")
 
 
+def _as(dtype: torch.dtype) -> Callable[[Any], None]:
+    def cast(model: Any) -> None:
+        model.requires_grad_(False)
+        model.blocks[2].attn.to_q.weight.data = model.blocks[2].attn.to_q.weight.data.to(dtype)
+
+    return cast
+
+
 NOTHING: Callable[[Any], None] = lambda model: None  # noqa: E731
 REFUSED: dict[str, tuple[Callable[[Any], None], dict[str, Any], list[str]]] = {
     "no layer is large": (NOTHING, {"min_numel": 10**6}, ["min_numel=1000000", "Lower min_numel"]),
@@ -70,6 +78,16 @@ REFUSED: dict[str, tuple[Callable[[Any], None], dict[str, Any], list[str]]] = {
         _compiled,
         {},
         ["'blocks.2'", "block.forward = torch.compile(block.forward)"],
+    ),
+    "fp8 in 8 bits": (
+        _as(torch.float8_e4m3fn),
+        {"host_dtype": "float8_e4m3fn"},
+        ["blocks.2.attn.to_q.weight is float8_e4m3fn", "host_dtype=None"],
+    ),
+    "int8 in 8 bits": (
+        _as(torch.int8),
+        {"host_dtype": "int8"},
+        ["blocks.2.attn.to_q.weight is int8", "host_dtype=None"],
     ),
     "no files": (lambda m: m.requires_grad_(False), {"host": "file"}, ["files=FOLDER"]),
 }

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from dist_layerlr.offload.internals import storage_key
+from dist_layerlr.offload.pinning import host_buffer
 
 POISON = 255
 """As the bytes of any float: NaN."""
@@ -70,12 +71,21 @@ class Adversary:
             self._queue.append(_Copy(run))
             return self._queue[-1]
 
-    def wait(self, ready: _Copy) -> bool:
+    def wait(self, ready: _Copy) -> bool | None:
         late = not ready.done
         self.finish(ready)
-        return late
+        return late or None
 
-    def mark(self) -> int:
+    def waited(self, reached: Any, ready: _Copy) -> float:
+        return 1.0
+
+    def enter_thread(self) -> None:
+        pass
+
+    def host_buffer(self, nbytes: int, *, pinned: bool) -> Tensor:
+        return host_buffer(nbytes)
+
+    def mark(self, behind: int | None = None) -> int:
         return 0 if self._clock is None else self._clock.now
 
     def download(self, target: Tensor, source: Tensor) -> _Copy:

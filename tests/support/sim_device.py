@@ -44,6 +44,8 @@ _buffers: dict[int, tuple[StorageWeakRef, Tensor]] = {}
 
 
 _SWEEP_AT = 3000
+observer: Any = None
+"""Told of every kernel, copy and new storage: ``tests.support.races``."""
 
 
 class Clock:
@@ -90,6 +92,8 @@ def _new(values: Tensor) -> Tensor:
     buffer.set_(values.untyped_storage())
     _buffers[storage._cdata] = (StorageWeakRef(storage), buffer)
     Clock.touched.pop(storage._cdata, None)
+    if observer is not None:
+        observer.born(storage._cdata, StorageWeakRef(storage))
     if len(_buffers) > _SWEEP_AT:
         _sweep()
     return _AS_STRIDED.redispatch(
@@ -116,7 +120,27 @@ def _run(op: Any, *args: Any, **kwargs: Any) -> Any:
     if keywords.get("device") is not None:
         keywords["device"] = "cpu"
     _tick(op, [tensor for tensor, _ in pairs])
+    if observer is not None and not _makes_a_view(op):
+        written = _written(op, args, kwargs)
+        observer.kernel(op.name(), [tensor for tensor, _ in pairs], written)
+        if op is torch.ops.aten._local_scalar_dense.default:
+            observer.host_waits(observer.current().clock)
     return _map(lambda out: _lift(out, pairs), op(*lowered, **keywords))
+
+
+def _written(op: Any, args: Any, kwargs: Any) -> list[Tensor]:
+    """The arguments that an operator writes to."""
+    found: list[Tensor] = []
+    for i, argument in enumerate(op._schema.arguments):
+        if argument.alias_info is not None and argument.alias_info.is_write:
+            value = args[i] if i < len(args) else kwargs.get(argument.name)
+            _map(lambda tensor: found.append(tensor) if _on_sim(tensor) else None, value)
+    return found
+
+
+def _makes_a_view(op: Any) -> bool:
+    returns = op._schema.returns
+    return any(r.alias_info is not None and not r.alias_info.is_write for r in returns)
 
 
 def _map(change: Any, value: Any) -> Any:
@@ -130,8 +154,7 @@ def _map(change: Any, value: Any) -> Any:
 
 def _tick(op: Any, tensors: list[Tensor]) -> None:
     """Views are no kernels."""
-    returns = op._schema.returns
-    if Clock.paused or any(r.alias_info is not None and not r.alias_info.is_write for r in returns):
+    if Clock.paused or _makes_a_view(op):
         return
     Clock.now += 1
     for tensor in tensors:
@@ -181,6 +204,8 @@ def _empty_strided(size: Any, stride: Any, *, dtype: Any = None, **_: Any) -> Te
 def _copy_from(source: Tensor, target: Tensor, non_blocking: bool = False) -> Tensor:
     if not Clock.paused:
         _tick(torch.ops.aten.add_.Tensor, [source, target])
+    if observer is not None and not observer.copy(source, target, not non_blocking):
+        return target
     (_values(target) if _on_sim(target) else target).copy_(
         _values(source) if _on_sim(source) else source
     )

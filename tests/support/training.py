@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from dist_layerlr.offload import Handle, StreamPolicy
-from dist_layerlr.offload.device import Backend, Cuda
+from dist_layerlr.offload.device import Backend, accelerator
 from dist_layerlr.offload.streaming import stream_on
 from tests.support.adversary import Adversary
 from tests.support.families import FAMILIES, MIN_NUMEL, add_lora
@@ -47,7 +47,11 @@ class Case:
 
 
 def backend_of(device: str) -> Backend:
-    return Cuda(torch.device("cuda")) if device == "cuda" else Adversary(device)
+    if device == "races":
+        from tests.support.races import Detector  # registers `sim`
+
+        return Detector()
+    return accelerator(torch.device("cuda")) if device == "cuda" else Adversary(device)
 
 
 def attach(model: nn.Module, case: Case, device: str, **changes: Any) -> Handle:
