@@ -19,7 +19,7 @@ from dist_layerlr.audit.merge import Seen, read_reports
 from dist_layerlr.audit.table import report, to_dict
 from dist_layerlr.errors import ConfigError
 from dist_layerlr.fields import suggestion
-from dist_layerlr.files import read_json, write_json
+from dist_layerlr.files import read_config, write_json
 from dist_layerlr.plan.build import build_plan
 from dist_layerlr.plan.diff import Rows, read_rows
 from dist_layerlr.plan.entries import Plan
@@ -96,7 +96,7 @@ def _read_plan(source: str) -> Rows | str:
     """Rows of a plan; a config is checked now, and planned once the model is known."""
     rows = read_rows(source)
     if rows is None:
-        read_json(source)
+        read_config(source)
         return source
     return rows
 
