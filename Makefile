@@ -19,7 +19,7 @@ lint:
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/mypy
-	$(VENV)/bin/mypy benchmarks .ci/shape.py docs/tables.py requirements/torchvision_ops.py
+	$(VENV)/bin/mypy benchmarks .ci/shape.py docs/tables.py docs/config_schema.py requirements/torchvision_ops.py
 
 shape:
 	bash requirements/install.sh requirements/test.txt $(VENV)
@@ -37,4 +37,5 @@ wheel:
 docs:
 	bash requirements/install.sh requirements/test.txt $(VENV)
 	$(VENV)/bin/python docs/tables.py
+	$(VENV)/bin/python docs/config_schema.py
 	PYTHON=$(PYTHON) VENV=$(VENV) bash tests/run.sh tests/docs

@@ -106,7 +106,8 @@ _MOVED = {
 """Names that stood here in 0.1 and are imported from their package now. They go in 0.3."""
 
 _PACKAGES = frozenset(
-    "checkpoint errors export integrations offload optim plan proof report sharders weights".split()
+    "audit checkpoint errors exchange export integrations offload optim plan proof report sharders"
+    " weights".split()
 )
 
 __all__ = sorted(_PACKAGE_OF)

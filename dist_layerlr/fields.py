@@ -34,6 +34,8 @@ class Check(Generic[T]):
     parse: Callable[[str, object], T]
     words: str | Callable[[], str]
     """A function where the allowed words may grow by registration."""
+    schema: Callable[[], Mapping[str, Any]] = dict
+    """The same as JSON Schema, as far as it can say it."""
 
     @property
     def allowed(self) -> str:
@@ -173,7 +175,11 @@ def number(low: float, high: float = math.inf, *, open_low: bool = False) -> Che
             raise invalid(path, parsed, allowed)
         return parsed
 
-    return Check(parse, allowed)
+    schema: dict[str, Any] = {"type": "number"}
+    schema["exclusiveMinimum" if open_low else "minimum"] = low
+    if high < math.inf:
+        schema["maximum"] = high
+    return Check(parse, allowed, lambda: schema)
 
 
 def integer(low: int) -> Check[int]:
@@ -185,7 +191,7 @@ def integer(low: int) -> Check[int]:
             raise invalid(path, value, allowed)
         return value
 
-    return Check(parse, allowed)
+    return Check(parse, allowed, lambda: {"type": "integer", "minimum": low})
 
 
 def numbers(*, at_least: int) -> Check[tuple[float, ...]]:
@@ -210,7 +216,7 @@ def one_of(choices: Callable[[], tuple[str, ...]]) -> Check[str]:
             raise invalid(path, value, words(), suggestion(str(value), choices()))
         return value
 
-    return Check(parse, words)
+    return Check(parse, words, lambda: {"enum": list(choices())})
 
 
 def either(word: str | None, check: Check[T]) -> Check[T | str | None]:
@@ -223,7 +229,11 @@ def either(word: str | None, check: Check[T]) -> Check[T | str | None]:
         return check(path, value)
 
     special = "null" if word is None else word
-    return Check(parse, lambda: f"{special}, or {check.allowed}")
+    return Check(
+        parse,
+        lambda: f"{special}, or {check.allowed}",
+        lambda: {"anyOf": [{"const": word}, check.schema()]},
+    )
 
 
 def mapping_of(inner: Check[T]) -> Check[dict[str, T]]:
@@ -232,7 +242,11 @@ def mapping_of(inner: Check[T]) -> Check[dict[str, T]]:
     def parse(path: str, value: object) -> dict[str, T]:
         return {key: inner(f"{path}.{key}", item) for key, item in mapping(path, value).items()}
 
-    return Check(parse, lambda: f"a JSON object of values, each {inner.allowed}")
+    return Check(
+        parse,
+        lambda: f"a JSON object of values, each {inner.allowed}",
+        lambda: {"type": "object", "additionalProperties": inner.schema()},
+    )
 
 
 def list_of(*classes: type) -> Check[tuple[dict[str, Any], ...]]:
@@ -246,7 +260,8 @@ def list_of(*classes: type) -> Check[tuple[dict[str, Any], ...]]:
         return read(path, given, *classes)
 
     allowed = "a list of JSON objects"
-    return _sequence(Check(item, "a JSON object"), allowed, 0, tuple)
+    one = Check(item, "a JSON object", lambda: object_schema(*classes))
+    return _sequence(one, allowed, 0, tuple)
 
 
 def _sequence(
@@ -257,7 +272,11 @@ def _sequence(
             raise invalid(path, value, allowed)
         return build([inner(f"{path}[{i}]", item) for i, item in enumerate(value)])
 
-    return Check(parse, allowed)
+    def schema() -> Mapping[str, Any]:
+        found: dict[str, Any] = {"type": "array", "items": inner.schema()}
+        return {**found, "minItems": at_least} if at_least else found
+
+    return Check(parse, allowed, schema)
 
 
 def _boolean(path: str, value: object) -> bool:
@@ -278,14 +297,30 @@ def _mapping(path: str, value: object) -> Mapping[str, Any]:
     return value
 
 
-boolean = Check(_boolean, "true or false")
+boolean = Check(_boolean, "true or false", lambda: {"type": "boolean"})
 """True or false, not 0, 1 or a string."""
-text = Check(_text, "a non-empty string")
+text = Check(_text, "a non-empty string", lambda: {"type": "string", "minLength": 1})
 """A non-empty string."""
-mapping = Check(_mapping, "a JSON object")
+mapping = Check(_mapping, "a JSON object", lambda: {"type": "object"})
 """A JSON object."""
 strings: Check[tuple[str, ...]] = _sequence(text, "a list of strings", 0, tuple)
 """A list of non-empty strings."""
+
+
+def object_schema(*classes: type) -> dict[str, Any]:
+    """JSON Schema of an object with the settings of dataclasses, and no other key."""
+    properties: dict[str, Any] = {}
+    for key, found in settings(*classes).items():
+        doc = f"{found.doc} Unit: {found.unit}." if found.unit else found.doc
+        default = f" Default: {found.default}." if found.default else ""
+        properties[key] = {**found.check.schema(), "description": f"{doc}{default}"}
+    schema: dict[str, Any] = {
+        "type": "object",
+        "properties": properties,
+        "additionalProperties": False,
+    }
+    required = [key for key, found in settings(*classes).items() if found.required]
+    return {**schema, "required": required} if required else schema
 
 
 # Keys and wording

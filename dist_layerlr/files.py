@@ -1,4 +1,7 @@
-"""Files that are whole or absent, JSON read strictly, headers of safetensors files. No torch."""
+"""Files that are whole or absent, JSON, YAML and TOML read strictly, headers of safetensors files.
+
+No torch.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +9,8 @@ import json
 import os
 import re
 import struct
-from collections.abc import Iterator, Mapping
+import sys
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from math import prod
@@ -114,6 +118,109 @@ def read_json(path: str | Path) -> dict[str, Any]:
             f" {type(loaded).__name__}."
         )
     return loaded
+
+
+def read_config(path: str | Path) -> dict[str, Any]:
+    """Read a training config: YAML or TOML where the file's name ends so, else JSON.
+
+    All three mean the same: `1e-4` is a number, only `true` and `false` are booleans, and a key
+    that is given twice is refused.
+
+    Raises:
+        ConfigError: missing file, bad syntax, no mapping, or a key given twice.
+    """
+    suffix = Path(path).suffix.lower()
+    if suffix not in (".yaml", ".yml", ".toml"):
+        return read_json(path)
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+    except OSError as error:
+        raise ConfigError(f"Cannot read config file {str(path)!r}: {error.strerror}.") from None
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"Invalid config file {str(path)!r}: not UTF-8 ({error}).") from None
+    kind = "TOML" if suffix == ".toml" else "YAML"
+    try:
+        loaded = _from_toml(text) if suffix == ".toml" else _from_yaml(text)
+    except _BadKey as error:
+        raise ConfigError(f"Invalid config file {str(path)!r}: {error}.") from None
+    # RecursionError: nested deeper than Python's stack.
+    except (ValueError, RecursionError) as error:
+        said = " ".join(str(error).split())
+        raise ConfigError(f"Invalid config file {str(path)!r}: not {kind} ({said}).") from None
+    if not isinstance(loaded, dict):
+        raise ConfigError(
+            f"Invalid config file {str(path)!r}: must hold a mapping of keys, got"
+            f" {type(loaded).__name__}."
+        )
+    return loaded
+
+
+class _BadKey(ValueError):
+    """A key of a YAML mapping that JSON could not have, or would refuse."""
+
+
+def _from_toml(text: str) -> Any:
+    if sys.version_info >= (3, 11):
+        import tomllib
+    else:
+        import tomli as tomllib
+    return tomllib.loads(text)
+
+
+def _from_yaml(text: str) -> Any:
+    """YAML by the core schema of YAML 1.2, which JSON's values are.
+
+    PyYAML follows 1.1, in which `1e-4` is a string, `no` is false and `1:30` is 90.
+    """
+    import yaml
+
+    class Loader(yaml.SafeLoader):  # type: ignore[misc]
+        """A class of its own: resolvers belong to a class, and others use PyYAML's."""
+
+        yaml_implicit_resolvers: dict[Any, Any] = {}
+
+    def unique(loader: Any, node: Any) -> dict[str, Any]:
+        seen: set[str] = set()
+        for key, _ in node.value:
+            name = loader.construct_object(key, deep=True)
+            if not isinstance(name, str):
+                raise _BadKey(f"key {name!r} is no text. Quote it")
+            if name in seen:
+                raise _BadKey(f"key {name!r} is given twice. Keep one")
+            seen.add(name)
+        loader.flatten_mapping(node)  # `<<`, whose keys the mapping's own ones may override
+        found: dict[str, Any] = loader.construct_mapping(node, deep=True)
+        return found
+
+    for tag, (pattern, first, build) in _YAML_SCALARS.items():
+        name = f"tag:yaml.org,2002:{tag}"
+        Loader.add_implicit_resolver(name, pattern, first)
+        Loader.add_constructor(name, lambda _, node, build=build: build(node.value))
+    # `<<` is resolved as text otherwise, and would be a key like any other.
+    Loader.add_implicit_resolver("tag:yaml.org,2002:merge", re.compile("^<<$"), ["<"])
+    Loader.add_constructor("tag:yaml.org,2002:merge", lambda _, node: node.value)
+    Loader.add_constructor("tag:yaml.org,2002:map", unique)
+    try:
+        return yaml.load(text, Loader=Loader)  # noqa: S506
+    except yaml.YAMLError as error:
+        raise ValueError(str(error)) from None
+
+
+_YAML_SCALARS: Mapping[str, tuple[re.Pattern[str], list[str], Callable[[str], Any]]] = {
+    "null": (re.compile(r"^(~|null|Null|NULL|)$"), ["~", "n", "N", ""], lambda _: None),
+    "bool": (
+        re.compile(r"^(true|True|TRUE|false|False|FALSE)$"),
+        list("tTfF"),
+        lambda text: text.lower() == "true",
+    ),
+    "int": (re.compile(r"^[-+]?\d+$"), list("-+0123456789"), int),
+    "float": (
+        re.compile(r"^[-+]?(\.\d+|\d+(\.\d*)?)([eE][-+]?\d+)?$"),
+        list("-+.0123456789"),
+        float,
+    ),
+}
+"""{tag: (what text is one, its first characters, how it is read)}; in this order, int first."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

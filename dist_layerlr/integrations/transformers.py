@@ -16,7 +16,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from dist_layerlr.checkpoint.resume import inherit
-from dist_layerlr.files import read_json
+from dist_layerlr.files import read_config
 from dist_layerlr.integrations.transformers_callback import LayerLRCallback
 from dist_layerlr.integrations.transformers_checks import maker, refuse_unproven
 from dist_layerlr.integrations.transformers_resume import refuse_resume, resumed_rows
@@ -55,7 +55,7 @@ class LayerLRTrainer:
 
     def _plan_of(self, given: Any) -> Plan:
         if not isinstance(given, (Plan, Config)):
-            read = dict(given) if isinstance(given, Mapping) else read_json(given)
+            read = dict(given) if isinstance(given, Mapping) else read_config(given)
             if read.get("learning_rate") is None:
                 read["learning_rate"] = self.args.learning_rate
             given = load_config(read)

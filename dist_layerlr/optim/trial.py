@@ -117,6 +117,19 @@ def try_way(optimizer: Any, way: Way, owners: Sequence[Tensor], shapes: Sequence
     return found
 
 
+def try_here(
+    optimizer: Any, layout: Layout, owners: Iterable[Tensor], shapes: Sequence[Shape]
+) -> Verdict | None:
+    """As ``try_out``, for this rank alone, so not collective. None where a trial would be."""
+    distinct = list({id(owner): owner for owner in owners}.values())
+    segmented = isinstance(optimizer, Segmented)
+    way = Way.of(layout, distinct, len(shapes), segmented=segmented)
+    if way.cut is Cut.DTENSORS or not distinct:
+        return None
+    inner = optimizer.inner if segmented and optimizer.inner is not None else optimizer
+    return _try(_Subject.of(optimizer, inner, distinct, shapes), way)
+
+
 @dataclass(frozen=True, kw_only=True)
 class _Subject:
     """An optimizer, and what decides how it behaves."""

@@ -14,7 +14,7 @@ from typing import Any
 from dist_layerlr import fields
 from dist_layerlr.errors import ConfigError
 from dist_layerlr.fields import setting
-from dist_layerlr.files import read_json
+from dist_layerlr.files import read_config
 from dist_layerlr.plan.components import known_components
 from dist_layerlr.plan.depth import LAYER_DECAY, DepthSettings
 from dist_layerlr.plan.patterns import compile_pattern
@@ -49,9 +49,11 @@ def _parse_no_decay(path: str, value: object) -> tuple[str, ...]:
     return rules
 
 
-_PATTERN = fields.Check(_parse_pattern, "a name pattern, section 5")
+_PATTERN = fields.Check(_parse_pattern, "a name pattern, section 5", fields.text.schema)
 _NO_DECAY = fields.Check(
-    _parse_no_decay, "a list of name patterns, `ndim<=1` (true shape) or `norm` (owner is a norm)"
+    _parse_no_decay,
+    "a list of name patterns, `ndim<=1` (true shape) or `norm` (owner is a norm)",
+    fields.strings.schema,
 )
 
 
@@ -166,6 +168,13 @@ class Config:
     comment: str = setting(
         fields.text, default="", shown="none", doc="For whoever reads the file; nothing uses it."
     )
+    schema: str = setting(
+        fields.text,
+        default="",
+        shown="none",
+        key="$schema",
+        doc="Where editors find the schema of this file; nothing else uses it.",
+    )
     model_type: str = setting(fields.text, default="model", doc="Name of the model's family.")
     learning_rate: float | None = setting(
         _LR, default=None, shown="3e-4", doc="The flat rate, and `default_lr` of the block."
@@ -189,7 +198,7 @@ def load_config(source: str | Path | Mapping[str, Any] | Config) -> Config:
     """
     if isinstance(source, Config):
         return source
-    raw = source if isinstance(source, Mapping) else read_json(source)
+    raw = source if isinstance(source, Mapping) else read_config(source)
     known = fields.settings(Config)
     fields.near_misses("config", raw, (PLAN_BLOCK, *known))
     _check_nested(raw)
@@ -197,7 +206,7 @@ def load_config(source: str | Path | Mapping[str, Any] | Config) -> Config:
     given = {key: raw[key] for key in known if key in raw}
     if given.get("learning_rate") is None:
         given.pop("learning_rate", None)
-    values = {key: known[key].check(key, value) for key, value in given.items()}
+    values = {known[key].name: known[key].check(key, value) for key, value in given.items()}
     block = _read_block(raw.get(PLAN_BLOCK), values.get("learning_rate"))
     return Config(**values, per_layer_lr=block)
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from dist_layerlr.errors import ModelSourceError
-from dist_layerlr.files import read_json
+from dist_layerlr.files import read_config
 from dist_layerlr.plan.entries import Plan, cell_name
 from dist_layerlr.plan.names import natural_key
 
@@ -65,7 +65,7 @@ def read_rows(path: str | Path) -> Rows | None:
     """
     path = Path(path)
     file = path / PLAN_FILE if path.is_dir() else path
-    loaded = read_json(file)
+    loaded = read_config(file)
     if "digest" not in loaded or "parameters" not in loaded:
         return None
     rows = loaded["parameters"]

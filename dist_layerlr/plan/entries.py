@@ -17,6 +17,7 @@ from functools import cached_property
 from math import prod
 from typing import Any
 
+from dist_layerlr.plan import foreign
 from dist_layerlr.plan.config import Config
 from dist_layerlr.plan.depth import DepthSettings
 from dist_layerlr.plan.layer_decay import ModelLayer
@@ -156,6 +157,43 @@ class Plan:
     def to_json(self, *, indent: int | None = 1) -> str:
         """``to_dict`` as text."""
         return json.dumps(self.to_dict(), indent=indent)
+
+    def to_param_groups(self, params: Mapping[str, Any] | None = None) -> list[dict[str, Any]]:
+        """Groups as any torch optimizer takes them: absolute lr, no multiplier beside it.
+
+        On a sharded model use ``attach``: groups cannot say what flat tensors hold.
+
+        Args:
+            params: {canonical name: tensor}. None: ``params`` holds the names.
+
+        Raises:
+            ConfigError: a planned name is not in ``params``.
+        """
+        return foreign.param_groups(self, params)
+
+    def to_timm(
+        self, params: Mapping[str, Any] | None = None, *, base_lr: float | None = None
+    ) -> list[dict[str, Any]]:
+        """Groups as timm's layer decay makes them: one lr, and ``lr_scale`` beside it.
+
+        Only timm's own schedulers read ``lr_scale``; under any other use ``to_param_groups``.
+
+        Args:
+            params: {canonical name: tensor}. None: ``params`` holds the names.
+            base_lr: what timm is told as ``lr``. None: the highest planned rate.
+
+        Raises:
+            ConfigError: a planned name is not in ``params``, or no rate is above 0.
+        """
+        return foreign.timm_groups(self, params, base_lr)
+
+    def to_kohya(self, *, sdxl: bool = False) -> dict[str, Any]:
+        """``unet_lr`` and ``network_args`` of sd-scripts, where one rate per block says it all.
+
+        Raises:
+            ConfigError: two rates in one slot, a weight decay, or no UNet.
+        """
+        return foreign.kohya_settings(self, sdxl=sdxl)
 
 
 def _group(

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import difflib
+import json
 from collections.abc import Mapping
+from functools import cache
+from pathlib import Path
 from typing import Any
 
 from dist_layerlr import fields
@@ -48,6 +51,17 @@ MODEL_TYPES = (
 """Families with a config in ``launch/configs``. Any other name is a model of the user's own."""
 
 
+SCHEMA_FILE = Path(__file__).with_name("config.schema.json")
+"""JSON Schema of a whole config, written by ``docs/config_schema.py`` from the declared fields."""
+
+
+@cache
+def config_schema() -> Mapping[str, Any]:
+    """The JSON Schema of a whole config."""
+    schema: dict[str, Any] = json.loads(SCHEMA_FILE.read_text(encoding="utf-8"))
+    return schema
+
+
 def check_training_config(raw: Mapping[str, Any]) -> None:
     """Refuse misspelt keys and families in a config that may hold more than a plan needs.
 
@@ -59,6 +73,7 @@ def check_training_config(raw: Mapping[str, Any]) -> None:
     known = (*fields.settings(Config), PLAN_BLOCK, *TRAINER_KEYS)
     if raw.keys() >= set(REQUIRED_KEYS):
         fields.known_keys("config", raw, known)
+        _check_blocks(raw)
     for key in raw:
         # As near as in ``fields.near_misses``, but beside the right key too: one block of two that
         # look alike would be read by nobody.
@@ -71,3 +86,16 @@ def check_training_config(raw: Mapping[str, Any]) -> None:
         if hint:
             allowed = f"one of {', '.join(MODEL_TYPES)}, or a name unlike these"
             raise fields.invalid("model_type", family, allowed, hint)
+
+
+def _check_blocks(raw: Mapping[str, Any]) -> None:
+    """Refuse unknown keys in the trainer's blocks; their declarations are the trainer's own."""
+    for block, schema in config_schema()["properties"].items():
+        if block == PLAN_BLOCK or schema.get("additionalProperties", True) is not False:
+            continue
+        given = fields.mapping(block, raw.get(block, {}))
+        fields.known_keys(block, given, schema["properties"])
+        for inner, below in schema["properties"].items():
+            if inner in given and "properties" in below:
+                path = f"{block}.{inner}"
+                fields.known_keys(path, fields.mapping(path, given[inner]), below["properties"])

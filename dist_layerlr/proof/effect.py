@@ -7,9 +7,9 @@ follows from the optimizer's state.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -19,7 +19,7 @@ from dist_layerlr.optim.groups import WEIGHT_DECAY
 from dist_layerlr.optim.readback import factor_in_force, live_pieces
 from dist_layerlr.plan.entries import Plan
 from dist_layerlr.ranks import any_rank, mismatch, together
-from dist_layerlr.sharders import Piece, sharder_of
+from dist_layerlr.sharders import Piece, Pieces, Sharder, sharder_of
 from dist_layerlr.sharders.base import local_gradient, sample
 
 SAMPLES = 64
@@ -57,41 +57,101 @@ def effect_check(
     sharder = sharder_of(model)
     before = live_pieces(sharder, optimizer)
     multiplier = factor_in_force(before) if factor is None else factor
-    pieces = joined([p for p in before.pieces if p.numel])
     skipped = _skipped(model)
-    seen = False
-    weights = [_sample(p, p.owner) for p in pieces]
     observed: dict[str, float] = {}
-    with _gradients(pieces, before.optimizer) as gradients:
+    with watched(sharder, optimizer, before) as look:
         yield observed
+    sights: list[Sight] = []
     with together(plan.digest) as problems:
+        sights += look()
         here = {p.name for p in before.pieces}
         for name in plan.entries:
             if name not in here:
                 problems.append(("not stepped", f"{name}: not stepped by the optimizer"))
-        # The step may have replaced state entries: they are looked up anew, not remembered.
-        stepped = sharder.pieces(optimizer).optimizer
-        for piece, old in zip(pieces, weights, strict=True):
-            direction = _direction(piece, stepped, old, gradients.get(id(piece)))
-            entry = plan.entries.get(piece.name)
-            if direction is None or entry is None:
+        for sight in sights:
+            entry = plan.entries.get(sight.name)
+            if entry is None or sight.rate is None:
                 continue
             wanted = entry.lr * multiplier
-            rate, slack = _rate(piece, old, direction)
-            # Without a gradient there is a direction of zeros at most, at which nothing moves.
-            seen = seen or bool(direction.any())
-            if slack > rate_scale(wanted):
+            if not sight.shows(wanted):
                 continue  # Rounding of the weights hides the update.
-            observed[piece.name] = rate
-            # Moments and update are rounded to the parameter's own precision, several times.
-            share = TOLERANCE + 4 * torch.finfo(piece.owner.dtype).eps
-            if abs(rate - wanted) > share * wanted + slack:
-                text = f"{piece.name}: planned lr {wanted:.6g}, the step moved it at {rate:.6g}"
-                problems.append(("effect", text))
+            observed[sight.name] = sight.rate
+            if sight.differs(wanted):
+                text = f"{sight.name}: planned lr {wanted:.6g}, the step moved it at"
+                problems.append(("effect", f"{text} {sight.rate:.6g}"))
+    seen = any(sight.driven and sight.name in plan.entries for sight in sights)
     # DeepSpeed leaves out the steps in which a loss scale overflows.
     if _skipped(model) == skipped and not any_rank(seen):
         text = f"no step was seen of any of {len(plan.entries)} planned parameters"
         raise mismatch(0, [("unseen", text)], 1)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Sight:
+    """What one step did to one piece of a parameter."""
+
+    name: str
+    rate: float | None
+    """Observed learning rate; None where the optimizer's direction is unknown."""
+    slack: float = 0.0
+    """How far rounding may move that rate."""
+    share: float = TOLERANCE
+    """Relative error that is still rounding, at the parameter's precision."""
+    driven: bool = False
+    """Whether the direction was other than zero, without which nothing moves."""
+
+    def shows(self, wanted: float) -> bool:
+        """Whether rounding leaves enough to compare with a rate. LR 0 is always observable."""
+        return wanted <= 0 or self.slack <= 0.5 * wanted
+
+    def differs(self, wanted: float) -> bool:
+        """Whether the step went at another rate."""
+        if self.rate is None:
+            return False
+        return abs(self.rate - wanted) > self.share * wanted + self.slack
+
+
+@contextmanager
+def watched(
+    sharder: Sharder, optimizer: Any, before: Pieces
+) -> Iterator[Callable[[], list[Sight]]]:
+    """Watch one step of an optimizer on this rank, with or without a plan. Not collective.
+
+    Args:
+        sharder: of the model.
+        optimizer: the one that is stepped; a DeepSpeed engine brings its own.
+        before: what it holds, read before the step.
+
+    Yields:
+        What returns one sight per piece, once the block has ended.
+    """
+    pieces = joined([p for p in before.pieces if p.numel])
+    weights = [_sample(p, p.owner) for p in pieces]
+    with _gradients(pieces, before.optimizer) as gradients:
+        yield lambda: _sights(sharder, optimizer, pieces, weights, gradients)
+
+
+def _sights(
+    sharder: Sharder,
+    optimizer: Any,
+    pieces: list[Piece],
+    weights: list[Tensor],
+    gradients: dict[int, Tensor],
+) -> list[Sight]:
+    sights: list[Sight] = []
+    # The step may have replaced state entries: they are looked up anew, not remembered.
+    stepped = sharder.pieces(optimizer).optimizer
+    for piece, old in zip(pieces, weights, strict=True):
+        direction = _direction(piece, stepped, old, gradients.get(id(piece)))
+        if direction is None:
+            sights.append(Sight(name=piece.name, rate=None))
+            continue
+        rate, slack = _rate(piece, old, direction)
+        # Moments and update are rounded to the parameter's own precision, several times.
+        share = TOLERANCE + 4 * torch.finfo(piece.owner.dtype).eps
+        driven = bool(direction.any())
+        sights.append(Sight(name=piece.name, rate=rate, slack=slack, share=share, driven=driven))
+    return sights
 
 
 def _skipped(model: nn.Module) -> int:
@@ -140,14 +200,6 @@ def _gradients(pieces: list[Piece], optimizer: Any) -> Iterator[dict[int, Tensor
         yield taken
     finally:
         handle.remove()
-
-
-def rate_scale(lr: float) -> float:
-    """Rounding larger than this share of a rate makes an observation worthless.
-
-    LR 0 is always observable.
-    """
-    return 0.5 * lr if lr > 0 else float("inf")
 
 
 def _sample(piece: Piece, tensor: Tensor) -> Tensor:

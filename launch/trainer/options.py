@@ -1,4 +1,4 @@
-"""The training config: one JSON file, validated whole before anything heavy starts."""
+"""The training config: one file, JSON, YAML or TOML, checked whole before anything heavy starts."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any
 from dist_layerlr import fields
 from dist_layerlr.errors import ConfigError
 from dist_layerlr.fields import setting
-from dist_layerlr.files import read_json
+from dist_layerlr.files import read_config
 from dist_layerlr.offload import StreamPolicy
 from dist_layerlr.optim import Schedule
 from dist_layerlr.plan import PLAN_BLOCK, Config, load_config
@@ -178,7 +178,7 @@ def load_options(
     """Read and check a training config.
 
     Args:
-        path: JSON file.
+        path: JSON, YAML or TOML file.
         overrides: ``a.b=value`` assignments, applied before checking; values are JSON, or else
             plain text.
         max_steps: overrides ``train.steps``.
@@ -188,7 +188,7 @@ def load_options(
     Raises:
         ConfigError: names the field, the value and what is allowed.
     """
-    raw = read_json(path)
+    raw = read_config(path)
     for assignment in overrides:
         apply_override(raw, assignment)
     if max_steps is not None:

@@ -47,7 +47,7 @@ def parse_args(argv: Sequence[str] | None, description: str | None) -> argparse.
     form = argparse.RawDescriptionHelpFormatter
     parser = Parser(prog="train.py", description=description, formatter_class=form)
     add = parser.add_argument
-    add("--config", required=True, metavar="FILE", help="training config (JSON)")
+    add("--config", required=True, metavar="FILE", help="training config (JSON, YAML or TOML)")
     names = [name for name, row in SHARDINGS.items() if not row.by_deepspeed]
     add("--sharding", choices=names, help="how ranks share the model (default: none)")
     add("--deepspeed_config", metavar="FILE", help="train under DeepSpeed with this ds_config")

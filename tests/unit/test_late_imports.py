@@ -13,7 +13,7 @@ import pytest
 from tests.support.imports import imported, trees
 
 MODULES = trees("dist_layerlr")
-PURE = ("errors", "fields", "files", "plan", "report", "cli", "__init__")
+PURE = ("errors", "fields", "files", "plan", "exchange", "report", "cli", "__init__")
 """Importing these loads the standard library and each other only."""
 LAZY = ("offload", "checkpoint")
 """Packages whose own import loads nothing; see test_doors.py."""

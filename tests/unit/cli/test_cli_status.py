@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from dist_layerlr import LayerLRError, cli, fields
+from dist_layerlr.cli import plans
 from dist_layerlr.files import read_json
 from dist_layerlr.plan.config import Config
 from dist_layerlr.plan.training_config import MODEL_TYPES, TRAINER_KEYS
@@ -29,7 +30,7 @@ def test_a_defect_ends_with_status_3_which_is_not_diffs_they_differ(
     def defect(_: object) -> None:
         raise KeyError("ours")
 
-    monkeypatch.setattr(cli, "read_model", defect)
+    monkeypatch.setattr(plans, "read_model", defect)
     assert cli.main(["plan", "x.tsv", "--config", config(tmp_path)]) == 3
     assert "KeyError" in capsys.readouterr().err
 
@@ -40,7 +41,7 @@ def test_an_error_of_several_lines_is_one_line_in_the_library_and_in_the_trainer
     def refuse(_: object) -> None:
         raise LayerLRError("no rule names\n  a.b\n  c.d")
 
-    monkeypatch.setattr(cli, "read_json", refuse)
+    monkeypatch.setattr(plans, "read_config", refuse)
     assert cli.main(["plan", "x.tsv", "--config", "x.json"]) == 2
     assert capsys.readouterr().err == "dist-layerlr: error: no rule names a.b c.d\n"
     complain("train.py", "no rule names\n  a.b", everywhere=True)

@@ -1,0 +1,60 @@
+"""``dist-layerlr``: what a config, streaming, a checkpoint or a training script does to a model.
+
+Commands: plan, explain, plot, predict, diff, export, audit, convert, schema, doctor.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import traceback
+from collections.abc import Sequence
+
+from dist_layerlr.cli import checks, exchange, outputs, plans
+from dist_layerlr.cli.command import PROGRAM
+from dist_layerlr.errors import LayerLRError, error_line
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line.
+
+    Returns 0; 1 where ``diff`` found a difference or ``audit`` a fault; 2 after a one-line error; 3
+    after a traceback; for ``audit`` also 4, or the script's own status.
+    """
+    args = _parser().parse_args(argv)
+    status = 0
+    try:
+        output, status = args.run(args)
+        sys.stdout.write(output)
+        sys.stdout.flush()
+    except LayerLRError as error:
+        print(error_line(PROGRAM, error), file=sys.stderr)
+        return 2
+    except BrokenPipeError:
+        sys.stderr.close()
+    except OSError as error:
+        print(error_line(PROGRAM, f"cannot write the output: {error.strerror}"), file=sys.stderr)
+        return 2
+    except Exception:
+        # Python would end with status 1, which a script reads as "the plans differ".
+        traceback.print_exc()
+        return 3
+    return status
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog=PROGRAM,
+        description=__doc__,
+        epilog=f"{PROGRAM} COMMAND --help has examples and exit statuses.",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    # Here, since the package's own module is no part of what the commands load.
+    from dist_layerlr import __version__
+
+    version = f"{PROGRAM} {__version__}"
+    parser.add_argument("--version", action="version", version=version)
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    for module in (plans, outputs, checks, exchange):
+        module.add_to(commands)
+    return parser
