@@ -2,33 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
-from dist_layerlr.integrations.accelerate_checks import (
-    DEEPSPEED,
-    FSDP,
-    refuse_resume,
-    refuse_unproven,
-)
-from dist_layerlr.integrations.resumed import (
-    changes_of,
-    complete,
-    factor_of,
-    refuse_other_names,
-)
-from dist_layerlr.optim import PlanSchedule, Schedule, attach, bind, check_scheduler
-from dist_layerlr.optim.groups import settings_of
+from dist_layerlr.integrations.accelerate_checks import FSDP, refuse_unproven
+from dist_layerlr.integrations.attached import Attached, MakeSchedule, scheduler_of
+from dist_layerlr.optim import attach
 from dist_layerlr.optim.segmented import MakeOptimizer
 from dist_layerlr.plan import Config, Plan
-from dist_layerlr.proof import reapply, verify
 from dist_layerlr.ranks import alike
 from dist_layerlr.sharders import plan_model
 
-MakeSchedule = Schedule | Callable[[Any], Any]
+_FSDP1 = (
+    "Accelerate loads no optimizer state from its checkpoints of FSDP1, and says nothing. Train"
+    " with fsdp_version=2, or save and load with dist_layerlr.save_checkpoint and load_checkpoint."
+)
 
 
 def prepare_accelerate(
@@ -70,59 +61,27 @@ def prepare_accelerate(
     # One group that holds all keeps its place in a checkpoint whatever the plan says. FSDP2
     # exchanges the parameters of ordinary groups, inside prepare, and saves by name.
     optimizer = attach(plan, model, make, emission="groups" if groups else "segmented")
-    scheduler = None if schedule is None else _scheduler_of(optimizer, schedule)
+    scheduler = None if schedule is None else scheduler_of(optimizer, schedule)
     last = [] if scheduler is None else [scheduler]
     args = [*first, optimizer, *others, *last]
     found = accelerator.prepare(*args)
     found = found if len(args) > 1 else (found,)
     prepared = (*([] if first else [model]), *found)
-    if kind == DEEPSPEED:
-        bind(plan, prepared[0])
-    kept = _Kept(accelerator, plan, prepared[0], optimizer, scheduler)
-    accelerator.register_for_checkpointing(kept)
-    kept.prove()
+    attached = Attached(plan, prepared[0], optimizer, scheduler)
+    accelerator.register_for_checkpointing(_Kept(attached))
+    attached.prove()
     return prepared
 
 
-def _scheduler_of(optimizer: Any, schedule: MakeSchedule) -> Any:
-    if isinstance(schedule, Schedule):
-        return PlanSchedule(optimizer, schedule)
-    scheduler = schedule(optimizer)
-    alike(lambda: check_scheduler(scheduler))
-    return scheduler
-
-
 class _Kept:
-    """What save_state keeps beside Accelerate's own files; it is loaded after all of them."""
+    """What ``save_state`` keeps beside Accelerate's own files; it is loaded after all of them."""
 
-    def __init__(
-        self, accelerator: Any, plan: Plan, model: nn.Module, optimizer: Any, scheduler: Any
-    ):
-        self._accelerator, self._plan, self._model = accelerator, plan, model
-        self._optimizer, self._scheduler = optimizer, scheduler
-        prepared = settings_of(optimizer)
-        # Accelerate loads the scheduler right after the optimizer: its groups must be whole by then.
-        optimizer.register_load_state_dict_post_hook(lambda loaded: complete(loaded, prepared))
-
-    def prove(self) -> None:
-        engine = self._accelerator.distributed_type.value == DEEPSPEED
-        proof = verify(self._plan, self._model, None if engine else self._optimizer)
-        self._accelerator.print(proof.line())
+    def __init__(self, attached: Attached):
+        self._attached = attached
 
     def state_dict(self) -> dict[str, Any]:
-        return {"parameters": self._plan.to_dict()["parameters"]}
+        return {"parameters": self._attached.rows()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        alike(lambda: refuse_resume(self._accelerator))
-        changes = alike(lambda: self._changes(state["parameters"]))
-        for line in changes:
-            self._accelerator.print(line)
-        factor = 1.0 if self._scheduler is None else factor_of(self._scheduler)
-        engine = self._accelerator.distributed_type.value == DEEPSPEED
-        live = None if engine else self._optimizer
-        reapply(self._plan, self._model, live, factor=factor, scheduler=self._scheduler)
-        self.prove()
-
-    def _changes(self, rows: Mapping[str, Any]) -> list[str]:
-        refuse_other_names(Path("of save_state"), rows, self._plan)
-        return changes_of(rows, self._plan)
+        self._attached.accept(state["parameters"], fsdp1=_FSDP1)
+        self._attached.restore()

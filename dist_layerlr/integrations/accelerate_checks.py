@@ -52,20 +52,6 @@ def refuse_unproven(accelerator: Any, make: Any, schedule: Any, others: Sequence
         refuse_replaced_optimizer(config)
 
 
-def refuse_resume(accelerator: Any) -> None:
-    """Refuse a resume that would go on with an empty optimizer state.
-
-    Raises:
-        ConfigError: under FSDP1.
-    """
-    if accelerator.distributed_type.value == FSDP and not accelerator.is_fsdp2:
-        raise ConfigError(
-            "Invalid load_state under FSDP1: Accelerate loads no optimizer state from its"
-            " checkpoints of FSDP1, and says nothing. Train with fsdp_version=2, or save and load"
-            " with dist_layerlr.save_checkpoint."
-        )
-
-
 def _refuse_built(make: Any, schedule: Any, others: Sequence[Any]) -> None:
     from accelerate.utils import DummyOptim, DummyScheduler
 

@@ -7,10 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from dist_layerlr.checkpoint.resume import refuse_other_model
-from dist_layerlr.errors import ConfigError
 from dist_layerlr.optim.groups import INITIAL_LR, NAME
 from dist_layerlr.plan import Plan
-from dist_layerlr.plan.diff import Rows, plan_diff
+from dist_layerlr.plan.diff import Rows
 
 
 def refuse_other_names(path: Path, rows: Rows, plan: Plan) -> None:
@@ -22,22 +21,6 @@ def refuse_other_names(path: Path, rows: Rows, plan: Plan) -> None:
         CheckpointError: names the first difference.
     """
     refuse_other_model(path, _difference(rows, plan))
-
-
-def changes_of(rows: Rows, plan: Plan) -> list[str]:
-    """How a plan that is in force already differs from the one of a checkpoint.
-
-    Raises:
-        ConfigError: ``resume_lr`` asks for the checkpoint's rates.
-    """
-    changes = plan_diff(rows, plan, called=("checkpoint's", "new"))
-    if changes and plan.config.per_layer_lr.resume_lr != "plan":
-        raise ConfigError(
-            f"Invalid per_layer_lr.resume_lr={plan.config.per_layer_lr.resume_lr!r} here: the plan"
-            f" differs from the checkpoint's ({changes[0]}), and is in force before this trainer"
-            " loads. Write the checkpoint's rates into the config, or resume_lr='plan'."
-        )
-    return changes
 
 
 def complete(optimizer: Any, prepared: Sequence[Mapping[str, Any]]) -> None:

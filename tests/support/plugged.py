@@ -1,7 +1,7 @@
 """The user's half of the scripts in docs/integrations.md, and what their training must end in.
 
-Every gradient is 1 at every step, so that SGD with momentum moves each element by the rate of its
-name times a number that a formula gives: nothing of ours, and no trainer, is asked for it.
+Each element has one gradient of its own at every step, so that SGD with momentum moves it by the
+rate of its name times a number that a formula gives: nothing of ours, and no trainer, is asked.
 """
 
 from __future__ import annotations
@@ -37,11 +37,16 @@ CONFIG: dict[str, Any] = {
         "enabled": True,
         "component_lr": {"self_attn": RATES["attn"], "ffn": RATES["mlp"], "norm": RATES["norm"]},
         "depth_strategy": "flat",
-        "regions": [{"match": "*blocks.1.*", "lr_multiplier": 0.5}],
+        "regions": [{"match": "*.blocks.1.*", "lr_multiplier": 0.5}],
     },
 }
 MOMENTUM = 0.9
 STEPS, HALF = 6, 3
+
+
+def slope(shape: torch.Size) -> torch.Tensor:
+    """The gradients of a weight: no two elements have the same, so that none may change places."""
+    return torch.linspace(0.5, 1.5, shape.numel()).reshape(shape)
 
 
 class Leaf(nn.Module):
@@ -50,10 +55,14 @@ class Leaf(nn.Module):
     def __init__(self, width: int):
         super().__init__()
         self.weight = nn.Parameter(torch.randn(width, 5))
+        self.slope = slope(self.weight.shape)
+
+    def forward(self) -> torch.Tensor:
+        return (self.weight * self.slope).sum()
 
 
 class Block(nn.Module):
-    """The sum of all its weights, under the names of a transformer block."""
+    """A sum of all its weights, under the names of a transformer block."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -62,21 +71,32 @@ class Block(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         parts = (self.norm, self.mlp, self.attn["to_q"], self.attn["to_out"])
-        return x + sum(part.weight.sum() for part in parts)
+        return x + sum(part() for part in parts)
 
 
-class Net(nn.Module):
+class Body(nn.Module):
     """Blocks on a batch of numbers."""
 
-    def __init__(self, seed: int = 0):
+    def __init__(self) -> None:
         super().__init__()
-        torch.manual_seed(seed)
         self.blocks = nn.ModuleList([Block(), Block(), Block()])
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         for block in self.blocks:
             x = block(x)
         return x
+
+
+class Net(nn.Module):
+    """A body, so that the names of its parameters are as deep in every script."""
+
+    def __init__(self, seed: int = 0):
+        super().__init__()
+        torch.manual_seed(seed)
+        self.body = Body()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.body(x)
 
 
 def rate(name: str) -> float:
@@ -122,7 +142,7 @@ def expected(
     """
     halves = moved(factor, range(HALF)), moved(factor, range(HALF, STEPS))
     return {
-        name: value - rate(name) * halves[0] - then(name) * halves[1]
+        name: value - slope(value.shape) * (rate(name) * halves[0] + then(name) * halves[1])
         for name, value in start().items()
     }
 
@@ -141,7 +161,7 @@ def farthest(a: Weights, b: Weights) -> float:
 def full(model: Any) -> Weights:
     """Whole weights under plain names, by means of torch and DeepSpeed. Collective."""
     if hasattr(model, "zero_optimization_stage"):
-        return {n: whole(p) for n, p in model.module.named_parameters()}
+        return {canonical_name(n): whole(p) for n, p in model.module.named_parameters()}
     found = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True))
     named = {canonical_name(n.removeprefix("module.")): v for n, v in found.items()}
     return {n: v.detach().clone() for n, v in named.items()}
