@@ -8,7 +8,8 @@ from typing import Any
 
 from dist_layerlr.errors import ConfigError
 from dist_layerlr.files import write_json
-from dist_layerlr.optim.groups import INITIAL_LR, NAME, settings_of
+from dist_layerlr.integrations.resumed import complete, factor_of
+from dist_layerlr.optim.groups import settings_of
 from dist_layerlr.plan import Plan
 from dist_layerlr.plan.diff import PLAN_FILE
 from dist_layerlr.proof import Proof, reapply, verify
@@ -58,9 +59,9 @@ class LayerLRCallback:
         """Prove what the trainer has prepared. It has loaded its checkpoint already."""
         self._first_step = state.global_step + 1
         if state.global_step:
-            self._complete(self._trainer.optimizer)
+            complete(self._trainer.optimizer, self._prepared)
             scheduler = self._trainer.lr_scheduler
-            factor = _factor(scheduler)
+            factor = factor_of(scheduler)
             reapply(self.plan, *self._live(), factor=factor, scheduler=scheduler)
         self._verify()
 
@@ -79,14 +80,6 @@ class LayerLRCallback:
         """Keep the settings of the groups as they are before a checkpoint is loaded."""
         self._prepared = settings_of(optimizer)
 
-    def _complete(self, optimizer: Any) -> None:
-        """Give groups what torch's load by name took from those that the checkpoint does not know.
-
-        Their names are this plan's, too: a scheduler is judged by them.
-        """
-        for group, before in zip(optimizer.param_groups, self._prepared, strict=False):
-            group.update({k: v for k, v in before.items() if k not in group or k == NAME})
-
     def say(self, *lines: str) -> None:
         """Print once for all ranks, as the trainer prints its logs."""
         if self._trainer.is_world_process_zero():
@@ -102,12 +95,3 @@ class LayerLRCallback:
     def _verify(self) -> None:
         self.proofs.append(verify(self.plan, *self._live()))
         self.say(self.proofs[-1].line())
-
-
-def _factor(scheduler: Any) -> float:
-    """The multiplier at which a scheduler was saved, whatever the rates that it multiplied."""
-    bases = getattr(scheduler, "base_lrs", None) or [
-        group[INITIAL_LR] for group in scheduler.optimizer.param_groups
-    ]
-    pairs = zip(scheduler.get_last_lr(), bases, strict=True)
-    return next((rate / base for rate, base in pairs if base), 1.0)

@@ -7,7 +7,7 @@ from typing import Any
 from torch.optim import Optimizer
 
 from dist_layerlr.errors import ConfigError
-from dist_layerlr.optim import check_ds_config
+from dist_layerlr.integrations.checks import refuse_ds_config, refuse_replaced_optimizer
 from dist_layerlr.optim.segmented import MakeOptimizer
 from dist_layerlr.sharders.base import ParamGroup
 
@@ -53,20 +53,8 @@ def _check_deepspeed(trainer: Any) -> None:
     config = trainer.accelerator.state.deepspeed_plugin.hf_ds_config.config
     # DeepSpeed clips at 1.0 where nothing is said; the Trainer's users say it here.
     config.setdefault("gradient_clipping", trainer.args.max_grad_norm)
-    if config.get("scheduler"):
-        raise ConfigError(
-            f"Invalid ds_config 'scheduler' block {config['scheduler'].get('type')!r}: remove it,"
-            " and name the scheduler in TrainingArguments(lr_scheduler_type=...)."
-        )
-    check_ds_config(config)
-    for block in ("offload_optimizer", "offload_param"):
-        device = (config.get("zero_optimization", {}).get(block) or {}).get("device", "none")
-        if device != "none":
-            raise ConfigError(
-                f"Invalid ds_config zero_optimization.{block}.device={device!r}: Accelerate then"
-                " builds DeepSpeedCPUAdam in place of the planned optimizer. Remove it, or use"
-                " initialize_deepspeed in a loop of your own."
-            )
+    refuse_ds_config(config, scheduler="TrainingArguments(lr_scheduler_type=...)")
+    refuse_replaced_optimizer(config)
 
 
 def maker(trainer: Any, model: Any) -> MakeOptimizer:

@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from dist_layerlr.checkpoint.resume import refuse_other_model
 from dist_layerlr.errors import ConfigError
+from dist_layerlr.integrations.resumed import refuse_other_names
 from dist_layerlr.plan import Plan
 from dist_layerlr.plan.diff import PLAN_FILE, Rows, read_rows
 
@@ -51,18 +51,5 @@ def resumed_rows(folder: Any, output_dir: str, plan: Plan) -> Rows | None:
             " its weights (from_pretrained) without resuming."
         )
     rows = read_rows(path) or {}
-    refuse_other_model(path, _difference(rows, plan))
+    refuse_other_names(path, rows, plan)
     return rows
-
-
-def _difference(rows: Rows, plan: Plan) -> str | None:
-    # State is kept by position: the trainable names must be the same, and in the same order.
-    for old, new in zip(rows, plan.entries, strict=False):
-        if old != new:
-            return f"it trained {old} where this model trains {new}"
-    for name, entry in plan.entries.items():
-        if name in rows and rows[name]["numel"] != entry.numel:
-            return f"its {name} has {rows[name]['numel']:,} elements, this model's {entry.numel:,}"
-    if len(rows) != len(plan.entries):
-        return f"it trained {len(rows)} parameters, this model trains {len(plan.entries)}"
-    return None

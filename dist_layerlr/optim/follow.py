@@ -59,11 +59,11 @@ class Follower(RateDriver):
             "scheduler": self._scheduler.state_dict(),
         }
 
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Continue from a saved state."""
-        self.base_lr = float(state["base_lr"])
-        self._scratch.param_groups[0].update(state["group"])
-        self._scheduler.load_state_dict(state["scheduler"])
+        self.base_lr = float(state_dict["base_lr"])
+        self._scratch.param_groups[0].update(state_dict["group"])
+        self._scheduler.load_state_dict(state_dict["scheduler"])
         self._put()
 
 

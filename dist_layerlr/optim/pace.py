@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import weakref
 from typing import Any
 
@@ -32,6 +33,8 @@ class Pace:
         """Schedule steps since the last optimizer step, and before it."""
         self._several = 0
         """Optimizer steps in a row that had several."""
+        self._trained = False
+        """Whether the optimizer has been stepped."""
         live = live_optimizer(optimizer)
         if not isinstance(live, Optimizer):
             return
@@ -52,11 +55,14 @@ class Pace:
                 steps.
         """
         # Accelerate's optimizer does nothing in the micro-steps of ``accumulate`` and where the
-        # loss scale overflowed, and says so; anybody else's is believed to have been stepped.
-        state = getattr(self._optimizer, "gradient_state", None)
-        if state is not None and not state.sync_gradients:
+        # loss scale overflowed, and its scheduler is stepped once per process. Without Accelerate
+        # the optimizer is believed to have been stepped.
+        accelerate = _accelerate()
+        if accelerate is not None and not accelerate.sync_gradients:
             return False
-        if state is not None and self._optimizer.step_was_skipped:
+        if getattr(self._optimizer, "step_was_skipped", False):
+            return False
+        if accelerate is not None and self._trained and self._since:
             return False
         self._since += 1
         if self._several >= _SURE:
@@ -70,7 +76,15 @@ class Pace:
         return True
 
     def _stepped(self) -> None:
+        self._trained = True
         if self._since == 0:
             return
         self._several = self._several + 1 if self._since > 1 else 0
         self._before, self._since = self._since, 0
+
+
+def _accelerate() -> Any:
+    """Accelerate's gradient state, one for all of a process; None: there is no Accelerator."""
+    state = getattr(sys.modules.get("accelerate.state"), "GradientState", None)
+    # An object of the class would make the state that it is asked for.
+    return state() if state is not None and state._shared_state else None

@@ -11,6 +11,8 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
+from torch.optim.lr_scheduler import LRScheduler
+
 from dist_layerlr.errors import ConfigError
 from dist_layerlr.fields import integer, number, one_of, setting
 from dist_layerlr.optim.groups import INITIAL_LR, LR, scale_lrs
@@ -50,10 +52,12 @@ class Schedule:
         return self.min_ratio + (1.0 - self.min_ratio) * shape
 
 
-class RateDriver:
+class RateDriver(LRScheduler):
     """What multiplies all planned rates of an optimizer by one ``factor``, step by step.
 
     It reads the live groups on every call, so groups may be replaced by a load or a wrapper.
+    Trainers take it for a scheduler by its type. None of that type's own work is done here: it
+    would write absolute rates, and its state would hold them.
     """
 
     def __init__(self, optimizer: Any):
@@ -62,46 +66,53 @@ class RateDriver:
         Raises:
             ConfigError: a group does not say what a factor would multiply.
         """
-        self._optimizer = (
+        # Trainers look a scheduler up by its optimizer. Those of engines are no torch optimizers,
+        # which the constructor of the base class would ask for.
+        self.optimizer: Any = (
             optimizer.optimizer if hasattr(optimizer, "zero_optimization_stage") else optimizer
         )
-        for place, group in enumerate(self._optimizer.param_groups):
+        for place, group in enumerate(self.optimizer.param_groups):
             if INITIAL_LR not in group:
                 raise ConfigError(
                     f"Invalid optimizer for a schedule: group {place} has no {INITIAL_LR!r}, the"
                     " planned rate that a schedule multiplies. Build the optimizer with attach, or"
                     " its groups with param_groups."
                 )
-        self._pace = Pace(self._optimizer)
+        self._pace = Pace(self.optimizer)
+        self._step_count = 1  # Accelerate counts it up in micro-steps
 
     @property
-    def optimizer(self) -> Any:
-        """The optimizer whose groups are driven; trainers look a scheduler up by it."""
-        return self._optimizer
+    def base_lrs(self) -> list[float]:  # type: ignore[override]
+        """The planned rates, by group."""
+        return [float(group[INITIAL_LR]) for group in self.optimizer.param_groups]
 
     @property
     def factor(self) -> float:
         """The multiplier in force."""
         raise NotImplementedError
 
-    def get_last_lr(self) -> list[float]:
+    def get_last_lr(self) -> list[Any]:
         """The rates in force, by group, as torch's schedulers tell them."""
-        return [float(group[LR]) for group in self._optimizer.param_groups]
+        return [float(group[LR]) for group in self.optimizer.param_groups]
+
+    def get_lr(self) -> list[Any]:
+        """As ``get_last_lr``."""
+        return self.get_last_lr()
 
     def _counts(self) -> bool:
         """Whether this call of ``step()`` belongs to an optimizer step, as far as can be told."""
         return self._pace.counts()
 
     def _put(self) -> None:
-        scale_lrs(self._optimizer, self.factor)
+        scale_lrs(self.optimizer, self.factor)
 
 
 class PlanSchedule(RateDriver):
     """Multiplies every planned rate by ``schedule.factor(step)``.
 
-    It is no torch scheduler, so neither Accelerate nor DeepSpeed steps it: call ``step()`` once
-    after each optimizer step. In the micro-steps of Accelerate's ``accumulate``, when an optimizer
-    that it has prepared does nothing, ``step()`` does nothing either.
+    Call ``step()`` once after each optimizer step, or let a trainer do so. Where Accelerate is in
+    use, which steps a prepared scheduler once per process, only the first call after a real
+    optimizer step counts, and none in the micro-steps of ``accumulate``.
     """
 
     def __init__(self, optimizer: Any, schedule: Schedule):
@@ -121,8 +132,13 @@ class PlanSchedule(RateDriver):
         """The multiplier in force."""
         return self._schedule.factor(self.last_step)
 
-    def step(self) -> None:
-        """Advance by one optimizer step.
+    @property
+    def last_epoch(self) -> int:  # type: ignore[override]
+        """As ``last_step``, in the words of torch's schedulers."""
+        return self.last_step
+
+    def step(self, epoch: int | None = None) -> None:
+        """Advance by one optimizer step, whatever epoch a trainer names.
 
         Raises:
             ConfigError: it is called several times for each optimizer step.
@@ -135,7 +151,7 @@ class PlanSchedule(RateDriver):
         """The step alone: rates come from the plan."""
         return {"last_step": self.last_step}
 
-    def load_state_dict(self, state: dict[str, int]) -> None:
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Continue from a saved step."""
-        self.last_step = state["last_step"]
+        self.last_step = state_dict["last_step"]
         self._put()

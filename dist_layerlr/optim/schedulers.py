@@ -23,6 +23,7 @@ from dist_layerlr.optim.groups import (
     settings_of,
 )
 from dist_layerlr.optim.rehearsal import Copier, is_scheduler, nested, optimizer_of
+from dist_layerlr.optim.schedule import RateDriver
 from dist_layerlr.optim.simulate import (
     Impossible,
     close,
@@ -73,9 +74,13 @@ def check_scheduler(scheduler: Any, *, steps: int | None = None) -> None:
 
 
 def torch_scheduler(scheduler: Any) -> LRScheduler | None:
-    """The torch scheduler that this is, or that Accelerate has wrapped; None: something else."""
+    """The torch scheduler that this is, or that Accelerate has wrapped; None: something else.
+
+    Ours is something else: it keeps no rates.
+    """
     inner = getattr(scheduler, "scheduler", scheduler)
-    return inner if isinstance(inner, LRScheduler) else None
+    ours = isinstance(inner, RateDriver)
+    return inner if isinstance(inner, LRScheduler) and not ours else None
 
 
 def problem_of(scheduler: Any, steps: int | None = None, base: float | None = None) -> str | None:
@@ -114,7 +119,8 @@ def _judged(scheduler: Any, optimizer: Any, steps: int | None, base: float | Non
     inside = getattr(scheduler, "scheduler", None)
     if is_scheduler(inside):
         times = _inner_steps(scheduler)
-        if times > 1:
+        # Ours counts the optimizer's steps, however often it is called.
+        if times > 1 and not isinstance(inside, RateDriver):
             return (
                 f"it is stepped {times} times per optimizer step, once per process. Do not prepare"
                 " it, or pass step_scheduler_with_optimizer=False"
@@ -235,7 +241,7 @@ def rebase(scheduler: Any) -> None:
     """
     for part in (scheduler, *nested(scheduler)):
         optimizer = getattr(part, "optimizer", None)
-        if optimizer is None or not is_optimizer(optimizer):
+        if optimizer is None or not is_optimizer(optimizer) or isinstance(part, RateDriver):
             continue
         # Beside ``max_lrs``, which are absolute, base rates are no group's but the lower bound.
         if hasattr(part, "base_lrs") and not hasattr(part, "max_lrs"):

@@ -100,8 +100,10 @@ def test_trainers_find_the_optimizer_and_the_rates_of_a_schedule():
     _, optimizer = planned(make_model())
     schedule = dl.PlanSchedule(optimizer, LINEAR)
     schedule.step()
-    assert schedule.optimizer is optimizer
-    assert schedule.get_last_lr() == [group["lr"] for group in optimizer.param_groups]
+    assert isinstance(schedule, torch.optim.lr_scheduler.LRScheduler)
+    assert schedule.optimizer is optimizer and schedule.last_epoch == 1
+    rates = [group["lr"] for group in optimizer.param_groups]
+    assert schedule.get_last_lr() == schedule.get_lr() == rates
     assert schedule.get_last_lr()[0] == optimizer.param_groups[0]["initial_lr"] * 0.999
 
 
