@@ -28,11 +28,6 @@ def check_plan(entries: Mapping[str, PlanEntry], config: Config) -> tuple[str, .
         *_unused(rows, config),
         _loud_default(rows, config),
         _held_still(rows),
-        (
-            "log_grad_norms has no effect in this version"
-            if config.per_layer_lr.log_grad_norms
-            else ""
-        ),
     ]
     return tuple(text for text in found if text)
 
