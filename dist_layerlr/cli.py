@@ -25,7 +25,7 @@ from dist_layerlr.plan.entries import Plan
 from dist_layerlr.plan.names import parse
 from dist_layerlr.plan.read import read_model
 from dist_layerlr.plan.training_config import check_training_config
-from dist_layerlr.report.grid import explain, grid, to_csv
+from dist_layerlr.report.grid import FOLDED, GRIDS, explain, grid, to_csv
 
 _PROGRAM = "dist-layerlr"
 _MODEL_HELP = (
@@ -71,6 +71,9 @@ def _parser() -> argparse.ArgumentParser:
     shape = plan.add_mutually_exclusive_group()
     shape.add_argument("--json", dest="format", action="store_const", const="json")
     shape.add_argument("--csv", dest="format", action="store_const", const="csv")
+    shape.add_argument(
+        "--grid", choices=GRIDS, default=FOLDED, help="blocks as ranges (default), or each"
+    )
     plan.set_defaults(run=_run_plan)
     explain = commands.add_parser("explain", help="say how one parameter came to its learning rate")
     explain.set_defaults(run=_run_explain)
@@ -206,7 +209,7 @@ def _run_plan(args: argparse.Namespace) -> Output:
     plan = _plan(args, args.config)
     if args.format == "json":
         return plan.to_json() + "\n", 0
-    return (to_csv(plan) if args.format == "csv" else grid(plan) + "\n"), 0
+    return (to_csv(plan) if args.format == "csv" else grid(plan, args.grid) + "\n"), 0
 
 
 def _run_explain(args: argparse.Namespace) -> Output:

@@ -61,12 +61,12 @@ from launch.trainer.weights import (
 )
 
 
-def print_plan(options: RunOptions, runtime: Runtime) -> None:
+def print_plan(options: RunOptions, runtime: Runtime, form: str) -> None:
     """Print the grid of learning rates of each network. Collective."""
     for name, one in options_of_each(options).items():
         if name:
             runtime.say(f"{name}:")
-        runtime.say(grid(_planned(one)[1]))
+        runtime.say(grid(_planned(one)[1], form))
 
 
 def print_estimate(options: RunOptions, runtime: Runtime, cards: int, card_gb: float) -> None:
@@ -126,7 +126,7 @@ def run(request: Request, options: RunOptions, runtime: Runtime) -> None:
         planned[name] = replace(planned[name], plan=adapted)
     jobs = {}
     for name, one in planned.items():
-        _announce(name, one, family, runtime)
+        _announce(name, one, family, runtime, request.grid)
         jobs[name] = Job(
             engine=_engine(request, one, runtime, alone=len(planned) == 1),
             family=family,
@@ -179,13 +179,13 @@ def _all_written(folder: Path, names: Iterable[str], past: Past) -> bool:
     return all(outputs.holds_result(final, past.run_id, past.step) for final in finals)
 
 
-def _announce(name: str, one: Planned, family: Family, runtime: Runtime) -> None:
+def _announce(name: str, one: Planned, family: Family, runtime: Runtime, form: str) -> None:
     """Print the grid of a network, and what of it does not train."""
     note = one.objective.note if isinstance(one.objective, Noted) else None
     frozen = frozen_line(family, one.model, one.options)
     spared, new = spared_line(family, one.model, one.plan), fresh_line(one.options)
     lines = (frozen, spared, new, note)
-    for line in (f"{name}:" if name else None, grid(one.plan), *lines):
+    for line in (f"{name}:" if name else None, grid(one.plan, form), *lines):
         if line is not None:
             runtime.say(line)
 
