@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from dist_layerlr.integrations import initialize_deepspeed as initialize_deepspeed
     from dist_layerlr.offload import StreamPolicy as StreamPolicy
     from dist_layerlr.offload import stream as stream
+    from dist_layerlr.optim import CellMetrics as CellMetrics
     from dist_layerlr.optim import PlanSchedule as PlanSchedule
     from dist_layerlr.optim import Schedule as Schedule
     from dist_layerlr.optim import bind as bind
@@ -49,6 +50,7 @@ _PACKAGE_OF = {
     "initialize_deepspeed": "integrations",
     "StreamPolicy": "offload",
     "stream": "offload",
+    "CellMetrics": "optim",
     "PlanSchedule": "optim",
     "Schedule": "optim",
     "attach": "optim",

@@ -219,6 +219,12 @@ def one_of(choices: Callable[[], tuple[str, ...]]) -> Check[str]:
     return Check(parse, words, lambda: {"enum": list(choices())})
 
 
+def words(choices: tuple[str, ...]) -> Check[tuple[str, ...]]:
+    """A list of words of a fixed set."""
+    allowed = "a list of words among " + ", ".join(choices)
+    return _sequence(one_of(lambda: choices), allowed, 0, tuple)
+
+
 def either(word: str | None, check: Check[T]) -> Check[T | str | None]:
     """One special value, else whatever ``check`` allows."""
 

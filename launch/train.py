@@ -57,7 +57,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         from launch.trainer.run import print_estimate, print_plan, run
 
         if args.plan_only:
-            print_plan(options, runtime)
+            print_plan(options, runtime, args.grid)
         elif args.estimate:
             print_estimate(options, runtime, args.cards, args.card_gb)
         else:

@@ -25,7 +25,7 @@ from dist_layerlr.plan.entries import Plan
 from dist_layerlr.plan.names import canonical_name, parse
 from dist_layerlr.plan.read import read_model
 from dist_layerlr.plan.training_config import check_training_config
-from dist_layerlr.report.grid import explain, grid, to_csv
+from dist_layerlr.report.grid import FOLDED, GRIDS, explain, grid, to_csv
 
 
 def add_to(commands: Any) -> None:
@@ -45,6 +45,9 @@ def add_to(commands: Any) -> None:
     help_text = "write every parameter's rate as JSON"
     shape.add_argument("--json", dest="format", action="store_const", const="json", help=help_text)
     shape.add_argument("--csv", dest="format", action="store_const", const="csv", help="as CSV")
+    shape.add_argument(
+        "--grid", choices=GRIDS, default=FOLDED, help="blocks as ranges (default), or each"
+    )
     explain = add_command(
         commands,
         "explain",
@@ -119,7 +122,7 @@ def _run_plan(args: argparse.Namespace) -> Output:
     plan = _plan(args, args.config)
     if args.format == "json":
         return plan.to_json() + "\n", 0
-    return (to_csv(plan) if args.format == "csv" else grid(plan) + "\n"), 0
+    return (to_csv(plan) if args.format == "csv" else grid(plan, args.grid) + "\n"), 0
 
 
 def _run_explain(args: argparse.Namespace) -> Output:

@@ -28,11 +28,6 @@ def check_plan(entries: Mapping[str, PlanEntry], config: Config) -> tuple[str, .
         *_unused(rows, config),
         _loud_default(rows, config),
         _held_still(rows),
-        (
-            "log_grad_norms has no effect in this version"
-            if config.per_layer_lr.log_grad_norms
-            else ""
-        ),
     ]
     return tuple(text for text in found if text)
 
@@ -51,7 +46,11 @@ def _unmatched(rows: list[PlanEntry], total: int, config: Config) -> str:
             " unmatched to 'warn' or 'default'."
         )
     default = f"default_lr={config.per_layer_lr.default_lr:g} (times depth in blocks)"
-    return f"{share} match no component and take {default}: {_few(missed)}"
+    write = f'"patterns": [{{"match": "{missed[0].name}", "component": "..."}}]'
+    return (
+        f"{share} match no component and take {default}: {_few(missed)}; to change it, write"
+        f" {write} (* for a part of a name)"
+    )
 
 
 def _region_gives_no_lr(entry: PlanEntry, config: Config) -> bool:
@@ -66,11 +65,14 @@ def _unlisted(rows: list[PlanEntry], total: int, config: Config) -> str:
     missed = [e for e in rows if e.component not in listed and e.region is None]
     if not missed:
         return ""
-    kinds = ", ".join(sorted({e.component for e in missed}))
+    found = sorted({e.component for e in missed})
+    kinds = ", ".join(found)
+    write = ", ".join(f'"{kind}": LR' for kind in found)
     return (
         f"component_lr does not list {kinds}: {len(missed)} parameters"
         f" ({total_numel(missed) / total:.1%} of the elements) take"
-        f" default_lr={config.per_layer_lr.default_lr:g} (times depth in blocks)"
+        f" default_lr={config.per_layer_lr.default_lr:g} (times depth in blocks); to change it, add"
+        f" {write} to component_lr"
     )
 
 

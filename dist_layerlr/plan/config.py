@@ -141,7 +141,10 @@ class PerLayerLR:
         doc="What happens to a trainable parameter that no rule names.",
     )
     log_grad_norms: bool = setting(
-        fields.boolean, default=False, doc="Accepted; no effect in this version."
+        fields.boolean,
+        default=False,
+        doc="The trainer measures each cell of the grid: rate, gradient norm, weight norm, ratio of"
+        " update to weight (`docs/launching.md`).",
     )
     resume_lr: str = setting(
         fields.one_of(lambda: ("plan", "checkpoint")),

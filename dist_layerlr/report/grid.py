@@ -13,6 +13,9 @@ from dist_layerlr.plan.patterns import nearest
 
 Cell = tuple[str | None, int | None, str]
 NAME_WIDTH = 51
+FOLDED, FULL = "folded", "full"
+GRIDS = (FOLDED, FULL)
+"""What ``--grid`` takes."""
 
 
 def cells(plan: Plan) -> dict[Cell, list[PlanEntry]]:
@@ -35,8 +38,14 @@ def cells(plan: Plan) -> dict[Cell, list[PlanEntry]]:
     return {cell: grouped[cell] for cell in sorted(grouped, key=place)}
 
 
-def grid(plan: Plan) -> str:
-    """The startup log: a header, one line per (stack, block, component), then warnings."""
+def grid(plan: Plan, form: str = FULL) -> str:
+    """The startup log: a header, one line per (stack, block, component), then warnings.
+
+    Args:
+        plan: of the model.
+        form: ``folded`` gives one line to blocks that follow each other, as long as their rates
+            rise, fall or stay.
+    """
     block = plan.config.per_layer_lr
     head = f"[per_layer_lr] model_type={plan.config.model_type}"
     if not block.enabled:
@@ -47,14 +56,67 @@ def grid(plan: Plan) -> str:
         f"{head} strategy={block.depth.depth_strategy} {_shape(block.depth)} "
         f"groups={len(plan.groups)} total_params={len(plan.entries)}"
     ]
-    rows_by_cell = cells(plan)
-    width = max([NAME_WIDTH, *(len(cell_name(cell)) for cell in rows_by_cell)])
-    lines += [
-        f"  {cell_name(c):<{width}} lr={_lrs(rows)}  params={len(rows)}"
-        for c, rows in rows_by_cell.items()
-    ]
+    runs = _runs(plan) if form == FOLDED else [[row] for row in cells(plan).items()]
+    width = max([NAME_WIDTH, *(len(_name(run)) for run in runs)])
+    lines += [f"  {_name(run):<{width}} {_rates(run)}" for run in runs]
     lines += [f"[per_layer_lr] warning: {text}" for text in plan.warnings]
     return "\n".join(lines)
+
+
+Run = list[tuple[Cell, list[PlanEntry]]]
+"""Cells of one stack and component, and their entries, in the order of their blocks."""
+
+
+def _runs(plan: Plan) -> list[Run]:
+    """Cells joined as ``grid`` folds them, each run in the place of its first cell."""
+    runs: list[Run] = []
+    last: dict[tuple[str | None, str], Run] = {}
+    for cell, rows in cells(plan).items():
+        stack, _, component = cell
+        run = last.get((stack, component))
+        if run is None or stack is None or not _continues(run, cell, rows):
+            run = last[stack, component] = []
+            runs.append(run)
+        run.append((cell, rows))
+    return runs
+
+
+def _continues(run: Run, cell: Cell, rows: list[PlanEntry]) -> bool:
+    """Whether a cell goes on as the run did: in blocks, and in the sign of its rates' change."""
+    (before, held) = run[-1]
+    here = (cell[1] or 0) - (before[1] or 0), *_change(held, rows)
+    if len(run) == 1:
+        # Where least and greatest rate of a cell move apart, no line could say both.
+        return here[1] == here[2]
+    (earlier, first) = run[-2]
+    return here == ((before[1] or 0) - (earlier[1] or 0), *_change(first, held))
+
+
+def _change(old: list[PlanEntry], new: list[PlanEntry]) -> tuple[int, int]:
+    """Signs of the change of the least and of the greatest rate."""
+    (low, high), (least, most) = _bounds(old), _bounds(new)
+    return (least > low) - (least < low), (most > high) - (most < high)
+
+
+def _bounds(rows: list[PlanEntry]) -> tuple[float, float]:
+    rates = {entry.lr for entry in rows}
+    return min(rates), max(rates)
+
+
+def _name(run: Run) -> str:
+    (stack, first, component), last = run[0][0], run[-1][0][1]
+    if len(run) == 1:
+        return cell_name(run[0][0])
+    return f"{stack}.{first:03d}-{last:03d}.{component}"
+
+
+def _rates(run: Run) -> str:
+    """The first cell's rates, the last one's where they differ, and what is counted."""
+    first, last = _lrs(run[0][1]), _lrs(run[-1][1])
+    rates = first if first == last else f"{first} .. {last}"
+    params = sum(len(rows) for _, rows in run)
+    blocks = f"  blocks={len(run)}" if len(run) > 1 else ""
+    return f"lr={rates}{blocks}  params={params}"
 
 
 def _shape(depth: DepthSettings) -> str:
@@ -71,7 +133,7 @@ def format_lr(lr: float) -> str:
 
 
 def _lrs(rows: list[PlanEntry]) -> str:
-    low, high = min(e.lr for e in rows), max(e.lr for e in rows)
+    low, high = _bounds(rows)
     return format_lr(low) if low == high else f"{format_lr(low)}..{format_lr(high)}"
 
 

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from dist_layerlr.errors import ConfigError
 from dist_layerlr.ranks import alike
+from dist_layerlr.sharders import unwrap
 from launch.trainer.data.base import Batch, Dataset, Sample, to_device
 from launch.trainer.data.order import Order, buckets_of
-from launch.trainer.families.base import Family
+from launch.trainer.families.base import Family, live_config
 from launch.trainer.job import Job
 from launch.trainer.options import RunOptions
 from launch.trainer.seeds import DROPOUT_STREAM, mix_seed
@@ -28,6 +30,8 @@ class Batches:
         self._job, train = job, job.options.train
         self._order = alike(lambda: order_of(job, begin))
         self._empty: Sample = {}
+        self._config = live_config(unwrap(job.engine.model))
+        self._tokens, self._waited = 0, 0.0
         if train.caption_dropout > 0:
             self._empty = alike(lambda: empty_prompt(job.data, job.family))
 
@@ -36,9 +40,16 @@ class Batches:
 
         Collective: ranks fail together on a broken sample.
         """
-        device = self._job.runtime.device
+        device, started = self._job.runtime.device, time.perf_counter()
         batch: Batch = to_device(alike(lambda: self._collated(numbers)), device)
+        self._waited += time.perf_counter() - started
         return batch
+
+    def counted(self) -> tuple[float, float]:
+        """Tokens that this rank has read since the last call, and the seconds that it took."""
+        found = float(self._tokens), self._waited
+        self._tokens, self._waited = 0, 0.0
+        return found
 
     def _collated(self, numbers: Sequence[int]) -> Batch:
         train, data = self._job.options.train, self._job.data
@@ -46,6 +57,8 @@ class Batches:
         for i, number in enumerate(numbers):
             if loses_caption(number, train.seed, train.caption_dropout):
                 samples[i] = {**samples[i], **self._empty}
+        family = self._job.family
+        self._tokens += sum(family.tokens(self._config, sample) for sample in samples)
         return self._job.family.collate(samples)
 
 

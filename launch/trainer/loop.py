@@ -6,6 +6,7 @@ import math
 import time
 import warnings
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -24,6 +25,7 @@ from launch.trainer.seeds import MODEL_STREAM, mix_seed
 from launch.trainer.signals import StopFlag
 from launch.trainer.state import Outcome, Position
 from launch.trainer.team import Team, alone, under
+from launch.trainer.watch import Cells, Pace
 
 Save = Callable[[int, int, Mapping[str, float]], None]
 """(steps done, samples seen, rates observed at the first step) -> a checkpoint."""
@@ -65,15 +67,15 @@ def train(
     observed = dict(begin.observed)
     # The signal may have come while the model was loaded.
     stopped = _told(stop)
-    with progress(settings.steps, begin.step, job.runtime) as show:
+    watch = _Watched(observed, Cells(team), Pace(settings))
+    with progress(settings, begin.step, job.runtime) as show:
         while done < settings.steps and not stopped:
-            row, stopped = _step(team, done, batches, observed, stop)
+            row, stopped = _step(team, done, batches, watch, stop)
             if row is None:
                 break
             factor = row["lr_factor"]
             finite = math.isfinite(row["loss"])
-            logged = done % settings.log_every == 0 or done == settings.steps - 1
-            if logged or stopped or not finite:
+            if stopped or not finite or "cells" in row or _logs(done, settings):
                 write_row(metrics, row)
             if not finite:
                 raise Diverged(f"loss is {row['loss']} at step {done}; nothing is saved. {LOWER}")
@@ -93,8 +95,18 @@ def train(
     return Outcome(steps=done, stopped=stopped, last_factor=factor, observed=observed)
 
 
+@dataclass(frozen=True)
+class _Watched:
+    """What steps are watched with."""
+
+    observed: dict[str, float]
+    """Filled with the rates of a network's first step."""
+    cells: Cells
+    pace: Pace
+
+
 def _step(
-    team: Team, step: int, batches: Batches, observed: dict[str, float], stop: StopFlag | None
+    team: Team, step: int, batches: Batches, watch: _Watched, stop: StopFlag | None
 ) -> tuple[dict[str, Any] | None, bool]:
     """Do one optimizer step. Returns its row of metrics, and whether any rank was told to stop.
 
@@ -107,24 +119,29 @@ def _step(
     if loss is None:
         return None, True
     # Every rank now holds the same loss and flag, so all of them take the same branches below.
-    loss, stopped = _share(loss, stop is not None and stop.raised, job.runtime)
-    norm = math.nan
+    told = float(stop is not None and stop.raised)
+    loss, told, tokens, waited = _add_up([loss, told, *batches.counted()], job.runtime)
+    ranks = job.runtime.world_size
+    loss, stopped, norm, reading = loss / ranks, told > 0, math.nan, None
     if math.isfinite(loss):
         # The first step of a network is watched: it proves the effective rates, not only the
         # reported ones.
         watched = team.turns.is_first(step) and job.options.optimizer.observable
         first: dict[str, float] | None = {} if watched else None
+        watch.cells.before(name, job, step)
         norm = job.engine.step(factor, observed=first)
-        observed.update(under(name, first or {}))
+        reading = watch.cells.after(name)
+        watch.observed.update(under(name, first or {}))
     row = {
         "step": step,
         **({"network": name} if name else {}),
         "loss": loss,
         "lr_factor": factor,
         "grad_norm": norm,
-        "s_per_step": time.perf_counter() - started,
+        **watch.pace.row(step, time.perf_counter() - started, tokens, waited / ranks),
         "peak_memory_gb": peak_memory_gb(job.runtime.device),
         **job.engine.traffic(),
+        **({"cells": reading} if reading is not None else {}),
     }
     return row, stopped
 
@@ -143,6 +160,11 @@ def _draws(done: int, options: RunOptions) -> bool:
     """Whether a picture is due after ``done`` steps; the last one is drawn when all is saved."""
     every = options.samples.every
     return every is not None and done % every == 0 and done < options.train.steps
+
+
+def _logs(step: int, train: TrainOptions) -> bool:
+    """Whether a step's row is to be written."""
+    return step % train.rows_every == 0 or step == train.steps - 1
 
 
 def _due(done: int, train: TrainOptions) -> bool:
@@ -196,11 +218,11 @@ def _accumulate(job: Job, batches: Batches, step: int, stop: StopFlag | None) ->
     return total
 
 
-def _share(loss: float, stop: bool, runtime: Runtime) -> tuple[float, bool]:
-    """Mean loss over ranks, and whether any rank was told to stop: one collective."""
+def _add_up(values: list[float], runtime: Runtime) -> list[float]:
+    """The sums over ranks of a few numbers: one collective."""
     if runtime.world_size == 1:
-        return loss, stop
+        return values
     # float64, so that one rank's loss is the same number after the way through the tensor.
-    values = torch.tensor([loss, float(stop)], dtype=torch.float64, device=runtime.device)
-    dist.all_reduce(values)
-    return float(values[0]) / runtime.world_size, float(values[1]) > 0
+    table = torch.tensor(values, dtype=torch.float64, device=runtime.device)
+    dist.all_reduce(table)
+    return table.tolist()

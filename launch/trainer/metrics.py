@@ -12,16 +12,27 @@ import torch
 
 from dist_layerlr.errors import ConfigError
 from dist_layerlr.files import write_text
+from dist_layerlr.optim import Reading
+from launch.trainer.trackers import Trackers
+
+_IDENTIFIERS = ("step", "network")
+"""Keys of a row that are no curve."""
 
 
 class MetricsFile:
     """Appends JSON rows; every row has left this process when ``write`` returns."""
 
-    def __init__(self, path: Path, *, first_step: int = 0):
+    def __init__(self, path: Path, *, first_step: int = 0, trackers: Trackers | None = None):
         """Begin a new file, or continue one after the rows of the steps before ``first_step``.
 
         Later rows are dropped: a resumed run does those steps again.
+
+        Args:
+            path: Of the file.
+            first_step: The first one that is still to be done.
+            trackers: They are told every row too.
         """
+        self._trackers = trackers
         kept = ""
         if first_step:
             for line in _lines(path):
@@ -36,8 +47,11 @@ class MetricsFile:
         Raises:
             ConfigError: it cannot be written.
         """
-        valid = {}
+        valid: dict[str, Any] = {}
         for key, value in row.items():
+            if isinstance(value, Reading):
+                valid[key] = value.rows()
+                continue
             unwritable = isinstance(value, float) and not math.isfinite(value)
             valid[key] = None if unwritable else value
         try:
@@ -50,9 +64,26 @@ class MetricsFile:
                 " --resume latest."
             ) from None
 
+        if self._trackers is not None:
+            self._trackers.log(_curves(row), row["step"])
+
     def close(self) -> None:
-        """Close the file."""
+        """Close the file, and the runs of the trackers."""
         self._file.close()
+        if self._trackers is not None:
+            self._trackers.close()
+
+
+def _curves(row: dict[str, Any]) -> dict[str, float]:
+    """What of a row trackers draw: its numbers, and a few curves for each component."""
+    found: dict[str, float] = {}
+    for key, value in row.items():
+        if isinstance(value, Reading):
+            found |= value.curves()
+        elif isinstance(value, (int, float)) and key not in _IDENTIFIERS:
+            found[key] = value
+    before = f"{row['network']}/" if "network" in row else ""
+    return {f"{before}{key}": value for key, value in found.items()}
 
 
 def _lines(path: Path) -> list[str]:

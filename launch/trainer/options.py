@@ -20,6 +20,7 @@ from launch.trainer.adapter_options import AdapterOptions, read_adapter
 from launch.trainer.families import get_family
 from launch.trainer.families.base import network_folders
 from launch.trainer.optimizers import OptimizerOptions, read_optimizer
+from launch.trainer.trackers import TRACKERS
 
 FULL = "fine_tune"
 """A value of ``training_method``; the other is LORA."""
@@ -63,8 +64,23 @@ class TrainOptions:
         default=False,
         doc="Blocks keep their inputs only and are computed again in backward.",
     )
-    log_every: int = setting(
-        fields.integer(1), default=1, unit="steps", doc="Between rows of metrics.jsonl."
+    log_every: int | None = setting(
+        fields.integer(1),
+        default=None,
+        shown="a row each step, a line each 10th",
+        unit="steps",
+        doc="Between rows of metrics.jsonl, and between lines of a log file.",
+    )
+    cells_every: int = setting(
+        fields.integer(1),
+        default=10,
+        unit="steps",
+        doc="Between metrics per cell, which `per_layer_lr.log_grad_norms` switches on.",
+    )
+    report_to: tuple[str, ...] = setting(
+        fields.words(TRACKERS),
+        default=(),
+        doc="Experiment trackers that get the metrics too; each needs its package.",
     )
     save_every: int | None = setting(
         fields.integer(1),
@@ -81,6 +97,16 @@ class TrainOptions:
         default=False,
         doc="Train on while a checkpoint is written from a copy in host memory.",
     )
+
+    @property
+    def rows_every(self) -> int:
+        """Steps between rows of metrics.jsonl."""
+        return self.log_every or 1
+
+    @property
+    def lines_every(self) -> int:
+        """Steps between lines of a log that is no terminal."""
+        return self.log_every or 10
 
 
 @dataclass(frozen=True, kw_only=True)

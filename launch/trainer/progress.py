@@ -3,35 +3,34 @@
 from __future__ import annotations
 
 import sys
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from datetime import timedelta
 from typing import Any
 
+from launch.trainer.options import TrainOptions
 from launch.trainer.runtime import Runtime
 
-LINE_S = 30.0
-"""Between lines. A bar in a file would be one line of many kilobytes."""
 Show = Callable[[dict[str, Any]], None]
 """Called with the metrics of each step."""
 
 
 @contextmanager
-def progress(steps: int, done: int, runtime: Runtime) -> Iterator[Show]:
+def progress(train: TrainOptions, done: int, runtime: Runtime) -> Iterator[Show]:
     """Show how far training is, on rank 0.
 
     Args:
-        steps: Of the whole run.
+        train: How long the run is, and how often a file gets a line.
         done: Those behind it.
         runtime: This rank.
     """
     if not runtime.is_main:
         yield lambda row: None
     elif sys.stderr.isatty():
-        with _bar(steps, done) as show:
+        with _bar(train.steps, done) as show:
             yield show
     else:
-        yield _lines(steps, runtime)
+        yield _lines(train, runtime)
 
 
 def _text(row: dict[str, Any]) -> str:
@@ -54,15 +53,17 @@ def _bar(steps: int, done: int) -> Iterator[Show]:
         yield show
 
 
-def _lines(steps: int, runtime: Runtime) -> Show:
-    last: float | None = None
+def _lines(train: TrainOptions, runtime: Runtime) -> Show:
+    first = True
 
     def show(row: dict[str, Any]) -> None:
-        nonlocal last
-        now, done = time.monotonic(), row["step"] + 1
-        # The first step says that training has begun, the last one that it is through.
-        if last is None or now - last >= LINE_S or done == steps:
-            runtime.say(f"step {done} of {steps}: {_text(row)}")
-            last = now
+        nonlocal first
+        done = row["step"] + 1
+        # The first step says that training has begun, the last one that it is through. A bar would
+        # be one line of many kilobytes in a file.
+        if first or done % train.lines_every == 0 or done == train.steps:
+            left = timedelta(seconds=round(row["eta_s"]))
+            runtime.say(f"step {done} of {train.steps}: {_text(row)}, {left} left")
+            first = False
 
     return show

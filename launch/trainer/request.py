@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from dist_layerlr.errors import ConfigError
+from dist_layerlr.report.grid import FOLDED, GRIDS
 from launch.trainer.cli import Parser
 from launch.trainer.engines.sharding import (
     NONE,
@@ -30,6 +31,8 @@ class Request:
     output_dir: str
     resume: str | None = None
     """`latest` or a path; None: start from the beginning."""
+    grid: str = FOLDED
+    """How the learning rates are printed: one of ``GRIDS``."""
 
     def check(self, options: RunOptions) -> None:
         """Refuse a launcher, batch or offload that does not fit the sharder.
@@ -59,6 +62,7 @@ def parse_args(argv: Sequence[str] | None, description: str | None) -> argparse.
     )
     add("--max-steps", type=int, metavar="N", help="overrides train.steps")
     add("--set", action="append", default=[], metavar="A.B=C", help="override one config value")
+    add("--grid", choices=GRIDS, default=FOLDED, help="blocks as ranges (default), or each")
     add("--plan-only", action="store_true", help="print the grid and stop")
     add("--estimate", action="store_true", help="print the memory per rank and stop")
     add("--cards", type=int, default=8, metavar="N", help="of --estimate (default: 8)")
@@ -87,4 +91,5 @@ def make_request(args: argparse.Namespace) -> Request:
         deepspeed_config=args.deepspeed_config,
         output_dir=args.output_dir,
         resume=args.resume,
+        grid=args.grid,
     )

@@ -33,7 +33,7 @@ from launch.trainer.job import Job
 from launch.trainer.loop import micro_batch_size, train, write_row
 from launch.trainer.metrics import MetricsFile
 from launch.trainer.objectives import Noted, Objective
-from launch.trainer.options import RunOptions
+from launch.trainer.options import RunOptions, resolved
 from launch.trainer.record import write_record
 from launch.trainer.request import Request
 from launch.trainer.resume import (
@@ -50,6 +50,7 @@ from launch.trainer.runtime import Diverged, Runtime
 from launch.trainer.signals import StopFlag, catch_signals
 from launch.trainer.state import Outcome, Position
 from launch.trainer.team import Team, check_team, options_of_each, own, team_of
+from launch.trainer.trackers import Trackers, check_trackers
 from launch.trainer.weights import (
     empty_model,
     fresh_line,
@@ -60,12 +61,12 @@ from launch.trainer.weights import (
 )
 
 
-def print_plan(options: RunOptions, runtime: Runtime) -> None:
+def print_plan(options: RunOptions, runtime: Runtime, form: str) -> None:
     """Print the grid of learning rates of each network. Collective."""
     for name, one in options_of_each(options).items():
         if name:
             runtime.say(f"{name}:")
-        runtime.say(grid(_planned(one)[1]))
+        runtime.say(grid(_planned(one)[1], form))
 
 
 def print_estimate(options: RunOptions, runtime: Runtime, cards: int, card_gb: float) -> None:
@@ -102,6 +103,7 @@ def run(request: Request, options: RunOptions, runtime: Runtime) -> None:
     alike(lambda: fit_dataset(data, family, shape))
     alike(lambda: check_empty_prompt(options, data, family))
     alike(lambda: micro_batch_size(options, runtime.world_size))
+    alike(lambda: check_trackers(options.train.report_to))
     folder = alike(
         lambda: outputs.open_output_dir(
             request.output_dir, options.model_path, probe=runtime.is_main, say=runtime.say
@@ -124,7 +126,7 @@ def run(request: Request, options: RunOptions, runtime: Runtime) -> None:
         planned[name] = replace(planned[name], plan=adapted)
     jobs = {}
     for name, one in planned.items():
-        _announce(name, one, family, runtime)
+        _announce(name, one, family, runtime, request.grid)
         jobs[name] = Job(
             engine=_engine(request, one, runtime, alone=len(planned) == 1),
             family=family,
@@ -177,13 +179,13 @@ def _all_written(folder: Path, names: Iterable[str], past: Past) -> bool:
     return all(outputs.holds_result(final, past.run_id, past.step) for final in finals)
 
 
-def _announce(name: str, one: Planned, family: Family, runtime: Runtime) -> None:
+def _announce(name: str, one: Planned, family: Family, runtime: Runtime, form: str) -> None:
     """Print the grid of a network, and what of it does not train."""
     note = one.objective.note if isinstance(one.objective, Noted) else None
     frozen = frozen_line(family, one.model, one.options)
     spared, new = spared_line(family, one.model, one.plan), fresh_line(one.options)
     lines = (frozen, spared, new, note)
-    for line in (f"{name}:" if name else None, grid(one.plan), *lines):
+    for line in (f"{name}:" if name else None, grid(one.plan, form), *lines):
         if line is not None:
             runtime.say(line)
 
@@ -214,6 +216,9 @@ def _train_and_save(team: Team, stop: StopFlag, checkpoints: Mapping[str, Path])
         # All ranks raise it. The last periodic checkpoint is good, so let it get onto the disk.
         save.finish()
         raise
+    finally:
+        if metrics is not None:
+            metrics.close()
     save.finish()
     if outcome.stopped and outcome.steps == begin.step < job.options.train.steps:
         runtime.say(f"stopped by a signal before step {begin.step + 1}; nothing new to save")
@@ -262,7 +267,10 @@ def _open_files(
             sharder = next(iter(proofs.values())).sharder
             write_record(job, begin, sharder=sharder, kept=kept)
         job.runtime.log.open(job.folder / LOG, kept=kept)
-        return MetricsFile(job.folder / outputs.METRICS, first_step=begin.step)
+        names, config = job.options.train.report_to, resolved(job.options)
+        trackers = Trackers(names, job.folder, config, job.runtime.say) if names else None
+        path = job.folder / outputs.METRICS
+        return MetricsFile(path, first_step=begin.step, trackers=trackers)
     except OSError as error:
         raise ConfigError(
             f"Cannot write {str(error.filename)!r}: {error.strerror}. Make room, or choose another"

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from launch.trainer import progress
-from launch.trainer.options import load_options, resolved
+from launch.trainer.options import TrainOptions, load_options, resolved
 from launch.trainer.runlog import RunLog
 from tests.support.jobs import as_lora, call_of, run_in_ranks
 
@@ -80,10 +80,10 @@ def test_lines_before_the_log_is_open_are_in_it_and_a_refused_run_writes_none(
     assert [line.split(" ", 1)[1] for line in lines] == ["one", "two", "three"]
 
 
-def test_progress_in_a_file_is_a_line_now_and_then(monkeypatch: pytest.MonkeyPatch) -> None:
-    class Clock:
-        now = 0.0
-
+@pytest.mark.parametrize(("every", "lines"), [(None, (1, 10, 20, 25)), (7, (1, 7, 14, 21, 25))])
+def test_progress_in_a_file_is_a_line_now_and_then(
+    every: int | None, lines: tuple[int, ...]
+) -> None:
     class Rank:
         is_main = True
         said: list[str] = []
@@ -91,12 +91,13 @@ def test_progress_in_a_file_is_a_line_now_and_then(monkeypatch: pytest.MonkeyPat
         def say(self, line: str) -> None:
             self.said.append(line)
 
-    clock, rank = Clock(), Rank()
-    monkeypatch.setattr(progress.time, "monotonic", lambda: clock.now)
-    with progress.progress(100, 0, rank) as show:  # type: ignore[arg-type]
-        for step in range(100):
-            clock.now += 1.0
-            show({"step": step, "loss": 0.5, "s_per_step": 1.0, "peak_memory_gb": 2.0})
+    rank = Rank()
+    train = TrainOptions(steps=25, global_batch=1, log_every=every)
+    rank.said.clear()
+    with progress.progress(train, 0, rank) as show:  # type: ignore[arg-type]
+        for step in range(25):
+            row = {"step": step, "loss": 0.5, "s_per_step": 1.0, "peak_memory_gb": 2.0}
+            show({**row, "eta_s": 65.2})
     assert rank.said == [
-        f"step {done} of 100: loss 0.5000, 1.000 s/step, 2.00 GiB" for done in (1, 31, 61, 91, 100)
+        f"step {done} of 25: loss 0.5000, 1.000 s/step, 2.00 GiB, 0:01:05 left" for done in lines
     ]

@@ -21,6 +21,8 @@ class Engine(Protocol):
 
     model: nn.Module
     """What is called in the forward pass."""
+    optimizer: Any
+    """What is stepped, as ``verify`` takes it: None where the model brings its own."""
 
     def micro_step(self, *, last: bool) -> AbstractContextManager[Any]:
         """Return the context of one forward and backward.

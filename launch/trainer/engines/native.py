@@ -47,6 +47,7 @@ class NativeEngine:
         runtime: Runtime,
     ):
         assert sharding.wrap is not None
+        self.optimizer: Any
         self._plan, self._clip, self._sharding = plan, options.train.grad_clip, sharding
         self._handle: Handle | None = None
         self._device = runtime.device

@@ -41,6 +41,8 @@ class ZeroEngine:
     Batch sizes and clipping come from the training config.
     """
 
+    optimizer: Any = None
+
     def __init__(
         self,
         model: nn.Module,

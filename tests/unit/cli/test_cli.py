@@ -211,8 +211,10 @@ def test_plan_prints_the_grid_json_or_csv(tmp_path: Path, config: str, capsys):
     text = capsys.readouterr().out
     assert (
         text.startswith("[per_layer_lr] model_type=toy strategy=linear")
-        and "blocks.002.cross_attn" in text
+        and "blocks.000-002.cross_attn" in text
     )
+    assert main(["plan", str(tmp_path / "m.tsv"), "--config", config, "--grid", "full"]) == 0
+    assert "blocks.002.cross_attn" in capsys.readouterr().out
     assert main(["plan", str(tmp_path / "m.tsv"), "--config", config, "--csv"]) == 0
     rows = list(csv.DictReader(io.StringIO(capsys.readouterr().out)))
     plan = build_plan(TOY, CONFIG)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from typing import Any
 
 import pytest
 
@@ -70,6 +71,63 @@ def test_the_grid_ends_with_what_is_outside_blocks_and_the_warnings():
     first = next(i for i, line in enumerate(lines) if line.startswith("[per_layer_lr] warning: "))
     assert all(line.startswith("[per_layer_lr] warning: ") for line in lines[first:])
     assert lines[first - 1].startswith("  outside.default")
+
+
+def folded(shapes: dict[str, tuple[int, ...]], **settings: Any) -> list[str]:
+    """The lines of the folded grid, spaces as one."""
+    text = grid(build_plan(shapes, config(**settings)), "folded")
+    lines = [line for line in text.splitlines()[1:] if "warning" not in line]
+    return [" ".join(line.split()) for line in lines]
+
+
+def test_blocks_fold_into_one_line_where_rates_fall_and_into_two_where_they_rise_first():
+    blocks = {f"layers.{i}.attn1.to_{p}.weight": (8, 8) for i in range(41) for p in "qk"}
+    settings = {"component_lr": {"self_attn": 4e-4}, "min_depth_factor": 0.3}
+    assert folded(blocks, depth_strategy="linear", **settings) == [
+        "layers.000-040.self_attn lr=0.000400 .. 0.000120 blocks=41 params=82"
+    ]
+    assert folded(blocks, depth_strategy="flat", **settings) == [
+        "layers.000-040.self_attn lr=0.000400 blocks=41 params=82"
+    ]
+    assert folded(blocks, depth_strategy="inverted_u", **settings) == [
+        "layers.000-020.self_attn lr=0.000120 .. 0.000400 blocks=21 params=42",
+        "layers.021-040.self_attn lr=0.000399 .. 0.000120 blocks=20 params=40",
+    ]
+
+
+def test_a_fold_ends_where_blocks_are_missing_or_rates_of_a_cell_part():
+    some = {f"layers.{i}.ffn.net.weight": (8, 8) for i in (0, 1, 2, 4, 5)}
+    flat = {"component_lr": {"ffn": 1e-4}, "depth_strategy": "flat"}
+    assert [line.split()[0] for line in folded(some, **flat)] == [
+        "layers.000-002.ffn",
+        "layers.004-005.ffn",
+    ]
+    # A region raises the rate of one parameter of block 2: its cell has two rates, alone in that.
+    apart = {f"layers.{i}.ffn.{n}.weight": (8, 8) for i in range(5) for n in "ab"}
+    lines = folded(apart, **flat, regions=[{"match": "layers.2.ffn.a", "lr_multiplier": 2}])
+    assert lines == [
+        "layers.000-001.ffn lr=0.000100 blocks=2 params=4",
+        "layers.002.ffn lr=0.000100..0.000200 params=2",
+        "layers.003-004.ffn lr=0.000100 blocks=2 params=4",
+    ]
+
+
+def test_the_folded_grid_counts_what_the_full_one_counts():
+    plan = build_plan(toy(), config())
+
+    def total(text: str) -> int:
+        return sum(int(number) for number in re.findall(r"(?<!_)params=(\d+)", text))
+
+    assert total(grid(plan, "folded")) == total(grid(plan)) == len(plan.entries)
+    assert len(grid(plan, "folded").splitlines()) < len(grid(plan).splitlines())
+
+
+def test_warnings_say_what_to_write_to_change_the_rate():
+    shapes = {"blocks.0.ffn.net.weight": (8, 8), "blocks.0.attn1.to_q.weight": (8, 8)}
+    text = grid(build_plan(shapes, config(component_lr={"ffn": 1e-4})))
+    assert 'to change it, add "self_attn": LR to component_lr' in text
+    text = grid(build_plan({**shapes, "odd.weight": (8, 8)}, config()))
+    assert 'write "patterns": [{"match": "odd.weight", "component": "..."}]' in text
 
 
 def test_a_plan_that_is_off_prints_one_line():
