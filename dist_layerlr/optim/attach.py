@@ -14,6 +14,7 @@ from torch.optim import Optimizer
 from dist_layerlr import fields
 from dist_layerlr.errors import ConfigError, PlanMismatch
 from dist_layerlr.optim.groups import adopt, build_groups, split_by_mesh
+from dist_layerlr.optim.quantised import tell_of_quantised
 from dist_layerlr.optim.routed import (
     MakeOptimizers,
     check_makes,
@@ -84,6 +85,8 @@ def attach(
         if other.fault is None:
             return in_groups
     alike(lambda: refuse(verdict, layout))
+    # Warnings may be errors: then they are those of all ranks.
+    alike(lambda: tell_of_quantised(optimizer, layout))
     return optimizer
 
 
@@ -113,6 +116,7 @@ def bind(plan: Plan, engine: nn.Module) -> None:
     owners = [piece.owner for piece in found.pieces]
     verdict = try_out(found.optimizer, layout, owners, _shapes(plan))
     alike(lambda: refuse(verdict, layout))
+    alike(lambda: tell_of_quantised(found.optimizer, layout))
 
 
 def _refuse_one(plan: Plan, make: MakeOptimizer) -> None:
@@ -153,6 +157,7 @@ def _attach_several(
         optimizer, layout, verdicts = _build_several(plan, model, makes, whole | faulty)
     for verdict in verdicts.values():
         alike(partial(refuse, verdict, layout))
+    alike(lambda: tell_of_quantised(optimizer, layout))
     return optimizer
 
 

@@ -96,7 +96,8 @@ def router(plan: Plan, makes: MakeOptimizers, whole: Set[str] = frozenset()) -> 
             mine = [group for group in groups if group[OPTIMIZER] == label]
             if not takes_matrices(plan, label):
                 parts[label] = own(mine)
-            elif isinstance(make_template(plan, own, mine), torch.optim.Muon):
+            elif type(make_template(plan, own, mine)) is torch.optim.Muon:
+                # A subclass may do more in its step: it gets whole matrices, and steps them itself.
                 parts[label] = MuonSlices(plan, own, mine)
             else:
                 parts[label] = AnyWhole(plan, own, mine) if label in whole else own(mine)

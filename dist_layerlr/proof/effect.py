@@ -15,9 +15,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dist_layerlr.optim.groups import WEIGHT_DECAY
+from dist_layerlr.optim.groups import OPTIMIZER, WEIGHT_DECAY
 from dist_layerlr.optim.readback import factor_in_force, live_pieces
+from dist_layerlr.optim.routed import parts_of
 from dist_layerlr.plan.entries import Plan
+from dist_layerlr.proof.matrices import MatrixCheck
 from dist_layerlr.ranks import any_rank, mismatch, together
 from dist_layerlr.sharders import Piece, sharder_of
 from dist_layerlr.sharders.base import local_gradient, sample
@@ -42,7 +44,8 @@ def effect_check(
     Args:
         plan: of this model.
         model: as it is trained.
-        optimizer: AdamW, Adam or SGD; a DeepSpeed engine brings its own.
+        optimizer: AdamW, Adam, SGD, or several with torch's Muon among them, whose matrices are
+            put together; a DeepSpeed engine brings its own.
         factor: the schedule's multiplier that is in force. None: the one that the live groups are
             at when the block begins.
 
@@ -57,14 +60,18 @@ def effect_check(
     sharder = sharder_of(model)
     before = live_pieces(sharder, optimizer)
     multiplier = factor_in_force(before) if factor is None else factor
-    pieces = joined([p for p in before.pieces if p.numel])
+    matrices = MatrixCheck.of(plan, before, multiplier)
+    pieces = joined([p for p in before.pieces if p.numel and p.name not in matrices.entries])
     skipped = _skipped(model)
-    seen = False
     weights = [_sample(p, p.owner) for p in pieces]
     observed: dict[str, float] = {}
-    with _gradients(pieces, before.optimizer) as gradients:
+    with _gradients(pieces, matrices, before.optimizer) as gradients:
         yield observed
+    rates, faults = matrices.after(live_pieces(sharder, optimizer))
+    observed.update(rates)
+    seen = bool(rates) or bool(matrices.gradients)
     with together(plan.digest) as problems:
+        problems += faults
         here = {p.name for p in before.pieces}
         for name in plan.entries:
             if name not in here:
@@ -119,7 +126,9 @@ def joined(pieces: list[Piece]) -> list[Piece]:
 
 
 @contextmanager
-def _gradients(pieces: list[Piece], optimizer: Any) -> Iterator[dict[int, Tensor]]:
+def _gradients(
+    pieces: list[Piece], matrices: MatrixCheck, optimizer: Any
+) -> Iterator[dict[int, Tensor]]:
     """{id of a piece: gradient samples}, taken as the inner optimizer's step begins.
 
     Earlier they are not there: DeepSpeed hands gradients to its flat partitions inside the step.
@@ -130,6 +139,7 @@ def _gradients(pieces: list[Piece], optimizer: Any) -> Iterator[dict[int, Tensor
         return
 
     def take(*_: Any) -> None:
+        matrices.take()
         for piece in pieces:
             if piece.owner.grad is not None:
                 # A copy: the optimizer may decay or clip the gradient in place.
@@ -161,8 +171,13 @@ def _direction(piece: Piece, optimizer: Any, old: Tensor, gradient: Tensor | Non
     None where that is unknown.
     """
     group: dict[str, Any] = piece.group
-    # A segmented optimizer holds the state, the one inside it the formula.
-    kinds = {c.__name__ for c in type(getattr(optimizer, "inner", optimizer)).__mro__}
+    # A segmented optimizer holds the state, the one inside it the formula; of several inside it,
+    # the one that the group belongs to.
+    routed = parts_of(optimizer)
+    formula = getattr(optimizer, "inner", optimizer)
+    if routed is not None:
+        formula = routed.parts[group[OPTIMIZER]]
+    kinds = {c.__name__ for c in type(formula).__mro__}
     state = optimizer.state.get(piece.owner, {}) if optimizer is not None else {}
     if group.get("maximize"):
         return None

@@ -63,7 +63,7 @@ def stepper_problems(plan: Plan, found: Pieces) -> list[Problem]:
 
 def by_algorithm(found: Pieces) -> dict[str, int]:
     """{class: names that it steps}."""
-    return dict(Counter(algorithms(found).values()))
+    return dict(sorted(Counter(algorithms(found).values()).items()))
 
 
 def state_precision(found: Pieces) -> dict[str, str]:
