@@ -75,7 +75,7 @@ class Proof:
         text = f"; stepped {', '.join(parts)}" if len(parts) > 1 else ""
         kinds = Counter(self.state_precision.values())
         if len(kinds) > 1:
-            text += "; state in " + ", ".join(f"{kind} ({n})" for kind, n in kinds.items())
+            text += "; state in " + ", ".join(f"{kind} ({n})" for kind, n in sorted(kinds.items()))
         return text
 
     def to_dict(self) -> dict[str, Any]:

@@ -117,7 +117,7 @@ def test_the_precision_of_each_names_state_is_reported(at: At) -> None:
     proof = dist_layerlr.verify(plan, model, optimizer)
     assert proof.state_precision["0.weight"] == "uint8"
     assert proof.state_precision["1.weight"] == "float32"
-    assert "state in uint8 (1), float32 (3)" in proof.line()
+    assert "state in float32 (3), uint8 (1)" in proof.line()
 
 
 @cases

@@ -5,6 +5,7 @@ naive code first, then with ours. When a naive test no longer passes, upstream h
 from __future__ import annotations
 
 from collections.abc import Iterator
+from types import SimpleNamespace
 from typing import Any
 
 import deepspeed
@@ -107,39 +108,35 @@ def test_verify_names_matrices_that_adamw_steps_under_zero_3(at: At) -> None:
 # --- DeepSpeed's Muon splits by itself, and discards the groups' own split ---
 
 
-def deepspeed_muon(model: nn.Module) -> Any:
-    """Groups as a user would write them: adapters and embeddings not for Muon."""
-    config = settings()
-    config["zero_optimization"] = {"stage": 2, "reduce_scatter": False}
-    config["optimizer"] = {"type": "Muon", "params": {"lr": 1e-3, "weight_decay": 0.0}}
-    del config["zero_allow_untested_optimizer"]
-    mine = [p for n, p in model.named_parameters() if ".mlp." in n and p.ndim == 2]
-    rest = [p for p in model.parameters() if p.requires_grad and not any(p is m for m in mine)]
-    groups = [{"params": mine, "use_muon": True}, {"params": rest, "use_muon": False}]
-    return deepspeed.initialize(model=model, model_parameters=groups, config=config)[0]
+def tagged(model: nn.Module) -> list[str]:
+    """What DeepSpeed's Muon takes: it asks no group, and tags parameters by shape and two words."""
+    config = SimpleNamespace(optimizer_name="muon", optimizer_params={"lr": 1e-3})
+    deepspeed.set_optimizer_flags(config, model)
+    named: list[tuple[str, Any]] = list(model.named_parameters())
+    return [n for n, p in named if p.requires_grad and p.use_muon]
 
 
 @cases
 def test_naive_deepspeed_muon_takes_embedding_head_and_adapters(at: At) -> None:
-    with silence():
-        taken = []
-        for make in (net, lora_net):
-            model = make()
-            deepspeed_muon(model)
-            taken += [n for n, p in model.named_parameters() if p.requires_grad and p.use_muon]
     # "emb" is no "embed" and "head" no "lm_head": its list of words does not know them.
-    assert {"emb.weight", "head.weight"} <= set(taken)
-    assert any("lora_A" in name for name in taken)
+    assert {"emb.weight", "head.weight"} <= set(tagged(net()))
+    assert any("lora_A" in name for name in tagged(lora_net()))
 
 
 @cases
 def test_verify_names_what_deepspeeds_muon_takes_too_much(at: At) -> None:
-    with silence():
-        model = net()
-        plan = dist_layerlr.plan_model(model, {**NET.config, "per_layer_lr": {"enabled": False}})
-        engine = deepspeed_muon(model)
-        with pytest.raises(PlanMismatch, match="weight: planned for adamw, stepped by Muon"):
-            dist_layerlr.verify(plan, engine)
+    """Its groups say by a flag which of its two algorithms steps them."""
+    model = net()
+    plan = dist_layerlr.plan_model(model, NET.config)
+    taken = tagged(model)
+    named = dict(model.named_parameters())
+    groups = [
+        {"params": [named[n] for n in taken], "use_muon": True},
+        {"params": [p for n, p in named.items() if n not in taken], "use_muon": False},
+    ]
+    with pytest.raises(PlanMismatch) as caught:
+        dist_layerlr.verify(plan, model, adamw(groups))
+    assert "emb.weight: planned for adamw, stepped by Muon" in str(caught.value)
 
 
 # --- embeddings, heads and adapters are matrices, too ---
