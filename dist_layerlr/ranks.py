@@ -35,6 +35,11 @@ CAUSES = {
         "a checkpoint or an optimizer block overwrote the groups' settings; call reapply after"
         " every load"
     ),
+    "optimizer": (
+        "matrices were told from the rest by their shape after sharding (ndim == 2 is false of"
+        " every shard of FSDP1 and ZeRO), or one optimizer was given for all; build it with"
+        " attach(plan, model, {name: make, ...})"
+    ),
     "elements": "a shard is stepped twice or not at all; one sharder wraps part of the model only",
     "unplanned": "adapters or requires_grad changed after the plan was made; make the plan last",
     "frozen": (
@@ -63,7 +68,7 @@ CAUSES = {
     "plan": "ranks read different configs or models; give every rank the same files",
     "unseen": (
         "nothing was stepped inside the block, no parameter had a gradient, or the optimizer is one"
-        " whose direction is not known (effect_check knows Adam, AdamW and SGD)"
+        " whose direction is not known (effect_check knows Adam, AdamW, SGD and Muon)"
     ),
     "effect": (
         "the optimizer does not use its groups' rates (one that adapts or rescales them, or a stale"

@@ -272,8 +272,8 @@ def _check_state(index: Index, manifest: Manifest) -> None:
             _check_size(key, stored, prod(manifest.parameters[name].shape))
             _check_size(f"{WEIGHT}.{name}", stored, stored[key][0])
     numbers: Scalars = index.metadata.planner_data or {}
-    if manifest.optimizer in _ADAMS:
-        for name in tensors.keys() | numbers.keys():
+    for name in tensors.keys() | numbers.keys():
+        if manifest.stepper_of(name) in _ADAMS:
             found = tensors.get(name, set()) | numbers.get(name, {}).keys()
             if name in tensors and not found & {"exp_avg", "exp_avg_sq"}:
                 continue

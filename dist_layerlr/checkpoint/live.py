@@ -18,8 +18,11 @@ from dist_layerlr.checkpoint.index import OPTIM, RNG, SAMPLE, SAMPLES, WEIGHT, I
 from dist_layerlr.checkpoint.manifest import Manifest, TensorRecord
 from dist_layerlr.checkpoint.rng import read_rng
 from dist_layerlr.errors import CheckpointError
+from dist_layerlr.optim.groups import OPTIMIZER
 from dist_layerlr.optim.readback import factor_in_force, live_pieces
+from dist_layerlr.optim.routed import Routed, parts_of
 from dist_layerlr.optim.segmented import Segmented
+from dist_layerlr.optim.whole import AnyWhole
 from dist_layerlr.plan.names import of_rank, parse, without_rank
 from dist_layerlr.sharders import Piece, Pieces, Sharder, Weight, sharder_of
 from dist_layerlr.sharders.base import local, sample_places
@@ -77,9 +80,28 @@ class Live:
     def optimizer_class(self) -> str:
         """What steps the elements: the inner optimizer of a segmented one."""
         optimizer = self.found.optimizer
+        if self.routed is not None:
+            return "+".join(self.routed.kind_of(label) for label in self.routed.parts)
         if isinstance(optimizer, Segmented) and optimizer.inner is not None:
             optimizer = optimizer.inner
         return type(optimizer).__name__
+
+    @cached_property
+    def routed(self) -> Routed | None:
+        """The several optimizers of a plan that names them."""
+        return parts_of(self.found.optimizer)
+
+    @cached_property
+    def steppers(self) -> dict[str, str]:
+        """{name: class of the optimizer that steps it}; empty where there is one for all."""
+        if self.routed is None:
+            return {}
+        kinds = {label: self.routed.kind_of(label) for label in self.routed.parts}
+        return {piece.name: kinds[piece.group[OPTIMIZER]] for piece in self.found.pieces}
+
+    def is_own(self, piece: Piece, key: str) -> bool:
+        """Whether an entry of the state of a piece's tensor is of the optimizer that steps it."""
+        return self.routed is None or self.routed.takes(piece.group[OPTIMIZER], key)
 
     @property
     def factor(self) -> float:
@@ -100,6 +122,13 @@ def look(model: nn.Module, optimizer: Any) -> Live:
             " parameters in an optimizer inside, and a load would leave that empty. Use its own"
             " consolidate_state_dict, or shard with FSDP2 or ZeRO."
         )
+    routed = parts_of(optimizer if optimizer is not None else getattr(model, "optimizer", None))
+    for label, part in routed.parts.items() if routed is not None else ():
+        if isinstance(part, AnyWhole):
+            raise CheckpointError(
+                f"Cannot save or load {label} ({part.kind}): it keeps its state for whole matrices,"
+                " each on one rank. Use torch.optim.Muon, whose momentum lies with the weights."
+            )
     sharder = sharder_of(model)
     # Weights come first: listing them reshards what a forward left gathered, and pieces are found
     # by identity.
@@ -187,10 +216,13 @@ def saved_spans(
         tensors, counters = states[owner]
         size = live.size(piece.name)
         for key, tensor in tensors.items():
+            if key and not live.is_own(piece, key):
+                continue
             kind = f"{OPTIM}.{piece.name}.{key}" if key else f"{WEIGHT}.{piece.name}"
             spans.append(piece_span(kind, piece, tensor, size))
-        if counters:
-            numbers.setdefault(piece.name, {}).update(counters)
+        own = {key: value for key, value in counters.items() if live.is_own(piece, key)}
+        if own:
+            numbers.setdefault(piece.name, {}).update(own)
     return spans, numbers
 
 

@@ -36,7 +36,13 @@ from dist_layerlr.checkpoint.manifest import (
     model_problem,
     read_manifest,
 )
-from dist_layerlr.checkpoint.optim_state import OwnerState, plan_state, prepare_state, without_state
+from dist_layerlr.checkpoint.optim_state import (
+    OwnerState,
+    plan_state,
+    prepare_state,
+    restarted,
+    without_state,
+)
 from dist_layerlr.checkpoint.resume import (
     adapted,
     find_checkpoint,
@@ -191,7 +197,7 @@ def _check(
         manifest=manifest,
         index=index,
         plan=effective,
-        changes=changes,
+        changes=changes + restarted(live, manifest),
         live=live,
         states=states,
     )

@@ -63,6 +63,17 @@ class Manifest:
     """Counters and loss scale of DeepSpeed."""
     files: Mapping[str, int] = field(default_factory=dict)
     """CRC-32 of the other JSON files."""
+    optimizers: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    """{class: names that it steps}, where the plan names several; empty: ``optimizer`` steps all.
+    Left out of the file when empty, so that older versions read what they can."""
+
+    def stepper_of(self, name: str) -> str:
+        """Class of the optimizer that stepped a saved name."""
+        return self._steppers.get(name, self.optimizer)
+
+    @cached_property
+    def _steppers(self) -> dict[str, str]:
+        return {name: kind for kind, names in self.optimizers.items() for name in names}
 
     def with_files(self, files: Mapping[str, int]) -> Manifest:
         """A copy that seals other files, too."""
@@ -71,6 +82,8 @@ class Manifest:
     def write(self, folder: Path) -> None:
         """Write ``checkpoint.json`` to disk."""
         content = {"format": FORMAT, **asdict(self), "extra": packed(self.extra)}
+        if not self.optimizers:
+            del content["optimizers"]
         text = json.dumps({"crc32": zlib.crc32(_canonical(content)), "content": content}, indent=1)
         write_text(folder / MANIFEST, text + "\n")
 
@@ -118,7 +131,7 @@ def read_manifest(folder: Path) -> Manifest:
                 f"Checkpoint {str(folder)!r} has format {found!r}; this version reads format"
                 f" {FORMAT}."
             )
-        row = record("content", content, _CONTENT)
+        row = record("content", {"optimizers": {}, **content}, _CONTENT)
         del row["format"]
         return Manifest(**row)
 
@@ -274,5 +287,6 @@ _CONTENT: dict[str, Parser] = {
     "objects": fields.strings,
     "sharder_state": fields.mapping,
     "files": each(checksum),
+    "optimizers": each(fields.strings),
 }
 """Every field of ``checkpoint.json``."""

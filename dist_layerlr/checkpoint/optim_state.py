@@ -17,6 +17,7 @@ from dist_layerlr.checkpoint.index import OPTIM, WEIGHT, Index, dtype_named
 from dist_layerlr.checkpoint.live import Live, piece_span
 from dist_layerlr.checkpoint.manifest import Manifest
 from dist_layerlr.errors import CheckpointError
+from dist_layerlr.optim.groups import OPTIMIZER
 from dist_layerlr.optim.segmented import Segmented
 from dist_layerlr.sharders import Piece
 from dist_layerlr.sharders.base import local
@@ -60,7 +61,8 @@ def plan_state(live: Live, manifest: Manifest, index: Index) -> list[OwnerState]
         CheckpointError: another optimizer, or one that keeps more state; or parameters that share a
             live tensor, hence a step counter, disagree on it.
     """
-    _check_class(manifest.optimizer, live.optimizer_class)
+    if not live.steppers and not manifest.optimizers:
+        _check_class(manifest.optimizer, live.optimizer_class)
     elementwise = _saved_state(index)
     numbers: Scalars = index.metadata.planner_data or {}
     planned = []
@@ -72,7 +74,14 @@ def plan_state(live: Live, manifest: Manifest, index: Index) -> list[OwnerState]
         sources: list[Dtypes] = []
         counters: dict[str, Mapping[str, Number]] = {}
         frozen: list[str] = []
+        restarted: list[str] = []
         for piece, name in zip(pieces, saved, strict=True):
+            was_stepped = name is not None and manifest.parameters[name].trainable
+            if was_stepped and not _same_stepper(piece.name, str(name), live, manifest):
+                # Moments of one algorithm mean nothing to another.
+                sources.append({})
+                restarted.append(piece.name)
+                continue
             source = elementwise.get(name or "", {})
             _check_flags(piece, source)
             sources.append(source)
@@ -81,6 +90,7 @@ def plan_state(live: Live, manifest: Manifest, index: Index) -> list[OwnerState]
             if name is not None and not manifest.parameters[name].trainable:
                 frozen.append(name)
         _check_unfrozen(frozen, counters)
+        _check_restarted(restarted, counters, live)
         planned.append(
             OwnerState(pieces=pieces, sources=sources, saved_names=saved, numbers=_agreed(counters))
         )
@@ -111,7 +121,8 @@ def prepare_state(
                 local(held[key]).zero_()
             spans += _state_spans(state, key, held[key], live)
         for key, number in state.numbers.items():
-            held[key] = _number(key, number, state.pieces[0], live.found.optimizer, same_class)
+            piece = next(piece for piece in state.pieces if live.is_own(piece, key))
+            held[key] = _number(key, number, piece, live, same_class)
     return spans
 
 
@@ -190,6 +201,44 @@ def _check_unfrozen(frozen: list[str], counters: Mapping[str, Mapping[str, Numbe
         )
 
 
+def _same_stepper(name: str, saved: str, live: Live, manifest: Manifest) -> bool:
+    before, now = manifest.stepper_of(saved), live.steppers.get(name, live.optimizer_class)
+    return _SAME.get(before, before) == _SAME.get(now, now)
+
+
+def restarted(live: Live, manifest: Manifest) -> list[str]:
+    """What to tell of names that another optimizer stepped when they were saved."""
+    changed: dict[tuple[str, str], list[str]] = {}
+    if live.steppers or manifest.optimizers:
+        for name in dict.fromkeys(piece.name for piece in live.found.pieces):
+            weight = live.by_name.get(name)
+            saved = manifest.name_of(name, weight.aliases if weight is not None else ())
+            if saved is None or not manifest.parameters[saved].trainable:
+                continue
+            if not _same_stepper(name, saved, live, manifest):
+                now = live.steppers.get(name, live.optimizer_class)
+                changed.setdefault((manifest.stepper_of(saved), now), []).append(name)
+    return [
+        f"{names[0]}{f' and {len(names) - 1} more' if len(names) > 1 else ''}: stepped by {old}"
+        f" before, by {new} now; optimizer state starts fresh"
+        for (old, new), names in changed.items()
+    ]
+
+
+def _check_restarted(
+    restarted: list[str], counters: Mapping[str, Mapping[str, Number]], live: Live
+) -> None:
+    """As ``_check_unfrozen``, for a name that comes to an optimizer that counts steps."""
+    counting = {live.steppers.get(name, live.optimizer_class) for name in counters}
+    for name in restarted:
+        if live.steppers.get(name, live.optimizer_class) in counting:
+            raise CheckpointError(
+                f"{name} was stepped by another optimizer and has no step counter, but this sharder"
+                f" steps it in one tensor with {next(iter(counters))}, which has one. Resume under"
+                " DDP or FSDP2, or leave it to the optimizer that stepped it."
+            )
+
+
 def _agreed(numbers: Mapping[str, Mapping[str, Number]]) -> Mapping[str, Number]:
     """Counters that hold for a whole tensor."""
     if not numbers:
@@ -218,10 +267,13 @@ def _room(held: Any, owner: Tensor, dtype: torch.dtype | None) -> Tensor:
     return torch.zeros_like(owner.detach(), dtype=dtype)
 
 
-def _number(key: str, number: Number, piece: Piece, optimizer: Any, same_class: bool) -> Any:
+def _number(key: str, number: Number, piece: Piece, live: Live, same_class: bool) -> Any:
     """A counter as the live optimizer keeps it: torch in a tensor, DeepSpeed in a plain number."""
     value, dtype = number
+    optimizer = live.found.optimizer
     inner = optimizer.inner if isinstance(optimizer, Segmented) else optimizer
+    if live.routed is not None:
+        inner = live.routed.parts[piece.group[OPTIMIZER]]
     is_torch = type(inner).__module__.startswith("torch.")
     if not same_class:
         dtype = "float32" if is_torch else None

@@ -21,7 +21,7 @@ from dist_layerlr.checkpoint import folders
 from dist_layerlr.checkpoint.dcp import SavePlanner, Scalars, StoredSpan, accept_one_process
 from dist_layerlr.checkpoint.deepspeed import engine_state
 from dist_layerlr.checkpoint.index import INDEX, WEIGHT, Index
-from dist_layerlr.checkpoint.live import describe, look, saved_spans
+from dist_layerlr.checkpoint.live import Live, describe, look, saved_spans
 from dist_layerlr.checkpoint.manifest import Manifest, packed, unpacked
 from dist_layerlr.checkpoint.storage import ShardWriter
 from dist_layerlr.errors import CheckpointError, ConfigError, LayerLRError
@@ -189,8 +189,17 @@ def _collect(
         extra=_plain(extra),
         objects=tuple(key for key in extra if hasattr(extra[key], "state_dict")),
         sharder_state=engine_state(model),
+        optimizers=_by_class(live),
     )
     return manifest, spans, numbers
+
+
+def _by_class(live: Live) -> dict[str, tuple[str, ...]]:
+    """{class of an optimizer: names that it steps, on any rank}."""
+    found: dict[str, list[str]] = {}
+    for name, kind in live.steppers.items():
+        found.setdefault(kind, []).append(name)
+    return {kind: tuple(names) for kind, names in found.items()}
 
 
 def _check_numbers(step: int, keep: int | None) -> None:

@@ -5,24 +5,43 @@ This is the one place that chooses ordinary parameter groups or segments.
 
 from __future__ import annotations
 
-from torch import nn
+from collections.abc import Mapping, Sequence
+from functools import partial
+
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from dist_layerlr import fields
-from dist_layerlr.errors import PlanMismatch
+from dist_layerlr.errors import ConfigError, PlanMismatch
 from dist_layerlr.optim.groups import adopt, build_groups, split_by_mesh
+from dist_layerlr.optim.quantised import tell_of_quantised
+from dist_layerlr.optim.routed import (
+    MakeOptimizers,
+    check_makes,
+    parts_of,
+    router,
+    takes_matrices,
+)
 from dist_layerlr.optim.segmented import MakeOptimizer, Segmented
-from dist_layerlr.optim.trial import Verdict, remember, try_out
+from dist_layerlr.optim.trial import Verdict, remember, try_out, try_parts
 from dist_layerlr.optim.validate import refuse
 from dist_layerlr.plan.entries import Plan, Shape
-from dist_layerlr.ranks import alike, together
+from dist_layerlr.plan.optimizers import BLOCK
+from dist_layerlr.ranks import alike, everyone, together
 from dist_layerlr.sharders import Layout, Sharder, sharder_of
+from dist_layerlr.sharders.base import Slice
 
 GROUPS, SEGMENTED, AUTO = "groups", "segmented", "auto"
 EMISSIONS = (AUTO, GROUPS, SEGMENTED)
 
 
-def attach(plan: Plan, model: nn.Module, make: MakeOptimizer, *, emission: str = AUTO) -> Optimizer:
+def attach(
+    plan: Plan,
+    model: nn.Module,
+    make: MakeOptimizer | MakeOptimizers,
+    *,
+    emission: str = AUTO,
+) -> Optimizer:
     """Build an optimizer that trains every parameter at the plan's rate, whatever shards the model.
 
     ``optimizer = attach(plan, model, lambda groups: torch.optim.AdamW(groups,
@@ -33,11 +52,14 @@ def attach(plan: Plan, model: nn.Module, make: MakeOptimizer, *, emission: str =
         plan: made from the same model before it was wrapped.
         model: plain, DDP, FSDP1 (``use_orig_params`` True or False) or FSDP2.
         make: groups -> optimizer; each group has ``params``, absolute ``lr``, ``initial_lr``,
-            ``name``, and ``weight_decay`` where the plan gives one.
+            ``name``, and ``weight_decay`` where the plan gives one. A mapping {optimizer of the
+            config's ``optimizers``: such a function} where the plan names several: what needs whole
+            matrices (Muon) gets them under every sharder, see ``dist_layerlr.optim.whole``.
         emission: `groups` (ordinary parameter groups), `segmented` (one group outside, rates
             applied on slices; give it when DeepSpeed follows, then call ``bind``), or `auto`:
             segmented under DDP, FSDP1 and FSDP2, where it is at least as fast
-            (benchmarks/step_cost.py); groups on a bare model, which may be wrapped later.
+            (benchmarks/step_cost.py), and wherever the plan names several optimizers; groups on a
+            bare model, which may be wrapped later.
 
     Raises:
         PlanMismatch: the model's trainable parameters are not those of the plan, or it is a
@@ -46,6 +68,9 @@ def attach(plan: Plan, model: nn.Module, make: MakeOptimizer, *, emission: str =
             ``check_optimizer``).
     """
     fields.one_of(lambda: EMISSIONS)("emission", emission)
+    if isinstance(make, Mapping):
+        return _attach_several(plan, model, make, emission)
+    alike(lambda: _refuse_one(plan, make))
     with together(plan.digest):
         sharder = sharder_of(model)
         optimizer = _build(plan, sharder, make, _in_segments(sharder.layout, emission))
@@ -60,6 +85,8 @@ def attach(plan: Plan, model: nn.Module, make: MakeOptimizer, *, emission: str =
         if other.fault is None:
             return in_groups
     alike(lambda: refuse(verdict, layout))
+    # Warnings may be errors: then they are those of all ranks.
+    alike(lambda: tell_of_quantised(optimizer, layout))
     return optimizer
 
 
@@ -84,14 +111,84 @@ def bind(plan: Plan, engine: nn.Module) -> None:
             )
         found.optimizer.bind(found.pieces)
     layout = sharder.layout
+    if parts_of(found.optimizer) is not None:
+        _place(found.optimizer, found.pieces)
     owners = [piece.owner for piece in found.pieces]
     verdict = try_out(found.optimizer, layout, owners, _shapes(plan))
     alike(lambda: refuse(verdict, layout))
+    alike(lambda: tell_of_quantised(found.optimizer, layout))
+
+
+def _refuse_one(plan: Plan, make: MakeOptimizer) -> None:
+    given = plan.config.optimizers
+    if given is not None:
+        raise ConfigError(
+            f"Invalid make={make!r}: the config's {BLOCK!r} names {list(given.names)}. Give a"
+            " function for each: attach(plan, model, {"
+            + ", ".join(f"{name!r}: ..." for name in given.names)
+            + "})."
+        )
+
+
+def _attach_several(
+    plan: Plan, model: nn.Module, makes: MakeOptimizers, emission: str
+) -> Optimizer:
+    """Several optimizers in one, in segments on every layout. Collective.
+
+    One that the trial shows to need whole tensors is built again as one that gets them.
+    """
+
+    def check() -> None:
+        check_makes(plan, makes)
+        if emission == GROUPS:
+            raise ConfigError(
+                "Invalid emission='groups' with several optimizers: a matrix that is cut must be"
+                " put together for the step, which segments do. Leave emission out."
+            )
+
+    alike(check)
+    whole: frozenset[str] = frozenset()
+    if emission == SEGMENTED:
+        # DeepSpeed follows, and will cut what is whole now.
+        whole = frozenset(label for label in makes if takes_matrices(plan, label))
+    optimizer, layout, verdicts = _build_several(plan, model, makes, whole)
+    faulty = frozenset(label for label, found in verdicts.items() if found.fault is not None)
+    if faulty - whole and all(takes_matrices(plan, label) for label in faulty):
+        optimizer, layout, verdicts = _build_several(plan, model, makes, whole | faulty)
+    for verdict in verdicts.values():
+        alike(partial(refuse, verdict, layout))
+    alike(lambda: tell_of_quantised(optimizer, layout))
+    return optimizer
+
+
+def _build_several(
+    plan: Plan, model: nn.Module, makes: MakeOptimizers, whole: frozenset[str]
+) -> tuple[Segmented, Layout, dict[str, Verdict]]:
+    """Build and try them, ``whole`` on whole tensors. Collective."""
+    with together(plan.digest):
+        sharder = sharder_of(model)
+        optimizer = _build(plan, sharder, router(plan, makes, whole), True)
+    assert isinstance(optimizer, Segmented)
+    _place(optimizer, alike(lambda: sharder.pieces(optimizer).pieces))
+    return optimizer, sharder.layout, try_parts(optimizer, sharder.layout, _owners(optimizer), plan)
+
+
+def _place(optimizer: Segmented, pieces: Sequence[Slice]) -> None:
+    """Every rank tells what it holds of each name. Collective."""
+    held: dict[str, list[tuple[int, int]]] = {}
+    for piece in pieces:
+        if piece.numel:
+            held.setdefault(piece.name, []).append((piece.start, piece.numel))
+    table = everyone(held)
+    alike(lambda: optimizer.place(pieces, table))
+
+
+def _owners(optimizer: Optimizer) -> list[Tensor]:
+    return [param for group in optimizer.param_groups for param in group["params"]]
 
 
 def _tried(plan: Plan, optimizer: Optimizer, layout: Layout) -> Verdict:
-    owners = [param for group in optimizer.param_groups for param in group["params"]]
-    return try_out(optimizer, layout, owners, _shapes(plan))
+    return try_out(optimizer, layout, _owners(optimizer), _shapes(plan))
 
 
 def _shapes(plan: Plan) -> list[Shape]:

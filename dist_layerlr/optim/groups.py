@@ -23,6 +23,8 @@ INITIAL_LR = "initial_lr"
 WEIGHT_DECAY = "weight_decay"
 # Unique per group, for people and logs. Groups are never matched by it: a plan may merge others.
 NAME = "name"
+OPTIMIZER = "optimizer"
+"""Which of the plan's optimizers steps a group, where it names several."""
 _PLANS: WeakKeyDictionary[Optimizer, Plan] = WeakKeyDictionary()
 """The plan of each optimizer whose groups `attach` made: what its groups are to be, whoever writes
 another ``initial_lr`` into them."""
@@ -190,6 +192,8 @@ def _group(spec: GroupSpec, live: Mapping[str, Tensor]) -> ParamGroup:
     group: ParamGroup = {"params": params, LR: spec.lr, INITIAL_LR: spec.lr, NAME: spec.name}
     if spec.weight_decay is not None:
         group[WEIGHT_DECAY] = spec.weight_decay
+    if spec.optimizer is not None:
+        group[OPTIMIZER] = spec.optimizer
     return group
 
 

@@ -10,7 +10,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from dist_layerlr.optim.groups import INITIAL_LR, LR, WEIGHT_DECAY
+from dist_layerlr.optim.groups import INITIAL_LR, LR, OPTIMIZER, WEIGHT_DECAY
+from dist_layerlr.optim.routed import parts_of
 from dist_layerlr.optim.segmented import Segmented
 from dist_layerlr.sharders import Pieces, Sharder, sharder_of
 
@@ -71,6 +72,7 @@ def optimizer_state(model: nn.Module, optimizer: Any = None) -> dict[str, list[S
     Tensors are views where the layout allows; a name is absent before its first step.
     """
     found = live_pieces(sharder_of(model), optimizer)
+    routed = parts_of(found.optimizer)
     result: dict[str, list[StateSpan]] = {}
     for piece in found.pieces:
         held = found.optimizer.state.get(piece.owner, {}) if found.optimizer is not None else {}
@@ -78,6 +80,7 @@ def optimizer_state(model: nn.Module, optimizer: Any = None) -> dict[str, list[S
             key: value if value.ndim == 0 else piece.of(value)
             for key, value in held.items()
             if isinstance(value, Tensor)
+            and (routed is None or routed.takes(piece.group[OPTIMIZER], key))
         }
         if tensors:
             result.setdefault(piece.name, []).append(StateSpan(start=piece.start, tensors=tensors))

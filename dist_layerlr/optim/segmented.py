@@ -19,7 +19,8 @@ build AdamW with ``fused=True``, and slices of equal rate that touch are stepped
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -29,8 +30,11 @@ from torch.optim import Optimizer
 
 from dist_layerlr.errors import PlanMismatch
 from dist_layerlr.optim import fused
+from dist_layerlr.optim.exchange import Held
 from dist_layerlr.optim.groups import INITIAL_LR, LR, NAME, base_lr, build_groups, scale_lrs
+from dist_layerlr.optim.routed import Routed
 from dist_layerlr.optim.views import OwnerViews, merge_slices
+from dist_layerlr.optim.whole import Located, NeedsWhole
 from dist_layerlr.plan.entries import Plan
 from dist_layerlr.sharders.base import ParamGroup, Slice, local
 
@@ -67,10 +71,16 @@ class Segmented(Optimizer):
         self._rows: list[OwnerViews] = []
         self._known: set[int] = set()
         self.inner: Optimizer | None = None
+        self._pieces: list[Slice] = []
+        self._table: Sequence[Held] | None = None
+        slices = None if slices is None else list(slices)
         base = base_lr(plan)
-        group = {"params": list(owners), LR: base, INITIAL_LR: base, NAME: GROUP_NAME}
+        groups = [
+            {"params": members, LR: base, INITIAL_LR: base, NAME: name}
+            for name, members in _outer_groups(plan, owners, slices or ()).items()
+        ]
         # Schedulers take an absolute end relative to the default rate: it must be the group's.
-        super().__init__([group], {LR: base})
+        super().__init__(groups, {LR: base})
         if slices is not None:
             self.bind(slices)
 
@@ -93,7 +103,9 @@ class Segmented(Optimizer):
             name: number for number, group in enumerate(self._plan.groups) for name in group.names
         }
         self._rows = self._cut(slices, group_number)
-        self._known = {id(row.owner) for row in self._rows}
+        # Also what holds no element: under ZeRO a rank's part may be padding alone, and it takes
+        # part in the exchange of matrices all the same.
+        self._known = {id(piece.owner) for piece in slices}
         # Under DDP and FSDP1 with original parameters every owner is its own view. The two
         # optimizers then keep one state mapping, and no row has anything to prepare or publish.
         self._one_state = all(row.shares_state for row in self._rows)
@@ -102,6 +114,8 @@ class Segmented(Optimizer):
         self._fused = fused.handles(self.inner)
         for row in self._rows:
             row.share_counters = self._fused
+            if isinstance(self.inner, Routed):
+                row.keys_of = _keys_of(self.inner, self._plan, row)
         self._view_of = {name: id(view) for name, view in views.items()}
         self._bound: dict[tuple[str, int], list[tuple[int, int]]] = defaultdict(list)
         for piece in slices:
@@ -111,7 +125,7 @@ class Segmented(Optimizer):
 
     def __getstate__(self) -> dict[str, Any]:
         """What a copy is made of, without the views: copied, they would share no storage."""
-        kept = ("_plan", "_make", "_slices")
+        kept = ("_plan", "_make", "_slices", "_pieces", "_table")
         return {**super().__getstate__(), **{name: getattr(self, name) for name in kept}}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -122,6 +136,32 @@ class Segmented(Optimizer):
         self._rows, self._known, self.inner = [], set(), None
         if self._slices is not None:
             self.bind(self._slices)
+        if self._table is not None:
+            self.place(self._pieces, self._table)
+
+    def place(self, pieces: Iterable[Slice], table: Sequence[Held]) -> None:
+        """Tell optimizers that need whole matrices where the parts are.
+
+        Args:
+            pieces: every run of elements on this rank, as ``Sharder.pieces`` lists them: a slice of
+                a DTensor's local part may be many.
+            table: for every rank, the runs that it holds of each name.
+        """
+        self._pieces, self._table = list(pieces), table
+        views: dict[tuple[int, str], tuple[Tensor, int]] = {}
+        for row in self._rows:
+            for run, view in zip(row.runs, row.views, strict=True):
+                views.update({(id(row.owner), name): (view, run.offset) for name in run.names})
+        located: list[Located] = []
+        for piece in self._pieces:
+            if piece.numel:
+                view, first = views[id(piece.owner), piece.name]
+                place = {"offset": piece.offset - first, "numel": piece.numel}
+                located.append(Located(name=piece.name, start=piece.start, view=view, **place))
+        assert isinstance(self.inner, Routed)
+        for part in self.inner.parts.values():
+            if isinstance(part, NeedsWhole):
+                part.place(located, table)
 
     @torch.no_grad()
     def _cut(self, slices: list[Slice], group_number: Mapping[str, int]) -> list[OwnerViews]:
@@ -240,6 +280,35 @@ class Segmented(Optimizer):
         # DeepSpeed 0.19.8 steps on zero gradients inside initialize (stage 0, bf16), before bind
         # can have been called. Such a step must do nothing, weight decay included.
         return not strangers
+
+
+def _outer_groups(
+    plan: Plan, owners: Iterable[Tensor], slices: Iterable[Slice]
+) -> dict[str, list[Tensor]]:
+    """{name of an outer group: its tensors}: one group for each optimizer of the plan.
+
+    DeepSpeed lays the tensors of a group end to end. State of several optimizers in one flat tensor
+    would take the room of all of them for every element.
+    """
+    if plan.config.optimizers is None:
+        return {GROUP_NAME: list(owners)}
+    labels: dict[int, set[str]] = {}
+    for piece in slices:
+        if piece.name in plan.entries:
+            labels.setdefault(id(piece.owner), set()).add(str(plan.entries[piece.name].optimizer))
+    found: dict[str, list[Tensor]] = {}
+    for owner in owners:
+        steppers = "+".join(sorted(labels.get(id(owner), ())))
+        found.setdefault(f"{GROUP_NAME} {steppers}".strip(), []).append(owner)
+    return found
+
+
+def _keys_of(routed: Routed, plan: Plan, row: OwnerViews) -> list[Callable[[str], bool]] | None:
+    """For each view, which keys of the owner's state are its optimizer's; None: all are of one."""
+    labels = [str(plan.entries[run.names[0]].optimizer) for run in row.runs]
+    if len(set(labels)) == 1:
+        return None
+    return [partial(routed.takes, label) for label in labels]
 
 
 def _whose(piece: Slice) -> tuple[str, int]:

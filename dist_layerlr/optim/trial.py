@@ -12,7 +12,7 @@ import contextlib
 import io
 import sys
 import warnings
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -22,10 +22,12 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from dist_layerlr.optim.groups import INITIAL_LR, LR, NAME, WEIGHT_DECAY
+from dist_layerlr.optim.routed import parts_of
 from dist_layerlr.optim.scratch import FEW, RATES, STEPS, Scratch, make_scratch
 from dist_layerlr.optim.segmented import MakeOptimizer, Segmented
 from dist_layerlr.optim.ways import Cut, Trained, Way, shapes_on_meshes, stepped
-from dist_layerlr.plan.entries import Shape
+from dist_layerlr.optim.whole import NeedsWhole
+from dist_layerlr.plan.entries import Plan, Shape
 from dist_layerlr.ranks import any_rank
 from dist_layerlr.sharders.base import Layout, ParamGroup
 
@@ -55,10 +57,14 @@ class Verdict:
     """What went wrong, in words; None: it trains as it would unsharded."""
     tried: bool = True
     """False if it could not be built anew on scratch parameters, so that nothing is known."""
+    said: str = ""
+    """The line for several optimizers."""
 
     @property
     def line(self) -> str:
         """For the log."""
+        if self.said:
+            return self.said
         if not self.tried:
             return f"{self.optimizer} could not be tried on scratch parameters"
         if self.way == Cut.WHOLE.value:
@@ -93,8 +99,50 @@ def try_out(
     """
     distinct = list({id(owner): owner for owner in owners}.values())
     segmented = isinstance(optimizer, Segmented)
+    if parts_of(optimizer) is not None:
+        return _of_all(_try_parts(optimizer, layout, distinct, shapes))
     return try_way(
         optimizer, Way.of(layout, distinct, len(shapes), segmented=segmented), distinct, shapes
+    )
+
+
+def try_parts(
+    optimizer: Any, layout: Layout, owners: Iterable[Tensor], plan: Plan
+) -> dict[str, Verdict]:
+    """``try_out`` of each optimizer among several, by the plan's names. Collective."""
+    distinct = list({id(owner): owner for owner in owners}.values())
+    return _try_parts(optimizer, layout, distinct, [e.shape for e in plan.entries.values()])
+
+
+def _try_parts(
+    optimizer: Any, layout: Layout, owners: Sequence[Tensor], shapes: Sequence[Shape]
+) -> dict[str, Verdict]:
+    routed = parts_of(optimizer)
+    assert routed is not None
+    found: dict[str, Verdict] = {}
+    for label, part in routed.parts.items():
+        if isinstance(part, NeedsWhole):
+            # It is given whole matrices, whatever shards them.
+            remember(part.template, part.make)
+            matrices = [entry.shape for entry in part.entries.values()]
+            found[label] = try_way(part.template, Way(cut=Cut.WHOLE), owners, matrices)
+        else:
+            remember(part, routed.makes[label])
+            way = Way.of(layout, owners, len(shapes), segmented=True)
+            found[label] = try_way(part, way, owners, shapes)
+    return found
+
+
+def _of_all(verdicts: Mapping[str, Verdict]) -> Verdict:
+    """One verdict for several optimizers: the first with a fault, else all in one line."""
+    for verdict in verdicts.values():
+        if verdict.fault is not None:
+            return verdict
+    return replace(
+        next(iter(verdicts.values())),
+        optimizer=" and ".join(v.optimizer for v in verdicts.values()),
+        tried=all(v.tried for v in verdicts.values()),
+        said=", ".join(v.line for v in verdicts.values()),
     )
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -51,6 +51,8 @@ class OwnerViews:
     """Positions in ``sizes`` of the parts that are views."""
     share_counters: bool = False
     """Whether all views may count steps in one tensor: the fused call advances it once a step."""
+    keys_of: Sequence[Callable[[str], bool]] | None = None
+    """For each view, which keys of the state are its optimizer's; None: one optimizer steps all."""
     published: dict[str, Any] = field(default_factory=dict)
     """The state entry as this class left it on the owner. Whoever loads a checkpoint replaces
     entries; comparing by identity is how a load is noticed."""
@@ -111,38 +113,52 @@ class OwnerViews:
             return
         for view in self.views:
             view.grad = None  # The gradient belongs to the owner; a second reference would keep it.
-        first = inner.get(self.views[0], {})
+        first = self._entries(inner)
         held = outer[self.owner]
         if not self.published:
             # The first step has just created the views' state. It is laid out as the owner once;
             # from then on the views' state are slices of it, and a step changes both.
-            for key, value in first.items():
-                held[key] = self._first_state(inner, key, value)
+            for key, (view, value) in first.items():
+                held[key] = self._first_state(inner, key, view, value)
             self._adopt(inner, held)
-        for key, value in first.items():
+        for key, (view, value) in first.items():
             # A plain number, or a tensor that the optimizer replaces at every step, is no view.
-            if not _elementwise(value, self.views[0]) and held[key] is not value:
+            if not _elementwise(value, view) and held[key] is not value:
                 held[key] = self.published[key] = value
 
-    def _first_state(self, inner: State, key: str, value: Any) -> Any:
-        if _elementwise(value, self.views[0]):
+    def _entries(self, inner: State) -> dict[str, tuple[Tensor, Any]]:
+        """{key: (the first view that has it, its value)}."""
+        if self.keys_of is None:
+            view = self.views[0]
+            return {key: (view, value) for key, value in inner.get(view, {}).items()}
+        found: dict[str, tuple[Tensor, Any]] = {}
+        for view, is_own in zip(self.views, self.keys_of, strict=True):
+            for key, value in inner.get(view, {}).items():
+                if key not in found and is_own(key):
+                    found[key] = view, value
+        return found
+
+    def _first_state(self, inner: State, key: str, view: Tensor, value: Any) -> Any:
+        if _elementwise(value, view):
             return self._laid_out(inner, key)
         if len(self.views) > 1 and isinstance(value, Tensor) and value.ndim:
             raise ConfigError(
                 f"Invalid optimizer for slices of a flat tensor: its state {key!r}"
                 f" {tuple(value.shape)} is neither a scalar nor as long as its slice"
-                f" ({self.views[0].numel()}). Use AdamW."
+                f" ({view.numel()}). Use AdamW."
             )
         return value
 
     def _laid_out(self, inner: State, key: str) -> Tensor:
         """The views' state as one tensor, sharded like the owner."""
-        parts: list[Tensor] = [inner[view][key] for view in self.views]
-        whole = parts[0]
+        # Where optimizers share a flat tensor, some views have no such state: zeros hold the place.
+        parts: list[Tensor | None] = [inner.get(view, {}).get(key) for view in self.views]
+        whole = next(part for part in parts if part is not None)
         if len(self.sizes) > 1:
             whole = torch.zeros_like(local(self.owner).detach(), dtype=whole.dtype)
             for part, cut in zip(parts, self.cut(whole), strict=True):
-                cut.copy_(part)
+                if part is not None:
+                    cut.copy_(part)
         if not isinstance(self.owner, DTensor):
             return whole
         mesh, placements = self.owner.device_mesh, self.owner.placements
@@ -168,8 +184,9 @@ class OwnerViews:
                 others = len(self.views) - 1
                 copies = [value if self.share_counters else _copied(value) for _ in range(others)]
                 parts = [value, *copies]
-            for view, part in zip(self.views, parts, strict=True):
-                inner[view][key] = part
+            for number, (view, part) in enumerate(zip(self.views, parts, strict=True)):
+                if self.keys_of is None or self.keys_of[number](key):
+                    inner[view][key] = part
         self.published = dict(held)
 
 

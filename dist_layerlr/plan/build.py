@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,7 @@ from dist_layerlr.plan.entries import ParamInfo, Plan, PlanEntry, Shape
 from dist_layerlr.plan.layer_decay import layer_decay_factors, note_by_name
 from dist_layerlr.plan.name_rules import DEFAULT
 from dist_layerlr.plan.names import ParamPath, canonical_name, module_index, parse
+from dist_layerlr.plan.optimizers import Candidate, Choice, Optimizers, choose
 from dist_layerlr.plan.rules import Rules
 from dist_layerlr.plan.stacks import Location, StackMap
 
@@ -39,6 +40,7 @@ class _Placed:
     location: Location | None
     label: Label
     region: Region | None
+    choice: Choice = Choice()
 
 
 def build_plan(
@@ -59,11 +61,10 @@ def build_plan(
     """
     config = load_config(config)
     infos = _infos(params)
+    whole = _infos(base) if base is not None else None
     if not config.per_layer_lr.enabled:
-        return _flat_plan(infos, config)
-    placed, decay, notes = _place(
-        infos, _infos(base) if base is not None else None, config.per_layer_lr
-    )
+        return _flat_plan(infos, whole, config)
+    placed, decay, notes = _place(infos, whole, config)
     factors = _depth_factors(placed, config.per_layer_lr, notes)
     entries = {
         p.info.name: _entry(p, factor, wd, config.per_layer_lr)
@@ -106,8 +107,10 @@ def _infos(params: Params) -> list[ParamInfo]:
     return list(infos.values())
 
 
-def _flat_plan(infos: list[ParamInfo], config: Config) -> Plan:
-    lr = config.flat_lr
+def _flat_plan(infos: list[ParamInfo], base: list[ParamInfo] | None, config: Config) -> Plan:
+    choices = [Choice()] * len(infos)
+    if config.optimizers is not None:
+        choices = [p.choice for p in _place(infos, base, config)[0]]
     entries = {
         i.name: PlanEntry(
             name=i.name,
@@ -118,28 +121,33 @@ def _flat_plan(infos: list[ParamInfo], config: Config) -> Plan:
             block=None,
             blocks=None,
             panel=None,
-            base_lr=lr,
+            base_lr=config.flat_lr,
             factor=1.0,
             depth=None,
             multiplier=1.0,
             lora_plus=1.0,
-            lr=lr,
-            weight_decay=None,
+            lr=config.flat_lr * choice.multiplier,
+            weight_decay=choice.weight_decay,
             region=None,
+            optimizer=choice.optimizer,
+            optimizer_why=choice.why,
+            optimizer_multiplier=choice.multiplier,
+            parts=choice.parts,
         )
-        for i in infos
+        for i, choice in zip(infos, choices, strict=True)
         if i.trainable
     }
     return Plan(entries=entries, config=config, frozen=len(infos) - len(entries))
 
 
 def _place(
-    infos: list[ParamInfo], base: list[ParamInfo] | None, block: PerLayerLR
+    infos: list[ParamInfo], base: list[ParamInfo] | None, config: Config
 ) -> tuple[list[_Placed], list[float | None], list[str]]:
     """Locate and label every parameter and give it its weight decay.
 
     The first matching region and pattern win.
     """
+    block = config.per_layer_lr
     base_paths = [parse(i.name) for i in (infos if base is None else base)]
     stack_map = StackMap(base_paths)
     base_locations = [stack_map.locate(p) for p in base_paths]
@@ -152,16 +160,39 @@ def _place(
     rules = Rules(infos, paths)
     patterns = rules.first_match(block.patterns, f"{PLAN_BLOCK}.patterns")
     regions = rules.first_match(block.regions, f"{PLAN_BLOCK}.regions")
-    label = _Labeller(siblings)
-    placed = [
-        _Placed(
+    label, chosen = _Labeller(siblings), _chooser(config.optimizers, infos, paths, rules)
+    placed: list[_Placed] = []
+    for info, path, loc, pattern, region in zip(
+        infos, paths, locations, patterns, regions, strict=True
+    ):
+        found = _Placed(
             info=info, path=path, location=loc, label=label(info, path, loc, pattern), region=region
         )
-        for info, path, loc, pattern, region in zip(
-            infos, paths, locations, patterns, regions, strict=True
-        )
-    ]
+        placed.append(replace(found, choice=chosen(found)))
     return placed, _weight_decays(placed, rules, block), rules.notes
+
+
+def _chooser(
+    given: Optimizers | None, infos: list[ParamInfo], paths: list[ParamPath], rules: Rules
+) -> Callable[[_Placed], Choice]:
+    """Which optimizer steps a parameter. A pattern that matches nothing is refused."""
+    shapes = {p.base_name: i.shape for i, p in zip(infos, paths, strict=True) if not p.is_adapter}
+    for name, rule in given.rules.items() if given is not None else ():
+        for number, pattern in enumerate(rule.match):
+            rules.matching(pattern, f"optimizers.{name}.match[{number}]")
+
+    def chosen(p: _Placed) -> Choice:
+        asked = Candidate(
+            name=p.info.name,
+            shape=p.info.shape,
+            path=p.path,
+            label=p.label,
+            in_block=p.location is not None,
+            owner_class=p.info.owner_class,
+        )
+        return choose(given, asked, shapes)
+
+    return chosen
 
 
 Siblings = dict[tuple[str, int], frozenset[str]]
@@ -290,11 +321,9 @@ def _weight_decays(placed: list[_Placed], rules: Rules, block: PerLayerLR) -> li
             )
     values: list[float | None] = []
     for i, p in enumerate(placed):
-        own = (
-            p.region.weight_decay
-            if p.region is not None and p.region.weight_decay is not None
-            else block.weight_decay
-        )
+        own = block.weight_decay if p.choice.weight_decay is None else p.choice.weight_decay
+        if p.region is not None and p.region.weight_decay is not None:
+            own = p.region.weight_decay
         values.append(0.0 if i in exempt.get(id(p.region), outer) else own)
     return values
 
@@ -338,7 +367,11 @@ def _entry(p: _Placed, factor: float, weight_decay: float | None, block: PerLaye
         depth=_depth_of(p, block),
         multiplier=multiplier,
         lora_plus=lora_plus,
-        lr=base_lr * factor * multiplier * lora_plus,
+        lr=base_lr * factor * multiplier * lora_plus * p.choice.multiplier,
         weight_decay=weight_decay,
         region=p.region.match if p.region else None,
+        optimizer=p.choice.optimizer,
+        optimizer_why=p.choice.why,
+        optimizer_multiplier=p.choice.multiplier,
+        parts=p.choice.parts,
     )

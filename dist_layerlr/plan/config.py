@@ -17,6 +17,7 @@ from dist_layerlr.fields import setting
 from dist_layerlr.files import read_config
 from dist_layerlr.plan.components import known_components
 from dist_layerlr.plan.depth import LAYER_DECAY, DepthSettings
+from dist_layerlr.plan.optimizers import BLOCK, OPTIMIZERS, Optimizers
 from dist_layerlr.plan.patterns import compile_pattern
 from dist_layerlr.plan.presets import PRESET_CLASSES, PRESETS
 
@@ -182,6 +183,12 @@ class Config:
     learning_rate: float | None = setting(
         _LR, default=None, shown="3e-4", doc="The flat rate, and `default_lr` of the block."
     )
+    optimizers: Optimizers | None = setting(
+        OPTIMIZERS,
+        default=None,
+        shown="one optimizer for all",
+        doc="Which optimizer steps which parameters: section 10.",
+    )
     per_layer_lr: PerLayerLR = field(default_factory=PerLayerLR)
 
     @property
@@ -203,7 +210,8 @@ def load_config(source: str | Path | Mapping[str, Any] | Config) -> Config:
         return source
     raw = source if isinstance(source, Mapping) else read_config(source)
     known = fields.settings(Config)
-    fields.near_misses("config", raw, (PLAN_BLOCK, *known))
+    # The trainer's own block `optimizer` is no misspelling of `optimizers`.
+    fields.near_misses("config", [key for key in raw if key != "optimizer"], (PLAN_BLOCK, *known))
     _check_nested(raw)
     # A config may say `"learning_rate": null`: the trainer's own default then holds.
     given = {key: raw[key] for key in known if key in raw}
@@ -211,6 +219,7 @@ def load_config(source: str | Path | Mapping[str, Any] | Config) -> Config:
         given.pop("learning_rate", None)
     values = {known[key].name: known[key].check(key, value) for key, value in given.items()}
     block = _read_block(raw.get(PLAN_BLOCK), values.get("learning_rate"))
+    _check_optimizers(values.get(BLOCK), block)
     return Config(**values, per_layer_lr=block)
 
 
@@ -288,6 +297,13 @@ def _check_depth(path: str, depth: DepthSettings) -> None:
             f"Invalid {path}.depth_scope='trunk': layer_decay numbers each stack. Remove"
             " depth_scope."
         )
+
+
+def _check_optimizers(given: Optimizers | None, block: PerLayerLR) -> None:
+    """Refuse components that nothing gives: their matrices would go to the rest, unnoticed."""
+    known = known_components() | {p.component for p in block.patterns} | {"default"}
+    for name, rule in given.rules.items() if given is not None else ():
+        fields.known_keys(f"{BLOCK}.{name}.components", rule.components, known)
 
 
 def _check_components(block: PerLayerLR) -> None:

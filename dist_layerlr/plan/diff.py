@@ -20,6 +20,8 @@ from dist_layerlr.plan.names import natural_key
 PLAN_FILE = "plan.json"
 Row = Mapping[str, Any]
 Rows = Mapping[str, Row]
+_OPTIMIZER = "optimizer"
+"""In rows of plans that name several."""
 _FIELDS = frozenset({"lr", "weight_decay", "numel", "stack", "block", "component"})
 
 
@@ -97,13 +99,15 @@ def _change(old: Row | None, new: Row | None) -> Hashable | None:
     """What makes two changes alike; None: no change."""
     if old is None or new is None:
         return "came" if old is None else "went"
-    if all(old[key] == new[key] for key in ("lr", "weight_decay", "numel")):
+    same = all(old[key] == new[key] for key in ("lr", "weight_decay", "numel"))
+    steppers = (old.get(_OPTIMIZER), new.get(_OPTIMIZER))
+    if same and steppers[0] == steppers[1]:
         return None
     # The blocks of a component have many rates, but one ratio when the component's own rate
     # changed.
     lr: Hashable = f"{new['lr'] / old['lr']:.6g}" if old["lr"] else (old["lr"], new["lr"])
     numel = (old["numel"], new["numel"]) if old["numel"] != new["numel"] else None
-    return lr, old["weight_decay"], new["weight_decay"], numel
+    return lr, old["weight_decay"], new["weight_decay"], numel, steppers
 
 
 def _line(names: Sequence[str], old: Rows, new: Rows, called: tuple[str, str]) -> str:
@@ -126,6 +130,9 @@ def _changes(before: Sequence[Row], after: Sequence[Row]) -> list[str]:
     for key, label in (("weight_decay", "weight decay"), ("numel", "elements")):
         if before[0][key] != after[0][key]:
             parts.append(f"{label} {_setting(before[0][key])} -> {_setting(after[0][key])}")
+    old, new = before[0].get(_OPTIMIZER), after[0].get(_OPTIMIZER)
+    if old != new:
+        parts.append(f"optimizer {old or 'the one for all'} -> {new or 'the one for all'}")
     return parts
 
 

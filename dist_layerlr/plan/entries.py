@@ -47,7 +47,10 @@ class ParamInfo:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PlanEntry:
-    """One trainable parameter: ``lr = base_lr * factor * multiplier * lora_plus``."""
+    """One trainable parameter.
+
+    ``lr = base_lr * factor * multiplier * optimizer_multiplier * lora_plus``.
+    """
 
     name: str
     shape: Shape
@@ -75,6 +78,13 @@ class PlanEntry:
     """None: the optimizer's own."""
     region: str | None
     """Match of the region it belongs to."""
+    optimizer: str | None = None
+    """Which of the config's ``optimizers`` steps it; None: there is one for all."""
+    optimizer_why: str = ""
+    optimizer_multiplier: float = 1.0
+    """lr_multiplier of that optimizer."""
+    parts: tuple[int, ...] = ()
+    """Rows of each matrix in a fused one that is stepped part by part."""
 
     @property
     def numel(self) -> int:
@@ -95,6 +105,7 @@ class GroupSpec:
     lr: float
     weight_decay: float | None
     names: tuple[str, ...]
+    optimizer: str | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -113,27 +124,26 @@ class Plan:
 
         Equal digests train alike whatever the order of names.
         """
-        rows = sorted(
-            f"{e.name}\t{e.shape}\t{e.lr!r}\t{e.weight_decay!r}" for e in self.entries.values()
-        )
+        rows = sorted(map(_digested, self.entries.values()))
         return hashlib.sha256("\n".join(rows).encode()).hexdigest()[:16]
 
     @cached_property
     def groups(self) -> tuple[GroupSpec, ...]:
-        """Optimizer groups: entries of equal (lr, weight decay), in a stable order.
+        """Optimizer groups: entries of equal (optimizer, lr, weight decay), in a stable order.
 
         Names are unique and no group is empty.
 
         Entries with LR 0 are a group too: they are held still, not dropped.
         """
-        merged: dict[tuple[float, float | None], list[PlanEntry]] = {}
+        merged: dict[tuple[str | None, float, float | None], list[PlanEntry]] = {}
 
         def place(entry: PlanEntry) -> tuple[object, int, str, str]:
             return natural_key(entry.stack or ""), entry.block or 0, entry.component, entry.name
 
         # The order must not depend on the order of names: ranks and resumes compare groups by it.
         for entry in sorted(self.entries.values(), key=place):
-            merged.setdefault((entry.lr, entry.weight_decay), []).append(entry)
+            key = (entry.optimizer, entry.lr, entry.weight_decay)
+            merged.setdefault(key, []).append(entry)
         taken: dict[str, int] = {}
         return tuple(_group(key, members, taken) for key, members in merged.items())
 
@@ -197,7 +207,7 @@ class Plan:
 
 
 def _group(
-    key: tuple[float, float | None], members: list[PlanEntry], taken: dict[str, int]
+    key: tuple[str | None, float, float | None], members: list[PlanEntry], taken: dict[str, int]
 ) -> GroupSpec:
     cells = list(dict.fromkeys(e.cell for e in members))
     name = cell_name(cells[0]) + (f"+{len(cells) - 1}" if len(cells) > 1 else "")
@@ -205,7 +215,11 @@ def _group(
     if taken[name] > 1:
         name = f"{name}#{taken[name]}"
     return GroupSpec(
-        name=name, lr=key[0], weight_decay=key[1], names=tuple(e.name for e in members)
+        name=name,
+        lr=key[1],
+        weight_decay=key[2],
+        names=tuple(e.name for e in members),
+        optimizer=key[0],
     )
 
 
@@ -220,7 +234,14 @@ def total_numel(entries: Iterable[PlanEntry]) -> int:
     return sum(entry.numel for entry in entries)
 
 
+def _digested(entry: PlanEntry) -> str:
+    row = f"{entry.name}\t{entry.shape}\t{entry.lr!r}\t{entry.weight_decay!r}"
+    # Plans without a choice keep the digest that older checkpoints have of them.
+    return row if entry.optimizer is None else f"{row}\t{entry.optimizer}\t{entry.parts}"
+
+
 def _row(entry: PlanEntry) -> dict[str, Any]:
+    chosen = {} if entry.optimizer is None else {"optimizer": entry.optimizer}
     return {
         "component": entry.component,
         "stack": entry.stack,
@@ -230,4 +251,5 @@ def _row(entry: PlanEntry) -> dict[str, Any]:
         "lr": entry.lr,
         "weight_decay": entry.weight_decay,
         "numel": entry.numel,
+        **chosen,
     }

@@ -15,9 +15,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dist_layerlr.optim.groups import WEIGHT_DECAY
+from dist_layerlr.optim.groups import OPTIMIZER, WEIGHT_DECAY
 from dist_layerlr.optim.readback import factor_in_force, live_pieces
+from dist_layerlr.optim.routed import parts_of
 from dist_layerlr.plan.entries import Plan
+from dist_layerlr.proof.matrices import MatrixCheck
 from dist_layerlr.ranks import any_rank, mismatch, together
 from dist_layerlr.sharders import Piece, Pieces, Sharder, sharder_of
 from dist_layerlr.sharders.base import local_gradient, sample
@@ -42,7 +44,8 @@ def effect_check(
     Args:
         plan: of this model.
         model: as it is trained.
-        optimizer: AdamW, Adam or SGD; a DeepSpeed engine brings its own.
+        optimizer: AdamW, Adam, SGD, or several with torch's Muon among them, whose matrices are
+            put together; a DeepSpeed engine brings its own.
         factor: the schedule's multiplier that is in force. None: the one that the live groups are
             at when the block begins.
 
@@ -57,12 +60,16 @@ def effect_check(
     sharder = sharder_of(model)
     before = live_pieces(sharder, optimizer)
     multiplier = factor_in_force(before) if factor is None else factor
+    matrices = MatrixCheck.of(plan, before, multiplier)
     skipped = _skipped(model)
     observed: dict[str, float] = {}
-    with watched(sharder, optimizer, before) as look:
+    with watched(sharder, optimizer, before, matrices) as look:
         yield observed
+    rates, faults = matrices.after(live_pieces(sharder, optimizer))
+    observed.update(rates)
     sights: list[Sight] = []
     with together(plan.digest) as problems:
+        problems += faults
         sights += look()
         here = {p.name for p in before.pieces}
         for name in plan.entries:
@@ -79,7 +86,8 @@ def effect_check(
             if sight.differs(wanted):
                 text = f"{sight.name}: planned lr {wanted:.6g}, the step moved it at"
                 problems.append(("effect", f"{text} {sight.rate:.6g}"))
-    seen = any(sight.driven and sight.name in plan.entries for sight in sights)
+    seen = bool(rates) or bool(matrices.gradients)
+    seen = seen or any(sight.driven and sight.name in plan.entries for sight in sights)
     # DeepSpeed leaves out the steps in which a loss scale overflows.
     if _skipped(model) == skipped and not any_rank(seen):
         text = f"no step was seen of any of {len(plan.entries)} planned parameters"
@@ -113,7 +121,7 @@ class Sight:
 
 @contextmanager
 def watched(
-    sharder: Sharder, optimizer: Any, before: Pieces
+    sharder: Sharder, optimizer: Any, before: Pieces, matrices: MatrixCheck | None = None
 ) -> Iterator[Callable[[], list[Sight]]]:
     """Watch one step of an optimizer on this rank, with or without a plan. Not collective.
 
@@ -121,13 +129,15 @@ def watched(
         sharder: of the model.
         optimizer: the one that is stepped; a DeepSpeed engine brings its own.
         before: what it holds, read before the step.
+        matrices: those that are looked at whole, and not here; their gradients are taken for them.
 
     Yields:
         What returns one sight per piece, once the block has ended.
     """
-    pieces = joined([p for p in before.pieces if p.numel])
+    elsewhere = {} if matrices is None else matrices.entries
+    pieces = joined([p for p in before.pieces if p.numel and p.name not in elsewhere])
     weights = [_sample(p, p.owner) for p in pieces]
-    with _gradients(pieces, before.optimizer) as gradients:
+    with _gradients(pieces, matrices, before.optimizer) as gradients:
         yield lambda: _sights(sharder, optimizer, pieces, weights, gradients)
 
 
@@ -179,7 +189,9 @@ def joined(pieces: list[Piece]) -> list[Piece]:
 
 
 @contextmanager
-def _gradients(pieces: list[Piece], optimizer: Any) -> Iterator[dict[int, Tensor]]:
+def _gradients(
+    pieces: list[Piece], matrices: MatrixCheck | None, optimizer: Any
+) -> Iterator[dict[int, Tensor]]:
     """{id of a piece: gradient samples}, taken as the inner optimizer's step begins.
 
     Earlier they are not there: DeepSpeed hands gradients to its flat partitions inside the step.
@@ -190,6 +202,8 @@ def _gradients(pieces: list[Piece], optimizer: Any) -> Iterator[dict[int, Tensor
         return
 
     def take(*_: Any) -> None:
+        if matrices is not None:
+            matrices.take()
         for piece in pieces:
             if piece.owner.grad is not None:
                 # A copy: the optimizer may decay or clip the gradient in place.
@@ -213,8 +227,13 @@ def _direction(piece: Piece, optimizer: Any, old: Tensor, gradient: Tensor | Non
     None where that is unknown.
     """
     group: dict[str, Any] = piece.group
-    # A segmented optimizer holds the state, the one inside it the formula.
-    kinds = {c.__name__ for c in type(getattr(optimizer, "inner", optimizer)).__mro__}
+    # A segmented optimizer holds the state, the one inside it the formula; of several inside it,
+    # the one that the group belongs to.
+    routed = parts_of(optimizer)
+    formula = getattr(optimizer, "inner", optimizer)
+    if routed is not None:
+        formula = routed.parts[group[OPTIMIZER]]
+    kinds = {c.__name__ for c in type(formula).__mro__}
     state = optimizer.state.get(piece.owner, {}) if optimizer is not None else {}
     if group.get("maximize"):
         return None

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from torch import nn
@@ -17,11 +18,13 @@ from dist_layerlr.optim.readback import (
     live_pieces,
     repeated,
 )
+from dist_layerlr.optim.routed import parts_of
 from dist_layerlr.optim.trial import Verdict, try_out
 from dist_layerlr.plan.entries import Plan, PlanEntry
 from dist_layerlr.proof.current import current_problems
 from dist_layerlr.proof.deep import deep_problems
 from dist_layerlr.proof.elements import element_problems
+from dist_layerlr.proof.steppers import by_algorithm, state_precision, stepper_problems
 from dist_layerlr.ranks import (
     SHOWN,
     Problem,
@@ -51,6 +54,10 @@ class Proof:
     """The schedule's multiplier at which the rates were compared."""
     trial: str = ""
     """What the trial of the optimizer has shown, in words."""
+    optimizers: Mapping[str, int] = field(default_factory=dict)
+    """{class: parameters that it steps}."""
+    state_precision: Mapping[str, str] = field(default_factory=dict)
+    """{name: dtype of its optimizer state on this rank}; empty before the first step."""
 
     def line(self) -> str:
         """One line for the log."""
@@ -59,8 +66,17 @@ class Proof:
             f"[per_layer_lr] verified on {self.ranks} rank{'s' if self.ranks > 1 else ''}"
             f" ({self.sharder}): {self.parameters} parameters, {self.elements:,} elements, each"
             f" stepped once at its planned learning rate{scaled} and weight decay;"
-            f" {self.trial}; plan {self.digest}"
+            f" {self.trial}{self._stepped()}; plan {self.digest}"
         )
+
+    def _stepped(self) -> str:
+        """Which algorithm steps how many, where there are several; precision, where it differs."""
+        parts = [f"{count} by {kind}" for kind, count in self.optimizers.items()]
+        text = f"; stepped {', '.join(parts)}" if len(parts) > 1 else ""
+        kinds = Counter(self.state_precision.values())
+        if len(kinds) > 1:
+            text += "; state in " + ", ".join(f"{kind} ({n})" for kind, n in sorted(kinds.items()))
+        return text
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready."""
@@ -109,6 +125,7 @@ def verify(
             problems += _schedule_problems(plan, live)
         # What changed in the model comes first: it is the cause of what follows.
         problems += current_problems(plan, found)
+        problems += stepper_problems(plan, found)
         problems += _local_problems(plan, found, live, expected, _default_decay(model, optimizer))
     if factor is None:
         _check_one_factor(expected)
@@ -126,6 +143,8 @@ def verify(
         digest=plan.digest,
         step_factor=expected,
         trial=verdict.line,
+        optimizers=by_algorithm(found),
+        state_precision=state_precision(found),
     )
 
 
@@ -184,11 +203,15 @@ def _local_problems(
     plan: Plan, found: Pieces, live: Mapping[str, LiveParam], factor: float, default_decay: float
 ) -> list[Problem]:
     problems: list[Problem] = []
+    routed = parts_of(found.optimizer)
     for name, entry in plan.entries.items():
+        own = default_decay
+        if routed is not None and entry.optimizer in routed.parts:
+            own = routed.decay_of(entry.optimizer)
         if name not in live:
             problems.append(("not stepped", f"{name}: not stepped by the optimizer"))
         else:
-            problems += _compare(entry, live[name], factor, default_decay)
+            problems += _compare(entry, live[name], factor, own)
     problems += [
         ("unplanned", f"{n}: stepped at lr {p.lr:g}, not in the plan")
         for n, p in live.items()

@@ -205,8 +205,17 @@ def explain(plan: Plan, name: str) -> str:
             f"  LoRA+         {entry.lora_plus:g}",
             f"  lr            {entry.lr:.6g}",
             f"  weight decay  {decay}",
+            *_stepper(entry),
         ]
     )
+
+
+def _stepper(entry: PlanEntry) -> list[str]:
+    """Which optimizer, where the plan names several."""
+    if entry.optimizer is None:
+        return []
+    times = f", lr x {entry.optimizer_multiplier:g}" if entry.optimizer_multiplier != 1.0 else ""
+    return [f"  optimizer     {entry.optimizer}: {entry.optimizer_why}{times}"]
 
 
 def _curve(entry: PlanEntry) -> str:

@@ -227,7 +227,9 @@ class Races:
             for old in shadow.accesses() if writing else [shadow.write]:
                 if not _over(old, queue.clock):
                     does = "writes" if writing else "reads"
-                    self.found.append(f"RACE: {name} on queue {queue.number} {does} what {old} uses")
+                    self.found.append(
+                        f"RACE: {name} on queue {queue.number} {does} what {old} uses"
+                    )
             if writing:
                 shadow.write, shadow.reads = access, {}
             else:

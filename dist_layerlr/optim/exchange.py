@@ -1,0 +1,280 @@
+"""Whole tensors from slices, each on one rank, and back: what a matrix optimizer needs.
+
+Every rank tells once which elements of which name it holds. From that table all ranks derive the
+same schedule: which rank owns which tensor, which rank sends which elements to it, and who gets
+them back. One all-to-all gathers, one returns; nothing is gathered on every rank.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from dist_layerlr.errors import PlanMismatch
+from dist_layerlr.ranks import in_group, rank, transport_device, world_size
+
+Range = tuple[int, int]
+"""(first element, number of elements) of a flattened whole tensor."""
+Held = Mapping[str, Sequence[Range]]
+"""What one rank holds of each name."""
+ROUND = 1 << 27
+"""Elements that are under way at once, over all ranks: bounds the memory of buffers."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Segment:
+    """Some elements of one tensor, on their way between two ranks."""
+
+    name: str
+    start: int
+    numel: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Schedule:
+    """Who owns which tensor in one round, and what travels."""
+
+    table: Sequence[Held]
+    """By rank."""
+    sizes: Mapping[str, int]
+    """{name: elements of the whole}, in the order in which all ranks pack them."""
+    owners: Mapping[str, int]
+
+    @cached_property
+    def mine(self) -> list[str]:
+        """Names that this rank owns."""
+        return [name for name in self.sizes if self.owners[name] == rank()]
+
+    @cached_property
+    def gathered(self) -> tuple[list[list[Segment]], list[list[Segment]]]:
+        """(sent to each rank, received from each rank) on the way to the owners."""
+        sent: list[list[Segment]] = [[] for _ in self.table]
+        received: list[list[Segment]] = [[] for _ in self.table]
+        for name, size in self.sizes.items():
+            owner = self.owners[name]
+            for source, start, numel in cover(name, size, self.table, owner):
+                segment = Segment(name=name, start=start, numel=numel)
+                if source == rank():
+                    sent[owner].append(segment)
+                if owner == rank():
+                    received[source].append(segment)
+        return sent, received
+
+    @cached_property
+    def returned(self) -> tuple[list[list[Segment]], list[list[Segment]]]:
+        """(sent to each rank, received from each rank) on the way back: to all that hold some."""
+        sent: list[list[Segment]] = [[] for _ in self.table]
+        received: list[list[Segment]] = [[] for _ in self.table]
+        for name in self.sizes:
+            owner = self.owners[name]
+            for place in range(len(self.table)) if owner == rank() else (rank(),):
+                segments = [
+                    Segment(name=name, start=start, numel=numel)
+                    for start, numel in self.table[place].get(name, ())
+                    if numel
+                ]
+                if owner == rank():
+                    sent[place] += segments
+                if place == rank():
+                    received[owner] += segments
+        return sent, received
+
+    @property
+    def elements_moved(self) -> int:
+        """Elements that this rank sends to others, both ways."""
+        moved = 0
+        for way in (self.gathered[0], self.returned[0]):
+            for to, row in enumerate(way):
+                moved += sum(s.numel for s in row) if to != rank() else 0
+        return moved
+
+
+@dataclass(kw_only=True)
+class Exchange:
+    """The schedules of one set of tensors, derived once for each set of names that is stepped."""
+
+    table: Sequence[Held]
+    sizes: Mapping[str, int]
+    costs: Mapping[str, float]
+    """Of computing on each whole: what owners are balanced by."""
+    fixed: bool = False
+    """Whether a name's owner must stay the same, because it keeps something of it."""
+    elements_moved: int = 0
+    """Sent by this rank to others since the start."""
+    _known: dict[tuple[str, ...], list[Schedule]] = field(default_factory=dict)
+
+    @cached_property
+    def _owners(self) -> dict[str, int]:
+        return balanced(self.costs, world_size())
+
+    def rounds(self, names: tuple[str, ...]) -> list[Schedule]:
+        """The schedules in which some names travel; the same list on all ranks."""
+        if names not in self._known:
+            owners = self._owners
+            if not self.fixed:
+                owners = balanced({name: self.costs[name] for name in names}, world_size())
+            rounds: list[dict[str, int]] = [{}]
+            total = 0
+            for name in names:
+                if rounds[-1] and total + self.sizes[name] > ROUND:
+                    rounds.append({})
+                    total = 0
+                rounds[-1][name] = self.sizes[name]
+                total += self.sizes[name]
+            self._known[names] = [
+                Schedule(table=self.table, sizes=sizes, owners=owners) for sizes in rounds if sizes
+            ]
+        return self._known[names]
+
+    def agreed(self, active: Iterable[str]) -> tuple[str, ...]:
+        """Names that any rank steps now. Collective.
+
+        A rank that holds nothing of a tensor sees no gradient of it, and may own it all the same.
+        """
+        mine = set(active)
+        flags = torch.tensor([name in mine for name in self.sizes], dtype=torch.uint8)
+        if in_group() and world_size() > 1:
+            flags = flags.to(transport_device())
+            dist.all_reduce(flags, op=dist.ReduceOp.MAX)
+        return tuple(name for name, flag in zip(self.sizes, flags.tolist(), strict=True) if flag)
+
+    def gather(
+        self,
+        schedule: Schedule,
+        parts: Mapping[str, Sequence[tuple[int, Tensor]]],
+        dtype: torch.dtype,
+    ) -> dict[str, Tensor]:
+        """Whole flat tensors of the names that this rank owns. Collective.
+
+        Args:
+            schedule: of the round.
+            parts: {name: (first element, flat tensor) of what this rank holds}.
+            dtype: of all of them, on all ranks.
+        """
+        sent, received = schedule.gathered
+        heard = self._swap(sent, received, parts, dtype)
+        whole: dict[str, Tensor] = {}
+        for segment, values in heard:
+            if segment.name not in whole:
+                whole[segment.name] = values.new_empty(schedule.sizes[segment.name])
+            whole[segment.name][segment.start : segment.start + segment.numel] = values
+        return whole
+
+    def give_back(
+        self, schedule: Schedule, whole: Mapping[str, Tensor], dtype: torch.dtype
+    ) -> list[tuple[Segment, Tensor]]:
+        """What this rank holds of whole flat tensors, from their owners. Collective."""
+        sent, received = schedule.returned
+        parts = {name: [(0, values)] for name, values in whole.items()}
+        return self._swap(sent, received, parts, dtype)
+
+    def _swap(
+        self,
+        sent: Sequence[Sequence[Segment]],
+        received: Sequence[Sequence[Segment]],
+        parts: Mapping[str, Sequence[tuple[int, Tensor]]],
+        dtype: torch.dtype,
+    ) -> list[tuple[Segment, Tensor]]:
+        me = rank()
+        # What stays here does not travel.
+        found = [(s, cut(s, parts[s.name])) for s in sent[me]]
+        if len(sent) == 1:
+            return found
+        out = [
+            [cut(s, parts[s.name]) for s in row] if to != me else [] for to, row in enumerate(sent)
+        ]
+        sizes = [sum(s.numel for s in row) if of != me else 0 for of, row in enumerate(received)]
+        self.elements_moved += sum(part.numel() for row in out for part in row)
+        inbox = _all_to_all(out, sizes, dtype)
+        for of, row in enumerate(received):
+            if of != me and row:
+                pieces = torch.split(inbox[of], [s.numel for s in row])
+                found += zip(row, pieces, strict=True)
+        return found
+
+
+def _all_to_all(
+    out: Sequence[Sequence[Tensor]], sizes: Sequence[int], dtype: torch.dtype
+) -> list[Tensor]:
+    """One flat tensor from each rank.
+
+    Bytes travel: not every backend has every dtype.
+    """
+    device = transport_device()
+    flat = [part.to(device) for row in out for part in row]
+    send = torch.cat(flat) if flat else torch.empty(0, dtype=dtype, device=device)
+    heard = torch.empty(sum(sizes), dtype=dtype, device=device)
+    width = dtype.itemsize
+    lengths = [sum(part.numel() for part in row) * width for row in out]
+    dist.all_to_all_single(
+        heard.view(torch.uint8),
+        send.view(torch.uint8),
+        [size * width for size in sizes],
+        lengths,
+    )
+    return list(torch.split(heard, list(sizes)))
+
+
+def cut(segment: Segment, held: Sequence[tuple[int, Tensor]]) -> Tensor:
+    """A segment's elements of the flat part that holds them."""
+    for start, values in held:
+        if start <= segment.start and segment.start + segment.numel <= start + values.numel():
+            return values[segment.start - start : segment.start - start + segment.numel]
+    raise AssertionError(segment)
+
+
+def balanced(costs: Mapping[str, float], ranks: int) -> dict[str, int]:
+    """An owner for each name: the most expensive first, each to the rank with the least to do."""
+    loads = [0.0] * ranks
+    owners: dict[str, int] = {}
+    for name in sorted(costs, key=lambda name: -costs[name]):
+        owner = loads.index(min(loads))
+        owners[name] = owner
+        loads[owner] += costs[name]
+    return owners
+
+
+def cover(name: str, size: int, table: Sequence[Held], owner: int) -> list[tuple[int, int, int]]:
+    """(rank, first element, elements) such that each element of a whole comes from one rank.
+
+    From the owner itself where it holds a copy, else from holders in turn.
+
+    Raises:
+        PlanMismatch: elements that no rank holds. All ranks read one table, so all raise it.
+    """
+    at: dict[int, list[tuple[int, int]]] = {}
+    for place, held in enumerate(table):
+        for start, numel in held.get(name, ()):
+            if numel:
+                at.setdefault(start, []).append((place, start + numel))
+    found: list[tuple[int, int, int]] = []
+    position = 0
+    while position < size:
+        choices = at.get(position) or _around(at, position)
+        if not choices:
+            raise PlanMismatch(
+                f"{name}: no rank holds its elements from {position} on, so the whole matrix cannot"
+                " be put together. After deepspeed.initialize call bind(plan, engine); otherwise"
+                " build the optimizer with attach after sharding."
+            )
+        own = [choice for choice in choices if choice[0] == owner]
+        source, end = own[0] if own else choices[owner % len(choices)]
+        end = min(end, size)
+        found.append((source, position, end - position))
+        position = end
+    return found
+
+
+def _around(at: Mapping[int, Sequence[tuple[int, int]]], position: int) -> list[tuple[int, int]]:
+    """Runs that hold a position inside them: ranks that cut a tensor at other places."""
+    return [
+        choice
+        for start, choices in at.items()
+        for choice in choices
+        if start < position < choice[1]
+    ]

@@ -1,0 +1,340 @@
+"""Optimizers that need whole matrices, on slices: each is put together on one rank for the step.
+
+What works element by element stays with the slices: weights, gradients, momentum and decay. What
+does not is computed on one rank for each matrix, balanced over ranks by cost, and the result goes
+back to the slices. So state lies as the sharder lays out weights, in any layout, and no rank
+computes what another does.
+
+Muon sends each element twice in bf16, the precision in which torch orthogonalises: no digit is lost
+on the way. Any other matrix optimizer (SOAP, Shampoo, Adafactor) sends weight and gradient as they
+are and gets the weight back; its state stays on the owner's rank.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from dist_layerlr.errors import PlanMismatch
+from dist_layerlr.optim.exchange import Exchange, Held, Schedule, Segment
+from dist_layerlr.optim.groups import LR, NAME, WEIGHT_DECAY
+from dist_layerlr.plan.entries import Plan, PlanEntry
+from dist_layerlr.ranks import transport_device
+from dist_layerlr.sharders.base import ParamGroup
+
+MakeOptimizer = Callable[[list[ParamGroup]], Optimizer]
+MOMENTUM = "muon_momentum"
+"""Key of the state. Not torch's ``momentum_buffer``, which SGD has in the same flat tensor."""
+_TRAVELS = torch.bfloat16
+"""torch's Muon rounds to it before it orthogonalises, and its result is in it."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Located:
+    """Some elements of a name, and where they lie in a tensor that is stepped."""
+
+    name: str
+    start: int
+    numel: int
+    view: Tensor
+    offset: int
+
+    def of(self, tensor: Tensor) -> Tensor:
+        """The same elements of a tensor laid out as the view; flat, unless it is all of it."""
+        if self.offset == 0 and self.numel == tensor.numel():
+            return tensor  # in whatever memory order
+        return tensor.view(-1)[self.offset : self.offset + self.numel]
+
+
+class NeedsWhole(Optimizer):
+    """Steps slices of matrices; a subclass says what is done with the whole."""
+
+    state_keys: frozenset[str] = frozenset()
+    """What it keeps for each element, with the slices."""
+    fixed_owners = False
+
+    def __init__(self, plan: Plan, make: MakeOptimizer, groups: list[ParamGroup]):
+        """Step ``groups``, whose tensors are slices, with the settings that ``make`` gives them."""
+        self.make = make
+        self.template = make_template(plan, make, groups)
+        """The user's optimizer, on empty matrices of the true shapes: it has the settings."""
+        live = [
+            {**told, "params": group["params"]}
+            for told, group in zip(self.template.param_groups, groups, strict=True)
+        ]
+        super().__init__(live, {})
+        self.defaults = dict(self.template.defaults)
+        self._groups_of = {name: spec.name for spec in plan.groups for name in spec.names}
+        wanted = {group[NAME] for group in groups}
+        self.entries: dict[str, PlanEntry] = {
+            name: plan.entries[name]
+            for spec in plan.groups
+            if spec.name in wanted
+            for name in spec.names
+        }
+        self._located: dict[str, list[Located]] = {}
+        self.exchange: Exchange | None = None
+
+    @property
+    def kind(self) -> str:
+        """Class of the optimizer that works on the whole."""
+        return type(self.template).__name__
+
+    def place(self, located: Iterable[Located], table: Sequence[Held]) -> None:
+        """Say where this rank's slices are, and what every rank holds."""
+        self._located = {}
+        for piece in located:
+            if piece.name in self.entries:
+                self._located.setdefault(piece.name, []).append(piece)
+        self.exchange = Exchange(
+            table=table,
+            sizes={name: entry.numel for name, entry in self.entries.items()},
+            costs={name: _cost(entry.shape) for name, entry in self.entries.items()},
+            fixed=self.fixed_owners,
+        )
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        """Step the names that have a gradient on any rank. Collective."""
+        if self.exchange is None:
+            raise PlanMismatch(
+                f"{self.kind} needs whole matrices, and nobody said where their parts are. Build"
+                " the optimizer with attach; after deepspeed.initialize call bind(plan, engine)."
+            )
+        stepped = {
+            name: [piece for piece in pieces if piece.view.grad is not None]
+            for name, pieces in self._located.items()
+        }
+        names = self.exchange.agreed(name for name, pieces in stepped.items() if pieces)
+        group_of = {id(p): group for group in self.param_groups for p in group["params"]}
+        self._before(group_of)
+        for schedule in self.exchange.rounds(names):
+            self._round(self.exchange, schedule, stepped, group_of)
+
+    def _before(self, group_of: Mapping[int, ParamGroup]) -> None:
+        """What is done element by element before anything travels."""
+
+    def _round(
+        self,
+        exchange: Exchange,
+        schedule: Schedule,
+        stepped: Mapping[str, Sequence[Located]],
+        group_of: Mapping[int, ParamGroup],
+    ) -> None:
+        raise NotImplementedError
+
+    def setting_of(self, name: str) -> ParamGroup:
+        """The live group of a name, which this rank may hold no element of."""
+        wanted = self._groups_of[name]
+        return next(group for group in self.param_groups if group[NAME] == wanted)
+
+
+class MuonSlices(NeedsWhole):
+    """torch.optim.Muon on slices: it orthogonalises, momentum and decay are kept here."""
+
+    state_keys = frozenset({MOMENTUM})
+
+    def _before(self, group_of: Mapping[int, ParamGroup]) -> None:
+        for group in self.param_groups:
+            decay = 1.0 - float(group[LR]) * float(group[WEIGHT_DECAY])
+            for view in group["params"]:
+                if view.grad is None:
+                    continue
+                state = self.state[view]
+                if MOMENTUM not in state:
+                    state[MOMENTUM] = torch.zeros_like(view)
+                state[MOMENTUM].lerp_(view.grad, 1.0 - group["momentum"])
+                view.mul_(decay)
+
+    def _round(
+        self,
+        exchange: Exchange,
+        schedule: Schedule,
+        stepped: Mapping[str, Sequence[Located]],
+        group_of: Mapping[int, ParamGroup],
+    ) -> None:
+        sent: dict[str, list[tuple[int, Tensor]]] = {}
+        for name in schedule.sizes:
+            for piece in stepped.get(name, ()):
+                group = group_of[id(piece.view)]
+                update = self.direction(piece, group).to(_TRAVELS).reshape(-1)
+                sent.setdefault(name, []).append((piece.start, update))
+        whole = exchange.gather(schedule, sent, _TRAVELS)
+        for name, values in whole.items():
+            entry, group = self.entries[name], self.setting_of(name)
+            whole[name] = orthogonal(values.view(entry.shape), entry.parts, group).reshape(-1)
+        back: dict[str, list[tuple[Segment, Tensor]]] = {}
+        for segment, values in exchange.give_back(schedule, whole, _TRAVELS):
+            back.setdefault(segment.name, []).append((segment, values))
+        for name, results in back.items():
+            for piece in stepped.get(name, ()):
+                self._add(piece, results, group_of[id(piece.view)])
+
+    def direction(self, piece: Located, group: ParamGroup) -> Tensor:
+        """What is orthogonalised: the momentum that this step has left, or Nesterov's."""
+        momentum = piece.of(self.state[piece.view][MOMENTUM])
+        if not group["nesterov"]:
+            return momentum
+        gradient = piece.view.grad
+        assert gradient is not None
+        return piece.of(gradient).lerp(momentum, group["momentum"])
+
+    def _add(
+        self, piece: Located, results: Sequence[tuple[Segment, Tensor]], group: ParamGroup
+    ) -> None:
+        weight = piece.of(piece.view.detach())
+        entry, lr = self.entries[piece.name], float(group[LR])
+        for segment, values in results:
+            if segment.start != piece.start or segment.numel != piece.numel:
+                continue
+            values = values.to(weight.device)
+            for first, last, shape in rows_of(entry):
+                low, high = max(first, piece.start), min(last, piece.start + piece.numel)
+                if low >= high:
+                    continue
+                scale = -lr * adjusted(shape, group.get("adjust_lr_fn"))
+                if high - low == weight.numel():
+                    weight.add_(values.view(weight.shape), alpha=scale)
+                else:
+                    here = slice(low - piece.start, high - piece.start)
+                    weight.view(-1)[here].add_(values[here], alpha=scale)
+
+
+class AnyWhole(NeedsWhole):
+    """Any optimizer, on whole tensors that it keeps on their owner's rank."""
+
+    fixed_owners = True
+
+    def __init__(self, plan: Plan, make: MakeOptimizer, groups: list[ParamGroup]):
+        super().__init__(plan, make, groups)
+        self._whole: dict[str, nn.Parameter] = {}
+        self._on_whole: Optimizer | None = None
+
+    def _round(
+        self,
+        exchange: Exchange,
+        schedule: Schedule,
+        stepped: Mapping[str, Sequence[Located]],
+        group_of: Mapping[int, ParamGroup],
+    ) -> None:
+        weights: dict[str, list[tuple[int, Tensor]]] = {}
+        gradients: dict[str, list[tuple[int, Tensor]]] = {}
+        for name in schedule.sizes:
+            for piece in stepped.get(name, ()):
+                assert piece.view.grad is not None
+                value, slope = piece.of(piece.view.detach()), piece.of(piece.view.grad)
+                weights.setdefault(name, []).append((piece.start, _sendable(value)))
+                gradients.setdefault(name, []).append((piece.start, _sendable(slope)))
+        here = exchange.gather(schedule, weights, torch.float32)
+        slopes = exchange.gather(schedule, gradients, torch.float32)
+        self._step_whole(here, slopes)
+        result = {name: self._whole[name].detach().reshape(-1) for name in here}
+        for segment, values in exchange.give_back(schedule, result, torch.float32):
+            for piece in stepped.get(segment.name, ()):
+                if (piece.start, piece.numel) == (segment.start, segment.numel):
+                    weight = piece.of(piece.view.detach())
+                    weight.copy_(values.view(weight.shape))
+
+    def _step_whole(self, weights: Mapping[str, Tensor], gradients: Mapping[str, Tensor]) -> None:
+        for name, values in weights.items():
+            shape = self.entries[name].shape
+            if name not in self._whole:
+                self._whole[name] = nn.Parameter(torch.empty(shape, device=values.device))
+                self._on_whole = None
+            self._whole[name].data.copy_(values.view(shape))
+            self._whole[name].grad = gradients[name].view(shape)
+        if self._on_whole is None and self._whole:
+            self._on_whole = self.make(self._groups())
+        if self._on_whole is None:
+            return
+        rates = {group[NAME]: group[LR] for group in self.param_groups}
+        for group in self._on_whole.param_groups:
+            group[LR] = rates[group[NAME]]
+        self._on_whole.step()
+        for param in self._whole.values():
+            param.grad = None
+
+    def _groups(self) -> list[ParamGroup]:
+        found: list[ParamGroup] = []
+        for group in self.param_groups:
+            mine = [p for n, p in self._whole.items() if self._groups_of[n] == group[NAME]]
+            if mine:
+                found.append({**group, "params": mine})
+        return found
+
+
+def make_template(plan: Plan, make: MakeOptimizer, groups: Sequence[ParamGroup]) -> Optimizer:
+    """The user's optimizer on empty matrices, one for each part of a fused one."""
+    shapes: dict[str, list[nn.Parameter]] = {}
+    for spec in plan.groups:
+        for name in spec.names:
+            for _, _, shape in rows_of(plan.entries[name]):
+                empty = nn.Parameter(torch.empty(shape, device="meta"))
+                shapes.setdefault(spec.name, []).append(empty)
+    return make([{**group, "params": shapes[group[NAME]]} for group in groups])
+
+
+def rows_of(entry: PlanEntry) -> list[tuple[int, int, tuple[int, ...]]]:
+    """(first element, end, shape) of each matrix in a parameter: one, or the parts of a fused."""
+    if not entry.parts:
+        return [(0, entry.numel, entry.shape)]
+    width = entry.shape[1]
+    found: list[tuple[int, int, tuple[int, ...]]] = []
+    first = 0
+    for rows in entry.parts:
+        found.append((first, first + rows * width, (rows, width)))
+        first += rows * width
+    return found
+
+
+def orthogonal(matrix: Tensor, parts: Sequence[int], group: ParamGroup) -> Tensor:
+    """What torch.optim.Muon makes of a matrix, before any rate; each part of a fused one alone.
+
+    Momentum, decay and rate are left out of torch's step: it moves a weight of 0 by the orthogonal
+    factor, exactly. A tall matrix is given as a wide one, which is what torch does inside; the
+    factor by which `original` scales tall ones is then 1.
+    """
+    found = torch.empty_like(matrix)
+    heights = list(parts) or [matrix.shape[0]]
+    for rows, into in zip(torch.split(matrix, heights), torch.split(found, heights), strict=True):
+        wide = rows.T if rows.shape[0] > rows.shape[1] else rows
+        weight = nn.Parameter(torch.zeros_like(wide))
+        weight.grad = wide
+        muon: Any = torch.optim.Muon(
+            [weight],
+            lr=1.0,
+            weight_decay=0.0,
+            momentum=0.0,
+            nesterov=False,
+            ns_coefficients=group["ns_coefficients"],
+            eps=group["eps"],
+            ns_steps=group["ns_steps"],
+            adjust_lr_fn="original",
+        )
+        muon.step()
+        moved = weight.detach().neg_()
+        into.copy_(moved.T if wide is not rows else moved)
+    return found
+
+
+def adjusted(shape: Sequence[int], rule: str | None) -> float:
+    """The factor of a matrix's rate, by torch.optim.Muon's names for the rules."""
+    rows, columns = shape
+    if rule == "match_rms_adamw":
+        return 0.2 * math.sqrt(max(rows, columns))
+    return math.sqrt(max(1.0, rows / columns))
+
+
+def _sendable(value: Tensor) -> Tensor:
+    return value.detach().to(torch.float32).reshape(-1).to(transport_device())
+
+
+def _cost(shape: Sequence[int]) -> float:
+    """Of products of a matrix with itself, up to a factor."""
+    return float(math.prod(shape)) * min(shape, default=1)

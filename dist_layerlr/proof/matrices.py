@@ -1,0 +1,180 @@
+"""The effect of an optimizer that orthogonalises: what a step really did to whole matrices.
+
+Two looks at ``before - after``. Its singular values must be those of an orthogonal factor times the
+planned rate: this asks nothing of the optimizer. And where its momentum can be read, the factor is
+computed again from it, and tells the rate as exactly as for AdamW.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from dist_layerlr.optim.exchange import Exchange, Schedule
+from dist_layerlr.optim.groups import WEIGHT_DECAY
+from dist_layerlr.optim.routed import Routed, parts_of
+from dist_layerlr.optim.whole import MOMENTUM, MuonSlices, adjusted, orthogonal, rows_of
+from dist_layerlr.plan.entries import Plan, PlanEntry
+from dist_layerlr.ranks import Problem, alike, everyone
+from dist_layerlr.sharders import Piece, Pieces
+from dist_layerlr.sharders.base import ParamGroup, local_gradient
+
+LOW, HIGH = 0.5, 1.5
+"""Newton-Schulz of torch.optim.Muon ends here: its coefficients are chosen for speed, not for 1."""
+ROWS = 512
+"""Of the short side that singular values are computed of. Those of some rows of a matrix lie
+between its smallest and its largest."""
+_TOLERANCE = 0.02
+
+
+@dataclass(kw_only=True)
+class MatrixCheck:
+    """The matrices of a plan that are to be orthogonalised, before and after a step."""
+
+    entries: Mapping[str, PlanEntry]
+    pieces: list[Piece]
+    """Of these matrices, on this rank."""
+    factor: float
+    """Schedule multiplier."""
+    weights: list[Tensor] = field(default_factory=list)
+    gradients: dict[int, Tensor] = field(default_factory=dict)
+    """{number of a piece: its gradient}, if the step had one."""
+
+    @classmethod
+    def of(cls, plan: Plan, found: Pieces, factor: float) -> MatrixCheck:
+        """Copy the weights as they are before the step."""
+        routed = parts_of(found.optimizer)
+        entries: dict[str, PlanEntry] = {}
+        for name, entry in plan.entries.items():
+            if _orthogonalises(plan, entry, routed):
+                entries[name] = entry
+        pieces = [p for p in found.pieces if p.name in entries and p.numel]
+        check = cls(entries=entries, pieces=pieces, factor=factor)
+        check.weights = [piece.of(piece.owner).clone() for piece in pieces]
+        return check
+
+    def take(self) -> None:
+        """Copy gradients, as the step begins."""
+        for number, piece in enumerate(self.pieces):
+            if piece.owner.grad is not None:
+                self.gradients[number] = piece.of(local_gradient(piece.owner)).clone()
+
+    def after(self, found: Pieces) -> tuple[dict[str, float], list[Problem]]:
+        """({name: observed rate} of the matrices that this rank put together, problems).
+
+        Collective.
+        """
+        if not self.entries:
+            return {}, []
+        held: dict[str, list[tuple[int, int]]] = {}
+        for piece in self.pieces:
+            held.setdefault(piece.name, []).append((piece.start, piece.numel))
+        exchange = Exchange(
+            table=everyone(held),
+            sizes={name: entry.numel for name, entry in self.entries.items()},
+            costs={name: float(entry.numel) for name, entry in self.entries.items()},
+        )
+        moves, directions = alike(lambda: self._parts(found))
+        groups: dict[str, ParamGroup] = {}
+        for row in everyone({p.name: _settings(p.group) for p in found.pieces}):
+            groups.update(row)
+        observed: dict[str, float] = {}
+        problems: list[Problem] = []
+        names = exchange.agreed({self.pieces[number].name for number in self.gradients})
+        # Where ranks differ in what they can read, none of them sends it.
+        readable = set(exchange.agreed(directions)) & set(names)
+        for schedule in exchange.rounds(names):
+            whole = exchange.gather(schedule, moves, torch.float32)
+            asked = _only(schedule, readable)
+            factors = exchange.gather(asked, directions, torch.bfloat16)
+            for name, move in whole.items():
+                entry, group = self.entries[name], groups[name]
+                problems += self._singular(entry, move, group)
+                if name in factors:
+                    rate = _rate(entry, move, factors[name], group)
+                    problems += self._off(entry, rate)
+                    observed[name] = rate
+        return observed, problems
+
+    def _parts(self, found: Pieces) -> tuple[_Flat, _Flat]:
+        """What the step moved, decay taken off; and what it is to have orthogonalised."""
+        moves: _Flat = {}
+        directions: _Flat = {}
+        state = found.optimizer.state
+        for number, (piece, old) in enumerate(zip(self.pieces, self.weights, strict=True)):
+            gradient = self.gradients.get(number)
+            if gradient is None:
+                continue
+            lr = self.entries[piece.name].lr * self.factor
+            decayed = old.float() * (1.0 - lr * float(piece.group.get(WEIGHT_DECAY, 0.0)))
+            move = decayed - piece.of(piece.owner).float()
+            moves.setdefault(piece.name, []).append((piece.start, move))
+            momentum = state.get(piece.owner, {}).get(MOMENTUM)
+            if momentum is not None:
+                now = piece.of(momentum)
+                if piece.group["nesterov"]:
+                    now = gradient.lerp(now, piece.group["momentum"])
+                row = (piece.start, now.to(torch.bfloat16))
+                directions.setdefault(piece.name, []).append(row)
+        return moves, directions
+
+    def _singular(self, entry: PlanEntry, move: Tensor, group: ParamGroup) -> list[Problem]:
+        lr = entry.lr * self.factor
+        if lr == 0.0 or not move.any():
+            return []
+        for first, last, shape in rows_of(entry):
+            part = move[first:last].view(shape)
+            wide = part.T if shape[0] > shape[1] else part
+            step = -(-wide.shape[0] // ROWS)
+            largest = float(torch.linalg.matrix_norm(wide[::step].float(), ord=2))
+            largest /= lr * adjusted(shape, group.get("adjust_lr_fn"))
+            # Of some rows alone the largest may be small: the gradient has a low rank.
+            if largest > HIGH or (step == 1 and largest < LOW):
+                text = (
+                    f"{entry.name}: planned for {entry.optimizer}, but the step is not orthogonal:"
+                    f" its largest singular value is {largest:.3g} x the planned rate, Muon's lie"
+                    f" in [{LOW}, {HIGH}]"
+                )
+                return [("effect", text)]
+        return []
+
+    def _off(self, entry: PlanEntry, rate: float) -> list[Problem]:
+        wanted = entry.lr * self.factor
+        if abs(rate - wanted) <= _TOLERANCE * wanted + 1e-12:
+            return []
+        text = f"{entry.name}: planned lr {wanted:.6g}, the step moved it at {rate:.6g}"
+        return [("effect", text)]
+
+
+_Flat = dict[str, list[tuple[int, Tensor]]]
+
+
+def _orthogonalises(plan: Plan, entry: PlanEntry, routed: Routed | None) -> bool:
+    if entry.optimizer is None or plan.config.optimizers is None:
+        return False
+    if routed is not None and entry.optimizer in routed.parts:
+        return isinstance(routed.parts[entry.optimizer], MuonSlices)
+    # Somebody else's optimizer: the plan's name for it is all there is.
+    return "muon" in entry.optimizer.lower() and len(entry.shape) == 2
+
+
+def _only(schedule: Schedule, names: set[str]) -> Schedule:
+    sizes = {name: size for name, size in schedule.sizes.items() if name in names}
+    return Schedule(table=schedule.table, sizes=sizes, owners=schedule.owners)
+
+
+def _settings(group: ParamGroup) -> ParamGroup:
+    kept = ("adjust_lr_fn", "ns_coefficients", "eps", "ns_steps")
+    return {key: group[key] for key in kept if key in group}
+
+
+def _rate(entry: PlanEntry, move: Tensor, direction: Tensor, group: ParamGroup) -> float:
+    """Least-squares rate at which a matrix moved along its orthogonal factor."""
+    factor = orthogonal(direction.view(entry.shape), entry.parts, group).reshape(-1).double()
+    for first, last, shape in rows_of(entry):
+        factor[first:last] *= adjusted(shape, group.get("adjust_lr_fn"))
+    power = float(factor.square().sum())
+    return float((move.double() * factor).sum()) / power if power else 0.0
