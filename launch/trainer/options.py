@@ -15,6 +15,8 @@ from dist_layerlr.files import read_json
 from dist_layerlr.offload import StreamPolicy
 from dist_layerlr.optim import Schedule
 from dist_layerlr.plan import PLAN_BLOCK, Config, load_config
+from dist_layerlr.plan.optimizers import BLOCK as OPTIMIZERS_BLOCK
+from dist_layerlr.plan.optimizers import Optimizers
 from launch.trainer.adapter_options import LORA as LORA
 from launch.trainer.adapter_options import AdapterOptions, read_adapter
 from launch.trainer.families import get_family
@@ -22,6 +24,8 @@ from launch.trainer.families.base import network_folders
 
 FULL = "fine_tune"
 """A value of ``training_method``; the other is LORA."""
+MUON = "muon"
+"""What ``optimizers`` may name beside the rest's."""
 PUBLISHED_MODEL = "(published)"
 """Stands for ``model_path`` where only the plan or the size of the published model is asked for."""
 
@@ -232,23 +236,28 @@ def load_options(
         raise ConfigError(
             f"Invalid training_method={FULL!r} with an 'adapter' block: remove one of them."
         )
+    optimizer, stream = _optimizer(blocks["optimizer"]), _stream_policy(_stagehand(blocks))
+    plan = load_config(raw)
+    if plan.optimizers is not None:
+        _check_optimizers(plan.optimizers, optimizer, stream)
     return RunOptions(
         **values,
         adapter=read_adapter(blocks["adapter"]),
-        optimizer=_optimizer(blocks["optimizer"]),
+        optimizer=optimizer,
         # A run cut short by --max-steps may end within its warmup.
         schedule=_schedule(blocks["schedule"], train.steps, cut_short=max_steps is not None),
         train=train,
         samples=SampleOptions(**blocks["samples"]),
-        stream=_stream_policy(blocks["memory"].get("stagehand", {})),
-        plan=load_config(raw),
+        stream=stream,
+        plan=plan,
         raw=raw,
     )
 
 
 def resolved(options: RunOptions) -> dict[str, Any]:
     """Return the config with every default filled in, as ``--config`` takes it again."""
-    given = {key: options.raw[key] for key in ("learning_rate", PLAN_BLOCK) if key in options.raw}
+    own = ("learning_rate", OPTIMIZERS_BLOCK, PLAN_BLOCK)
+    given = {key: options.raw[key] for key in own if key in options.raw}
     stream = {"enabled": options.stream is not None}
     if options.stream is not None:
         stream |= _filled(options.stream)
@@ -362,10 +371,30 @@ def _optimizer(values: dict[str, Any]) -> OptimizerOptions:
     return OptimizerOptions(**values)
 
 
+def _stagehand(blocks: Mapping[str, Mapping[str, Any]]) -> Mapping[str, Any]:
+    given: Mapping[str, Any] = blocks["memory"].get("stagehand", {})
+    return given
+
+
+def _check_optimizers(
+    given: Optimizers, rest: OptimizerOptions, stream: StreamPolicy | None
+) -> None:
+    """Refuse optimizers that this trainer cannot build, or cannot give whole matrices to."""
+    if set(given.rules) != {MUON} or given.rest != rest.kind:
+        allowed = f'{MUON!r}, and the "rest" for optimizer.type={rest.kind!r}'
+        raise fields.invalid(OPTIMIZERS_BLOCK, list(given.names), allowed)
+    if not given.rules[MUON].matrices:
+        raise fields.invalid(f"{OPTIMIZERS_BLOCK}.{MUON}.matrices", False, "true")
+    if stream is not None:
+        raise ConfigError(
+            f"Invalid {OPTIMIZERS_BLOCK} with memory.stagehand.enabled=true: streamed weights are"
+            " stepped one by one on the host. Switch streaming off, or remove the block."
+        )
+
+
 def _schedule(values: dict[str, Any], steps: int, *, cut_short: bool) -> Schedule:
     warmup = values.get("warmup_steps", 0)
     if warmup > steps and not cut_short:
-        raise fields.invalid(
-            "schedule.warmup_steps", warmup, f"an integer in [0, train.steps={steps}]"
-        )
+        allowed = f"an integer in [0, train.steps={steps}]"
+        raise fields.invalid("schedule.warmup_steps", warmup, allowed)
     return Schedule(total_steps=steps, **values)

@@ -22,6 +22,7 @@ from dist_layerlr import (
 from dist_layerlr.checkpoint import Restored, Saving
 from dist_layerlr.offload import Handle, Prediction, StreamPolicy, stream
 from dist_layerlr.optim import scale_lrs
+from dist_layerlr.optim.segmented import MakeOptimizer
 from dist_layerlr.plan import Plan
 from dist_layerlr.proof import Proof
 from dist_layerlr.ranks import alike
@@ -29,7 +30,7 @@ from dist_layerlr.sharders import materialize, sharder_of
 from launch.trainer.engines.offload import Stagehand, hold_in_bf16
 from launch.trainer.engines.sharding import Sharding
 from launch.trainer.engines.wrap import blocks_of, replicate
-from launch.trainer.options import OptimizerOptions, RunOptions, TrainOptions
+from launch.trainer.options import MUON, OptimizerOptions, RunOptions, TrainOptions
 from launch.trainer.runtime import Runtime
 from launch.trainer.weights import hold_in_16_bits, load_base
 
@@ -59,9 +60,7 @@ class NativeEngine:
         load_base(self.model, options)
         self.model.train()
         # Last: the optimizer must hold the tensors that the sharder left behind.
-        self.optimizer = attach(
-            plan, self.model, lambda groups: make_optimizer(groups, options.optimizer)
-        )
+        self.optimizer = attach(plan, self.model, make_optimizers(options))
 
     def _stream(
         self, model: nn.Module, options: RunOptions, policy: StreamPolicy, runtime: Runtime
@@ -190,6 +189,31 @@ def observe(
     with effect_check(plan, model, optimizer, factor=factor) as rates:
         yield
     observed.update(rates)
+
+
+def make_optimizers(options: RunOptions) -> MakeOptimizer | dict[str, MakeOptimizer]:
+    """What ``attach`` is given: one function, or one for each optimizer that the config names."""
+
+    def rest(groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
+        return make_optimizer(groups, options.optimizer)
+
+    given = options.plan.optimizers
+    if given is None:
+        return rest
+    rule = given.rules[MUON]
+
+    def muon(groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
+        return torch.optim.Muon(
+            groups,
+            lr=0.0,
+            weight_decay=options.optimizer.weight_decay,
+            momentum=rule.momentum,
+            nesterov=rule.nesterov,
+            ns_steps=rule.ns_steps,
+            adjust_lr_fn=rule.adjust_lr,
+        )
+
+    return {MUON: muon, given.rest: rest}
 
 
 def make_optimizer(

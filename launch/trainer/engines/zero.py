@@ -22,7 +22,7 @@ from dist_layerlr.plan import Plan
 from dist_layerlr.proof import Proof
 from dist_layerlr.ranks import alike
 from dist_layerlr.sharders import materialize, partition_empty
-from launch.trainer.engines.native import kept, make_optimizer, observe
+from launch.trainer.engines.native import kept, make_optimizers, observe
 from launch.trainer.engines.offload import ZERO_STAGE, offload_zero
 from launch.trainer.engines.wrap import blocks_of
 from launch.trainer.options import RunOptions, TrainOptions
@@ -67,7 +67,7 @@ class ZeroEngine:
         optimizer = attach(
             plan,
             model,
-            lambda groups: make_optimizer(groups, options.optimizer),
+            make_optimizers(options),
             emission="segmented",
         )
         self._plan = plan
