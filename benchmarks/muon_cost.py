@@ -1,11 +1,11 @@
-"""What Muon for the matrices costs under every sharder, beside torch.optim.Muon on whole parameters.
+"""What Muon for matrices costs under every sharder, beside torch.optim.Muon on whole parameters.
 
     python benchmarks/muon_cost.py            # 2 gloo ranks; about 5 minutes on 2 cores
     python benchmarks/muon_cost.py --only fsdp2 --rounds 20
 
-Matrices of 8 blocks go to Muon, the rest to AdamW. Arms take turns in rotating order; the time is
+Matrices of 4 blocks go to Muon, the rest to AdamW. Arms take turns in rotating order; the time is
 the median of ``optimizer.step()`` (ZeRO: of ``engine.step()``), and the bytes are those that one
-rank sends for it, without the sharder's own. Beside ``ours``: ``torch``, torch.optim.Muon and AdamW,
+rank sends for it, without the sharder's own. Beside ``ours``: ``torch``, its Muon and AdamW,
 where they take the sharder's parameters as they are (whole ones, DTensors); ``deepspeed``, its own
 Muon, not compiled. microsoft/dion is named in the result, not measured: it is no dependency. Writes
 benchmarks/results/muon_cost.json.
@@ -37,7 +37,7 @@ from dist_layerlr.plan import Plan
 from toys import Model, start_rank, wrap
 
 RESULT = Path(__file__).resolve().parent / "results" / "muon_cost.json"
-WORLD, BLOCKS, WIDTH, TOKENS = 2, 8, 256, 32
+WORLD, BLOCKS, WIDTH, TOKENS = 2, 4, 128, 32
 NATIVE = ("none", "ddp", "fsdp1", "fsdp1_flat", "fsdp2")
 ZERO = ("zero 1", "zero 2", "zero 3")
 CONFIG = {
@@ -210,8 +210,8 @@ def _sent(optimizer: Any) -> int:
     routed = parts_of(optimizer)
     total = 0
     for part in routed.parts.values() if routed is not None else ():
-        if isinstance(part, NeedsWhole) and part.exchange is not None:
-            total += 2 * part.exchange.elements_moved  # bf16
+        if isinstance(part, NeedsWhole):
+            total += 2 * sum(e.elements_moved for e in part.exchanges)  # bf16
     return total
 
 

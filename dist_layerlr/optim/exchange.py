@@ -16,7 +16,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from dist_layerlr.errors import PlanMismatch
-from dist_layerlr.ranks import in_group, rank, transport_device, world_size
+from dist_layerlr.ranks import transport_device
 
 Range = tuple[int, int]
 """(first element, number of elements) of a flattened whole tensor."""
@@ -44,11 +44,8 @@ class Schedule:
     sizes: Mapping[str, int]
     """{name: elements of the whole}, in the order in which all ranks pack them."""
     owners: Mapping[str, int]
-
-    @cached_property
-    def mine(self) -> list[str]:
-        """Names that this rank owns."""
-        return [name for name in self.sizes if self.owners[name] == rank()]
+    me: int
+    """This rank's place in the table."""
 
     @cached_property
     def gathered(self) -> tuple[list[list[Segment]], list[list[Segment]]]:
@@ -59,9 +56,9 @@ class Schedule:
             owner = self.owners[name]
             for source, start, numel in cover(name, size, self.table, owner):
                 segment = Segment(name=name, start=start, numel=numel)
-                if source == rank():
+                if source == self.me:
                     sent[owner].append(segment)
-                if owner == rank():
+                if owner == self.me:
                     received[source].append(segment)
         return sent, received
 
@@ -72,26 +69,17 @@ class Schedule:
         received: list[list[Segment]] = [[] for _ in self.table]
         for name in self.sizes:
             owner = self.owners[name]
-            for place in range(len(self.table)) if owner == rank() else (rank(),):
+            for place in range(len(self.table)) if owner == self.me else (self.me,):
                 segments = [
                     Segment(name=name, start=start, numel=numel)
                     for start, numel in self.table[place].get(name, ())
                     if numel
                 ]
-                if owner == rank():
+                if owner == self.me:
                     sent[place] += segments
-                if place == rank():
+                if place == self.me:
                     received[owner] += segments
         return sent, received
-
-    @property
-    def elements_moved(self) -> int:
-        """Elements that this rank sends to others, both ways."""
-        moved = 0
-        for way in (self.gathered[0], self.returned[0]):
-            for to, row in enumerate(way):
-                moved += sum(s.numel for s in row) if to != rank() else 0
-        return moved
 
 
 @dataclass(kw_only=True)
@@ -102,6 +90,8 @@ class Exchange:
     sizes: Mapping[str, int]
     costs: Mapping[str, float]
     """Of computing on each whole: what owners are balanced by."""
+    me: int
+    """This rank's place in the table."""
     fixed: bool = False
     """Whether a name's owner must stay the same, because it keeps something of it."""
     elements_moved: int = 0
@@ -110,14 +100,14 @@ class Exchange:
 
     @cached_property
     def _owners(self) -> dict[str, int]:
-        return balanced(self.costs, world_size())
+        return balanced(self.costs, len(self.table))
 
     def rounds(self, names: tuple[str, ...]) -> list[Schedule]:
         """The schedules in which some names travel; the same list on all ranks."""
         if names not in self._known:
             owners = self._owners
             if not self.fixed:
-                owners = balanced({name: self.costs[name] for name in names}, world_size())
+                owners = balanced({name: self.costs[name] for name in names}, len(self.table))
             rounds: list[dict[str, int]] = [{}]
             total = 0
             for name in names:
@@ -127,7 +117,9 @@ class Exchange:
                 rounds[-1][name] = self.sizes[name]
                 total += self.sizes[name]
             self._known[names] = [
-                Schedule(table=self.table, sizes=sizes, owners=owners) for sizes in rounds if sizes
+                Schedule(table=self.table, sizes=sizes, owners=owners, me=self.me)
+                for sizes in rounds
+                if sizes
             ]
         return self._known[names]
 
@@ -138,7 +130,7 @@ class Exchange:
         """
         mine = set(active)
         flags = torch.tensor([name in mine for name in self.sizes], dtype=torch.uint8)
-        if in_group() and world_size() > 1:
+        if len(self.table) > 1:
             flags = flags.to(transport_device())
             dist.all_reduce(flags, op=dist.ReduceOp.MAX)
         return tuple(name for name, flag in zip(self.sizes, flags.tolist(), strict=True) if flag)
@@ -180,7 +172,7 @@ class Exchange:
         parts: Mapping[str, Sequence[tuple[int, Tensor]]],
         dtype: torch.dtype,
     ) -> list[tuple[Segment, Tensor]]:
-        me = rank()
+        me = self.me
         # What stays here does not travel.
         found = [(s, cut(s, parts[s.name])) for s in sent[me]]
         if len(sent) == 1:

@@ -13,7 +13,7 @@ are and gets the weight back; its state stays on the owner's rank.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass
 from typing import Any
 
@@ -79,43 +79,65 @@ class NeedsWhole(Optimizer):
             for name in spec.names
         }
         self._located: dict[str, list[Located]] = {}
-        self.exchange: Exchange | None = None
+        self.exchanges: list[Exchange] = []
+        """Of what ranks share, and of what this rank keeps for itself."""
 
     @property
     def kind(self) -> str:
         """Class of the optimizer that works on the whole."""
         return type(self.template).__name__
 
-    def place(self, located: Iterable[Located], table: Sequence[Held]) -> None:
-        """Say where this rank's slices are, and what every rank holds."""
+    def place(
+        self, located: Iterable[Located], table: Sequence[Held], me: int, alone: Set[str]
+    ) -> None:
+        """Say where this rank's slices are.
+
+        Args:
+            located: of this rank.
+            table: what every rank holds.
+            me: this rank's place in the table.
+            alone: names of which each rank has a tensor of its own, with other values.
+        """
         self._located = {}
         for piece in located:
             if piece.name in self.entries:
                 self._located.setdefault(piece.name, []).append(piece)
-        self.exchange = Exchange(
+        # Two tensors of one name must never meet: each rank steps its own, without the others.
+        self.exchanges = [
+            self._exchange(table, me, self.entries.keys() - alone),
+            self._exchange([table[me]], 0, self.entries.keys() & alone),
+        ]
+
+    def _exchange(self, table: Sequence[Held], me: int, names: Set[str]) -> Exchange:
+        entries = {name: entry for name, entry in self.entries.items() if name in names}
+        return Exchange(
             table=table,
-            sizes={name: entry.numel for name, entry in self.entries.items()},
-            costs={name: _cost(entry.shape) for name, entry in self.entries.items()},
+            sizes={name: entry.numel for name, entry in entries.items()},
+            costs={name: _cost(entry.shape) for name, entry in entries.items()},
+            me=me,
             fixed=self.fixed_owners,
         )
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> None:  # type: ignore[override]
         """Step the names that have a gradient on any rank. Collective."""
-        if self.exchange is None:
+        if not self.exchanges:
             raise PlanMismatch(
                 f"{self.kind} needs whole matrices, and nobody said where their parts are. Build"
                 " the optimizer with attach; after deepspeed.initialize call bind(plan, engine)."
             )
-        stepped = {
-            name: [piece for piece in pieces if piece.view.grad is not None]
-            for name, pieces in self._located.items()
-        }
-        names = self.exchange.agreed(name for name, pieces in stepped.items() if pieces)
+        stepped: dict[str, list[Located]] = {}
+        for name, pieces in self._located.items():
+            stepped[name] = [piece for piece in pieces if piece.view.grad is not None]
         group_of = {id(p): group for group in self.param_groups for p in group["params"]}
         self._before(group_of)
-        for schedule in self.exchange.rounds(names):
-            self._round(self.exchange, schedule, stepped, group_of)
+        for exchange in self.exchanges:
+            if not exchange.sizes:
+                continue
+            # Asked on every rank, also on one that holds nothing: it may own what others step.
+            names = exchange.agreed(n for n, pieces in stepped.items() if pieces)
+            for schedule in exchange.rounds(names):
+                self._round(exchange, schedule, stepped, group_of)
 
     def _before(self, group_of: Mapping[int, ParamGroup]) -> None:
         """What is done element by element before anything travels."""
