@@ -151,9 +151,10 @@ def _attach_several(
     whole: frozenset[str] = frozenset()
     if emission == SEGMENTED:
         # DeepSpeed follows, and will cut what is whole now.
-        whole = frozenset(label for label in makes if takes_matrices(plan, label))
+        whole = frozenset(filter(partial(takes_matrices, plan), makes))
     optimizer, layout, verdicts = _build_several(plan, model, makes, whole)
-    faulty = frozenset(label for label, found in verdicts.items() if found.fault is not None)
+    # What the trial of slices refuses may still be right on whole tensors: it is tried again there.
+    faulty = frozenset(filter(lambda label: verdicts[label].fault is not None, verdicts))
     if faulty - whole and all(takes_matrices(plan, label) for label in faulty):
         optimizer, layout, verdicts = _build_several(plan, model, makes, whole | faulty)
     for verdict in verdicts.values():

@@ -50,8 +50,7 @@ class Schedule:
     @cached_property
     def gathered(self) -> tuple[list[list[Segment]], list[list[Segment]]]:
         """(sent to each rank, received from each rank) on the way to the owners."""
-        sent: list[list[Segment]] = [[] for _ in self.table]
-        received: list[list[Segment]] = [[] for _ in self.table]
+        sent, received = _rows(len(self.table)), _rows(len(self.table))
         for name, size in self.sizes.items():
             owner = self.owners[name]
             for source, start, numel in cover(name, size, self.table, owner):
@@ -65,8 +64,7 @@ class Schedule:
     @cached_property
     def returned(self) -> tuple[list[list[Segment]], list[list[Segment]]]:
         """(sent to each rank, received from each rank) on the way back: to all that hold some."""
-        sent: list[list[Segment]] = [[] for _ in self.table]
-        received: list[list[Segment]] = [[] for _ in self.table]
+        sent, received = _rows(len(self.table)), _rows(len(self.table))
         for name in self.sizes:
             owner = self.owners[name]
             for place in range(len(self.table)) if owner == self.me else (self.me,):
@@ -111,16 +109,17 @@ class Exchange:
             rounds: list[dict[str, int]] = [{}]
             total = 0
             for name in names:
+                # A matrix that is larger than a round has one of its own.
                 if rounds[-1] and total + self.sizes[name] > ROUND:
                     rounds.append({})
                     total = 0
                 rounds[-1][name] = self.sizes[name]
                 total += self.sizes[name]
-            self._known[names] = [
-                Schedule(table=self.table, sizes=sizes, owners=owners, me=self.me)
-                for sizes in rounds
-                if sizes
-            ]
+            self._known[names] = []
+            # Without names there is nothing to do, and no rank waits for another.
+            for sizes in rounds if names else ():
+                schedule = Schedule(table=self.table, sizes=sizes, owners=owners, me=self.me)
+                self._known[names].append(schedule)
         return self._known[names]
 
     def agreed(self, active: Iterable[str]) -> tuple[str, ...]:
@@ -128,6 +127,7 @@ class Exchange:
 
         A rank that holds nothing of a tensor sees no gradient of it, and may own it all the same.
         """
+        # MAX, not SUM: a byte for each name would count no more than 255 ranks.
         mine = set(active)
         flags = torch.tensor([name in mine for name in self.sizes], dtype=torch.uint8)
         if len(self.table) > 1:
@@ -190,6 +190,10 @@ class Exchange:
         return found
 
 
+def _rows(ranks: int) -> list[list[Segment]]:
+    return [[] for _ in range(ranks)]
+
+
 def _all_to_all(
     out: Sequence[Sequence[Tensor]], sizes: Sequence[int], dtype: torch.dtype
 ) -> list[Tensor]:
@@ -199,6 +203,7 @@ def _all_to_all(
     """
     device = transport_device()
     flat = [part.to(device) for row in out for part in row]
+    # An empty list cannot be joined: this rank may have nothing for anybody.
     send = torch.cat(flat) if flat else torch.empty(0, dtype=dtype, device=device)
     heard = torch.empty(sum(sizes), dtype=dtype, device=device)
     width = dtype.itemsize
@@ -254,8 +259,9 @@ def cover(name: str, size: int, table: Sequence[Held], owner: int) -> list[tuple
                 " be put together. After deepspeed.initialize call bind(plan, engine); otherwise"
                 " build the optimizer with attach after sharding."
             )
-        own = [choice for choice in choices if choice[0] == owner]
-        source, end = own[0] if own else choices[owner % len(choices)]
+        # What the owner has need not travel; among other holders its number spreads the load.
+        choice = choices[owner % len(choices)]
+        source, end = next(filter(lambda held: held[0] == owner, choices), choice)
         end = min(end, size)
         found.append((source, position, end - position))
         position = end
@@ -264,9 +270,7 @@ def cover(name: str, size: int, table: Sequence[Held], owner: int) -> list[tuple
 
 def _around(at: Mapping[int, Sequence[tuple[int, int]]], position: int) -> list[tuple[int, int]]:
     """Runs that hold a position inside them: ranks that cut a tensor at other places."""
-    return [
-        choice
-        for start, choices in at.items()
-        for choice in choices
-        if start < position < choice[1]
-    ]
+    found: list[tuple[int, int]] = []
+    for start, choices in at.items():
+        found += filter(lambda choice: start < position < choice[1], choices)
+    return found

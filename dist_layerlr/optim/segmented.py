@@ -155,7 +155,9 @@ class Segmented(Optimizer):
         views: dict[tuple[int, str], tuple[Tensor, int]] = {}
         for row in self._rows:
             for run, view in zip(row.runs, row.views, strict=True):
-                views.update({(id(row.owner), name): (view, run.offset) for name in run.names})
+                # Neighbouring names of one group share a view: each begins somewhere in it.
+                for name in run.names:
+                    views[id(row.owner), name] = view, run.offset
         located: list[Located] = []
         for piece in self._pieces:
             if piece.numel:

@@ -163,6 +163,7 @@ class MuonSlices(NeedsWhole):
     state_keys = frozenset({MOMENTUM})
 
     def _before(self, group_of: Mapping[int, ParamGroup]) -> None:
+        # Decay first, as torch's Muon does, at the planned rate and not at the adjusted one.
         for group in self.param_groups:
             decay = 1.0 - float(group[LR]) * float(group[WEIGHT_DECAY])
             for view in group["params"]:
@@ -171,6 +172,7 @@ class MuonSlices(NeedsWhole):
                 state = self.state[view]
                 if MOMENTUM not in state:
                     state[MOMENTUM] = torch.zeros_like(view)
+                # As torch's Muon counts: a share of the gradient, not the sum of Polyak's.
                 state[MOMENTUM].lerp_(view.grad, 1.0 - group["momentum"])
                 view.mul_(decay)
 
@@ -218,6 +220,7 @@ class MuonSlices(NeedsWhole):
             values = values.to(weight.device)
             for first, last, shape in rows_of(entry):
                 low, high = max(first, piece.start), min(last, piece.start + piece.numel)
+                # A slice may hold parts of several matrices in one, each with a rate of its own.
                 if low >= high:
                     continue
                 scale = -lr * adjusted(shape, group.get("adjust_lr_fn"))
@@ -268,13 +271,16 @@ class AnyWhole(NeedsWhole):
             shape = self.entries[name].shape
             if name not in self._whole:
                 self._whole[name] = nn.Parameter(torch.empty(shape, device=values.device))
+                # Its groups are fixed when it is built: a further tensor needs another one.
                 self._on_whole = None
+            # The weight may have been loaded, or written by somebody else, since the last step.
             self._whole[name].data.copy_(values.view(shape))
             self._whole[name].grad = gradients[name].view(shape)
         if self._on_whole is None and self._whole:
             self._on_whole = self.make(self._groups())
         if self._on_whole is None:
             return
+        # The schedule writes the groups that are shown: those of the whole follow at each step.
         rates = {group[NAME]: group[LR] for group in self.param_groups}
         for group in self._on_whole.param_groups:
             group[LR] = rates[group[NAME]]
@@ -294,6 +300,7 @@ class AnyWhole(NeedsWhole):
 def make_template(plan: Plan, make: MakeOptimizer, groups: Sequence[ParamGroup]) -> Optimizer:
     """The user's optimizer on empty matrices, one for each part of a fused one."""
     shapes: dict[str, list[nn.Parameter]] = {}
+    # On the meta device: it is asked for its settings, and never stepped.
     for spec in plan.groups:
         for name in spec.names:
             for _, _, shape in rows_of(plan.entries[name]):
@@ -325,6 +332,7 @@ def orthogonal(matrix: Tensor, parts: Sequence[int], group: ParamGroup) -> Tenso
     found = torch.empty_like(matrix)
     heights = list(parts) or [matrix.shape[0]]
     for rows, into in zip(torch.split(matrix, heights), torch.split(found, heights), strict=True):
+        # A view, not a copy: torch's own transposes so, and the products round alike.
         wide = rows.T if rows.shape[0] > rows.shape[1] else rows
         weight = nn.Parameter(torch.zeros_like(wide))
         weight.grad = wide

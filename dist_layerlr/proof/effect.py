@@ -20,8 +20,8 @@ from dist_layerlr.optim.readback import factor_in_force, live_pieces
 from dist_layerlr.optim.routed import parts_of
 from dist_layerlr.plan.entries import Plan
 from dist_layerlr.proof.matrices import MatrixCheck
-from dist_layerlr.ranks import any_rank, mismatch, together
-from dist_layerlr.sharders import Piece, sharder_of
+from dist_layerlr.ranks import Problem, any_rank, mismatch, together
+from dist_layerlr.sharders import Piece, Pieces, sharder_of
 from dist_layerlr.sharders.base import local_gradient, sample
 
 SAMPLES = 64
@@ -44,8 +44,7 @@ def effect_check(
     Args:
         plan: of this model.
         model: as it is trained.
-        optimizer: AdamW, Adam, SGD, or several with torch's Muon among them, whose matrices are
-            put together; a DeepSpeed engine brings its own.
+        optimizer: AdamW, Adam, SGD, torch's Muon among several; a DeepSpeed engine brings its own.
         factor: the schedule's multiplier that is in force. None: the one that the live groups are
             at when the block begins.
 
@@ -72,10 +71,7 @@ def effect_check(
     seen = bool(rates) or bool(matrices.gradients)
     with together(plan.digest) as problems:
         problems += faults
-        here = {p.name for p in before.pieces}
-        for name in plan.entries:
-            if name not in here:
-                problems.append(("not stepped", f"{name}: not stepped by the optimizer"))
+        problems += _missing(plan, before)
         # The step may have replaced state entries: they are looked up anew, not remembered.
         stepped = sharder.pieces(optimizer).optimizer
         for piece, old in zip(pieces, weights, strict=True):
@@ -99,6 +95,16 @@ def effect_check(
     if _skipped(model) == skipped and not any_rank(seen):
         text = f"no step was seen of any of {len(plan.entries)} planned parameters"
         raise mismatch(0, [("unseen", text)], 1)
+
+
+def _missing(plan: Plan, found: Pieces) -> list[Problem]:
+    here = {piece.name for piece in found.pieces}
+    problems: list[Problem] = []
+    # A name of which a rank holds no element has a piece of none.
+    for name in plan.entries:
+        if name not in here:
+            problems.append(("not stepped", f"{name}: not stepped by the optimizer"))
+    return problems
 
 
 def _skipped(model: nn.Module) -> int:

@@ -80,12 +80,14 @@ class MatrixCheck:
         )
         moves, directions = alike(lambda: self._parts(found))
         # A rank may put a matrix together of which it holds nothing: it needs the settings, too.
+        # A rank may put a matrix together of which it holds nothing: it needs the settings, too.
         groups: dict[str, ParamGroup] = {}
         for row in everyone({p.name: _settings(p.group) for p in found.pieces}):
             groups.update(row)
         observed: dict[str, float] = {}
         problems: list[Problem] = []
         # Ranks without an element of a matrix take part in its exchange, hence they are asked, too.
+        # Ranks without an element of a matrix take part in its exchange: they are asked, too.
         names = exchange.agreed({self.pieces[number].name for number in self.gradients})
         # Where ranks differ in what they can read, none of them sends it.
         readable = set(exchange.agreed(directions)) & set(names)
@@ -133,7 +135,7 @@ class MatrixCheck:
             wide = part.T if shape[0] > shape[1] else part
             step = -(-wide.shape[0] // ROWS)
             largest = float(torch.linalg.matrix_norm(wide[::step].float(), ord=2))
-            # torch scales a rate by the matrix's shape; what is left must be 1, but for its iteration.
+            # torch scales a rate by the matrix's shape: what is left of it is about 1.
             largest /= lr * adjusted(shape, group.get("adjust_lr_fn"))
             # Of some rows alone the largest may be small: the gradient has a low rank.
             if largest > HIGH or (step == 1 and largest < LOW):
@@ -180,5 +182,6 @@ def _rate(entry: PlanEntry, move: Tensor, direction: Tensor, group: ParamGroup) 
     factor = orthogonal(direction.view(entry.shape), entry.parts, group).reshape(-1).double()
     for first, last, shape in rows_of(entry):
         factor[first:last] *= adjusted(shape, group.get("adjust_lr_fn"))
+    # In double: a million products of bf16 factors lose more digits than the bar has.
     power = float(factor.square().sum())
     return float((move.double() * factor).sum()) / power if power else 0.0

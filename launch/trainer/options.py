@@ -16,7 +16,6 @@ from dist_layerlr.offload import StreamPolicy
 from dist_layerlr.optim import Schedule
 from dist_layerlr.plan import PLAN_BLOCK, Config, load_config
 from dist_layerlr.plan.optimizers import BLOCK as OPTIMIZERS_BLOCK
-from dist_layerlr.plan.optimizers import Optimizers
 from launch.trainer.adapter_options import LORA as LORA
 from launch.trainer.adapter_options import AdapterOptions, read_adapter
 from launch.trainer.families import get_family
@@ -236,10 +235,8 @@ def load_options(
         raise ConfigError(
             f"Invalid training_method={FULL!r} with an 'adapter' block: remove one of them."
         )
-    optimizer, stream = _optimizer(blocks["optimizer"]), _stream_policy(_stagehand(blocks))
-    plan = load_config(raw)
-    if plan.optimizers is not None:
-        _check_optimizers(plan.optimizers, optimizer, stream)
+    optimizer = _optimizer(blocks["optimizer"])
+    stream = _stream_policy(blocks["memory"].get("stagehand", {}))
     return RunOptions(
         **values,
         adapter=read_adapter(blocks["adapter"]),
@@ -249,7 +246,7 @@ def load_options(
         train=train,
         samples=SampleOptions(**blocks["samples"]),
         stream=stream,
-        plan=plan,
+        plan=_planned(raw, optimizer, stream),
         raw=raw,
     )
 
@@ -371,15 +368,12 @@ def _optimizer(values: dict[str, Any]) -> OptimizerOptions:
     return OptimizerOptions(**values)
 
 
-def _stagehand(blocks: Mapping[str, Mapping[str, Any]]) -> Mapping[str, Any]:
-    given: Mapping[str, Any] = blocks["memory"].get("stagehand", {})
-    return given
-
-
-def _check_optimizers(
-    given: Optimizers, rest: OptimizerOptions, stream: StreamPolicy | None
-) -> None:
+def _planned(raw: Mapping[str, Any], rest: OptimizerOptions, stream: StreamPolicy | None) -> Config:
     """Refuse optimizers that this trainer cannot build, or cannot give whole matrices to."""
+    plan = load_config(raw)
+    given = plan.optimizers
+    if given is None:
+        return plan
     if set(given.rules) != {MUON} or given.rest != rest.kind:
         allowed = f'{MUON!r}, and the "rest" for optimizer.type={rest.kind!r}'
         raise fields.invalid(OPTIMIZERS_BLOCK, list(given.names), allowed)
@@ -390,6 +384,7 @@ def _check_optimizers(
             f"Invalid {OPTIMIZERS_BLOCK} with memory.stagehand.enabled=true: streamed weights are"
             " stepped one by one on the host. Switch streaming off, or remove the block."
         )
+    return plan
 
 
 def _schedule(values: dict[str, Any], steps: int, *, cut_short: bool) -> Schedule:
