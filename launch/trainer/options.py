@@ -210,8 +210,7 @@ def load_options(
     raw = read_json(path)
     for assignment in overrides:
         apply_override(raw, assignment)
-    if max_steps is not None:
-        raw["train"] = {**_section(raw, "train"), "steps": max_steps}
+    raw |= {} if max_steps is None else _cut_short(raw, max_steps)
     known = fields.settings(RunOptions)
     fields.known_keys("config", raw, [*known, *fields.settings(Config), PLAN_BLOCK, *BLOCKS])
     if "model_type" in raw:
@@ -344,6 +343,10 @@ def _filled_in(raw: Mapping[str, Any]) -> dict[str, Any]:
 def _method(raw: Mapping[str, Any]) -> str:
     """The seed's configs say ``adapter`` and leave training_method out."""
     return LORA if "adapter" in raw else FULL
+
+
+def _cut_short(raw: Mapping[str, Any], steps: int) -> dict[str, Any]:
+    return {"train": {**_section(raw, "train"), "steps": steps}}
 
 
 def _stream_policy(given: Mapping[str, Any]) -> StreamPolicy | None:
