@@ -37,9 +37,7 @@ state but not that."""
 def effect_check(
     plan: Plan, model: nn.Module, optimizer: Any = None, *, factor: float | None = None
 ) -> Iterator[dict[str, float]]:
-    """Wrap one ``optimizer.step()`` (or ``engine.step()``) and compare every observed rate.
-
-    Collective at exit.
+    """Wrap one ``optimizer.step()`` or ``engine.step()``, compare rates. Collective at exit.
 
     Args:
         plan: of this model.

@@ -229,8 +229,7 @@ def load_options(
     # Of two networks the first: each gets options of its own in run.py.
     folder = next(iter(network_folders(family, folder, values["objective"]).values()))
     values["model_path"] = str(folder)
-    method = values["training_method"]
-    if method == FULL and "adapter" in raw:
+    if values["training_method"] == FULL and "adapter" in raw:
         raise ConfigError(
             f"Invalid training_method={FULL!r} with an 'adapter' block: remove one of them."
         )
