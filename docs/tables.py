@@ -20,6 +20,7 @@ from dist_layerlr.optim.trial import remember, try_way
 from dist_layerlr.optim.ways import Cut, Way
 from dist_layerlr.plan.config import PRESET, Config, PatternRule, PerLayerLR, Region
 from dist_layerlr.plan.depth import DepthSettings
+from dist_layerlr.plan.optimizers import OptimizerRule
 from dist_layerlr.plan.presets import RfdetrPreset
 from dist_layerlr.sharders import Layout
 from launch.trainer.objectives.causal_lm import NextToken
@@ -54,6 +55,7 @@ def tables() -> dict[str, list[Setting]]:
         "per_layer_lr": [*settings(PerLayerLR, DepthSettings).values(), PRESET],
         "regions": [*settings(Region, DepthSettings).values()],
         "patterns": [*settings(PatternRule).values()],
+        "optimizers": [*settings(OptimizerRule).values()],
         "rfdetr": [*settings(RfdetrPreset).values()],
         # The trainer requires model_type, so its own declaration comes last and holds.
         "config": [*settings(Config, RunOptions).values()],

@@ -20,7 +20,7 @@ from dist_layerlr.optim.readback import (
 )
 from dist_layerlr.optim.routed import parts_of
 from dist_layerlr.optim.trial import Verdict, try_out
-from dist_layerlr.plan.entries import Plan, PlanEntry
+from dist_layerlr.plan.entries import Plan, PlanEntry, total_numel
 from dist_layerlr.proof.current import current_problems
 from dist_layerlr.proof.deep import deep_problems
 from dist_layerlr.proof.elements import element_problems
@@ -124,28 +124,30 @@ def verify(
         if factor is None and expected == 0.0:
             problems += _schedule_problems(plan, live)
         # What changed in the model comes first: it is the cause of what follows.
-        problems += current_problems(plan, found)
-        problems += stepper_problems(plan, found)
+        problems += current_problems(plan, found) + stepper_problems(plan, found)
         problems += _local_problems(plan, found, live, expected, _default_decay(model, optimizer))
     if factor is None:
         _check_one_factor(expected)
     anyhow = plan.entries.keys() if sharder.layout.meshes else distinct_names(model, plan.entries)
     _refuse(element_problems(plan, found, live, anyhow))
-    if deep:
-        _refuse(deep_problems(model, sharder, found, steps))
+    _refuse(deep_problems(model, sharder, found, steps) if deep else [])
     verdict = _check_trial(plan, found, sharder.layout)
     return Proof(
         sharder=sharder.layout.label,
         ranks=world_size(),
         parameters=len(plan.entries),
-        elements=sum(e.numel for e in plan.entries.values()),
+        elements=total_numel(plan.entries.values()),
         groups=len(plan.groups),
         digest=plan.digest,
         step_factor=expected,
         trial=verdict.line,
-        optimizers=by_algorithm(found),
-        state_precision=state_precision(found),
+        **_steppers(found),
     )
+
+
+def _steppers(found: Pieces) -> dict[str, Any]:
+    """Who steps what, and in which precision its state is."""
+    return {"optimizers": by_algorithm(found), "state_precision": state_precision(found)}
 
 
 def _refuse(problems: list[Problem]) -> None:
