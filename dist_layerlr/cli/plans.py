@@ -84,8 +84,8 @@ def _add_diff(commands: Any) -> None:
         statuses={0: "nothing differs", 1: "something does"},
     )
     where = (
-        "checkpoint, folder of checkpoints or run folder, plan.json, or training config (with --model)"
-        ""
+        "checkpoint, folder of checkpoints or run folder, plan.json, or training config (with"
+        " --model)"
     )
     diff.add_argument("old", metavar="A", help=where)
     diff.add_argument("new", metavar="B", help=where)

@@ -59,8 +59,9 @@ def _block_regions(told: Mapping[str, Any], draft: Draft) -> list[Region]:
     patterns: dict[float, list[str]] = {}
     for part, values in weights(slots, told).items():
         for place, weight in enumerate(values):
-            if weight != 1.0:
-                patterns.setdefault(weight, []).append(slots.pattern(part, place))
+            pattern = slots.pattern(part, place)
+            if weight != 1.0 and pattern is not None:
+                patterns.setdefault(weight, []).append(pattern)
     if 0.0 in patterns:
         draft.notes.append(
             "blocks of weight 0 get no adapter in sd-scripts; here they are held at lr 0. To leave"
