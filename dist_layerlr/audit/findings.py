@@ -93,15 +93,18 @@ def find(seen: Seen, plan: Plan | Rows | None = None) -> list[Finding]:
     found += [Finding(kind="audit", text=text) for text in seen.faults]
     if plan is not None:
         found += [Finding(kind="plan", text=line) for line in against(seen, plan)]
+    # Faults stand first in the tables above, the gravest of them at the top.
     order = list(KINDS)
     return sorted(found, key=lambda one: order.index(one.kind))
 
 
 def _of_row(seen: Seen, name: str, row: Row, exempt: frozenset[str]) -> Iterable[str]:
+    # At lr 0 a name is held on purpose. Without a gradient it may be an expert that no token chose.
     if not row["moved"] and row["lr"] > 0.0:
         yield "unmoved" if row["gradient"] else "no gradient"
     if row["twice"]:
         yield "twice"
+    # A name in two groups is counted twice as well, and is told as that.
     elements = whole(seen, name)
     if elements is not None and not row["twice"] and round(row["elements"]) != elements:
         yield "incomplete"
@@ -118,6 +121,7 @@ def _exempt(seen: Seen) -> frozenset[str]:
     block = {"enabled": True, "unmatched": "default", "no_decay": ["ndim<=1", "norm"]}
     if not any(known["trainable"] for known in seen.parameters.values()):
         return frozenset()
+    # The plan's own rules, so that `dist-layerlr plan` and an audit mean the same by a norm.
     plan = build_plan(seen.infos(), {"per_layer_lr": block})
     return frozenset(n for n, entry in plan.entries.items() if entry.weight_decay == 0.0)
 
@@ -134,6 +138,7 @@ def live_rows(seen: Seen, planned: Rows) -> dict[str, Mapping[str, Any]]:
     live: dict[str, Mapping[str, Any]] = {}
     for name, row in seen.rows.items():
         wanted = planned.get(name, {})
+        # A plan knows no schedule: its multiplier, read from initial_lr, is taken off.
         lr = row["lr"] / (row["factor"] or 1.0)
         if math.isclose(lr, wanted.get("lr", -1.0), rel_tol=_CLOSE):
             lr = wanted["lr"]  # a product and a quotient end a rounding away

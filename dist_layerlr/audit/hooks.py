@@ -76,6 +76,7 @@ def _noting(add: Callable[..., Any]) -> Callable[..., Any]:
 def _note(optimizer: Any) -> None:
     group = optimizer.param_groups[-1]
     kept = {key: float(group[key]) for key in GIVEN_KEYS if _is_number(group.get(key))}
+    # Numbers alone: a reference to the group would keep its tensors alive.
     kept["params"] = float(len(group["params"]))
     _state.created.setdefault(optimizer, []).append(kept)
 
@@ -89,6 +90,7 @@ def _around(step: Callable[..., Any]) -> Callable[..., Any]:
 
     @functools.wraps(step)
     def stepped(self: Any, *args: Any, **kwargs: Any) -> Any:
+        # Between boundaries a step only counts micro-batches.
         if not self.is_gradient_accumulation_boundary():
             return step(self, *args, **kwargs)
         _begin(self)

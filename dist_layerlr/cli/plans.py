@@ -125,6 +125,7 @@ def _run_plan(args: argparse.Namespace) -> Output:
 def _run_explain(args: argparse.Namespace) -> Output:
     plan = _plan(args, args.config)
     text = explain(plan, args.name)
+    # The name may carry wrappers, which the plan's keys do not.
     if args.json:
         row = plan.to_dict()["parameters"].get(canonical_name(args.name), {})
         return as_json({"name": args.name, **row, "text": text.splitlines()}), 0

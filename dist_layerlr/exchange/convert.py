@@ -70,6 +70,7 @@ def _flat(settings: Settings) -> dict[str, Any]:
     """Sections of a file, which sd-scripts reads as if there were none."""
     found: dict[str, Any] = {}
     for key, value in settings.items():
+        # Regions and groups are lists, so that a mapping can only be a section.
         if isinstance(value, Mapping):
             found |= value
         else:

@@ -27,6 +27,7 @@ def from_kohya(given: Settings) -> Draft:
     ratio = number(told, "loraplus_unet_lr_ratio") or number(told, "loraplus_lr_ratio")
     if ratio is not None:
         draft.block["lora_plus_ratio"] = ratio
+    # An empty field of the GUI counts as not given, as it does there.
     has_blocks = any(told.get(key) for key in _BLOCK_KEYS)
     if has_blocks and told.get("network_reg_lrs"):
         raise ConfigError(

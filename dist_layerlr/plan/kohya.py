@@ -89,6 +89,7 @@ def weights(slots: Slots, given: Mapping[str, str]) -> dict[str, list[float]]:
                 f"Invalid {key}={text!r}: {len(values)} numbers for {count} slots. Remove the rest,"
                 " which sd-scripts leaves out, or say which UNet it is (--sdxl)."
             )
+        # The threshold is compared after a short list has been filled, so it acts on that 1 too.
         kept = [value if value > threshold else 0.0 for value in values]
         filled = 1.0 if 1.0 > threshold else 0.0
         found[part] = kept + [filled] * (count - len(values))
@@ -96,6 +97,7 @@ def weights(slots: Slots, given: Mapping[str, str]) -> dict[str, list[float]]:
 
 
 def _values(key: str, text: str, count: int, *, is_list: bool) -> list[float]:
+    # One number without a comma is a preset's name to sd-scripts, but for the middle.
     if "," in text or is_list:
         return [_number(key, item) if item.strip() else 0.0 for item in text.split(",")]
     name, _, more = text.partition("+")
