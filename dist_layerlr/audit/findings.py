@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from dist_layerlr.audit.merge import Row, Seen, whole
+from dist_layerlr.errors import LayerLRError
 from dist_layerlr.plan.build import build_plan
 from dist_layerlr.plan.config import Config
 from dist_layerlr.plan.diff import Rows, plan_diff
@@ -122,7 +123,11 @@ def _exempt(seen: Seen) -> frozenset[str]:
     if not any(known["trainable"] for known in seen.parameters.values()):
         return frozenset()
     # The plan's own rules, so that `dist-layerlr plan` and an audit mean the same by a norm.
-    plan = build_plan(seen.infos(), {"per_layer_lr": block})
+    try:
+        plan = build_plan(seen.infos(), {"per_layer_lr": block})
+    except LayerLRError:
+        # kohya's scripts flatten names so that only their base model tells them: shapes are left.
+        return frozenset(n for n, known in seen.parameters.items() if len(known["shape"]) <= 1)
     return frozenset(n for n, entry in plan.entries.items() if entry.weight_decay == 0.0)
 
 

@@ -77,12 +77,13 @@ class Recorder:
         self._schedules = Schedules()
         self._open = ExitStack()
 
-    def watch(self, stepper: Any, *, first: bool) -> Callable[[], None]:
+    def watch(self, stepper: Any, *, first: bool, fresh: bool) -> Callable[[], None]:
         """Look at everything before a step; returns what looks again after it, and writes.
 
         Args:
             stepper: a torch optimizer, or a DeepSpeed engine.
             first: whether it was not watched before.
+            fresh: whether gradients are those that the step will use.
         """
         # Told by what only an engine has: asking by class would import DeepSpeed into every script.
         is_engine = hasattr(stepper, "zero_optimization_stage")
@@ -98,7 +99,7 @@ class Recorder:
         stack = self._open = ExitStack()
         views: list[_View] = []
         for model in models:
-            view = self._view(model, None if is_engine else stepper, stack)
+            view = self._view(model, None if is_engine else stepper, stack, fresh)
             if view is not None:
                 views.append(view)
         if first:
@@ -129,11 +130,13 @@ class Recorder:
         before, now = self._began[number], self._counts()
         return any(now.get(other, 0) > before.get(other, 0) for other in others if other != number)
 
-    def _view(self, model: nn.Module, optimizer: Any, stack: ExitStack) -> _View | None:
+    def _view(
+        self, model: nn.Module, optimizer: Any, stack: ExitStack, fresh: bool
+    ) -> _View | None:
         sharder, label = sharder_of(model), self._labels.of(model)
         try:
             held = live_pieces(sharder, optimizer)
-            look = stack.enter_context(watched(sharder, optimizer, held))
+            look = stack.enter_context(watched(sharder, optimizer, held, gradients=fresh))
         except LayerLRError as error:
             # The sharder refuses what it would read wrong (round_robin_gradients, pipelines): that
             # is a finding, not a failure of the audit.
@@ -237,17 +240,16 @@ class Recorder:
         after = _prints(view.held)
         for piece, old, new in zip(view.held.pieces, view.prints, after, strict=True):
             row = names.setdefault(piece.name, {"optimizers": [], "moved": False})
-            fresh = number not in row["optimizers"]
-            if fresh and piece.numel:
+            if piece.numel and number not in row["optimizers"]:
                 row["optimizers"].append(number)
             # On the device until here: one comparison waits for each piece, a few times per run.
             row["moved"] |= bool(old != new)
             if self._take_turns(number, row["optimizers"]):
                 twice.add(piece.name)
             row["twice"] = row.get("twice", False) or piece.name in twice
+            one = view.live[piece.name]
             # The first watched step is reported; what later ones add is movement and state.
-            if "lr" not in row or (fresh and "observed" not in row):
-                one = view.live[piece.name]
+            if "lr" not in row:
                 row |= {
                     "algorithm": type(getattr(optimizer, "inner", optimizer)).__name__,
                     "group": piece.group.get("name", numbers.get(id(piece.group))),
@@ -257,8 +259,10 @@ class Recorder:
                     "elements": one.numel,
                     "replicas": one.replicas,
                     "factor": view.factor,
-                    **_effect(sights.get(piece.name), one.lr),
                 }
+            # lora_A has no direction at the first step, since lora_B is 0 until then.
+            if "observed" not in row:
+                row |= _effect(sights.get(piece.name), one.lr)
             row["gradient"] = row.get("gradient") or _has_gradient(piece)
             if piece.numel:
                 row["master"] = _short(piece.owner.dtype)

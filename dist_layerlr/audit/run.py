@@ -70,6 +70,8 @@ def audit(
             raise ConfigError(f"Invalid --allow {kind!r}: must be one of {', '.join(KINDS)}.{hint}")
     # Before the command: a misspelt path must not cost a training run.
     wanted = None if plan is None else _read_plan(plan)
+    if output is not None and not Path(output).resolve().parent.is_dir():
+        raise ConfigError(f"Invalid --json {output!r}: its folder does not exist. Make it first.")
     with tempfile.TemporaryDirectory(prefix="dist-layerlr-audit-") as folder:
         status = _run(command, _environment(folder, steps))
         seen = read_reports(Path(folder))

@@ -113,7 +113,7 @@ class Sight:
 
 @contextmanager
 def watched(
-    sharder: Sharder, optimizer: Any, before: Pieces
+    sharder: Sharder, optimizer: Any, before: Pieces, *, gradients: bool = True
 ) -> Iterator[Callable[[], list[Sight]]]:
     """Watch one step of an optimizer on this rank, with or without a plan. Not collective.
 
@@ -121,14 +121,15 @@ def watched(
         sharder: of the model.
         optimizer: the one that is stepped; a DeepSpeed engine brings its own.
         before: what it holds, read before the step.
+        gradients: whether they may be read as the step begins; a closure makes them within it.
 
     Yields:
         What returns one sight per piece, once the block has ended.
     """
     pieces = joined([p for p in before.pieces if p.numel])
     weights = [_sample(p, p.owner) for p in pieces]
-    with _gradients(pieces, before.optimizer) as gradients:
-        yield lambda: _sights(sharder, optimizer, pieces, weights, gradients)
+    with _gradients(pieces, before.optimizer if gradients else None) as taken:
+        yield lambda: _sights(sharder, optimizer, pieces, weights, taken)
 
 
 def _sights(

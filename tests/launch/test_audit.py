@@ -93,7 +93,8 @@ def test_trls_own_script_trains_a_lora_and_nothing_else(tmp_path: Path):
     assert {row["lr"] for row in found.rows.values()} == {1e-3}
     assert all(row["moved"] for row in found.rows.values())
     # At the first step B is 0, so that A has a gradient of zeros: it moves from the second on.
-    assert len(found.json["frozen"]) == len(found.json["frozen"] - found.rows.keys())
+    assert all(row["observed"] == pytest.approx(1e-3, rel=0.02) for row in found.rows.values())
+    assert set(found.json["frozen"]).isdisjoint(expected) and len(found.json["frozen"]) > 10
 
 
 def _tiny_language_model(folder: Path) -> None:
@@ -206,11 +207,16 @@ def test_an_optimizer_that_is_older_than_the_shards_trains_nothing(
     assert "6 tensors in SGD belong to no model" in found.told("stale")
 
 
-def test_planted_faults_are_found_and_the_script_stays_as_it_was(tmp_path: Path, capfd):
-    alone = subprocess.run(
-        [sys.executable, *script("planted", "readable")], capture_output=True, text=True
-    )
-    capfd.readouterr()
+@pytest.fixture(scope="module")
+def alone() -> subprocess.CompletedProcess[str]:
+    """The planted script without an audit; what cannot be looked at trains the same."""
+    command = [sys.executable, *script("planted", "readable")]
+    return subprocess.run(command, capture_output=True, text=True)
+
+
+def test_planted_faults_are_found_and_the_script_stays_as_it_was(
+    tmp_path: Path, alone: subprocess.CompletedProcess[str], capfd
+):
     found = Report(tmp_path, *script("planted", "readable"))
     # The last digit of the trained weights, what was printed, and the status.
     assert capfd.readouterr().out == alone.stdout
@@ -224,11 +230,9 @@ def test_planted_faults_are_found_and_the_script_stays_as_it_was(tmp_path: Path,
     assert "FAULT (dead): 1 name trainable, in no optimizer: forgotten.weight" in found.text
 
 
-def test_an_audit_that_fails_says_so_and_changes_nothing(tmp_path: Path, capfd):
-    alone = subprocess.run(
-        [sys.executable, *script("planted", "unreadable")], capture_output=True, text=True
-    )
-    capfd.readouterr()
+def test_an_audit_that_fails_says_so_and_changes_nothing(
+    tmp_path: Path, alone: subprocess.CompletedProcess[str], capfd
+):
     found = Report(tmp_path, *script("planted", "unreadable"))
     assert capfd.readouterr().out == alone.stdout
     assert found.status == alone.returncode == 7

@@ -126,3 +126,10 @@ def test_faults_stand_before_warnings(tmp_path: Path):
         report(tmp_path, rank, {"w": {"weight_decay": 0.1}}, trainable=("w", "v"))
     assert kinds(tmp_path) == ["dead", "decay"]
     assert "dead" in FAULTS and "decay" not in FAULTS
+
+
+def test_names_that_only_a_base_model_tells_are_judged_by_their_shapes(tmp_path: Path):
+    for rank in (0, 1):
+        name = "lora_unet_blocks_0_attn_to_q.lora_down.weight"
+        report(tmp_path, rank, {name: {"weight_decay": 0.1}}, trainable=(name,))
+    assert kinds(tmp_path) == ["decay"]
