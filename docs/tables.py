@@ -2,7 +2,8 @@
 
     python docs/tables.py
 
-A table stands between ``<!-- fields: NAME -->``, or ``<!-- optimizers -->``, and ``<!-- end -->``.
+A table stands between ``<!-- fields: NAME -->``, ``<!-- optimizers -->`` or ``<!-- kinds -->``, and
+``<!-- end -->``.
 Optimizers of packages that are not installed keep the row that was written where they were.
 """
 
@@ -14,6 +15,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from dist_layerlr.audit.findings import FAULTS, KINDS
 from dist_layerlr.fields import Setting, settings
 from dist_layerlr.offload import StreamPolicy
 from dist_layerlr.optim.trial import remember, try_way
@@ -36,6 +38,8 @@ from tests.support.optimizers import PACKAGES, Make, is_installed, package_of
 DOCS = Path(__file__).resolve().parent
 PAGES = ("names.md", "config.md", "offload.md")
 PROOF = DOCS / "proof.md"
+AUDIT = DOCS / "audit.md"
+FOUND = re.compile(r"(<!-- kinds -->\n)(.*?)(<!-- end -->)", re.DOTALL)
 OPTIMIZERS = re.compile(r"(<!-- optimizers -->\n)(.*?)(<!-- end -->)", re.DOTALL)
 WAYS = {
     "none, DDP": Layout(name="ddp"),
@@ -140,7 +144,16 @@ def filled_proof() -> str:
     return OPTIMIZERS.sub(lambda found: found[1] + optimizer_table(found[2]) + found[3], text)
 
 
+def filled_audit() -> str:
+    """docs/audit.md with the kinds that the audit finds."""
+    rows = "| kind | counts as | meaning |\n|---|---|---|\n"
+    for kind, meaning in KINDS.items():
+        rows += f"| `{kind}` | {'fault' if kind in FAULTS else 'warning'} | {meaning} |\n"
+    return FOUND.sub(lambda found: found[1] + rows + found[3], AUDIT.read_text(encoding="utf-8"))
+
+
 if __name__ == "__main__":
+    AUDIT.write_text(filled_audit(), encoding="utf-8")
     PROOF.write_text(filled_proof(), encoding="utf-8")
     for name in PAGES:
         (DOCS / name).write_text(filled(name), encoding="utf-8")

@@ -37,9 +37,12 @@ def group_problems(
         if len(set(asked)) > 1 and len(set(live)) == 1:
             return [("flattened", f"{kind}: {_some(asked)} were given, all train at {live[0]:g}")]
         return []
-    scales = [math.prod(group.get(key, 1.0) for key in _MULTIPLIERS) for group in before]
-    scaled = [rate * scale for rate, scale in zip(asked, scales, strict=True)]
+    scales, scaled = [], []
+    for group, lr in zip(before, asked, strict=True):
+        scales.append(math.prod(group.get(key, 1.0) for key in _MULTIPLIERS))
+        scaled.append(lr * scales[-1])
     uneven = len(set(scales)) > 1
+    # A trainer of the project that writes such keys multiplies by them in its own schedule.
     if uneven and _proportional(scaled, live):
         return []
     if _proportional(asked, live):
@@ -54,9 +57,14 @@ def group_problems(
 
 
 def _proportional(given: Sequence[float], live: Sequence[float]) -> bool:
-    ratios = [b / a for a, b in zip(given, live, strict=True) if a > 0.0]
-    still = all(b == 0.0 for a, b in zip(given, live, strict=True) if a <= 0.0)
-    return still and (not ratios or max(ratios) - min(ratios) <= _SAME * max(map(abs, ratios)))
+    ratios: list[float] = []
+    # A group that was given lr 0 has no ratio; it must stay at 0.
+    for a, b in zip(given, live, strict=True):
+        if a > 0.0:
+            ratios.append(b / a)
+        elif b != 0.0:
+            return False
+    return not ratios or max(ratios) - min(ratios) <= _SAME * max(map(abs, ratios))
 
 
 def _some(values: Sequence[float]) -> str:

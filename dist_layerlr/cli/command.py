@@ -40,6 +40,7 @@ def add_command(
         statuses: beside those that all commands share.
         takes_json: whether ``--json`` is a plain flag; else the command declares its own.
     """
+    # Shown as they stand: argparse would fill them into a paragraph.
     lines = [f"  {PROGRAM} {example}" for example in examples]
     known = sorted({**STATUSES, **(statuses or {})}.items())
     codes = [f"  {status}  {meaning}" for status, meaning in known]

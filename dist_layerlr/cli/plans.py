@@ -87,8 +87,8 @@ def _add_diff(commands: Any) -> None:
         statuses={0: "nothing differs", 1: "something does"},
     )
     where = (
-        "checkpoint, folder of checkpoints or run folder, plan.json, or training config (with --model)"
-        ""
+        "checkpoint, folder of checkpoints or run folder, plan.json, or training config (with"
+        " --model)"
     )
     diff.add_argument("old", metavar="A", help=where)
     diff.add_argument("new", metavar="B", help=where)
@@ -128,6 +128,7 @@ def _run_plan(args: argparse.Namespace) -> Output:
 def _run_explain(args: argparse.Namespace) -> Output:
     plan = _plan(args, args.config)
     text = explain(plan, args.name)
+    # The name may carry wrappers, which the plan's keys do not.
     if args.json:
         row = plan.to_dict()["parameters"].get(canonical_name(args.name), {})
         return as_json({"name": args.name, **row, "text": text.splitlines()}), 0

@@ -125,7 +125,12 @@ class Sight:
 
 @contextmanager
 def watched(
-    sharder: Sharder, optimizer: Any, before: Pieces, matrices: MatrixCheck | None = None
+    sharder: Sharder,
+    optimizer: Any,
+    before: Pieces,
+    matrices: MatrixCheck | None = None,
+    *,
+    gradients: bool = True,
 ) -> Iterator[Callable[[], list[Sight]]]:
     """Watch one step of an optimizer on this rank, with or without a plan. Not collective.
 
@@ -134,6 +139,7 @@ def watched(
         optimizer: the one that is stepped; a DeepSpeed engine brings its own.
         before: what it holds, read before the step.
         matrices: those that are looked at whole, and not here; their gradients are taken for them.
+        gradients: whether they may be read as the step begins; a closure makes them within it.
 
     Yields:
         What returns one sight per piece, once the block has ended.
@@ -141,8 +147,8 @@ def watched(
     elsewhere = {} if matrices is None else matrices.entries
     pieces = joined([p for p in before.pieces if p.numel and p.name not in elsewhere])
     weights = [_sample(p, p.owner) for p in pieces]
-    with _gradients(pieces, matrices, before.optimizer) as gradients:
-        yield lambda: _sights(sharder, optimizer, pieces, weights, gradients)
+    with _gradients(pieces, matrices, before.optimizer if gradients else None) as taken:
+        yield lambda: _sights(sharder, optimizer, pieces, weights, taken)
 
 
 def _sights(
