@@ -31,6 +31,7 @@ _PROGRAM = "dist-layerlr"
 _MODEL_HELP = (
     "a .safetensors file, a checkpoint folder, or a tsv of name<TAB>shape (.gz too; - reads stdin)"
 )
+_RUN_HELP = f"with --html, the folder of a run; or a model: {_MODEL_HELP}"
 _BASE_HELP = "the full model, when MODEL lists an adapter only"
 Output = tuple[str, int]
 """(text for stdout, exit status)."""
@@ -77,17 +78,20 @@ def _parser() -> argparse.ArgumentParser:
     plan.set_defaults(run=_run_plan)
     explain = commands.add_parser("explain", help="say how one parameter came to its learning rate")
     explain.set_defaults(run=_run_explain)
-    plot = commands.add_parser("plot", help="draw the grid as a heat map")
+    plot = commands.add_parser("plot", help="draw the grid as a heat map, or a run as a page")
+    plot.add_argument("--html", action="store_true", help="write one HTML page, not a PNG")
     plot.add_argument(
-        "--output", default="lr_grid.png", help="PNG file to write (default: lr_grid.png)"
+        "--output", metavar="FILE", help="to write (default: lr_grid.png, or page.html)"
     )
     plot.set_defaults(run=_run_plot)
     for command in (plan, explain, plot):
-        command.add_argument("model", metavar="MODEL", help=_MODEL_HELP)
+        what = ("MODEL", _MODEL_HELP) if command is not plot else ("RUN|MODEL", _RUN_HELP)
+        command.add_argument("model", metavar=what[0], help=what[1])
         if command is explain:
             command.add_argument("name", metavar="NAME", help="a parameter name of MODEL")
+        needed = command is not plot
         command.add_argument(
-            "--config", required=True, metavar="FILE", help="training config (JSON)"
+            "--config", required=needed, metavar="FILE", help="training config (JSON)"
         )
         command.add_argument("--base", metavar="MODEL", help=_BASE_HELP)
     _add_predict(commands)
@@ -218,9 +222,22 @@ def _run_explain(args: argparse.Namespace) -> Output:
 
 def _run_plot(args: argparse.Namespace) -> Output:
     from dist_layerlr.report.heatmap import draw_grid
+    from dist_layerlr.report.page import write_page
 
-    draw_grid(_plan(args, args.config), Path(args.output))
-    return f"wrote {args.output}\n", 0
+    output = Path(args.output or ("page.html" if args.html else "lr_grid.png"))
+    if args.html and args.config is None:
+        write_page(output, Path(args.model), f"Run {Path(args.model).resolve().name}")
+    elif args.config is None:
+        raise ConfigError(
+            "Missing --config FILE: rates are planned from a training config. A run needs none"
+            " with --html."
+        )
+    elif args.html:
+        plan = _plan(args, args.config)
+        write_page(output, plan, f"Learning rates of {plan.config.model_type}")
+    else:
+        draw_grid(_plan(args, args.config), output)
+    return f"wrote {output}\n", 0
 
 
 def _run_predict(args: argparse.Namespace) -> Output:

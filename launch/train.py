@@ -4,8 +4,8 @@
     torchrun --nproc_per_node 2 launch/train.py --config FILE --sharding fsdp2 --resume latest
     deepspeed --num_gpus 2 launch/train.py --config FILE --deepspeed_config ds_configs/zero2.json
 
-Writes plan.json, verify.json, metrics.jsonl, lr_grid.png, samples/, run.json, resolved_config.json,
-train.log and final/ into --output-dir, in place of those of an earlier run (of its final/ when this
+Writes plan.json, verify.json, metrics.jsonl, page.html, lr_grid.png, samples/, run.json,
+resolved_config.json, train.log and final/ into --output-dir, in place of those of an earlier run (of its final/ when this
 one's is complete), and checkpoints/ every train.save_every steps, which --resume continues under
 any sharding.
 

@@ -38,7 +38,7 @@ from launch.trainer.runtime import LOWER, Diverged
 from launch.trainer.team import Team
 
 PLAN, PROOF, METRICS = "plan.json", "verify.json", "metrics.jsonl"
-FINAL = "final"
+FINAL, PAGE = "final", "page.html"
 _NEW, _OLD = ".new", ".old"
 """Endings of a result's name while it is written, and while it is replaced."""
 _PER_RUN = (
@@ -46,6 +46,7 @@ _PER_RUN = (
     PROOF,
     METRICS,
     "lr_grid.png",
+    PAGE,
     "samples/samples.png",
     "samples/step_*.png",
     RESOLVED,
@@ -151,6 +152,19 @@ def draw_plan(plan: Plan, folder: Path) -> None:
     from dist_layerlr.report import draw_grid
 
     draw_grid(plan, folder / "lr_grid.png")
+
+
+def write_pages(team: Team) -> None:
+    """Write the page of each network: its map, what was measured, the proof. Collective."""
+    from dist_layerlr.report.page import page, plan_data, run_data
+
+    def write() -> None:
+        for name, job in team.jobs.items():
+            data = {**plan_data(job.plan), **run_data(team.face.folder, job.folder)}
+            title = f"{job.options.model_type} {name}: {team.face.folder.name}"
+            write_text(job.folder / PAGE, page(data, title.replace(" :", ":")))
+
+    alike(lambda: write() if team.face.runtime.is_main else None)
 
 
 def save_result(job: Job, step: int, proof: dict[str, Any]) -> Path:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from pathlib import Path
 from typing import Any
 
@@ -130,6 +131,18 @@ def test_a_log_file_has_a_line_each_log_every_steps_and_no_carriage_return(
         lines = [line for line in said.splitlines() if line.startswith("step ")]
         assert [line.split()[1] for line in lines] == steps
         assert "\r" not in said and " left" in lines[0]
+
+
+def test_a_run_ends_with_a_page_of_what_it_measured(runs: dict[str, Path]) -> None:
+    for name, frames in (("none", 3), ("zero3", 3), ("off", 0)):
+        page = runs[name] / "out" / "page.html"
+        (text,) = re.findall(r'id="data">(.*?)</script>', page.read_text(), re.DOTALL)
+        data = json.loads(text)
+        assert (len(data["frames"]), data["loss"][-1][0]) == (frames, 4)
+        said = "\n".join(data["panels"][0]["cells"][0]["lines"])
+        assert "rule: " in said and " x base 0.00" in said
+        assert {"Proof, start", "Proof, end", "Config"} <= {table[0] for table in data["tables"]}
+        assert str(page) in (runs[name] / "said").read_text()
 
 
 class Broken:
