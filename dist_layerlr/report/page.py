@@ -24,6 +24,7 @@ from dist_layerlr.report.grid import format_lr
 OUTSIDE = "outside blocks"
 FRAMES, POINTS, PICTURES = 60, 1000, 8
 """Most steps of the slider, points of a curve, and pictures: the page stays small."""
+_OF_RUNS = ("names", "frames", "loss", "rates", "speed", "samples", "tables")
 _KNOWN = (*COMPONENTS, "fused", "modulation", "conv", "embed", "head")
 
 
@@ -52,16 +53,9 @@ def write_page(path: Path, source: Plan | Path, title: str) -> None:
 
 def page(data: Mapping[str, Any], title: str) -> str:
     """Put data into the template."""
-    rates = {
-        "summary": "",
-        "names": [],
-        "frames": [],
-        "loss": [],
-        "rates": [],
-        "speed": [],
-        "samples": [],
-    }
-    text = json.dumps({**rates, "tables": [], **data}, allow_nan=False)
+    # A plan alone has none of what a run adds.
+    none: dict[str, Any] = {key: [] for key in _OF_RUNS}
+    text = json.dumps({"summary": "", **none, **data}, allow_nan=False)
     parts = {
         "css": _asset("page.css"),
         "script": _asset("page.js"),

@@ -129,8 +129,8 @@ function chart(parent, title, series, log) {
   });
   const legend = make("div", { class: "legend" }, figure);
   series.forEach((one, i) => {
-    const stroke = COLOURS[i % COLOURS.length], dash = DASHES[Math.floor(i / COLOURS.length) % DASHES.length];
-    const style = { stroke, "stroke-dasharray": dash, "stroke-width": 1.6, fill: "none", opacity: one.faint ? 0.35 : 1 };
+    const stroke = COLOURS[i % COLOURS.length], dash = DASHES[i % DASHES.length];
+    const style = { stroke, "stroke-dasharray": dash, "stroke-width": 1.6, fill: "none", opacity: one.faint ? 0.6 : 1 };
     let path = "", pen = false;
     for (const [x, y] of one.points) {
       const known = y !== null && isFinite(y) && (!log || y > 0);
@@ -203,7 +203,7 @@ if (data.loss.length) {
   const curves = make("div", { class: "pair" }, section("Curves"));
   let mean = null;
   const smooth = data.loss.map(([x, y]) => [x, (mean = y === null ? mean : mean === null ? y : 0.9 * mean + 0.1 * y)]);
-  chart(curves, "Loss", [{ name: "each row", points: data.loss, faint: true }, { name: "smoothed", points: smooth }], false);
+  chart(curves, "Loss", [{ name: "smoothed", points: smooth }, { name: "each row", points: data.loss, faint: true }], false);
   chart(curves, "Learning rate, median of each component", data.rates, true);
   if (data.frames.length) {
     chart(curves, "Gradient norm, median of each component", perComponent(1), true);
