@@ -22,6 +22,7 @@ from dist_layerlr.ranks import alike
 from dist_layerlr.sharders import unwrap
 from dist_layerlr.weights import find_not_finite
 from launch.trainer.batches import empty_prompt
+from launch.trainer.card import metadata, write_card
 from launch.trainer.data.base import LATENTS, Batch, to_device
 from launch.trainer.data.order import one_batch
 from launch.trainer.engines.base import autocast
@@ -198,10 +199,10 @@ def save_result(job: Job, step: int, proof: dict[str, Any]) -> Path:
             job.engine.model,
             staged,
             format=form,
-            metadata={"plan_digest": job.plan.digest, "step": str(step), "run": job.run_id},
+            metadata={**metadata(job, step), **_identity(job, step)},
             base=job.options.model_path,
         )
-    alike(lambda: _complete(job, proof) if main else None)
+    alike(lambda: _complete(job, step, proof) if main else None)
     return final / files[0].name
 
 
@@ -220,11 +221,17 @@ def _forms(job: Job) -> tuple[str, ...]:
     return tuple(form for form in ("peft", "pipeline") if form in offered)
 
 
-def _complete(job: Job, proof: dict[str, Any]) -> None:
+def _identity(job: Job, step: int) -> dict[str, str]:
+    """What ``holds_result`` looks for."""
+    return {"plan_digest": job.plan.digest, "step": str(step), "run": job.run_id}
+
+
+def _complete(job: Job, step: int, proof: dict[str, Any]) -> None:
     """Put the staged result in the place of the one that was there."""
     final = final_of(job)
     try:
         _write_beside(job, _staged(final))
+        write_card(job, _staged(final), final, step, proof)
         for folder in (job.folder, _staged(final)):
             write_json(folder / PROOF, proof)
             write_text(folder / PLAN, job.plan.to_json() + "\n")

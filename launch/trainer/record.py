@@ -63,7 +63,7 @@ def write_record(
         "sharder": sharder,
         "ranks": job.runtime.world_size,
         "device": str(job.runtime.device),
-        "versions": _versions(),
+        "versions": versions(),
         "config": config,
     }
     write_json(job.folder / RESOLVED, config)
@@ -74,7 +74,8 @@ def write_record(
     write_json(job.folder / RECORD, record)
 
 
-def _versions() -> dict[str, str]:
+def versions() -> dict[str, str]:
+    """Versions of Python and of the packages that decide how training runs."""
     found = {"python": platform.python_version()}
     for package in _PACKAGES:
         try:
