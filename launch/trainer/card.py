@@ -102,13 +102,7 @@ tags:
 ```text
 {grid(job.plan, FOLDED)}
 ```
-
-Proven on the live optimizer after the last step:
-
-```text
-{Proof(**proof["end"]).line()}
-```
-
+{_proven(proof)}
 `plan.json` has every parameter, `verify.json` the proof at the start and at the end.
 
 ## Again
@@ -127,6 +121,14 @@ Go on from the newest checkpoint, if the run kept some (`train.save_every`):
 |---|---|
 {packages}
 """
+
+
+def _proven(proof: dict[str, Any]) -> str:
+    """The proof's line; nothing where a caller has saved without one."""
+    if not proof.get("end"):
+        return ""
+    line = Proof(**proof["end"]).line()
+    return f"\nProven on the live optimizer after the last step:\n\n```text\n{line}\n```\n"
 
 
 def _command() -> str:
