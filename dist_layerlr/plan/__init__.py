@@ -19,6 +19,7 @@ from dist_layerlr.plan.names import canonical_name as canonical_name
 from dist_layerlr.plan.names import is_lora_b as is_lora_b
 from dist_layerlr.plan.names import natural_key as natural_key
 from dist_layerlr.plan.names import parse as parse
+from dist_layerlr.plan.optimizers import OPTIMIZERS_BLOCK as OPTIMIZERS_BLOCK
 from dist_layerlr.plan.read import checkpoint_files as checkpoint_files
 from dist_layerlr.plan.read import read_model as read_model
 from dist_layerlr.plan.stacks import Location as Location

@@ -17,7 +17,7 @@ from dist_layerlr.fields import setting
 from dist_layerlr.files import read_config
 from dist_layerlr.plan.components import known_components
 from dist_layerlr.plan.depth import LAYER_DECAY, DepthSettings
-from dist_layerlr.plan.optimizers import BLOCK, OPTIMIZERS, Optimizers
+from dist_layerlr.plan.optimizers import OPTIMIZERS, OPTIMIZERS_BLOCK, Optimizers
 from dist_layerlr.plan.patterns import compile_pattern
 from dist_layerlr.plan.presets import PRESET_CLASSES, PRESETS
 
@@ -219,7 +219,7 @@ def load_config(source: str | Path | Mapping[str, Any] | Config) -> Config:
         given.pop("learning_rate", None)
     values = {known[key].name: known[key].check(key, value) for key, value in given.items()}
     block = _read_block(raw.get(PLAN_BLOCK), values.get("learning_rate"))
-    _check_optimizers(values.get(BLOCK), block)
+    _check_optimizers(values.get(OPTIMIZERS_BLOCK), block)
     return Config(**values, per_layer_lr=block)
 
 
@@ -303,7 +303,7 @@ def _check_optimizers(given: Optimizers | None, block: PerLayerLR) -> None:
     """Refuse components that nothing gives: their matrices would go to the rest, unnoticed."""
     known = known_components() | {p.component for p in block.patterns} | {"default"}
     for name, rule in given.rules.items() if given is not None else ():
-        fields.known_keys(f"{BLOCK}.{name}.components", rule.components, known)
+        fields.known_keys(f"{OPTIMIZERS_BLOCK}.{name}.components", rule.components, known)
 
 
 def _check_components(block: PerLayerLR) -> None:

@@ -18,7 +18,7 @@ from dist_layerlr.plan.name_rules import CROSS_ATTN, FFN, FUSED, SELF_ATTN
 from dist_layerlr.plan.names import ParamPath
 from dist_layerlr.plan.patterns import compile_pattern
 
-BLOCK = "optimizers"
+OPTIMIZERS_BLOCK = "optimizers"
 """Key of the config, beside ``per_layer_lr``."""
 REST = "rest"
 SPLIT, WHOLE = "split", "whole"

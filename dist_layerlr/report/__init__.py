@@ -1,5 +1,11 @@
-"""What people read: the grid of learning rates, the explanation of one, the heat map. No torch."""
+"""What people read: the grid of rates, the explanation of one, the heat map, the page. No torch."""
 
+from dist_layerlr.report.grid import FOLDED as FOLDED
+from dist_layerlr.report.grid import GRIDS as GRIDS
 from dist_layerlr.report.grid import explain as explain
 from dist_layerlr.report.grid import grid as grid
 from dist_layerlr.report.heatmap import draw_grid as draw_grid
+from dist_layerlr.report.page import page as page
+from dist_layerlr.report.page import plan_data as plan_data
+from dist_layerlr.report.page import run_data as run_data
+from dist_layerlr.report.page import write_page as write_page

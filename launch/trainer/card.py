@@ -10,7 +10,7 @@ from typing import Any
 
 from dist_layerlr.files import write_text
 from dist_layerlr.proof import Proof
-from dist_layerlr.report.grid import FOLDED, grid
+from dist_layerlr.report import FOLDED, grid
 from launch.trainer.job import Job
 from launch.trainer.options import LORA
 from launch.trainer.record import versions

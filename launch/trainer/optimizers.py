@@ -15,9 +15,8 @@ from dist_layerlr import fields
 from dist_layerlr.errors import ConfigError
 from dist_layerlr.fields import setting
 from dist_layerlr.offload import StreamPolicy
-from dist_layerlr.optim.segmented import MakeOptimizer
-from dist_layerlr.plan import Config
-from dist_layerlr.plan.optimizers import BLOCK as OPTIMIZERS_BLOCK
+from dist_layerlr.optim import MakeOptimizer
+from dist_layerlr.plan import OPTIMIZERS_BLOCK, Config
 
 ADAMW, SGD = "adamw", "sgd"
 MUON = "muon"

@@ -14,8 +14,7 @@ from dist_layerlr.fields import setting
 from dist_layerlr.files import read_config
 from dist_layerlr.offload import StreamPolicy
 from dist_layerlr.optim import Schedule
-from dist_layerlr.plan import PLAN_BLOCK, Config, load_config
-from dist_layerlr.plan.optimizers import BLOCK as OPTIMIZERS_BLOCK
+from dist_layerlr.plan import OPTIMIZERS_BLOCK, PLAN_BLOCK, Config, load_config
 from launch.trainer.adapter_options import LORA as LORA
 from launch.trainer.adapter_options import AdapterOptions, read_adapter
 from launch.trainer.families import get_family
@@ -233,17 +232,16 @@ def load_options(
     values = {key: found.check(key, given[key]) for key, found in known.items()}
     # By attribute from here on, as the objective's class takes them.
     values["objective"] = fields.read("objective", values["objective"], family.objective_class)
-    folder = family.model_folder(Path(values["model_path"]))
+    given_folder = family.model_folder(Path(values["model_path"]))
     # Of two networks the first: each gets options of its own in run.py.
-    folder = next(iter(network_folders(family, folder, values["objective"]).values()))
-    values["model_path"] = str(folder)
+    folders = network_folders(family, given_folder, values["objective"]).values()
+    values["model_path"] = str(next(iter(folders)))
     if values["training_method"] == FULL and "adapter" in raw:
         raise ConfigError(
             f"Invalid training_method={FULL!r} with an 'adapter' block: remove one of them."
         )
-    optimizer = read_optimizer(blocks["optimizer"])
+    optimizer, plan = read_optimizer(blocks["optimizer"]), load_config(raw)
     stream = _stream_policy(blocks["memory"].get("stagehand", {}))
-    plan = load_config(raw)
     check_optimizers(plan, optimizer, stream)
     return RunOptions(
         **values,

@@ -157,7 +157,7 @@ def draw_plan(plan: Plan, folder: Path) -> None:
 
 def write_pages(team: Team) -> None:
     """Write the page of each network: its map, what was measured, the proof. Collective."""
-    from dist_layerlr.report.page import page, plan_data, run_data
+    from dist_layerlr.report import page, plan_data, run_data
 
     def write() -> None:
         for name, job in team.jobs.items():

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from dist_layerlr.errors import ConfigError
-from dist_layerlr.report.grid import FOLDED, GRIDS
+from dist_layerlr.report import FOLDED, GRIDS
 from launch.trainer.cli import Parser
 from launch.trainer.engines.sharding import (
     NONE,
