@@ -117,12 +117,7 @@ def verify(
     with together(plan.digest) as problems:
         found = live_pieces(sharder, optimizer)
         live = live_params(found)
-        expected = factor_in_force(found) if factor is None else factor
-        if factor is None and not 0.0 <= expected <= 1.0 + _ROUNDING:
-            problems.append(("factor", f"the groups are at {expected:g} x their initial_lr"))
-            expected = 1.0  # No schedule does that: compare with the plan itself.
-        if factor is None and expected == 0.0:
-            problems += _schedule_problems(plan, live)
+        expected = _expected_factor(plan, found, live, problems) if factor is None else factor
         # What changed in the model comes first: it is the cause of what follows.
         problems += current_problems(plan, found)
         problems += stepper_problems(plan, found)
@@ -146,6 +141,19 @@ def verify(
         optimizers=by_algorithm(found),
         state_precision=state_precision(found),
     )
+
+
+def _expected_factor(
+    plan: Plan, found: Pieces, live: Mapping[str, LiveParam], problems: list[Problem]
+) -> float:
+    """The multiplier that the live groups are at; what is wrong with it joins ``problems``."""
+    factor = factor_in_force(found)
+    if not 0.0 <= factor <= 1.0 + _ROUNDING:
+        problems.append(("factor", f"the groups are at {factor:g} x their initial_lr"))
+        return 1.0  # No schedule does that: rates are compared with the plan itself.
+    if factor == 0.0:
+        problems += _schedule_problems(plan, live)
+    return factor
 
 
 def _refuse(problems: list[Problem]) -> None:
