@@ -40,6 +40,7 @@ def group_problems(
     scales = [math.prod(group.get(key, 1.0) for key in _MULTIPLIERS) for group in before]
     scaled = [rate * scale for rate, scale in zip(asked, scales, strict=True)]
     uneven = len(set(scales)) > 1
+    # timm's schedulers, for one, do multiply by such a key.
     if uneven and _proportional(scaled, live):
         return []
     if _proportional(asked, live):
@@ -79,8 +80,11 @@ class Schedules:
         """
         known = [o for o in optimizers if o is not None]
         found: list[Problem] = []
+        # torch keeps no list of schedulers, so live objects are searched. By type(), not
+        # isinstance: that asks for `__class__`, which a lazy proxy may answer by an import.
         for scheduler in [s for s in gc.get_objects() if issubclass(type(s), LRScheduler)]:
             held = getattr(scheduler, "optimizer", None)
+            # The scheduler may have been built on Accelerate's or DeepSpeed's wrapper.
             inside = getattr(held, "optimizer", None)
             if not any(o is held or o is inside for o in known):
                 continue

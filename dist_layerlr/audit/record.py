@@ -85,6 +85,8 @@ class Recorder:
             first: whether it was not watched before.
         """
         is_engine = hasattr(stepper, "zero_optimization_stage")
+        # An engine is the model, too. A torch optimizer does not know its model: it is looked for
+        # among live objects.
         models = [stepper] if is_engine else find_models(self._live(stepper))
         if stepper not in self._numbers:
             self._numbers[stepper] = len(self._began)
@@ -98,6 +100,8 @@ class Recorder:
             view = self._view(model, None if is_engine else stepper, stack)
             if view is not None:
                 views.append(view)
+        # A trial or a stale tensor is the same at every step, and a trial costs time: once is
+        # enough.
         if first:
             self._check(stepper, views, is_engine)
         for kind, text in self._group_problems(stepper, views):
@@ -106,7 +110,9 @@ class Recorder:
                 self._said.add((kind, number))
                 self._problems[kind, text] = None
 
+        # Not collective: some ranks of the script may never come here, so each writes what it saw.
         def finish() -> None:
+            # Hooks come off before anything is compared; what they have seen stays readable.
             stack.close()
             for view in views:
                 self._merge(number, view)
@@ -115,6 +121,8 @@ class Recorder:
         return finish
 
     def _live(self, stepper: Any) -> list[Any]:
+        # The mapping holds optimizers weakly, and one may go while it is read: a list does not
+        # shrink.
         return [stepper, *(o for o in list(self._created) if o is not stepper)]
 
     def _counts(self) -> dict[int, int]:
@@ -158,6 +166,7 @@ class Recorder:
             },
         }
         for key, what in _ASKED.items():
+            # accelerate drops a plugin without an error where it does not support the device.
             asked = os.environ.get(key, "").lower() in ("1", "true")
             if asked and world_size() > 1 and sharder.layout.name in ("none", "ddp"):
                 text = f"{label}: {what} was asked for, and the model is {sharder.layout.label}"
@@ -185,6 +194,8 @@ class Recorder:
                 text = f"{view.held.strangers} tensors are no parameters of {view.label}"
                 self._problems["stale", text] = None
         clip = float(engine.gradient_clipping())
+        # `_param_dict` (private, read in deepspeed 0.19.8) is the config as the script gave it; the
+        # engine's own value has DeepSpeed's default in it, which became 1.0.
         given = getattr(getattr(engine, "_config", None), "_param_dict", {})
         if clip > 0 and "gradient_clipping" not in given:
             text = f"DeepSpeed clips gradients at {clip:g}, which its config does not say"
@@ -211,6 +222,7 @@ class Recorder:
             live = inner.inner if isinstance(inner, Segmented) else inner
             if live is not None and live in self._created:
                 found += group_problems(type(live).__name__, self._created[live], live.param_groups)
+            # This step is counted already, and not done yet: no schedule has followed it.
             done = self._stepped.get(stepper, 1) - 1
             found += self._schedules.problems((stepper, inner), done)
         return found
@@ -228,10 +240,14 @@ class Recorder:
             fresh = number not in row["optimizers"]
             if fresh and piece.numel:
                 row["optimizers"].append(number)
+            # One step that moves a name is enough: a branch may be unused, with no gradient, in
+            # others.
             row["moved"] |= bool(old != new)
             if self._take_turns(number, row["optimizers"]):
                 twice.add(piece.name)
             row["twice"] = row.get("twice", False) or piece.name in twice
+            # A name keeps what its first step showed, unless nothing could be observed then and
+            # another optimizer steps it later.
             if "lr" not in row or (fresh and "observed" not in row):
                 one = view.live[piece.name]
                 row |= {
@@ -261,6 +277,8 @@ class Recorder:
 
     def _write(self) -> None:
         write_json(
+            # A restarted job has the same ranks again, in other processes: no attempt may write
+            # over the file that another one is writing.
             self._folder / f"rank{rank():05d}.{os.getpid()}.json",
             {
                 "rank": rank(),

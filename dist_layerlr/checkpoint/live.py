@@ -200,12 +200,17 @@ def saved_spans(
     spans = [_rng_span(rank)]
     for weight in live.weights:
         if not table[weight.name].saved:
+            # A few values of a frozen weight that is not saved: a load compares them, so that an
+            # adapter is not put onto another base.
             sample = _sample(weight, weight.name)
             spans += [sample] if sample is not None else []
+        # What is stepped is saved from its owner below: under ZeRO that is the fp32 master, of
+        # which the weight here is a rounded copy.
         elif weight.name not in live.stepped and weight.numel:
             spans.append(_weight_span(weight, weight.name))
     numbers: Scalars = {}
     # An owner has many pieces: names that share a flat tensor, or runs of one DTensor.
+    # Its state is read once: each counter on a device is waited for.
     states: dict[int, tuple[dict[str, Tensor], Counters]] = {}
     for piece in live.found.pieces:
         if not piece.numel:
@@ -216,6 +221,8 @@ def saved_spans(
         tensors, counters = states[owner]
         size = live.size(piece.name)
         for key, tensor in tensors.items():
+            # Several optimizers may share a flat tensor, whose state then has the keys of all of
+            # them.
             if key and not live.is_own(piece, key):
                 continue
             kind = f"{OPTIM}.{piece.name}.{key}" if key else f"{WEIGHT}.{piece.name}"
@@ -392,6 +399,8 @@ def weight_targets(live: Live, manifest: Manifest) -> list[StoredSpan]:
             saved_names[weight.name] = saved
     spans: list[StoredSpan] = []
     for weight in live.weights:
+        # What is stepped is read into its owner; `Sharder.refresh` makes the weight from it
+        # afterwards.
         if weight.name in saved_names and weight.name not in live.stepped and weight.numel:
             spans.append(_weight_span(weight, saved_names[weight.name]))
     for piece in live.found.pieces:

@@ -57,6 +57,8 @@ class Schedule:
         received: list[list[Segment]] = [[] for _ in self.table]
         for name, size in self.sizes.items():
             owner = self.owners[name]
+            # Sender and receiver walk the same names and runs in the same order, so elements travel
+            # without a header that says what they are.
             for source, start, numel in cover(name, size, self.table, owner):
                 segment = Segment(name=name, start=start, numel=numel)
                 if source == rank():
@@ -72,6 +74,7 @@ class Schedule:
         received: list[list[Segment]] = [[] for _ in self.table]
         for name in self.sizes:
             owner = self.owners[name]
+            # An owner serves every rank that holds some; the others wait for their own part alone.
             for place in range(len(self.table)) if owner == rank() else (rank(),):
                 segments = [
                     Segment(name=name, start=start, numel=numel)
@@ -117,10 +120,13 @@ class Exchange:
         if names not in self._known:
             owners = self._owners
             if not self.fixed:
+                # Names without a gradient cost nothing now, so the load is balanced over the rest.
+                # Only what all ranks know goes into it: they must all find the same owners.
                 owners = balanced({name: self.costs[name] for name in names}, world_size())
             rounds: list[dict[str, int]] = [{}]
             total = 0
             for name in names:
+                # A tensor larger than a round travels in one of its own.
                 if rounds[-1] and total + self.sizes[name] > ROUND:
                     rounds.append({})
                     total = 0
@@ -138,6 +144,7 @@ class Exchange:
         """
         mine = set(active)
         flags = torch.tensor([name in mine for name in self.sizes], dtype=torch.uint8)
+        # A maximum of 0 and 1 is `or`. One rank needs no group, which may not exist.
         if in_group() and world_size() > 1:
             flags = flags.to(transport_device())
             dist.all_reduce(flags, op=dist.ReduceOp.MAX)
@@ -207,6 +214,7 @@ def _all_to_all(
     """
     device = transport_device()
     flat = [part.to(device) for row in out for part in row]
+    # A rank that has nothing to send takes part all the same: the call is collective.
     send = torch.cat(flat) if flat else torch.empty(0, dtype=dtype, device=device)
     heard = torch.empty(sum(sizes), dtype=dtype, device=device)
     width = dtype.itemsize
@@ -232,6 +240,7 @@ def balanced(costs: Mapping[str, float], ranks: int) -> dict[str, int]:
     """An owner for each name: the most expensive first, each to the rank with the least to do."""
     loads = [0.0] * ranks
     owners: dict[str, int] = {}
+    # Sorting is stable: equal costs stay in the order of names, which is the same on all ranks.
     for name in sorted(costs, key=lambda name: -costs[name]):
         owner = loads.index(min(loads))
         owners[name] = owner
@@ -262,6 +271,8 @@ def cover(name: str, size: int, table: Sequence[Held], owner: int) -> list[tuple
                 " be put together. After deepspeed.initialize call bind(plan, engine); otherwise"
                 " build the optimizer with attach after sharding."
             )
+        # Where several ranks hold a copy, the owner's number picks one, so that not all owners ask
+        # the first of them.
         own = [choice for choice in choices if choice[0] == owner]
         source, end = own[0] if own else choices[owner % len(choices)]
         end = min(end, size)

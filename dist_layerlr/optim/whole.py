@@ -64,10 +64,14 @@ class NeedsWhole(Optimizer):
         self.make = make
         self.template = make_template(plan, make, groups)
         """The user's optimizer, on empty matrices of the true shapes: it has the settings."""
+        # `make` may have given groups settings of their own (betas, ns_steps): all but the tensors
+        # is taken from the template's groups.
         live = [
             {**told, "params": group["params"]}
             for told, group in zip(self.template.param_groups, groups, strict=True)
         ]
+        # With defaults torch would fill in what a group lacks; these lack nothing, and whoever
+        # reads `defaults` gets the template's.
         super().__init__(live, {})
         self.defaults = dict(self.template.defaults)
         self._groups_of = {name: spec.name for spec in plan.groups for name in spec.names}
@@ -88,6 +92,7 @@ class NeedsWhole(Optimizer):
 
     def place(self, located: Iterable[Located], table: Sequence[Held]) -> None:
         """Say where this rank's slices are, and what every rank holds."""
+        # A copy of the optimizer is placed again, on views of its own.
         self._located = {}
         for piece in located:
             if piece.name in self.entries:
@@ -111,8 +116,12 @@ class NeedsWhole(Optimizer):
             name: [piece for piece in pieces if piece.view.grad is not None]
             for name, pieces in self._located.items()
         }
+        # Every rank must come here, also one without a gradient: it may own a matrix, and all
+        # rounds of collectives follow from the names agreed on.
         names = self.exchange.agreed(name for name, pieces in stepped.items() if pieces)
         group_of = {id(p): group for group in self.param_groups for p in group["params"]}
+        # Before the exchange, and with the groups of this moment: what travels is made from the
+        # momentum that this step leaves.
         self._before(group_of)
         for schedule in self.exchange.rounds(names):
             self._round(self.exchange, schedule, stepped, group_of)
@@ -148,8 +157,12 @@ class MuonSlices(NeedsWhole):
                     continue
                 state = self.state[view]
                 if MOMENTUM not in state:
+                    # In the memory order of the view: a piece cuts weight, gradient and momentum at
+                    # one offset.
                     state[MOMENTUM] = torch.zeros_like(view)
                 state[MOMENTUM].lerp_(view.grad, 1.0 - group["momentum"])
+                # torch's Muon decays before it adds the update, by the rate of the group and not
+                # the one adjusted to the shape.
                 view.mul_(decay)
 
     def _round(
@@ -191,6 +204,7 @@ class MuonSlices(NeedsWhole):
         weight = piece.of(piece.view.detach())
         entry, lr = self.entries[piece.name], float(group[LR])
         for segment, values in results:
+            # A name may have several runs on this rank; each is returned as a segment of its own.
             if segment.start != piece.start or segment.numel != piece.numel:
                 continue
             values = values.to(weight.device)
@@ -199,6 +213,8 @@ class MuonSlices(NeedsWhole):
                 if low >= high:
                     continue
                 scale = -lr * adjusted(shape, group.get("adjust_lr_fn"))
+                # All of a weight is added in its own shape: where its memory is not in order it has
+                # no flat view.
                 if high - low == weight.numel():
                     weight.add_(values.view(weight.shape), alpha=scale)
                 else:
@@ -231,6 +247,8 @@ class AnyWhole(NeedsWhole):
                 value, slope = piece.of(piece.view.detach()), piece.of(piece.view.grad)
                 weights.setdefault(name, []).append((piece.start, _sendable(value)))
                 gradients.setdefault(name, []).append((piece.start, _sendable(slope)))
+        # Two collectives on one schedule, in this order on every rank: weight and gradient meet on
+        # the owner. float32 holds bf16 and fp16 exactly.
         here = exchange.gather(schedule, weights, torch.float32)
         slopes = exchange.gather(schedule, gradients, torch.float32)
         self._step_whole(here, slopes)
@@ -253,11 +271,14 @@ class AnyWhole(NeedsWhole):
             self._on_whole = self.make(self._groups())
         if self._on_whole is None:
             return
+        # Schedules and `reapply` write into the groups of the slices: the owner's optimizer is told
+        # their rates at every step.
         rates = {group[NAME]: group[LR] for group in self.param_groups}
         for group in self._on_whole.param_groups:
             group[LR] = rates[group[NAME]]
         self._on_whole.step()
         for param in self._whole.values():
+            # Kept, the whole gradients would take up memory until the next step.
             param.grad = None
 
     def _groups(self) -> list[ParamGroup]:
@@ -275,6 +296,8 @@ def make_template(plan: Plan, make: MakeOptimizer, groups: Sequence[ParamGroup])
     for spec in plan.groups:
         for name in spec.names:
             for _, _, shape in rows_of(plan.entries[name]):
+                # A meta tensor costs no memory, and a constructor that asks for matrices (Muon's)
+                # sees some.
                 empty = nn.Parameter(torch.empty(shape, device="meta"))
                 shapes.setdefault(spec.name, []).append(empty)
     return make([{**group, "params": shapes[group[NAME]]} for group in groups])

@@ -60,8 +60,10 @@ def _region_gives_no_lr(entry: PlanEntry, config: Config) -> bool:
 
 def _unlisted(rows: list[PlanEntry], total: int, config: Config) -> str:
     listed = set(config.per_layer_lr.component_lr) | {DEFAULT}
+    # An empty component_lr is a wish: one rate for all components.
     if len(listed) == 1:
         return ""
+    # A region may list rates of its own.
     missed = [e for e in rows if e.component not in listed and e.region is None]
     if not missed:
         return ""
@@ -93,6 +95,7 @@ def _unused(rows: list[PlanEntry], config: Config) -> list[str]:
     return [
         f"component_lr.{key} applies to no trainable parameter of this model"
         for key in given
+        # Norms are in the default table, and frozen under LoRA: no mistake of the user's.
         if key not in used and key != NORM
     ]
 

@@ -115,6 +115,8 @@ def verify(
     """
     sharder = sharder_of(model)
     with together(plan.digest) as problems:
+        # Nothing in this block is collective: a rank whose reading fails still meets the others at
+        # its end, where all hear of it.
         found = live_pieces(sharder, optimizer)
         live = live_params(found)
         expected = _expected_factor(plan, found, live, problems) if factor is None else factor
@@ -123,8 +125,12 @@ def verify(
         problems += stepper_problems(plan, found)
         problems += _local_problems(plan, found, live, expected, _default_decay(model, optimizer))
     if factor is None:
+        # Groups of one rank may agree with each other and not with those of another.
         _check_one_factor(expected)
+    # On such meshes, and for names that differ by rank on purpose, no rank knows alone how many
+    # copies there are: the counts of all ranks tell.
     anyhow = plan.entries.keys() if sharder.layout.meshes else distinct_names(model, plan.entries)
+    # Each of these is a collective with one result for all ranks, so they all raise or all go on.
     _refuse(element_problems(plan, found, live, anyhow))
     if deep:
         _refuse(deep_problems(model, sharder, found, steps))
@@ -199,6 +205,8 @@ def _check_one_factor(factor: float) -> None:
 def _default_decay(model: nn.Module, optimizer: Any) -> float:
     """The optimizer's own weight decay, for entries that the plan leaves to it."""
     live = getattr(model, "optimizer", None) if optimizer is None else optimizer
+    # Engines and Accelerate keep the optimizer in `.optimizer`, and their wrappers may have no
+    # defaults of their own.
     while live is not None:
         defaults = getattr(live, "defaults", None)
         if isinstance(defaults, dict) and WEIGHT_DECAY in defaults:
@@ -241,9 +249,11 @@ def _compare(
 ) -> list[Problem]:
     problems: list[Problem] = []
     wanted = entry.lr * factor
+    # No absolute tolerance: a rate of 0 is held still, and 1e-12 would not be.
     if not math.isclose(live.lr, wanted, rel_tol=_ROUNDING, abs_tol=0.0):
         problems.append(("lr", f"{entry.name}: planned lr {wanted:.6g}, live {live.lr:.6g}"))
     decay = default_decay if entry.weight_decay is None else entry.weight_decay
+    # No schedule multiplies weight decay, so only a last digit may differ.
     if not math.isclose(live.weight_decay, decay, rel_tol=1e-9, abs_tol=0.0):
         problems.append(
             (
