@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import math
+import operator
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -38,7 +39,7 @@ def group_problems(
             return [("flattened", f"{kind}: {_some(asked)} were given, all train at {live[0]:g}")]
         return []
     scales = [math.prod(group.get(key, 1.0) for key in _MULTIPLIERS) for group in before]
-    scaled = [rate * scale for rate, scale in zip(asked, scales, strict=True)]
+    scaled = list(map(operator.mul, asked, scales))
     uneven = len(set(scales)) > 1
     # timm's schedulers, for one, do multiply by such a key.
     if uneven and _proportional(scaled, live):
@@ -46,8 +47,9 @@ def group_problems(
     if _proportional(asked, live):
         if not uneven:
             return []
-        keys = [key for key in _MULTIPLIERS if any(key in group for group in before)]
-        text = f"{kind}: groups carry {keys[0]!r} {_some(scales)}, which nothing reads"
+        carried = set().union(*before)
+        key = next(filter(carried.__contains__, _MULTIPLIERS))
+        text = f"{kind}: groups carry {key!r} {_some(scales)}, which nothing reads"
         return [("unread", f"{text}: they train at {_some(live)}")]
     if len(set(live)) == 1:
         return [("flattened", f"{kind}: {_some(asked)} were given, all train at {live[0]:g}")]
@@ -55,9 +57,13 @@ def group_problems(
 
 
 def _proportional(given: Sequence[float], live: Sequence[float]) -> bool:
-    ratios = [b / a for a, b in zip(given, live, strict=True) if a > 0.0]
-    still = all(b == 0.0 for a, b in zip(given, live, strict=True) if a <= 0.0)
-    return still and (not ratios or max(ratios) - min(ratios) <= _SAME * max(map(abs, ratios)))
+    ratios: list[float] = []
+    for rate, now in zip(given, live, strict=True):
+        if rate > 0.0:
+            ratios.append(now / rate)
+        elif now != 0.0:
+            return False
+    return not ratios or max(ratios) - min(ratios) <= _SAME * max(map(abs, ratios))
 
 
 def _some(values: Sequence[float]) -> str:
@@ -82,7 +88,9 @@ class Schedules:
         found: list[Problem] = []
         # torch keeps no list of schedulers, so live objects are searched. By type(), not
         # isinstance: that asks for `__class__`, which a lazy proxy may answer by an import.
-        for scheduler in [s for s in gc.get_objects() if issubclass(type(s), LRScheduler)]:
+        for scheduler in gc.get_objects():
+            if not issubclass(type(scheduler), LRScheduler):
+                continue
             held = getattr(scheduler, "optimizer", None)
             # The scheduler may have been built on Accelerate's or DeepSpeed's wrapper.
             inside = getattr(held, "optimizer", None)

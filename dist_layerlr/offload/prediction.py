@@ -24,6 +24,11 @@ class Layout:
     stepped: int = 0
     """Parameters that a CPU optimizer steps, in a full finetune; 0 for LoRA."""
 
+    @property
+    def streamed(self) -> list[UnitInfo]:
+        """Units that do not stay on the device."""
+        return [unit for unit in self.units if not unit.resident]
+
 
 @dataclass(frozen=True, kw_only=True)
 class Workload:

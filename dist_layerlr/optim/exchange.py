@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from itertools import compress
 
 import torch
 import torch.distributed as dist
@@ -53,8 +54,7 @@ class Schedule:
     @cached_property
     def gathered(self) -> tuple[list[list[Segment]], list[list[Segment]]]:
         """(sent to each rank, received from each rank) on the way to the owners."""
-        sent: list[list[Segment]] = [[] for _ in self.table]
-        received: list[list[Segment]] = [[] for _ in self.table]
+        sent, received = self._by_rank(), self._by_rank()
         for name, size in self.sizes.items():
             owner = self.owners[name]
             # Sender and receiver walk the same names and runs in the same order, so elements travel
@@ -70,22 +70,23 @@ class Schedule:
     @cached_property
     def returned(self) -> tuple[list[list[Segment]], list[list[Segment]]]:
         """(sent to each rank, received from each rank) on the way back: to all that hold some."""
-        sent: list[list[Segment]] = [[] for _ in self.table]
-        received: list[list[Segment]] = [[] for _ in self.table]
+        sent, received = self._by_rank(), self._by_rank()
         for name in self.sizes:
             owner = self.owners[name]
             # An owner serves every rank that holds some; the others wait for their own part alone.
             for place in range(len(self.table)) if owner == rank() else (rank(),):
-                segments = [
-                    Segment(name=name, start=start, numel=numel)
-                    for start, numel in self.table[place].get(name, ())
-                    if numel
-                ]
-                if owner == rank():
-                    sent[place] += segments
-                if place == rank():
-                    received[owner] += segments
+                for start, numel in self.table[place].get(name, ()):
+                    if not numel:
+                        continue
+                    segment = Segment(name=name, start=start, numel=numel)
+                    if owner == rank():
+                        sent[place].append(segment)
+                    if place == rank():
+                        received[owner].append(segment)
         return sent, received
+
+    def _by_rank(self) -> list[list[Segment]]:
+        return [[] for _ in self.table]
 
     @property
     def elements_moved(self) -> int:
@@ -93,7 +94,7 @@ class Schedule:
         moved = 0
         for way in (self.gathered[0], self.returned[0]):
             for to, row in enumerate(way):
-                moved += sum(s.numel for s in row) if to != rank() else 0
+                moved += _elements(row) if to != rank() else 0
         return moved
 
 
@@ -148,7 +149,7 @@ class Exchange:
         if in_group() and world_size() > 1:
             flags = flags.to(transport_device())
             dist.all_reduce(flags, op=dist.ReduceOp.MAX)
-        return tuple(name for name, flag in zip(self.sizes, flags.tolist(), strict=True) if flag)
+        return tuple(compress(self.sizes, flags.tolist()))
 
     def gather(
         self,
@@ -189,20 +190,32 @@ class Exchange:
     ) -> list[tuple[Segment, Tensor]]:
         me = rank()
         # What stays here does not travel.
-        found = [(s, cut(s, parts[s.name])) for s in sent[me]]
+        found = list(zip(sent[me], _values(sent[me], parts), strict=True))
         if len(sent) == 1:
             return found
-        out = [
-            [cut(s, parts[s.name]) for s in row] if to != me else [] for to, row in enumerate(sent)
-        ]
-        sizes = [sum(s.numel for s in row) if of != me else 0 for of, row in enumerate(received)]
-        self.elements_moved += sum(part.numel() for row in out for part in row)
+        out: list[list[Tensor]] = []
+        sizes: list[int] = []
+        for place, (going, coming) in enumerate(zip(sent, received, strict=True)):
+            travels = place != me
+            out.append(_values(going, parts) if travels else [])
+            sizes.append(_elements(coming) if travels else 0)
+            self.elements_moved += _elements(going) if travels else 0
         inbox = _all_to_all(out, sizes, dtype)
         for of, row in enumerate(received):
             if of != me and row:
                 pieces = torch.split(inbox[of], [s.numel for s in row])
                 found += zip(row, pieces, strict=True)
         return found
+
+
+def _elements(segments: Iterable[Segment]) -> int:
+    return sum(segment.numel for segment in segments)
+
+
+def _values(
+    segments: Iterable[Segment], parts: Mapping[str, Sequence[tuple[int, Tensor]]]
+) -> list[Tensor]:
+    return [cut(segment, parts[segment.name]) for segment in segments]
 
 
 def _all_to_all(

@@ -23,7 +23,7 @@ from torch.optim import Optimizer
 
 from dist_layerlr.errors import PlanMismatch
 from dist_layerlr.optim.exchange import Exchange, Held, Schedule, Segment
-from dist_layerlr.optim.groups import LR, NAME, WEIGHT_DECAY
+from dist_layerlr.optim.groups import LR, NAME, WEIGHT_DECAY, groups_by_tensor
 from dist_layerlr.plan.entries import Plan, PlanEntry
 from dist_layerlr.ranks import transport_device
 from dist_layerlr.sharders.base import ParamGroup
@@ -119,7 +119,7 @@ class NeedsWhole(Optimizer):
         # Every rank must come here, also one without a gradient: it may own a matrix, and all
         # rounds of collectives follow from the names agreed on.
         names = self.exchange.agreed(name for name, pieces in stepped.items() if pieces)
-        group_of = {id(p): group for group in self.param_groups for p in group["params"]}
+        group_of = groups_by_tensor(self)
         # Before the exchange, and with the groups of this moment: what travels is made from the
         # momentum that this step leaves.
         self._before(group_of)

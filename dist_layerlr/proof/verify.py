@@ -20,7 +20,7 @@ from dist_layerlr.optim.readback import (
 )
 from dist_layerlr.optim.routed import parts_of
 from dist_layerlr.optim.trial import Verdict, try_out
-from dist_layerlr.plan.entries import Plan, PlanEntry
+from dist_layerlr.plan.entries import Plan, PlanEntry, total_numel
 from dist_layerlr.proof.current import current_problems
 from dist_layerlr.proof.deep import deep_problems
 from dist_layerlr.proof.elements import element_problems
@@ -125,12 +125,8 @@ def verify(
         problems += stepper_problems(plan, found)
         problems += _local_problems(plan, found, live, expected, _default_decay(model, optimizer))
     if factor is None:
-        # Groups of one rank may agree with each other and not with those of another.
         _check_one_factor(expected)
-    # On such meshes, and for names that differ by rank on purpose, no rank knows alone how many
-    # copies there are: the counts of all ranks tell.
     anyhow = plan.entries.keys() if sharder.layout.meshes else distinct_names(model, plan.entries)
-    # Each of these is a collective with one result for all ranks, so they all raise or all go on.
     _refuse(element_problems(plan, found, live, anyhow))
     if deep:
         _refuse(deep_problems(model, sharder, found, steps))
@@ -139,7 +135,7 @@ def verify(
         sharder=sharder.layout.label,
         ranks=world_size(),
         parameters=len(plan.entries),
-        elements=sum(e.numel for e in plan.entries.values()),
+        elements=total_numel(plan.entries.values()),
         groups=len(plan.groups),
         digest=plan.digest,
         step_factor=expected,
@@ -164,6 +160,7 @@ def _expected_factor(
 
 def _refuse(problems: list[Problem]) -> None:
     """Raise problems that all ranks have found together."""
+    # They come from a collective, with one result for all: every rank raises, or none does.
     if problems:
         raise mismatch(0, problems[:SHOWN], len(problems))
 

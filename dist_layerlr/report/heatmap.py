@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from dist_layerlr.errors import ConfigError
 from dist_layerlr.plan.components import COMPONENTS
-from dist_layerlr.plan.entries import Plan, PlanEntry
+from dist_layerlr.plan.entries import Plan, PlanEntry, total_numel
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -77,17 +77,16 @@ def _panels(plan: Plan) -> dict[str, Cells]:
     )
     for entry in plan.entries.values():
         grouped[entry.panel or OUTSIDE][entry.component, entry.block or 0].append(entry)
-    inside = {title: cells for title, cells in grouped.items() if title != OUTSIDE}
-    ordered = {**inside, **({OUTSIDE: grouped[OUTSIDE]} if OUTSIDE in grouped else {})}
+    if OUTSIDE in grouped:
+        grouped[OUTSIDE] = grouped.pop(OUTSIDE)  # the last panel
     return {
         title: {key: _mean_lr(rows) for key, rows in cells.items()}
-        for title, cells in ordered.items()
+        for title, cells in grouped.items()
     }
 
 
 def _mean_lr(rows: list[PlanEntry]) -> float:
-    elements = sum(e.numel for e in rows) or 1
-    return sum(e.lr * e.numel for e in rows) / elements
+    return sum(e.lr * e.numel for e in rows) / (total_numel(rows) or 1)
 
 
 def _draw_panel(axis: Axes, title: str, cells: Cells, norm: Any) -> None:
