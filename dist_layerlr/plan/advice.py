@@ -60,7 +60,7 @@ def _region_gives_no_lr(entry: PlanEntry, config: Config) -> bool:
 
 def _unlisted(rows: list[PlanEntry], total: int, config: Config) -> str:
     listed = set(config.per_layer_lr.component_lr) | {DEFAULT}
-    # An empty component_lr is a wish: one rate for all components.
+    # An empty component_lr is meant: one rate for all components.
     if len(listed) == 1:
         return ""
     # A region may list rates of its own.

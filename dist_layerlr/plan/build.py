@@ -94,7 +94,6 @@ def _infos(params: Params) -> list[ParamInfo]:
         info = (
             item if isinstance(item, ParamInfo) else ParamInfo(name=item[0], shape=tuple(item[1]))
         )
-        # A list that has both `module.a` and `a` names one parameter twice, and is refused below.
         name = canonical_name(info.name)
         if name in infos:
             raise ModelSourceError(
@@ -363,8 +362,7 @@ def _entry(p: _Placed, factor: float, weight_decay: float | None, block: PerLaye
     multiplier = 1.0
     if p.region is not None:
         if p.region.lr is not None:
-            # One absolute rate for the region: the block's table must not take components out of
-            # it.
+            # The block's table must take nothing out of a region of one absolute rate.
             rates, fallback = {}, p.region.lr
         rates = p.region.component_lr if p.region.component_lr is not None else rates
         multiplier = p.region.lr_multiplier
