@@ -1,10 +1,11 @@
 """What metrics per cell cost: a step that is measured, and one that is not, under every sharder.
 
     python benchmarks/metrics_cost.py              # 2 gloo ranks; about 4 minutes on 2 cores
-    python benchmarks/metrics_cost.py --only fsdp2 --rounds 60
+    python benchmarks/metrics_cost.py --only fsdp2 ddp --rounds 60
 
 One model is stepped in two ways that take turns: watched but not measured, where the hooks return
-at once, and measured. The ratio is the median of the rounds' ratios, the slowest rank counting.
+at once, and measured. Times are CPU time of the slowest rank, since other work may share the
+machine; waiting for the one all-reduce is not in them. A ratio is the median of the rounds' ratios.
 `share` is what measuring every tenth step adds to the run: a tenth of what it adds to a step.
 Writes benchmarks/results/metrics_cost.json.
 """
@@ -46,11 +47,11 @@ def main() -> None:
     """Start the ranks."""
     form = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=form)
-    parser.add_argument("--only", choices=SHARDERS, help="one sharder")
+    parser.add_argument("--only", choices=SHARDERS, nargs="+", help="some sharders")
     parser.add_argument("--rounds", type=int, default=30, help="of both ways (default 30)")
     parser.add_argument("--out", type=Path, default=RESULT, help="JSON file")
     args = parser.parse_args()
-    print(f"{'sharder':<12}{'':<6}{'step ms':>9}{'measured':>10}{'share':>9}")
+    print(f"{'sharder':<12}{'':<6}{'CPU ms':>9}{'measured':>10}{'share':>9}")
     with tempfile.TemporaryDirectory() as folder:
         arguments = (os.path.join(folder, "store"), args)
         spawn(work, arguments, nprocs=WORLD)  # type: ignore[no-untyped-call]
@@ -60,7 +61,7 @@ def work(rank: int, store: str, args: argparse.Namespace) -> None:
     """Do everything that one rank does."""
     start_rank(rank, store, WORLD)
     rows: list[Row] = []
-    for sharder in SHARDERS if args.only is None else (args.only,):
+    for sharder in args.only or SHARDERS:
         for method in METHODS:
             rows.append(compare(sharder, method, args.rounds))
             if rank == 0:
@@ -96,15 +97,15 @@ def compare(sharder: str, method: str, rounds: int) -> Row:
 
 
 def timed(way: str, cells: CellMetrics, step: Callable[[], object]) -> float:
-    """Seconds of one step, and of asking for its numbers."""
+    """CPU seconds of one step, and of asking for its numbers."""
     # A rank that comes late would else charge its delay to the other rank's collectives.
     dist.barrier()
-    start = time.perf_counter()
+    start = time.process_time()
     if way == MEASURED:
         cells.arm()
     step()
     assert (cells.read() is not None) == (way == MEASURED)
-    return time.perf_counter() - start
+    return time.process_time() - start
 
 
 def native(sharder: str, model: nn.Module, plan: dist_layerlr.Plan) -> Any:

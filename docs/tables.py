@@ -2,7 +2,8 @@
 
     python docs/tables.py
 
-A table stands between ``<!-- fields: NAME -->``, or ``<!-- optimizers -->``, and ``<!-- end -->``.
+A table stands between ``<!-- fields: NAME -->``, ``<!-- optimizers -->`` or ``<!-- kinds -->``, and
+``<!-- end -->``.
 Optimizers of packages that are not installed keep the row that was written where they were.
 """
 
@@ -14,12 +15,14 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from dist_layerlr.audit.findings import FAULTS, KINDS
 from dist_layerlr.fields import Setting, settings
 from dist_layerlr.offload import StreamPolicy
 from dist_layerlr.optim.trial import remember, try_way
 from dist_layerlr.optim.ways import Cut, Way
 from dist_layerlr.plan.config import PRESET, Config, PatternRule, PerLayerLR, Region
 from dist_layerlr.plan.depth import DepthSettings
+from dist_layerlr.plan.optimizers import OptimizerRule
 from dist_layerlr.plan.presets import RfdetrPreset
 from dist_layerlr.sharders import Layout
 from launch.trainer.objectives.causal_lm import NextToken
@@ -35,6 +38,8 @@ from tests.support.optimizers import PACKAGES, Make, is_installed, package_of
 DOCS = Path(__file__).resolve().parent
 PAGES = ("names.md", "config.md", "offload.md")
 PROOF = DOCS / "proof.md"
+AUDIT = DOCS / "audit.md"
+FOUND = re.compile(r"(<!-- kinds -->\n)(.*?)(<!-- end -->)", re.DOTALL)
 OPTIMIZERS = re.compile(r"(<!-- optimizers -->\n)(.*?)(<!-- end -->)", re.DOTALL)
 WAYS = {
     "none, DDP": Layout(name="ddp"),
@@ -54,6 +59,7 @@ def tables() -> dict[str, list[Setting]]:
         "per_layer_lr": [*settings(PerLayerLR, DepthSettings).values(), PRESET],
         "regions": [*settings(Region, DepthSettings).values()],
         "patterns": [*settings(PatternRule).values()],
+        "optimizers": [*settings(OptimizerRule).values()],
         "rfdetr": [*settings(RfdetrPreset).values()],
         # The trainer requires model_type, so its own declaration comes last and holds.
         "config": [*settings(Config, RunOptions).values()],
@@ -138,7 +144,16 @@ def filled_proof() -> str:
     return OPTIMIZERS.sub(lambda found: found[1] + optimizer_table(found[2]) + found[3], text)
 
 
+def filled_audit() -> str:
+    """docs/audit.md with the kinds that the audit finds."""
+    rows = "| kind | counts as | meaning |\n|---|---|---|\n"
+    for kind, meaning in KINDS.items():
+        rows += f"| `{kind}` | {'fault' if kind in FAULTS else 'warning'} | {meaning} |\n"
+    return FOUND.sub(lambda found: found[1] + rows + found[3], AUDIT.read_text(encoding="utf-8"))
+
+
 if __name__ == "__main__":
+    AUDIT.write_text(filled_audit(), encoding="utf-8")
     PROOF.write_text(filled_proof(), encoding="utf-8")
     for name in PAGES:
         (DOCS / name).write_text(filled(name), encoding="utf-8")

@@ -4,10 +4,10 @@
     torchrun --nproc_per_node 2 launch/train.py --config FILE --sharding fsdp2 --resume latest
     deepspeed --num_gpus 2 launch/train.py --config FILE --deepspeed_config ds_configs/zero2.json
 
-Writes plan.json, verify.json, metrics.jsonl, lr_grid.png, samples/, run.json, resolved_config.json,
-train.log and final/ into --output-dir, in place of those of an earlier run (of its final/ when this
-one's is complete), and checkpoints/ every train.save_every steps, which --resume continues under
-any sharding.
+Writes plan.json, verify.json, metrics.jsonl, page.html, lr_grid.png, samples/, run.json,
+resolved_config.json, train.log and final/ into --output-dir, in place of those of an earlier run
+(of its final/ when this one's is complete), and checkpoints/ every train.save_every steps, which
+--resume continues under any sharding.
 
 Bad input: one line, exit status 2, before training starts. A damaged sample is found only when it
 is read. A loss of NaN or infinity: one line, status 1, nothing saved. SIGINT and SIGTERM: the

@@ -38,10 +38,12 @@ def group_problems(
         if len(set(asked)) > 1 and len(set(live)) == 1:
             return [("flattened", f"{kind}: {_some(asked)} were given, all train at {live[0]:g}")]
         return []
-    scales = [math.prod(group.get(key, 1.0) for key in _MULTIPLIERS) for group in before]
-    scaled = list(map(operator.mul, asked, scales))
+    scales, scaled = [], []
+    for group, lr in zip(before, asked, strict=True):
+        scales.append(math.prod(group.get(key, 1.0) for key in _MULTIPLIERS))
+        scaled.append(lr * scales[-1])
     uneven = len(set(scales)) > 1
-    # timm's schedulers, for one, do multiply by such a key.
+    # A trainer of the project that writes such keys multiplies by them in its own schedule.
     if uneven and _proportional(scaled, live):
         return []
     if _proportional(asked, live):
@@ -58,10 +60,11 @@ def group_problems(
 
 def _proportional(given: Sequence[float], live: Sequence[float]) -> bool:
     ratios: list[float] = []
-    for rate, now in zip(given, live, strict=True):
-        if rate > 0.0:
-            ratios.append(now / rate)
-        elif now != 0.0:
+    # A group that was given lr 0 has no ratio; it must stay at 0.
+    for a, b in zip(given, live, strict=True):
+        if a > 0.0:
+            ratios.append(b / a)
+        elif b != 0.0:
             return False
     return not ratios or max(ratios) - min(ratios) <= _SAME * max(map(abs, ratios))
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from dist_layerlr.audit.merge import Row, Seen, whole
+from dist_layerlr.errors import LayerLRError
 from dist_layerlr.plan.build import build_plan
 from dist_layerlr.plan.config import Config
 from dist_layerlr.plan.diff import Rows, plan_diff
@@ -93,15 +94,18 @@ def find(seen: Seen, plan: Plan | Rows | None = None) -> list[Finding]:
     found += [Finding(kind="audit", text=text) for text in seen.faults]
     if plan is not None:
         found += [Finding(kind="plan", text=line) for line in against(seen, plan)]
+    # Faults stand first in the tables above, the gravest of them at the top.
     order = list(KINDS)
     return sorted(found, key=lambda one: order.index(one.kind))
 
 
 def _of_row(seen: Seen, name: str, row: Row, exempt: frozenset[str]) -> Iterable[str]:
+    # At lr 0 a name is held on purpose. Without a gradient it may be an expert that no token chose.
     if not row["moved"] and row["lr"] > 0.0:
         yield "unmoved" if row["gradient"] else "no gradient"
     if row["twice"]:
         yield "twice"
+    # A name in two groups is counted twice as well, and is told as that.
     elements = whole(seen, name)
     if elements is not None and not row["twice"] and round(row["elements"]) != elements:
         yield "incomplete"
@@ -118,7 +122,12 @@ def _exempt(seen: Seen) -> frozenset[str]:
     block = {"enabled": True, "unmatched": "default", "no_decay": ["ndim<=1", "norm"]}
     if not any(known["trainable"] for known in seen.parameters.values()):
         return frozenset()
-    plan = build_plan(seen.infos(), {"per_layer_lr": block})
+    # The plan's own rules, so that `dist-layerlr plan` and an audit mean the same by a norm.
+    try:
+        plan = build_plan(seen.infos(), {"per_layer_lr": block})
+    except LayerLRError:
+        # kohya's scripts flatten names so that only their base model tells them: shapes are left.
+        return frozenset(n for n, known in seen.parameters.items() if len(known["shape"]) <= 1)
     return frozenset(n for n, entry in plan.entries.items() if entry.weight_decay == 0.0)
 
 
@@ -134,6 +143,7 @@ def live_rows(seen: Seen, planned: Rows) -> dict[str, Mapping[str, Any]]:
     live: dict[str, Mapping[str, Any]] = {}
     for name, row in seen.rows.items():
         wanted = planned.get(name, {})
+        # A plan knows no schedule: its multiplier, read from initial_lr, is taken off.
         lr = row["lr"] / (row["factor"] or 1.0)
         if math.isclose(lr, wanted.get("lr", -1.0), rel_tol=_CLOSE):
             lr = wanted["lr"]  # a product and a quotient end a rounding away

@@ -53,7 +53,7 @@ def install(module: ModuleType) -> None:
     if module.__name__ == "torch.optim.optimizer":
         kind = module.Optimizer
         kind.add_param_group = _noting(kind.add_param_group)
-        module.register_optimizer_step_pre_hook(lambda optimizer, *_: _begin(optimizer))
+        module.register_optimizer_step_pre_hook(_before_step)
         module.register_optimizer_step_post_hook(lambda optimizer, *_: _end(optimizer))
     else:
         engine = module.DeepSpeedEngine
@@ -76,6 +76,7 @@ def _noting(add: Callable[..., Any]) -> Callable[..., Any]:
 def _note(optimizer: Any) -> None:
     group = optimizer.param_groups[-1]
     kept = {key: float(group[key]) for key in GIVEN_KEYS if _is_number(group.get(key))}
+    # Numbers alone: a reference to the group would keep its tensors alive.
     kept["params"] = float(len(group["params"]))
     _state.created.setdefault(optimizer, []).append(kept)
 
@@ -89,6 +90,7 @@ def _around(step: Callable[..., Any]) -> Callable[..., Any]:
 
     @functools.wraps(step)
     def stepped(self: Any, *args: Any, **kwargs: Any) -> Any:
+        # Between boundaries a step only counts micro-batches.
         if not self.is_gradient_accumulation_boundary():
             return step(self, *args, **kwargs)
         _begin(self)
@@ -100,7 +102,14 @@ def _around(step: Callable[..., Any]) -> Callable[..., Any]:
     return stepped
 
 
-def _begin(stepper: Any) -> None:
+def _before_step(optimizer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    # torch hands over what `step` was called with, the optimizer first. A closure runs the backward
+    # pass within the step (as Lightning's does): what stands in `grad` now is the last step's.
+    closure = args[1] if len(args) > 1 else kwargs.get("closure")
+    _begin(optimizer, fresh=closure is None)
+
+
+def _begin(stepper: Any, *, fresh: bool = True) -> None:
     if _state.busy:
         return
     if stepper in _state.open:  # its last step raised, and the script went on
@@ -108,10 +117,10 @@ def _begin(stepper: Any) -> None:
     _state.open.append(stepper)
     # An optimizer inside another (segments, look-ahead), or inside an engine, is part of its step.
     if len(_state.open) == 1:
-        _safely(lambda: _watch(stepper))
+        _safely(lambda: _watch(stepper, fresh))
 
 
-def _watch(stepper: Any) -> None:
+def _watch(stepper: Any, fresh: bool) -> None:
     _state.finish = None
     done = _state.stepped[stepper] = _state.stepped.get(stepper, 0) + 1
     seen = _state.watched.get(stepper, 0)
@@ -127,7 +136,7 @@ def _watch(stepper: Any) -> None:
         from dist_layerlr.audit.record import Recorder
 
         _state.recorder = Recorder(os.environ[FOLDER], _state.created, _state.stepped)
-    _state.finish = _state.recorder.watch(stepper, first=seen == 0)
+    _state.finish = _state.recorder.watch(stepper, first=seen == 0, fresh=fresh)
     _state.watched[stepper] = seen + 1
 
 

@@ -81,6 +81,7 @@ def _merged(reports: list[Row], faults: tuple[str, ...]) -> Seen:
             # Names of one model are its own; of two, they may be the same ones.
             prefix = f"{label}." if several else ""
             sharders[label] = model["sharder"]
+            # Shapes are the whole ones on every rank; the first that tells them is believed.
             for name, known in model["parameters"].items():
                 parameters.setdefault(prefix + name, known)
             waiting.update(prefix + name for name in model.get("waiting", ()))
@@ -102,6 +103,7 @@ def _merged(reports: list[Row], faults: tuple[str, ...]) -> Seen:
 
 def _add(rows: dict[str, Row], name: str, row: Row) -> bool:
     """Add what one rank saw of a name. False: the ranks before it saw other settings."""
+    # Copies on several ranks are the same elements: together they count once.
     share = row["elements"] / row["replicas"]
     known = rows.get(name)
     if known is None:
@@ -113,6 +115,7 @@ def _add(rows: dict[str, Row], name: str, row: Row) -> bool:
     for key in ("moved", "gradient", "twice"):
         known[key] = known[key] or row[key]
     known["obeys"] = known.get("obeys", True) and row.get("obeys", True)
+    # The rank that holds nothing of a name has observed nothing of it.
     if "observed" not in known and "observed" in row:
         known["observed"] = row["observed"]
     for key in ("master", "state"):

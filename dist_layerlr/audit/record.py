@@ -77,18 +77,20 @@ class Recorder:
         self._schedules = Schedules()
         self._open = ExitStack()
 
-    def watch(self, stepper: Any, *, first: bool) -> Callable[[], None]:
+    def watch(self, stepper: Any, *, first: bool, fresh: bool) -> Callable[[], None]:
         """Look at everything before a step; returns what looks again after it, and writes.
 
         Args:
             stepper: a torch optimizer, or a DeepSpeed engine.
             first: whether it was not watched before.
+            fresh: whether gradients are those that the step will use.
         """
+        # Told by what only an engine has: asking by class would import DeepSpeed into every script.
         is_engine = hasattr(stepper, "zero_optimization_stage")
-        # An engine is the model, too. A torch optimizer does not know its model: it is looked for
-        # among live objects.
+        # An engine is its own model; around its inner optimizer nobody could tell names.
         models = [stepper] if is_engine else find_models(self._live(stepper))
         if stepper not in self._numbers:
+            # Numbers: the object must not be kept alive by us, since a script may drop it.
             self._numbers[stepper] = len(self._began)
             self._began[self._numbers[stepper]] = self._counts()
         number = self._numbers[stepper]
@@ -97,7 +99,7 @@ class Recorder:
         stack = self._open = ExitStack()
         views: list[_View] = []
         for model in models:
-            view = self._view(model, None if is_engine else stepper, stack)
+            view = self._view(model, None if is_engine else stepper, stack, fresh)
             if view is not None:
                 views.append(view)
         # A trial or a stale tensor is the same at every step, and a trial costs time: once is
@@ -121,8 +123,7 @@ class Recorder:
         return finish
 
     def _live(self, stepper: Any) -> list[Any]:
-        # The mapping holds optimizers weakly, and one may go while it is read: a list does not
-        # shrink.
+        # A copy of the keys: a weak dictionary may shrink while it is walked.
         return [stepper, *(o for o in list(self._created) if o is not stepper)]
 
     def _counts(self) -> dict[int, int]:
@@ -133,14 +134,19 @@ class Recorder:
         before, now = self._began[number], self._counts()
         return any(now.get(other, 0) > before.get(other, 0) for other in others if other != number)
 
-    def _view(self, model: nn.Module, optimizer: Any, stack: ExitStack) -> _View | None:
+    def _view(
+        self, model: nn.Module, optimizer: Any, stack: ExitStack, fresh: bool
+    ) -> _View | None:
         sharder, label = sharder_of(model), self._labels.of(model)
         try:
             held = live_pieces(sharder, optimizer)
-            look = stack.enter_context(watched(sharder, optimizer, held))
+            look = stack.enter_context(watched(sharder, optimizer, held, gradients=fresh))
         except LayerLRError as error:
+            # The sharder refuses what it would read wrong (round_robin_gradients, pipelines): that
+            # is a finding, not a failure of the audit.
             self._problems["unreadable", f"{label}: {error}"] = None
             return None
+        # Once: modules that appear later are rare, and describing walks the whole model.
         if label not in self._models:
             self._describe(label, sharder)
         return _View(
@@ -166,7 +172,7 @@ class Recorder:
             },
         }
         for key, what in _ASKED.items():
-            # accelerate drops a plugin without an error where it does not support the device.
+            # Accelerate drops the plugin on a machine without an accelerator, and trains on.
             asked = os.environ.get(key, "").lower() in ("1", "true")
             if asked and world_size() > 1 and sharder.layout.name in ("none", "ddp"):
                 text = f"{label}: {what} was asked for, and the model is {sharder.layout.label}"
@@ -182,6 +188,7 @@ class Recorder:
             known = self._models[view.label]["parameters"]
             shapes = [tuple(row["shape"]) for row in known.values() if row["trainable"]]
             owners = [piece.owner for piece in view.held.pieces]
+            # Whole parameters are stepped as they would be without us: nothing to try.
             if view.sharder.layout.shards and view.held.optimizer is not None:
                 verdict = try_here(view.held.optimizer, view.sharder.layout, owners, shapes)
                 if verdict is not None and verdict.fault is not None:
@@ -193,6 +200,7 @@ class Recorder:
             if view.held.strangers:
                 text = f"{view.held.strangers} tensors are no parameters of {view.label}"
                 self._problems["stale", text] = None
+        # DeepSpeed 0.19.8 clips at 1.0 unless it is told, where other trainers do not clip.
         clip = float(engine.gradient_clipping())
         # `_param_dict` (private, read in deepspeed 0.19.8) is the config as the script gave it; the
         # engine's own value has DeepSpeed's default in it, which became 1.0.
@@ -219,6 +227,7 @@ class Recorder:
     def _group_problems(self, stepper: Any, views: list[_View]) -> list[Problem]:
         found: list[Problem] = []
         for inner in {id(v.held.optimizer): v.held.optimizer for v in views}.values():
+            # Of segments the outer group holds one rate by design; those planned are inside.
             live = inner.inner if isinstance(inner, Segmented) else inner
             if live is not None and live in self._created:
                 found += group_problems(type(live).__name__, self._created[live], live.param_groups)
@@ -231,25 +240,23 @@ class Recorder:
         names = self._names.setdefault(view.label, {})
         optimizer = view.held.optimizer
         twice = set(repeated(view.held))
+        # Several pieces of a name have one rate; any of them tells it.
         sights: dict[str, Sight] = {s.name: s for s in view.look() if s.rate is not None}
         groups = getattr(getattr(optimizer, "inner", optimizer), "param_groups", [])
         numbers = {id(group): i for i, group in enumerate(groups)}
         after = _prints(view.held)
         for piece, old, new in zip(view.held.pieces, view.prints, after, strict=True):
             row = names.setdefault(piece.name, {"optimizers": [], "moved": False})
-            fresh = number not in row["optimizers"]
-            if fresh and piece.numel:
+            if piece.numel and number not in row["optimizers"]:
                 row["optimizers"].append(number)
-            # One step that moves a name is enough: a branch may be unused, with no gradient, in
-            # others.
+            # On the device until here: one comparison waits for each piece, a few times per run.
             row["moved"] |= bool(old != new)
             if self._take_turns(number, row["optimizers"]):
                 twice.add(piece.name)
             row["twice"] = row.get("twice", False) or piece.name in twice
-            # A name keeps what its first step showed, unless nothing could be observed then and
-            # another optimizer steps it later.
-            if "lr" not in row or (fresh and "observed" not in row):
-                one = view.live[piece.name]
+            one = view.live[piece.name]
+            # The first watched step is reported; what later ones add is movement and state.
+            if "lr" not in row:
                 row |= {
                     "algorithm": type(getattr(optimizer, "inner", optimizer)).__name__,
                     "group": piece.group.get("name", numbers.get(id(piece.group))),
@@ -259,8 +266,10 @@ class Recorder:
                     "elements": one.numel,
                     "replicas": one.replicas,
                     "factor": view.factor,
-                    **_effect(sights.get(piece.name), one.lr),
                 }
+            # lora_A has no direction at the first step, since lora_B is 0 until then.
+            if "observed" not in row:
+                row |= _effect(sights.get(piece.name), one.lr)
             row["gradient"] = row.get("gradient") or _has_gradient(piece)
             if piece.numel:
                 row["master"] = _short(piece.owner.dtype)
@@ -271,6 +280,7 @@ class Recorder:
         """Names that an optimizer holds which is not stepped yet: two networks take turns."""
         waiting = self._models[view.label].setdefault("waiting", [])
         for other in list(self._created):
+            # An optimizer that has begun speaks for itself, and an engine has no other one.
             if not self._stepped.get(other) and not view.sharder.layout.engine_steps:
                 held = view.sharder.pieces(other).pieces
                 waiting += sorted({piece.name for piece in held} - set(waiting))
@@ -297,6 +307,7 @@ def _prints(held: Pieces) -> list[Tensor]:
 
 
 def _effect(sight: Sight | None, lr: float) -> Row:
+    # Where rounding hides the rate, saying nothing is right: `moved` still tells that it trains.
     if sight is None or not sight.driven or not sight.shows(lr):
         return {}
     return {"observed": sight.rate, "obeys": not sight.differs(lr)}
@@ -307,6 +318,7 @@ def _has_gradient(piece: Any) -> bool | None:
     gradient = piece.owner.grad
     if gradient is None or not piece.numel:
         return None
+    # FSDP1 leaves an unsharded gradient in some of its modes: its elements are other ones.
     if local(gradient).numel() != local(piece.owner).numel():
         return None
     return bool(piece.of(gradient).any())

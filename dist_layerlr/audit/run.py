@@ -68,7 +68,10 @@ def audit(
         if kind not in KINDS:
             hint = suggestion(kind, KINDS)
             raise ConfigError(f"Invalid --allow {kind!r}: must be one of {', '.join(KINDS)}.{hint}")
+    # Before the command: a misspelt path must not cost a training run.
     wanted = None if plan is None else _read_plan(plan)
+    if output is not None and not Path(output).resolve().parent.is_dir():
+        raise ConfigError(f"Invalid --json {output!r}: its folder does not exist. Make it first.")
     with tempfile.TemporaryDirectory(prefix="dist-layerlr-audit-") as folder:
         status = _run(command, _environment(folder, steps))
         seen = read_reports(Path(folder))
@@ -86,6 +89,7 @@ def audit(
 
 
 def _judged(seen: Seen, found: Sequence[Finding], strict: bool, allow: Sequence[str]) -> int:
+    # Only faults of the audit itself were written.
     if not seen.ranks:
         return NOTHING_SEEN
     counted = {one.kind for one in found} - set(allow)
@@ -112,6 +116,7 @@ def _environment(folder: str, steps: int) -> Mapping[str, str]:
     root = str(Path(dist_layerlr.__file__).resolve().parents[1])
     site = _SITE.format(root=root, folder=folder)
     Path(folder, "sitecustomize.py").write_text(site, encoding="utf-8")
+    # In front, so that it is found before the one of the distribution, which it then runs.
     path = os.pathsep.join(filter(None, (folder, os.environ.get("PYTHONPATH", ""))))
     return {**os.environ, "PYTHONPATH": path, FOLDER: folder, STEPS: str(steps)}
 
@@ -119,6 +124,7 @@ def _environment(folder: str, steps: int) -> Mapping[str, str]:
 def _run(command: Sequence[str], environment: Mapping[str, str]) -> int:
     """Run the command with our own standard streams; its exit status as a shell gives it."""
     try:
+        # Its streams are ours: what it prints must not depend on who looks on.
         process = subprocess.Popen(list(command), env=environment)
     except OSError as error:
         raise ConfigError(

@@ -57,6 +57,7 @@ def _said(finding: Finding) -> str:
 
 def _rows(seen: Seen, every_name: bool) -> list[Cells]:
     """One line per name, or one for all names that train alike."""
+    # A model has thousands of names and a handful of ways in which they train.
     alike: dict[Any, list[str]] = {}
     for name, row in seen.rows.items():
         cells = _cells(row, seen.ranks)
@@ -70,6 +71,7 @@ def _rows(seen: Seen, every_name: bool) -> list[Cells]:
 
 def _cells(row: Row, ranks: int) -> Cells:
     state = ",".join(sorted(set((row.get("state") or {}).values()))) or "-"
+    # A rate can be observed for optimizers whose formula is known; movement always.
     if "observed" in row:
         effect = "as its lr" if row.get("obeys", True) else f"at {row['observed']:.4g}"
     else:
@@ -88,6 +90,7 @@ def _cells(row: Row, ranks: int) -> Cells:
 
 def _held_by(row: Row, ranks: int) -> str:
     """Who steps it: each rank all of it, or some of them a part each."""
+    # Under FSDP of several groups (HSDP) a part may have copies, fewer than there are ranks.
     if row["replicas"] >= ranks:
         return "whole"
     holders = row["holders"]

@@ -82,7 +82,7 @@ class Live:
         """What steps the elements: the inner optimizer of a segmented one."""
         optimizer = self.found.optimizer
         if self.routed is not None:
-            return "+".join(self.routed.kind_of(label) for label in self.routed.parts)
+            return "+".join(map(self.routed.kind_of, self.routed.parts))
         if isinstance(optimizer, Segmented) and optimizer.inner is not None:
             optimizer = optimizer.inner
         return type(optimizer).__name__
@@ -97,8 +97,7 @@ class Live:
         """{name: class of the optimizer that steps it}; empty where there is one for all."""
         if self.routed is None:
             return {}
-        kinds = {label: self.routed.kind_of(label) for label in self.routed.parts}
-        return {piece.name: kinds[piece.group[OPTIMIZER]] for piece in self.found.pieces}
+        return {p.name: self.routed.kind_of(p.group[OPTIMIZER]) for p in self.found.pieces}
 
     def is_own(self, piece: Piece, key: str) -> bool:
         """Whether an entry of the state of a piece's tensor is of the optimizer that steps it."""

@@ -199,7 +199,8 @@ def _by_class(live: Live) -> dict[str, tuple[str, ...]]:
     found: dict[str, list[str]] = {}
     for name, kind in live.steppers.items():
         found.setdefault(kind, []).append(name)
-    return {kind: tuple(names) for kind, names in found.items()}
+    # Tuples, because the manifest is frozen and compared.
+    return dict(zip(found, map(tuple, found.values()), strict=True))
 
 
 def _check_numbers(step: int, keep: int | None) -> None:

@@ -11,6 +11,7 @@ PROGRAM = "dist-layerlr"
 MODEL_HELP = (
     "a .safetensors file, a checkpoint folder, or a tsv of name<TAB>shape (.gz too; - reads stdin)"
 )
+RUN_HELP = f"with --html, the folder of a run; or a model: {MODEL_HELP}"
 BASE_HELP = "the full model, when MODEL lists an adapter only"
 CONFIG_HELP = "training config (JSON, YAML or TOML, told by the file's name)"
 STATUSES = {0: "done", 2: "an error, said in one line", 3: "a defect of this program"}
@@ -40,6 +41,7 @@ def add_command(
         statuses: beside those that all commands share.
         takes_json: whether ``--json`` is a plain flag; else the command declares its own.
     """
+    # Shown as they stand: argparse would fill them into a paragraph.
     lines = [f"  {PROGRAM} {example}" for example in examples]
     known = sorted({**STATUSES, **(statuses or {})}.items())
     codes = [f"  {status}  {meaning}" for status, meaning in known]

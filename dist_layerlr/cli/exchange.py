@@ -44,6 +44,7 @@ def add_to(commands: Any) -> None:
 
 def _run_convert(args: argparse.Namespace) -> Output:
     settings = read_config(args.file)
+    # A file of sd-scripts does not say which UNet it is for: its script's name does.
     if args.sdxl:
         settings["sdxl"] = True
     names = [info.name for info in read_model(args.model)] if args.model else None

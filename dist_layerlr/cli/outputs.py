@@ -75,8 +75,7 @@ def _add_export(commands: Any) -> None:
         " ComfyUI or kohya's programs load",
         examples=[
             "export runs/latest lora --format peft",
-            "export runs/latest model --format diffusers --dtype bf16"
-            " --base pretrained/transformer",
+            "export runs/latest model --format diffusers --base pretrained/transformer",
         ],
     )
     where = "a checkpoint folder, or a folder of them or of a run: then the newest"

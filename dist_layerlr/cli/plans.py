@@ -13,6 +13,7 @@ from dist_layerlr.cli.command import (
     CONFIG_HELP,
     MODEL_HELP,
     PROGRAM,
+    RUN_HELP,
     Output,
     add_command,
     as_json,
@@ -60,17 +61,23 @@ def add_to(commands: Any) -> None:
         commands,
         "plot",
         _run_plot,
-        text="draw the grid as a heat map",
-        examples=["plot model.safetensors --config config.json --output rates.png"],
+        text="draw the grid as a heat map, or a run as a page",
+        examples=[
+            "plot model.safetensors --config config.json --output rates.png",
+            "plot runs/latest --html",
+        ],
     )
+    plot.add_argument("--html", action="store_true", help="write one HTML page, not a PNG")
     plot.add_argument(
-        "--output", default="lr_grid.png", help="PNG file to write (default: lr_grid.png)"
+        "--output", metavar="FILE", help="to write (default: lr_grid.png, or page.html)"
     )
     for command in (plan, explain, plot):
-        command.add_argument("model", metavar="MODEL", help=MODEL_HELP)
+        what = ("MODEL", MODEL_HELP) if command is not plot else ("RUN|MODEL", RUN_HELP)
+        command.add_argument("model", metavar=what[0], help=what[1])
         if command is explain:
             command.add_argument("name", metavar="NAME", help="a parameter name of MODEL")
-        command.add_argument("--config", required=True, metavar="FILE", help=CONFIG_HELP)
+        needed = command is not plot
+        command.add_argument("--config", required=needed, metavar="FILE", help=CONFIG_HELP)
         command.add_argument("--base", metavar="MODEL", help=BASE_HELP)
     _add_diff(commands)
 
@@ -130,6 +137,7 @@ def _run_plan(args: argparse.Namespace) -> Output:
 def _run_explain(args: argparse.Namespace) -> Output:
     plan = _plan(args, args.config)
     text = explain(plan, args.name)
+    # The name may carry wrappers, which the plan's keys do not.
     if args.json:
         row = plan.to_dict()["parameters"].get(canonical_name(args.name), {})
         return as_json({"name": args.name, **row, "text": text.splitlines()}), 0
@@ -138,9 +146,22 @@ def _run_explain(args: argparse.Namespace) -> Output:
 
 def _run_plot(args: argparse.Namespace) -> Output:
     from dist_layerlr.report.heatmap import draw_grid
+    from dist_layerlr.report.page import write_page
 
-    draw_grid(_plan(args, args.config), Path(args.output))
-    return as_json({"wrote": [args.output]}) if args.json else f"wrote {args.output}\n", 0
+    output = Path(args.output or ("page.html" if args.html else "lr_grid.png"))
+    if args.html and args.config is None:
+        write_page(output, Path(args.model), f"Run {Path(args.model).resolve().name}")
+    elif args.config is None:
+        raise ConfigError(
+            "Missing --config FILE: rates are planned from a training config. A run needs none"
+            " with --html."
+        )
+    elif args.html:
+        plan = _plan(args, args.config)
+        write_page(output, plan, f"Learning rates of {plan.config.model_type}")
+    else:
+        draw_grid(_plan(args, args.config), output)
+    return as_json({"wrote": [str(output)]}) if args.json else f"wrote {output}\n", 0
 
 
 def _run_diff(args: argparse.Namespace) -> Output:

@@ -64,6 +64,7 @@ def number(given: Settings, key: str) -> float | None:
     value = given.get(key)
     if value is None or value == "":
         return None
+    # Arguments of a command line, and PyYAML's 1e-4, are text.
     if isinstance(value, str):
         try:
             value = float(value)

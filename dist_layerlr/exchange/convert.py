@@ -70,6 +70,7 @@ def _flat(settings: Settings) -> dict[str, Any]:
     """Sections of a file, which sd-scripts reads as if there were none."""
     found: dict[str, Any] = {}
     for key, value in settings.items():
+        # Regions and groups are lists, so that a mapping can only be a section.
         if isinstance(value, Mapping):
             found |= value
         else:
@@ -87,3 +88,10 @@ def _drop_unmatched(block: dict[str, Any], names: list[str], notes: list[str]) -
             notes.append(f"left out: {region['match']!r} matches no name of the model")
     if "regions" in block:
         block["regions"] = kept
+    spared = []
+    for rule in block.get("no_decay", ()):
+        # The two rules that are no patterns look at shapes and owners.
+        if rule in ("ndim<=1", "norm") or any(map(compile_pattern(rule), names)):
+            spared.append(rule)
+    if "no_decay" in block:
+        block["no_decay"] = spared

@@ -27,6 +27,7 @@ def from_kohya(given: Settings) -> Draft:
     ratio = number(told, "loraplus_unet_lr_ratio") or number(told, "loraplus_lr_ratio")
     if ratio is not None:
         draft.block["lora_plus_ratio"] = ratio
+    # An empty field of the GUI counts as not given, as it does there.
     has_blocks = any(told.get(key) for key in _BLOCK_KEYS)
     if has_blocks and told.get("network_reg_lrs"):
         raise ConfigError(
@@ -59,8 +60,9 @@ def _block_regions(told: Mapping[str, Any], draft: Draft) -> list[Region]:
     patterns: dict[float, list[str]] = {}
     for part, values in weights(slots, told).items():
         for place, weight in enumerate(values):
-            if weight != 1.0:
-                patterns.setdefault(weight, []).append(slots.pattern(part, place))
+            pattern = slots.pattern(part, place)
+            if weight != 1.0 and pattern is not None:
+                patterns.setdefault(weight, []).append(pattern)
     if 0.0 in patterns:
         draft.notes.append(
             "blocks of weight 0 get no adapter in sd-scripts; here they are held at lr 0. To leave"

@@ -33,6 +33,7 @@ def from_axolotl(given: Settings) -> Draft:
         return draft
     decay = number(given, "weight_decay") or 0.0
     scale, absolute = number(given, "embedding_lr_scale"), number(given, "embedding_lr")
+    # As axolotl decides: a scale goes before an absolute rate, and 0 counts as not given.
     embedding = draft.learning_rate * scale if scale else absolute or draft.learning_rate
     draft.block["weight_decay"] = decay
     draft.regions.append({"match": _EMBEDDINGS, "lr": embedding, "weight_decay": 0.0})
@@ -119,6 +120,7 @@ def from_torchtitan(given: Settings) -> Draft:
                 f"Cannot convert optimizers with several {key} ({', '.join(sorted(values))}): a"
                 " plan gives rates and weight decay alone. Use one."
             )
+    # The last pattern is mostly `.*`, for everything that the others leave.
     draft = Draft(learning_rate=rate(rows[-1], "lr"))
     for row in rows:
         region = {"match": f"re:{fields.text('pattern', row.get('pattern'))}"}

@@ -16,6 +16,9 @@ _AUTO_SHARE = 0.5
 
 Activations need the rest."""
 
+_TRAINED_BESIDES = 3
+"""Copies of a trained weight that lie beside it: its gradient, and Adam's two moments."""
+
 
 def unit_info(spec: UnitSpec, policy: StreamPolicy, *, resident: bool) -> UnitInfo:
     """Sizes of one unit under a policy."""
@@ -35,9 +38,16 @@ def resident_count(specs: list[UnitSpec], policy: StreamPolicy, backend: Backend
     wanted = policy.resident_blocks
     if wanted == AUTO:
         # The slots take their part of the share, too.
-        free, size = backend.free_bytes(), max(map(slot_bytes, specs))
-        wanted = 0 if free is None else int(_AUTO_SHARE * free) // size - policy.slots
+        free, slots = backend.free_bytes(), policy.slots * max(map(slot_bytes, specs))
+        kept = max(map(_kept_bytes, specs))
+        wanted = 0 if free is None else (int(_AUTO_SHARE * free) - slots) // kept
     return max(0, min(int(wanted), len(specs) - 1))
+
+
+def _kept_bytes(spec: UnitSpec) -> int:
+    """Device memory of a resident unit: its weights, and what training them takes besides."""
+    trained = sum(weight.param.nbytes for weight in spec.trainable)
+    return slot_bytes(spec) + _TRAINED_BESIDES * trained
 
 
 def grad_staging_bytes(specs: list[UnitSpec]) -> int:

@@ -7,6 +7,7 @@ the graph, and leaves the weight without a gradient. On the CPU both are one nod
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Sequence
 from typing import Any
 
@@ -26,7 +27,8 @@ class Reach:
     def __init__(self, units: Sequence[Unit]):
         self._weights = [unit.trained_at() for unit in units]
         """Per unit {first byte in the slot: the parameter there, if it trains}."""
-        self._model: nn.Module | None = None
+        # Weak: the engine must not keep a model alive that its user dropped.
+        self._model: weakref.ref[nn.Module] | None = None
         self._reached = False
         """Whether the pass runs the node of any streamed weight that it read."""
         self._before: dict[nn.Parameter, _Gradient] | None = None
@@ -34,7 +36,7 @@ class Reach:
 
     def watch(self, model: nn.Module) -> None:
         """The model that the units belong to."""
-        self._model = model
+        self._model = weakref.ref(model)
 
     def begin(self) -> None:
         """A backward pass begins."""
@@ -76,9 +78,11 @@ class Reach:
         )
 
     def _gradients(self) -> dict[nn.Parameter, _Gradient]:
-        params = [] if self._model is None else self._model.parameters()
+        model = None if self._model is None else self._model()
         found: dict[nn.Parameter, _Gradient] = {}
-        for param in params:
+        if model is None:
+            return found
+        for param in model.parameters():
             if param.grad is not None:
                 found[param] = id(param.grad), param.grad._version
         return found

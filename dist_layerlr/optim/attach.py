@@ -27,9 +27,10 @@ from dist_layerlr.optim.trial import Verdict, remember, try_out, try_parts
 from dist_layerlr.optim.validate import refuse
 from dist_layerlr.plan.entries import Plan, Shape
 from dist_layerlr.plan.optimizers import BLOCK
-from dist_layerlr.ranks import alike, everyone, together
+from dist_layerlr.ranks import alike, everyone, rank, together
 from dist_layerlr.sharders import Layout, Sharder, sharder_of
 from dist_layerlr.sharders.base import Slice
+from dist_layerlr.sharders.distinct import distinct_names
 
 GROUPS, SEGMENTED, AUTO = "groups", "segmented", "auto"
 EMISSIONS = (AUTO, GROUPS, SEGMENTED)
@@ -112,7 +113,7 @@ def bind(plan: Plan, engine: nn.Module) -> None:
         found.optimizer.bind(found.pieces)
     layout = sharder.layout
     if parts_of(found.optimizer) is not None:
-        _place(found.optimizer, found.pieces)
+        _place(plan, found.optimizer, sharder, found.pieces)
     owners = [piece.owner for piece in found.pieces]
     verdict = try_out(found.optimizer, layout, owners, _shapes(plan))
     alike(lambda: refuse(verdict, layout))
@@ -150,9 +151,10 @@ def _attach_several(
     whole: frozenset[str] = frozenset()
     if emission == SEGMENTED:
         # DeepSpeed follows, and will cut what is whole now.
-        whole = frozenset(label for label in makes if takes_matrices(plan, label))
+        whole = frozenset(filter(partial(takes_matrices, plan), makes))
     optimizer, layout, verdicts = _build_several(plan, model, makes, whole)
-    faulty = frozenset(label for label, found in verdicts.items() if found.fault is not None)
+    # What the trial of slices refuses may still be right on whole tensors: it is tried again there.
+    faulty = frozenset(filter(lambda label: verdicts[label].fault is not None, verdicts))
     if faulty - whole and all(takes_matrices(plan, label) for label in faulty):
         optimizer, layout, verdicts = _build_several(plan, model, makes, whole | faulty)
     for verdict in verdicts.values():
@@ -169,18 +171,21 @@ def _build_several(
         sharder = sharder_of(model)
         optimizer = _build(plan, sharder, router(plan, makes, whole), True)
     assert isinstance(optimizer, Segmented)
-    _place(optimizer, alike(lambda: sharder.pieces(optimizer).pieces))
+    _place(plan, optimizer, sharder, alike(lambda: sharder.pieces(optimizer).pieces))
     return optimizer, sharder.layout, try_parts(optimizer, sharder.layout, _owners(optimizer), plan)
 
 
-def _place(optimizer: Segmented, pieces: Sequence[Slice]) -> None:
+def _place(plan: Plan, optimizer: Segmented, sharder: Sharder, pieces: Sequence[Slice]) -> None:
     """Every rank tells what it holds of each name. Collective."""
     held: dict[str, list[tuple[int, int]]] = {}
     for piece in pieces:
         if piece.numel:
             held.setdefault(piece.name, []).append((piece.start, piece.numel))
     table = everyone(held)
-    alike(lambda: optimizer.place(pieces, table))
+    # Ranks of an unwrapped model know nothing of each other, in one process group or not.
+    alone = frozenset(plan.entries if sharder.layout.name == "none" else ())
+    alone |= frozenset(alike(lambda: distinct_names(sharder.model, plan.entries)))
+    alike(lambda: optimizer.place(pieces, table, rank(), alone))
 
 
 def _owners(optimizer: Optimizer) -> list[Tensor]:

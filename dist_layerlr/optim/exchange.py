@@ -17,7 +17,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from dist_layerlr.errors import PlanMismatch
-from dist_layerlr.ranks import in_group, rank, transport_device, world_size
+from dist_layerlr.ranks import transport_device
 
 Range = tuple[int, int]
 """(first element, number of elements) of a flattened whole tensor."""
@@ -45,57 +45,42 @@ class Schedule:
     sizes: Mapping[str, int]
     """{name: elements of the whole}, in the order in which all ranks pack them."""
     owners: Mapping[str, int]
-
-    @cached_property
-    def mine(self) -> list[str]:
-        """Names that this rank owns."""
-        return [name for name in self.sizes if self.owners[name] == rank()]
+    me: int
+    """This rank's place in the table."""
 
     @cached_property
     def gathered(self) -> tuple[list[list[Segment]], list[list[Segment]]]:
         """(sent to each rank, received from each rank) on the way to the owners."""
-        sent, received = self._by_rank(), self._by_rank()
+        sent, received = _rows(len(self.table)), _rows(len(self.table))
         for name, size in self.sizes.items():
             owner = self.owners[name]
             # Sender and receiver walk the same names and runs in the same order, so elements travel
             # without a header that says what they are.
             for source, start, numel in cover(name, size, self.table, owner):
                 segment = Segment(name=name, start=start, numel=numel)
-                if source == rank():
+                if source == self.me:
                     sent[owner].append(segment)
-                if owner == rank():
+                if owner == self.me:
                     received[source].append(segment)
         return sent, received
 
     @cached_property
     def returned(self) -> tuple[list[list[Segment]], list[list[Segment]]]:
         """(sent to each rank, received from each rank) on the way back: to all that hold some."""
-        sent, received = self._by_rank(), self._by_rank()
+        sent, received = _rows(len(self.table)), _rows(len(self.table))
         for name in self.sizes:
             owner = self.owners[name]
-            # An owner serves every rank that holds some; the others wait for their own part alone.
-            for place in range(len(self.table)) if owner == rank() else (rank(),):
-                for start, numel in self.table[place].get(name, ()):
-                    if not numel:
-                        continue
-                    segment = Segment(name=name, start=start, numel=numel)
-                    if owner == rank():
-                        sent[place].append(segment)
-                    if place == rank():
-                        received[owner].append(segment)
+            for place in range(len(self.table)) if owner == self.me else (self.me,):
+                segments = [
+                    Segment(name=name, start=start, numel=numel)
+                    for start, numel in self.table[place].get(name, ())
+                    if numel
+                ]
+                if owner == self.me:
+                    sent[place] += segments
+                if place == self.me:
+                    received[owner] += segments
         return sent, received
-
-    def _by_rank(self) -> list[list[Segment]]:
-        return [[] for _ in self.table]
-
-    @property
-    def elements_moved(self) -> int:
-        """Elements that this rank sends to others, both ways."""
-        moved = 0
-        for way in (self.gathered[0], self.returned[0]):
-            for to, row in enumerate(way):
-                moved += _elements(row) if to != rank() else 0
-        return moved
 
 
 @dataclass(kw_only=True)
@@ -106,6 +91,8 @@ class Exchange:
     sizes: Mapping[str, int]
     costs: Mapping[str, float]
     """Of computing on each whole: what owners are balanced by."""
+    me: int
+    """This rank's place in the table."""
     fixed: bool = False
     """Whether a name's owner must stay the same, because it keeps something of it."""
     elements_moved: int = 0
@@ -114,28 +101,28 @@ class Exchange:
 
     @cached_property
     def _owners(self) -> dict[str, int]:
-        return balanced(self.costs, world_size())
+        return balanced(self.costs, len(self.table))
 
     def rounds(self, names: tuple[str, ...]) -> list[Schedule]:
         """The schedules in which some names travel; the same list on all ranks."""
         if names not in self._known:
             owners = self._owners
             if not self.fixed:
-                # Names without a gradient cost nothing now, so the load is balanced over the rest.
-                # Only what all ranks know goes into it: they must all find the same owners.
-                owners = balanced({name: self.costs[name] for name in names}, world_size())
+                owners = balanced({name: self.costs[name] for name in names}, len(self.table))
             rounds: list[dict[str, int]] = [{}]
             total = 0
             for name in names:
-                # A tensor larger than a round travels in one of its own.
+                # A matrix that is larger than a round has one of its own.
                 if rounds[-1] and total + self.sizes[name] > ROUND:
                     rounds.append({})
                     total = 0
                 rounds[-1][name] = self.sizes[name]
                 total += self.sizes[name]
-            self._known[names] = [
-                Schedule(table=self.table, sizes=sizes, owners=owners) for sizes in rounds if sizes
-            ]
+            self._known[names] = []
+            # Without names there is nothing to do, and no rank waits for another.
+            for sizes in rounds if names else ():
+                schedule = Schedule(table=self.table, sizes=sizes, owners=owners, me=self.me)
+                self._known[names].append(schedule)
         return self._known[names]
 
     def agreed(self, active: Iterable[str]) -> tuple[str, ...]:
@@ -143,10 +130,10 @@ class Exchange:
 
         A rank that holds nothing of a tensor sees no gradient of it, and may own it all the same.
         """
+        # MAX, not SUM: a byte for each name would count no more than 255 ranks.
         mine = set(active)
         flags = torch.tensor([name in mine for name in self.sizes], dtype=torch.uint8)
-        # A maximum of 0 and 1 is `or`. One rank needs no group, which may not exist.
-        if in_group() and world_size() > 1:
+        if len(self.table) > 1:
             flags = flags.to(transport_device())
             dist.all_reduce(flags, op=dist.ReduceOp.MAX)
         return tuple(compress(self.sizes, flags.tolist()))
@@ -188,7 +175,7 @@ class Exchange:
         parts: Mapping[str, Sequence[tuple[int, Tensor]]],
         dtype: torch.dtype,
     ) -> list[tuple[Segment, Tensor]]:
-        me = rank()
+        me = self.me
         # What stays here does not travel.
         found = list(zip(sent[me], _values(sent[me], parts), strict=True))
         if len(sent) == 1:
@@ -208,14 +195,8 @@ class Exchange:
         return found
 
 
-def _elements(segments: Iterable[Segment]) -> int:
-    return sum(segment.numel for segment in segments)
-
-
-def _values(
-    segments: Iterable[Segment], parts: Mapping[str, Sequence[tuple[int, Tensor]]]
-) -> list[Tensor]:
-    return [cut(segment, parts[segment.name]) for segment in segments]
+def _rows(ranks: int) -> list[list[Segment]]:
+    return [[] for _ in range(ranks)]
 
 
 def _all_to_all(
@@ -227,7 +208,7 @@ def _all_to_all(
     """
     device = transport_device()
     flat = [part.to(device) for row in out for part in row]
-    # A rank that has nothing to send takes part all the same: the call is collective.
+    # An empty list cannot be joined: this rank may have nothing for anybody.
     send = torch.cat(flat) if flat else torch.empty(0, dtype=dtype, device=device)
     heard = torch.empty(sum(sizes), dtype=dtype, device=device)
     width = dtype.itemsize
@@ -284,10 +265,9 @@ def cover(name: str, size: int, table: Sequence[Held], owner: int) -> list[tuple
                 " be put together. After deepspeed.initialize call bind(plan, engine); otherwise"
                 " build the optimizer with attach after sharding."
             )
-        # Where several ranks hold a copy, the owner's number picks one, so that not all owners ask
-        # the first of them.
-        own = [choice for choice in choices if choice[0] == owner]
-        source, end = own[0] if own else choices[owner % len(choices)]
+        # What the owner has need not travel; among other holders its number spreads the load.
+        choice = choices[owner % len(choices)]
+        source, end = next(filter(lambda held: held[0] == owner, choices), choice)
         end = min(end, size)
         found.append((source, position, end - position))
         position = end
@@ -296,9 +276,7 @@ def cover(name: str, size: int, table: Sequence[Held], owner: int) -> list[tuple
 
 def _around(at: Mapping[int, Sequence[tuple[int, int]]], position: int) -> list[tuple[int, int]]:
     """Runs that hold a position inside them: ranks that cut a tensor at other places."""
-    return [
-        choice
-        for start, choices in at.items()
-        for choice in choices
-        if start < position < choice[1]
-    ]
+    found: list[tuple[int, int]] = []
+    for start, choices in at.items():
+        found += filter(lambda choice: start < position < choice[1], choices)
+    return found

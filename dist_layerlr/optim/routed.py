@@ -37,10 +37,12 @@ class Routed(Optimizer):
         """Show the groups of all ``parts`` as one optimizer's; ``makes`` have built them."""
         self.parts = dict(parts)
         self.makes = makes
-        super().__init__([g for part in parts.values() for g in part.param_groups], {})
+        groups = [group for part in parts.values() for group in part.param_groups]
+        # Without defaults: they would be written into groups that lack such a setting.
+        super().__init__(groups, {})
         # The groups themselves, whatever the constructor has made of the list.
-        self.param_groups = [g for part in parts.values() for g in part.param_groups]
-        self._fused = {name: fused.handles(part) for name, part in self.parts.items()}
+        self.param_groups = groups
+        self._fused = dict(zip(self.parts, map(fused.handles, self.parts.values()), strict=True))
 
     @property
     def state(self) -> Any:
@@ -56,6 +58,7 @@ class Routed(Optimizer):
     def step(self, closure: Any = None) -> None:  # type: ignore[override]
         """Step every part, in the same order on all ranks: some exchange what they need."""
         for name, part in self.parts.items():
+            # The kernel is called directly, as for one optimizer: see fused.py.
             if self._fused[name]:
                 fused.step(part)
             else:

@@ -80,7 +80,7 @@ class Segmented(Optimizer):
         self._known: set[int] = set()
         self.inner: Optimizer | None = None
         self._pieces: list[Slice] = []
-        self._table: Sequence[Held] | None = None
+        self._placed: tuple[Sequence[Held], int, frozenset[str]] | None = None
         slices = None if slices is None else list(slices)
         base = base_lr(plan)
         groups = [
@@ -133,7 +133,7 @@ class Segmented(Optimizer):
 
     def __getstate__(self) -> dict[str, Any]:
         """What a copy is made of, without the views: copied, they would share no storage."""
-        kept = ("_plan", "_make", "_slices", "_pieces", "_table")
+        kept = ("_plan", "_make", "_slices", "_pieces", "_placed")
         return {**super().__getstate__(), **{name: getattr(self, name) for name in kept}}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -144,23 +144,28 @@ class Segmented(Optimizer):
         self._rows, self._known, self.inner = [], set(), None
         if self._slices is not None:
             self.bind(self._slices)
-        if self._table is not None:
-            self.place(self._pieces, self._table)
+        if self._placed is not None:
+            self.place(self._pieces, *self._placed)
 
-    def place(self, pieces: Iterable[Slice], table: Sequence[Held]) -> None:
+    def place(
+        self, pieces: Iterable[Slice], table: Sequence[Held], me: int, alone: frozenset[str]
+    ) -> None:
         """Tell optimizers that need whole matrices where the parts are.
 
         Args:
             pieces: every run of elements on this rank, as ``Sharder.pieces`` lists them: a slice of
                 a DTensor's local part may be many.
             table: for every rank, the runs that it holds of each name.
+            me: this rank's place in the table.
+            alone: names of which each rank has a tensor of its own.
         """
-        self._pieces, self._table = list(pieces), table
+        self._pieces, self._placed = list(pieces), (table, me, alone)
         views: dict[tuple[int, str], tuple[Tensor, int]] = {}
         for row in self._rows:
             for run, view in zip(row.runs, row.views, strict=True):
+                # Neighbouring names of one group share a view: each begins somewhere in it.
                 for name in run.names:
-                    views[id(row.owner), name] = (view, run.offset)
+                    views[id(row.owner), name] = view, run.offset
         located: list[Located] = []
         for piece in self._pieces:
             if piece.numel:
@@ -170,7 +175,7 @@ class Segmented(Optimizer):
         assert isinstance(self.inner, Routed)
         for part in self.inner.parts.values():
             if isinstance(part, NeedsWhole):
-                part.place(located, table)
+                part.place(located, table, me, alone)
 
     @torch.no_grad()
     def _cut(self, slices: list[Slice], group_number: Mapping[str, int]) -> list[OwnerViews]:

@@ -106,8 +106,8 @@ def try_parts(
     optimizer: Any, layout: Layout, owners: Iterable[Tensor], plan: Plan
 ) -> dict[str, Verdict]:
     """``try_out`` of each optimizer among several, by the plan's names. Collective."""
-    distinct = _each_once(owners)
-    return _try_parts(optimizer, layout, distinct, [e.shape for e in plan.entries.values()])
+    shapes = [entry.shape for entry in plan.entries.values()]
+    return _try_parts(optimizer, layout, list(dict.fromkeys(owners)), shapes)
 
 
 def _each_once(owners: Iterable[Tensor]) -> list[Tensor]:
@@ -122,8 +122,7 @@ def _try_parts(
     assert routed is not None
     found: dict[str, Verdict] = {}
     for label, part in routed.parts.items():
-        if isinstance(part, NeedsWhole):
-            # It is given whole matrices, whatever shards them.
+        if isinstance(part, NeedsWhole):  # whole matrices, whatever shards them
             remember(part.template, part.make)
             matrices = [entry.shape for entry in part.entries.values()]
             found[label] = try_way(part.template, Way(cut=Cut.WHOLE), owners, matrices)

@@ -120,7 +120,14 @@ def refuse(verdict: Verdict, layout: Layout) -> None:
         return
     known = _KNOWN.get(verdict.optimizer)
     whole = verdict.way == Cut.WHOLE.value
-    instead = "Use AdamW." if whole else "Use AdamW, or DDP, which keeps parameters whole."
+    instead = (
+        "Use AdamW."
+        if whole
+        else (
+            "Use AdamW, or DDP, which keeps parameters whole; or name it in the config's"
+            " 'optimizers', beside AdamW for the rest: attach then puts its matrices together."
+        )
+    )
     raise ConfigError(
         f"Invalid optimizer {verdict.optimizer} under {layout.label}: tried on scratch parameters,"
         f" given {verdict.way}: {verdict.fault}.{f' {known}' if known else ''} {instead}"

@@ -13,7 +13,7 @@ are and gets the weight back; its state stays on the owner's rank.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass
 from typing import Any
 
@@ -83,48 +83,65 @@ class NeedsWhole(Optimizer):
             for name in spec.names
         }
         self._located: dict[str, list[Located]] = {}
-        self.exchange: Exchange | None = None
+        self.exchanges: list[Exchange] = []
+        """Of what ranks share, and of what this rank keeps for itself."""
 
     @property
     def kind(self) -> str:
         """Class of the optimizer that works on the whole."""
         return type(self.template).__name__
 
-    def place(self, located: Iterable[Located], table: Sequence[Held]) -> None:
-        """Say where this rank's slices are, and what every rank holds."""
-        # A copy of the optimizer is placed again, on views of its own.
+    def place(
+        self, located: Iterable[Located], table: Sequence[Held], me: int, alone: Set[str]
+    ) -> None:
+        """Say where this rank's slices are.
+
+        Args:
+            located: of this rank.
+            table: what every rank holds.
+            me: this rank's place in the table.
+            alone: names of which each rank has a tensor of its own, with other values.
+        """
         self._located = {}
         for piece in located:
             if piece.name in self.entries:
                 self._located.setdefault(piece.name, []).append(piece)
-        self.exchange = Exchange(
+        # Two tensors of one name must never meet: each rank steps its own, without the others.
+        self.exchanges = [
+            self._exchange(table, me, self.entries.keys() - alone),
+            self._exchange([table[me]], 0, self.entries.keys() & alone),
+        ]
+
+    def _exchange(self, table: Sequence[Held], me: int, names: Set[str]) -> Exchange:
+        entries = {name: entry for name, entry in self.entries.items() if name in names}
+        return Exchange(
             table=table,
-            sizes={name: entry.numel for name, entry in self.entries.items()},
-            costs={name: _cost(entry.shape) for name, entry in self.entries.items()},
+            sizes={name: entry.numel for name, entry in entries.items()},
+            costs={name: _cost(entry.shape) for name, entry in entries.items()},
+            me=me,
             fixed=self.fixed_owners,
         )
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> None:  # type: ignore[override]
         """Step the names that have a gradient on any rank. Collective."""
-        if self.exchange is None:
+        if not self.exchanges:
             raise PlanMismatch(
                 f"{self.kind} needs whole matrices, and nobody said where their parts are. Build"
                 " the optimizer with attach; after deepspeed.initialize call bind(plan, engine)."
             )
-        stepped = {
-            name: [piece for piece in pieces if piece.view.grad is not None]
-            for name, pieces in self._located.items()
-        }
-        # Every rank must come here, also one without a gradient: it may own a matrix, and all
-        # rounds of collectives follow from the names agreed on.
-        names = self.exchange.agreed(name for name, pieces in stepped.items() if pieces)
-        group_of = groups_by_tensor(self)
-        # Before the exchange, and with the groups of this moment: what travels is made from the
-        # momentum that this step leaves.
+        stepped: dict[str, list[Located]] = {}
+        for name, pieces in self._located.items():
+            stepped[name] = [piece for piece in pieces if piece.view.grad is not None]
+        group_of = {id(p): group for group in self.param_groups for p in group["params"]}
         self._before(group_of)
-        for schedule in self.exchange.rounds(names):
-            self._round(self.exchange, schedule, stepped, group_of)
+        for exchange in self.exchanges:
+            if not exchange.sizes:
+                continue
+            # Asked on every rank, also on one that holds nothing: it may own what others step.
+            names = exchange.agreed(n for n, pieces in stepped.items() if pieces)
+            for schedule in exchange.rounds(names):
+                self._round(exchange, schedule, stepped, group_of)
 
     def _before(self, group_of: Mapping[int, ParamGroup]) -> None:
         """What is done element by element before anything travels."""
@@ -150,6 +167,7 @@ class MuonSlices(NeedsWhole):
     state_keys = frozenset({MOMENTUM})
 
     def _before(self, group_of: Mapping[int, ParamGroup]) -> None:
+        # Decay first, as torch's Muon does, at the planned rate and not at the adjusted one.
         for group in self.param_groups:
             decay = 1.0 - float(group[LR]) * float(group[WEIGHT_DECAY])
             for view in group["params"]:
@@ -160,6 +178,7 @@ class MuonSlices(NeedsWhole):
                     # In the memory order of the view: a piece cuts weight, gradient and momentum at
                     # one offset.
                     state[MOMENTUM] = torch.zeros_like(view)
+                # As torch's Muon counts: a share of the gradient, not the sum of Polyak's.
                 state[MOMENTUM].lerp_(view.grad, 1.0 - group["momentum"])
                 # torch's Muon decays before it adds the update, by the rate of the group and not
                 # the one adjusted to the shape.
@@ -210,6 +229,7 @@ class MuonSlices(NeedsWhole):
             values = values.to(weight.device)
             for first, last, shape in rows_of(entry):
                 low, high = max(first, piece.start), min(last, piece.start + piece.numel)
+                # A slice may hold parts of several matrices in one, each with a rate of its own.
                 if low >= high:
                     continue
                 scale = -lr * adjusted(shape, group.get("adjust_lr_fn"))
@@ -264,15 +284,16 @@ class AnyWhole(NeedsWhole):
             shape = self.entries[name].shape
             if name not in self._whole:
                 self._whole[name] = nn.Parameter(torch.empty(shape, device=values.device))
+                # Its groups are fixed when it is built: a further tensor needs another one.
                 self._on_whole = None
+            # The weight may have been loaded, or written by somebody else, since the last step.
             self._whole[name].data.copy_(values.view(shape))
             self._whole[name].grad = gradients[name].view(shape)
         if self._on_whole is None and self._whole:
             self._on_whole = self.make(self._groups())
         if self._on_whole is None:
             return
-        # Schedules and `reapply` write into the groups of the slices: the owner's optimizer is told
-        # their rates at every step.
+        # The schedule writes the groups that are shown: those of the whole follow at each step.
         rates = {group[NAME]: group[LR] for group in self.param_groups}
         for group in self._on_whole.param_groups:
             group[LR] = rates[group[NAME]]
@@ -293,6 +314,7 @@ class AnyWhole(NeedsWhole):
 def make_template(plan: Plan, make: MakeOptimizer, groups: Sequence[ParamGroup]) -> Optimizer:
     """The user's optimizer on empty matrices, one for each part of a fused one."""
     shapes: dict[str, list[nn.Parameter]] = {}
+    # On the meta device: it is asked for its settings, and never stepped.
     for spec in plan.groups:
         for name in spec.names:
             for _, _, shape in rows_of(plan.entries[name]):
@@ -326,6 +348,7 @@ def orthogonal(matrix: Tensor, parts: Sequence[int], group: ParamGroup) -> Tenso
     found = torch.empty_like(matrix)
     heights = list(parts) or [matrix.shape[0]]
     for rows, into in zip(torch.split(matrix, heights), torch.split(found, heights), strict=True):
+        # A view, not a copy: torch's own transposes so, and the products round alike.
         wide = rows.T if rows.shape[0] > rows.shape[1] else rows
         weight = nn.Parameter(torch.zeros_like(wide))
         weight.grad = wide

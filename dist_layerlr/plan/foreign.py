@@ -75,6 +75,8 @@ def kohya_settings(plan: Plan, *, sdxl: bool) -> dict[str, Any]:
             lowered[place] = _same(lowered.get(place), entry, f"in {place[0]} slot {place[1]}")
     if not lowered:
         raise _inexpressible("no name lies in a block of a UNet")
+    # What no slot scales has unet_lr itself; without it any base would do, and the highest keeps
+    # all weights in [0, 1].
     base = outside or max(lowered.values(), key=lambda e: e.lr / e.lora_plus)
     rate = base.lr / base.lora_plus
     if rate <= 0.0:

@@ -1,8 +1,9 @@
 """kohya's slots of a UNet: which modules one number of ``down_lr_weight`` and its like stands for.
 
 sd-scripts numbers what its LoRA holds as the original UNets do: three places per stage, of which
-the third is the sampler. SD 1 and 2 have 12 down, 1 mid and 12 up; SDXL has 9, 3 and 9, counts its
-first convolution as the first down place, and never scales what lies outside.
+the third is the sampler. SD 1 and 2 have 12 down, 1 mid and 12 up; SDXL has 9, 3 and 9. The first
+down place is that of the first convolution, which no LoRA of theirs adapts: its number holds for
+nothing.
 """
 
 from __future__ import annotations
@@ -24,8 +25,6 @@ class Slots:
 
     stages: int
     mid: int
-    first: int
-    """Of the down places: SDXL's 0 is the first convolution."""
 
     @property
     def down(self) -> int:
@@ -36,14 +35,15 @@ class Slots:
         """Numbers that a part takes."""
         return self.mid if part == "mid" else self.down
 
-    def pattern(self, part: str, number: int) -> str:
-        """Regular expression, in our names, of what a slot holds."""
+    def pattern(self, part: str, number: int) -> str | None:
+        """Regular expression, in our names, of what a slot holds; None: nothing."""
         if part == "mid":
             inside = (r"resnets\.0", r"attentions\.0", r"resnets\.1")[number]
             return _START + r"mid_block\." + (inside + r"\." if self.mid > 1 else "")
-        if part == "down" and number < self.first:
-            return _START + r"conv_in\."
-        stage, place = divmod(number - (self.first if part == "down" else 0), 3)
+        if part == "down" and number == 0:
+            return None
+        # Behind the first convolution down places begin at 1, up places at 0.
+        stage, place = divmod(number - 1 if part == "down" else number, 3)
         inside = rf"(?:resnets|attentions)\.{place}"
         if place == 2:
             # An up stage has three blocks, and its sampler shares the place of the third.
@@ -56,12 +56,13 @@ class Slots:
         """(part, number) of a parameter; None for what no number scales."""
         for part in PARTS:
             for number in range(self.count(part)):
-                if re.search(self.pattern(part, number), name):
+                pattern = self.pattern(part, number)
+                if pattern is not None and re.search(pattern, name):
                     return part, number
         return None
 
 
-SD, SDXL = Slots(stages=4, mid=1, first=0), Slots(stages=3, mid=3, first=1)
+SD, SDXL = Slots(stages=4, mid=1), Slots(stages=3, mid=3)
 _PRESETS = ("cosine", "sine", "linear", "reverse_linear", "zeros")
 
 
@@ -88,6 +89,7 @@ def weights(slots: Slots, given: Mapping[str, str]) -> dict[str, list[float]]:
                 f"Invalid {key}={text!r}: {len(values)} numbers for {count} slots. Remove the rest,"
                 " which sd-scripts leaves out, or say which UNet it is (--sdxl)."
             )
+        # The threshold is compared after a short list has been filled, so it acts on that 1 too.
         kept = [value if value > threshold else 0.0 for value in values]
         filled = 1.0 if 1.0 > threshold else 0.0
         found[part] = kept + [filled] * (count - len(values))
@@ -95,6 +97,7 @@ def weights(slots: Slots, given: Mapping[str, str]) -> dict[str, list[float]]:
 
 
 def _values(key: str, text: str, count: int, *, is_list: bool) -> list[float]:
+    # One number without a comma is a preset's name to sd-scripts, but for the middle.
     if "," in text or is_list:
         return [_number(key, item) if item.strip() else 0.0 for item in text.split(",")]
     name, _, more = text.partition("+")

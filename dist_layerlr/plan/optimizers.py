@@ -100,7 +100,7 @@ class Optimizers:
 
 def _parse(path: str, value: object) -> Optimizers:
     given = fields.mapping(path, value)
-    rests = [name for name, rule in given.items() if rule == REST]
+    rests = list(filter(lambda name: given[name] == REST, given))
     if len(rests) != 1 or len(given) < 2:
         allowed = f"blocks by optimizer, and exactly one optimizer with {REST!r} in place of one"
         raise fields.invalid(path, dict(given), allowed)
@@ -109,6 +109,7 @@ def _parse(path: str, value: object) -> Optimizers:
         if name == rests[0]:
             continue
         where = f"{path}.{name}"
+        # The rest may be called by its own name: "fused": "adamw".
         row = dict(fields.mapping(where, rule))
         # `fused: adamw` is as good as `fused: rest`, where adamw takes the rest.
         if row.get("fused") == rests[0]:
@@ -161,6 +162,7 @@ def choose(given: Optimizers | None, asked: Candidate, shapes: Mapping[str, Shap
     """
     if given is None:
         return Choice()
+    # Why the last block that listed it did not take it; else, that none did.
     reason = f"component {asked.label.fine or asked.label.component}, which no other lists"
     for name, rule in given.rules.items():
         taken = _why_taken(rule, asked)

@@ -20,7 +20,7 @@ from dist_layerlr.optim.readback import factor_in_force, live_pieces
 from dist_layerlr.optim.routed import parts_of
 from dist_layerlr.plan.entries import Plan
 from dist_layerlr.proof.matrices import MatrixCheck
-from dist_layerlr.ranks import any_rank, mismatch, together
+from dist_layerlr.ranks import Problem, any_rank, mismatch, together
 from dist_layerlr.sharders import Piece, Pieces, Sharder, sharder_of
 from dist_layerlr.sharders.base import local_gradient, sample
 
@@ -37,15 +37,12 @@ state but not that."""
 def effect_check(
     plan: Plan, model: nn.Module, optimizer: Any = None, *, factor: float | None = None
 ) -> Iterator[dict[str, float]]:
-    """Wrap one ``optimizer.step()`` (or ``engine.step()``) and compare every observed rate.
-
-    Collective at exit.
+    """Wrap one ``optimizer.step()`` or ``engine.step()``, compare rates. Collective at exit.
 
     Args:
         plan: of this model.
         model: as it is trained.
-        optimizer: AdamW, Adam, SGD, or several with torch's Muon among them, whose matrices are
-            put together; a DeepSpeed engine brings its own.
+        optimizer: AdamW, Adam, SGD, torch's Muon among several; a DeepSpeed engine brings its own.
         factor: the schedule's multiplier that is in force. None: the one that the live groups are
             at when the block begins.
 
@@ -70,11 +67,8 @@ def effect_check(
     sights: list[Sight] = []
     with together(plan.digest) as problems:
         problems += faults
+        problems += _missing(plan, before)
         sights += look()
-        here = {p.name for p in before.pieces}
-        for name in plan.entries:
-            if name not in here:
-                problems.append(("not stepped", f"{name}: not stepped by the optimizer"))
         for sight in sights:
             entry = plan.entries.get(sight.name)
             if entry is None or sight.rate is None:
@@ -92,6 +86,16 @@ def effect_check(
     if _skipped(model) == skipped and not any_rank(seen):
         text = f"no step was seen of any of {len(plan.entries)} planned parameters"
         raise mismatch(0, [("unseen", text)], 1)
+
+
+def _missing(plan: Plan, found: Pieces) -> list[Problem]:
+    here = {piece.name for piece in found.pieces}
+    problems: list[Problem] = []
+    # A name of which a rank holds no element has a piece of none.
+    for name in plan.entries:
+        if name not in here:
+            problems.append(("not stepped", f"{name}: not stepped by the optimizer"))
+    return problems
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -121,7 +125,12 @@ class Sight:
 
 @contextmanager
 def watched(
-    sharder: Sharder, optimizer: Any, before: Pieces, matrices: MatrixCheck | None = None
+    sharder: Sharder,
+    optimizer: Any,
+    before: Pieces,
+    matrices: MatrixCheck | None = None,
+    *,
+    gradients: bool = True,
 ) -> Iterator[Callable[[], list[Sight]]]:
     """Watch one step of an optimizer on this rank, with or without a plan. Not collective.
 
@@ -130,6 +139,7 @@ def watched(
         optimizer: the one that is stepped; a DeepSpeed engine brings its own.
         before: what it holds, read before the step.
         matrices: those that are looked at whole, and not here; their gradients are taken for them.
+        gradients: whether they may be read as the step begins; a closure makes them within it.
 
     Yields:
         What returns one sight per piece, once the block has ended.
@@ -137,8 +147,8 @@ def watched(
     elsewhere = {} if matrices is None else matrices.entries
     pieces = joined([p for p in before.pieces if p.numel and p.name not in elsewhere])
     weights = [_sample(p, p.owner) for p in pieces]
-    with _gradients(pieces, matrices, before.optimizer) as gradients:
-        yield lambda: _sights(sharder, optimizer, pieces, weights, gradients)
+    with _gradients(pieces, matrices, before.optimizer if gradients else None) as taken:
+        yield lambda: _sights(sharder, optimizer, pieces, weights, taken)
 
 
 def _sights(

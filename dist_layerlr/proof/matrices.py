@@ -8,7 +8,7 @@ computed again from it, and tells the rate as exactly as for AdamW.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -18,7 +18,7 @@ from dist_layerlr.optim.groups import WEIGHT_DECAY
 from dist_layerlr.optim.routed import Routed, parts_of
 from dist_layerlr.optim.whole import MOMENTUM, MuonSlices, adjusted, orthogonal, rows_of
 from dist_layerlr.plan.entries import Plan, PlanEntry
-from dist_layerlr.ranks import Problem, alike, everyone
+from dist_layerlr.ranks import Problem, alike, everyone, rank
 from dist_layerlr.sharders import Piece, Pieces
 from dist_layerlr.sharders.base import ParamGroup, local_gradient
 
@@ -74,15 +74,20 @@ class MatrixCheck:
             held.setdefault(piece.name, []).append((piece.start, piece.numel))
         exchange = Exchange(
             table=everyone(held),
+            me=rank(),
             sizes={name: entry.numel for name, entry in self.entries.items()},
             costs={name: float(entry.numel) for name, entry in self.entries.items()},
         )
         moves, directions = alike(lambda: self._parts(found))
+        # A rank may put a matrix together of which it holds nothing: it needs the settings, too.
+        # A rank may put a matrix together of which it holds nothing: it needs the settings, too.
         groups: dict[str, ParamGroup] = {}
         for row in everyone({p.name: _settings(p.group) for p in found.pieces}):
             groups.update(row)
         observed: dict[str, float] = {}
         problems: list[Problem] = []
+        # Ranks without an element of a matrix take part in its exchange, hence they are asked, too.
+        # Ranks without an element of a matrix take part in its exchange: they are asked, too.
         names = exchange.agreed({self.pieces[number].name for number in self.gradients})
         # Where ranks differ in what they can read, none of them sends it.
         readable = set(exchange.agreed(directions)) & set(names)
@@ -130,6 +135,7 @@ class MatrixCheck:
             wide = part.T if shape[0] > shape[1] else part
             step = -(-wide.shape[0] // ROWS)
             largest = float(torch.linalg.matrix_norm(wide[::step].float(), ord=2))
+            # torch scales a rate by the matrix's shape: what is left of it is about 1.
             largest /= lr * adjusted(shape, group.get("adjust_lr_fn"))
             # Of some rows alone the largest may be small: the gradient has a low rank.
             if largest > HIGH or (step == 1 and largest < LOW):
@@ -163,7 +169,7 @@ def _orthogonalises(plan: Plan, entry: PlanEntry, routed: Routed | None) -> bool
 
 def _only(schedule: Schedule, names: set[str]) -> Schedule:
     sizes = {name: size for name, size in schedule.sizes.items() if name in names}
-    return Schedule(table=schedule.table, sizes=sizes, owners=schedule.owners)
+    return replace(schedule, sizes=sizes)
 
 
 def _settings(group: ParamGroup) -> ParamGroup:
@@ -176,5 +182,6 @@ def _rate(entry: PlanEntry, move: Tensor, direction: Tensor, group: ParamGroup) 
     factor = orthogonal(direction.view(entry.shape), entry.parts, group).reshape(-1).double()
     for first, last, shape in rows_of(entry):
         factor[first:last] *= adjusted(shape, group.get("adjust_lr_fn"))
+    # In double: a million products of bf16 factors lose more digits than the bar has.
     power = float(factor.square().sum())
     return float((move.double() * factor).sum()) / power if power else 0.0

@@ -26,11 +26,11 @@ def algorithms(found: Pieces) -> dict[str, str]:
         inner = getattr(found.optimizer, "inner", None) or found.optimizer
         kind = type(inner).__name__
         return {piece.name: _in_one(piece.group, kind) for piece in found.pieces}
-    # The group says what the plan calls it; whose it really is, the parts say.
-    kind_of: dict[int, str] = {}
-    for label, part in routed.parts.items():
-        kind_of.update({id(group): routed.kind_of(label) for group in part.param_groups})
-    return {p.name: kind_of.get(id(p.group), "nothing") for p in found.pieces}
+    called = labels(found) or {}
+    # A group of no part is stepped by nobody, whatever it says of itself.
+    return {
+        name: routed.kind_of(own) if own in routed.parts else own for name, own in called.items()
+    }
 
 
 def labels(found: Pieces) -> dict[str, str] | None:
@@ -38,9 +38,10 @@ def labels(found: Pieces) -> dict[str, str] | None:
     routed = parts_of(found.optimizer)
     if routed is None:
         return None
+    # The group says what the plan calls it; whose it really is, the parts say.
     label_of: dict[int, str] = {}
     for label, part in routed.parts.items():
-        label_of.update({id(group): label for group in part.param_groups})
+        label_of.update(dict.fromkeys(map(id, part.param_groups), label))
     return {p.name: label_of.get(id(p.group), "nothing") for p in found.pieces}
 
 
@@ -49,6 +50,7 @@ def stepper_problems(plan: Plan, found: Pieces) -> list[Problem]:
     if plan.config.optimizers is None:
         return []
     live, kinds = labels(found), algorithms(found)
+    # What nobody steps at all is told by verify itself.
     problems: list[Problem] = []
     for name, entry in plan.entries.items():
         if name not in kinds or entry.optimizer is None:
@@ -77,6 +79,7 @@ def state_precision(found: Pieces) -> dict[str, str]:
     precision: dict[str, str] = {}
     for piece in found.pieces:
         owner = id(piece.owner)
+        # Many names share a flat tensor: its state is looked at once.
         if owner not in of_owner:
             held = states.get(piece.owner, {})
             of_owner[owner] = {key: _dtype(v) for key, v in held.items() if _is_moment(key, v)}

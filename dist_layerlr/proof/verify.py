@@ -121,15 +121,13 @@ def verify(
         live = live_params(found)
         expected = _expected_factor(plan, found, live, problems) if factor is None else factor
         # What changed in the model comes first: it is the cause of what follows.
-        problems += current_problems(plan, found)
-        problems += stepper_problems(plan, found)
+        problems += current_problems(plan, found) + stepper_problems(plan, found)
         problems += _local_problems(plan, found, live, expected, _default_decay(model, optimizer))
     if factor is None:
         _check_one_factor(expected)
     anyhow = plan.entries.keys() if sharder.layout.meshes else distinct_names(model, plan.entries)
     _refuse(element_problems(plan, found, live, anyhow))
-    if deep:
-        _refuse(deep_problems(model, sharder, found, steps))
+    _refuse(deep_problems(model, sharder, found, steps) if deep else [])
     verdict = _check_trial(plan, found, sharder.layout)
     return Proof(
         sharder=sharder.layout.label,
@@ -140,22 +138,13 @@ def verify(
         digest=plan.digest,
         step_factor=expected,
         trial=verdict.line,
-        optimizers=by_algorithm(found),
-        state_precision=state_precision(found),
+        **_steppers(found),
     )
 
 
-def _expected_factor(
-    plan: Plan, found: Pieces, live: Mapping[str, LiveParam], problems: list[Problem]
-) -> float:
-    """The multiplier that the live groups are at; what is wrong with it joins ``problems``."""
-    factor = factor_in_force(found)
-    if not 0.0 <= factor <= 1.0 + _ROUNDING:
-        problems.append(("factor", f"the groups are at {factor:g} x their initial_lr"))
-        return 1.0  # No schedule does that: rates are compared with the plan itself.
-    if factor == 0.0:
-        problems += _schedule_problems(plan, live)
-    return factor
+def _steppers(found: Pieces) -> dict[str, Any]:
+    """Who steps what, and in which precision its state is."""
+    return {"optimizers": by_algorithm(found), "state_precision": state_precision(found)}
 
 
 def _refuse(problems: list[Problem]) -> None:

@@ -14,8 +14,14 @@ import torch
 from dist_layerlr import fields
 from dist_layerlr.errors import ConfigError
 from dist_layerlr.fields import setting
+from dist_layerlr.offload import StreamPolicy
+from dist_layerlr.optim.segmented import MakeOptimizer
+from dist_layerlr.plan import Config
+from dist_layerlr.plan.optimizers import BLOCK as OPTIMIZERS_BLOCK
 
 ADAMW, SGD = "adamw", "sgd"
+MUON = "muon"
+"""What ``optimizers`` may name beside the rest's."""
 _SHIPPED = (ADAMW, SGD)
 _ALLOWED = "adamw, sgd, or an optimizer's import path such as lion_pytorch.Lion"
 _SIDE = 64
@@ -102,6 +108,54 @@ def make_optimizer(
         eps=options.eps,
         weight_decay=options.weight_decay,
     )
+
+
+def make_optimizers(
+    options: OptimizerOptions, plan: Config
+) -> MakeOptimizer | dict[str, MakeOptimizer]:
+    """What ``attach`` is given: one function, or one for each optimizer that the config names."""
+
+    def rest(groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
+        return make_optimizer(groups, options)
+
+    given = plan.optimizers
+    if given is None:
+        return rest
+    rule = given.rules[MUON]
+
+    def muon(groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
+        return torch.optim.Muon(
+            groups,
+            lr=0.0,
+            weight_decay=options.weight_decay,
+            momentum=rule.momentum,
+            nesterov=rule.nesterov,
+            ns_steps=rule.ns_steps,
+            adjust_lr_fn=rule.adjust_lr,
+        )
+
+    return {MUON: muon, given.rest: rest}
+
+
+def check_optimizers(plan: Config, rest: OptimizerOptions, stream: StreamPolicy | None) -> None:
+    """Refuse optimizers that this trainer cannot build, or cannot give whole matrices to.
+
+    Raises:
+        ConfigError: others than Muon and the rest, Muon for what is no matrix, or streamed weights.
+    """
+    given = plan.optimizers
+    if given is None:
+        return
+    if set(given.rules) != {MUON} or given.rest != rest.kind:
+        allowed = f'{MUON!r}, and the "rest" for optimizer.type={rest.kind!r}'
+        raise fields.invalid(OPTIMIZERS_BLOCK, list(given.names), allowed)
+    if not given.rules[MUON].matrices:
+        raise fields.invalid(f"{OPTIMIZERS_BLOCK}.{MUON}.matrices", False, "true")
+    if stream is not None:
+        raise ConfigError(
+            f"Invalid {OPTIMIZERS_BLOCK} with memory.stagehand.enabled=true: streamed weights are"
+            " stepped one by one on the host. Switch streaming off, or remove the block."
+        )
 
 
 def state_bytes(options: OptimizerOptions) -> float:

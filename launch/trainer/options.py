@@ -15,11 +15,12 @@ from dist_layerlr.files import read_config
 from dist_layerlr.offload import StreamPolicy
 from dist_layerlr.optim import Schedule
 from dist_layerlr.plan import PLAN_BLOCK, Config, load_config
+from dist_layerlr.plan.optimizers import BLOCK as OPTIMIZERS_BLOCK
 from launch.trainer.adapter_options import LORA as LORA
 from launch.trainer.adapter_options import AdapterOptions, read_adapter
 from launch.trainer.families import get_family
 from launch.trainer.families.base import network_folders
-from launch.trainer.optimizers import OptimizerOptions, read_optimizer
+from launch.trainer.optimizers import OptimizerOptions, check_optimizers, read_optimizer
 from launch.trainer.trackers import TRACKERS
 
 FULL = "fine_tune"
@@ -217,8 +218,7 @@ def load_options(
     raw = read_config(path)
     for assignment in overrides:
         apply_override(raw, assignment)
-    if max_steps is not None:
-        raw["train"] = {**_section(raw, "train"), "steps": max_steps}
+    raw |= {} if max_steps is None else _cut_short(raw, max_steps)
     known = fields.settings(RunOptions)
     fields.known_keys("config", raw, [*known, *fields.settings(Config), PLAN_BLOCK, *BLOCKS])
     if "model_type" in raw:
@@ -237,28 +237,32 @@ def load_options(
     # Of two networks the first: each gets options of its own in run.py.
     folder = next(iter(network_folders(family, folder, values["objective"]).values()))
     values["model_path"] = str(folder)
-    method = values["training_method"]
-    if method == FULL and "adapter" in raw:
+    if values["training_method"] == FULL and "adapter" in raw:
         raise ConfigError(
             f"Invalid training_method={FULL!r} with an 'adapter' block: remove one of them."
         )
+    optimizer = read_optimizer(blocks["optimizer"])
+    stream = _stream_policy(blocks["memory"].get("stagehand", {}))
+    plan = load_config(raw)
+    check_optimizers(plan, optimizer, stream)
     return RunOptions(
         **values,
         adapter=read_adapter(blocks["adapter"]),
-        optimizer=read_optimizer(blocks["optimizer"]),
+        optimizer=optimizer,
         # A run cut short by --max-steps may end within its warmup.
         schedule=_schedule(blocks["schedule"], train.steps, cut_short=max_steps is not None),
         train=train,
         samples=SampleOptions(**blocks["samples"]),
-        stream=_stream_policy(blocks["memory"].get("stagehand", {})),
-        plan=load_config(raw),
+        stream=stream,
+        plan=plan,
         raw=raw,
     )
 
 
 def resolved(options: RunOptions) -> dict[str, Any]:
     """Return the config with every default filled in, as ``--config`` takes it again."""
-    given = {key: options.raw[key] for key in ("learning_rate", PLAN_BLOCK) if key in options.raw}
+    own = ("learning_rate", OPTIMIZERS_BLOCK, PLAN_BLOCK)
+    given = {key: options.raw[key] for key in own if key in options.raw}
     stream = {"enabled": options.stream is not None}
     if options.stream is not None:
         stream |= _filled(options.stream)
@@ -350,6 +354,10 @@ def _method(raw: Mapping[str, Any]) -> str:
     return LORA if "adapter" in raw else FULL
 
 
+def _cut_short(raw: Mapping[str, Any], steps: int) -> dict[str, Any]:
+    return {"train": {**_section(raw, "train"), "steps": steps}}
+
+
 def _stream_policy(given: Mapping[str, Any]) -> StreamPolicy | None:
     """The policy that ``memory.stagehand`` asks for, whose keys are the policy's own.
 
@@ -369,7 +377,6 @@ def _stream_policy(given: Mapping[str, Any]) -> StreamPolicy | None:
 def _schedule(values: dict[str, Any], steps: int, *, cut_short: bool) -> Schedule:
     warmup = values.get("warmup_steps", 0)
     if warmup > steps and not cut_short:
-        raise fields.invalid(
-            "schedule.warmup_steps", warmup, f"an integer in [0, train.steps={steps}]"
-        )
+        allowed = f"an integer in [0, train.steps={steps}]"
+        raise fields.invalid("schedule.warmup_steps", warmup, allowed)
     return Schedule(total_steps=steps, **values)

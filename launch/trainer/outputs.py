@@ -22,6 +22,7 @@ from dist_layerlr.ranks import alike
 from dist_layerlr.sharders import unwrap
 from dist_layerlr.weights import find_not_finite
 from launch.trainer.batches import empty_prompt
+from launch.trainer.card import metadata, write_card
 from launch.trainer.data.base import LATENTS, Batch, to_device
 from launch.trainer.data.order import one_batch
 from launch.trainer.engines.base import autocast
@@ -38,7 +39,7 @@ from launch.trainer.runtime import LOWER, Diverged
 from launch.trainer.team import Team
 
 PLAN, PROOF, METRICS = "plan.json", "verify.json", "metrics.jsonl"
-FINAL = "final"
+FINAL, PAGE = "final", "page.html"
 _NEW, _OLD = ".new", ".old"
 """Endings of a result's name while it is written, and while it is replaced."""
 _PER_RUN = (
@@ -46,6 +47,7 @@ _PER_RUN = (
     PROOF,
     METRICS,
     "lr_grid.png",
+    PAGE,
     "samples/samples.png",
     "samples/step_*.png",
     RESOLVED,
@@ -153,6 +155,19 @@ def draw_plan(plan: Plan, folder: Path) -> None:
     draw_grid(plan, folder / "lr_grid.png")
 
 
+def write_pages(team: Team) -> None:
+    """Write the page of each network: its map, what was measured, the proof. Collective."""
+    from dist_layerlr.report.page import page, plan_data, run_data
+
+    def write() -> None:
+        for name, job in team.jobs.items():
+            data = {**plan_data(job.plan), **run_data(team.face.folder, job.folder)}
+            title = f"{job.options.model_type} {name}: {team.face.folder.name}"
+            write_text(job.folder / PAGE, page(data, title.replace(" :", ":")))
+
+    alike(lambda: write() if team.face.runtime.is_main else None)
+
+
 def save_result(job: Job, step: int, proof: dict[str, Any]) -> Path:
     """Write the trained weights under original names, with plan and proof beside them. Collective.
 
@@ -184,10 +199,10 @@ def save_result(job: Job, step: int, proof: dict[str, Any]) -> Path:
             job.engine.model,
             staged,
             format=form,
-            metadata={"plan_digest": job.plan.digest, "step": str(step), "run": job.run_id},
+            metadata={**metadata(job, step), **_identity(job, step)},
             base=job.options.model_path,
         )
-    alike(lambda: _complete(job, proof) if main else None)
+    alike(lambda: _complete(job, step, proof) if main else None)
     return final / files[0].name
 
 
@@ -206,11 +221,17 @@ def _forms(job: Job) -> tuple[str, ...]:
     return tuple(form for form in ("peft", "pipeline") if form in offered)
 
 
-def _complete(job: Job, proof: dict[str, Any]) -> None:
+def _identity(job: Job, step: int) -> dict[str, str]:
+    """What ``holds_result`` looks for."""
+    return {"plan_digest": job.plan.digest, "step": str(step), "run": job.run_id}
+
+
+def _complete(job: Job, step: int, proof: dict[str, Any]) -> None:
     """Put the staged result in the place of the one that was there."""
     final = final_of(job)
     try:
         _write_beside(job, _staged(final))
+        write_card(job, _staged(final), final, step, proof)
         for folder in (job.folder, _staged(final)):
             write_json(folder / PROOF, proof)
             write_text(folder / PLAN, job.plan.to_json() + "\n")

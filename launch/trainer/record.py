@@ -29,7 +29,17 @@ _PACKAGES = (
 )
 
 
-def write_record(job: Job, begin: Position, *, sharder: str, kept: bool) -> None:
+def previous_config(folder: Path) -> dict[str, Any]:
+    """The config of the run that wrote last into a folder; empty where there was none."""
+    starts = _earlier(folder / RECORD)
+    last = starts[-1] if starts and isinstance(starts[-1], dict) else {}
+    found = last.get("config")
+    return found if isinstance(found, dict) else {}
+
+
+def write_record(
+    job: Job, begin: Position, *, sharder: str, kept: bool, previous: dict[str, Any]
+) -> None:
     """Write how this start of the run was made.
 
     Args:
@@ -37,6 +47,7 @@ def write_record(job: Job, begin: Position, *, sharder: str, kept: bool) -> None
         begin: Where it begins or continues.
         sharder: What was found around the model.
         kept: Whether earlier starts stay in the list: the run goes on.
+        previous: Config of the run before, to be compared with.
 
     Raises:
         OSError: no room, no rights.
@@ -52,14 +63,19 @@ def write_record(job: Job, begin: Position, *, sharder: str, kept: bool) -> None
         "sharder": sharder,
         "ranks": job.runtime.world_size,
         "device": str(job.runtime.device),
-        "versions": _versions(),
+        "versions": versions(),
         "config": config,
     }
     write_json(job.folder / RESOLVED, config)
-    write_json(job.folder / RECORD, {"starts": [*before, now]})
+    record: dict[str, Any] = {"starts": [*before, now]}
+    # A run that goes on has its earlier configs among its starts.
+    if previous and not before:
+        record["previous"] = previous
+    write_json(job.folder / RECORD, record)
 
 
-def _versions() -> dict[str, str]:
+def versions() -> dict[str, str]:
+    """Versions of Python and of the packages that decide how training runs."""
     found = {"python": platform.python_version()}
     for package in _PACKAGES:
         try:

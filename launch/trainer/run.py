@@ -34,7 +34,7 @@ from launch.trainer.loop import micro_batch_size, train, write_row
 from launch.trainer.metrics import MetricsFile
 from launch.trainer.objectives import Noted, Objective
 from launch.trainer.options import RunOptions, resolved
-from launch.trainer.record import write_record
+from launch.trainer.record import previous_config, write_record
 from launch.trainer.request import Request
 from launch.trainer.resume import (
     Past,
@@ -254,6 +254,7 @@ def _open_files(
     """Begin the files of this run; go on with those that are there where ``kept``."""
     job = team.face
     # Only now, when nothing can be refused any more: bad input must not cost the earlier results.
+    previous = previous_config(job.folder)
     try:
         for one in (job, *team.jobs.values()):
             one.folder.mkdir(parents=True, exist_ok=True)
@@ -265,7 +266,7 @@ def _open_files(
         # Where no step is left, this process's config is not what was trained.
         if begin.step < job.options.train.steps:
             sharder = next(iter(proofs.values())).sharder
-            write_record(job, begin, sharder=sharder, kept=kept)
+            write_record(job, begin, sharder=sharder, kept=kept, previous=previous)
         job.runtime.log.open(job.folder / LOG, kept=kept)
         names, config = job.options.train.report_to, resolved(job.options)
         trackers = Trackers(names, job.folder, config, job.runtime.say) if names else None
@@ -320,6 +321,9 @@ def _finish(team: Team, outcome: Outcome, weights: Sequence[Path]) -> None:
     ended = "stopped by a signal after" if outcome.stopped else "finished"
     where = " and ".join(map(str, weights))
     job.runtime.say(f"{ended} {outcome.steps} steps; weights in {where}")
+    outputs.write_pages(team)
+    pages = " and ".join(str(one.folder / outputs.PAGE) for one in team.jobs.values())
+    job.runtime.say(f"everything to look at in {pages}")
     if picture is not None:
         grids = " and ".join(str(one.folder / "lr_grid.png") for one in team.jobs.values())
         job.runtime.say(f"learning rates in {grids}, samples in {picture}")

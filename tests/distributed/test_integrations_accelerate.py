@@ -111,7 +111,8 @@ def case(mode: str) -> Callable[[At], None]:
 
 for _mode in MODES:
     _test = cases(case(_mode))
-    globals()[_test.__name__] = _test
+    # Stage 2 is what stage 1 is, and more.
+    globals()[_test.__name__] = pytest.mark.full(_test) if _mode == "zero 1" else _test
 
 
 def prepared(mode: dict[str, Any], make: Any = sgd, *others: Any, **more: Any) -> Any:

@@ -167,7 +167,7 @@ def test_dry_run_prints_the_plan_and_starts_nothing(
     out = capsys.readouterr().out
     assert (
         out.startswith("[per_layer_lr] model_type=wan strategy=cosine")
-        and "blocks.000.self_attn" in out
+        and "blocks.000-002.self_attn" in out
     )
     assert not (tmp_path / "runs").exists()
 

@@ -84,6 +84,7 @@ def test_a_second_run_into_the_same_folder_replaces_the_first(
         "verify.json",
         "metrics.jsonl",
         "lr_grid.png",
+        "page.html",
         "run.json",
         "resolved_config.json",
         "train.log",

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import json
 import math
+import re
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import pytest
+from safetensors import safe_open
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from launch.trainer import trackers
@@ -130,6 +133,42 @@ def test_a_log_file_has_a_line_each_log_every_steps_and_no_carriage_return(
         lines = [line for line in said.splitlines() if line.startswith("step ")]
         assert [line.split()[1] for line in lines] == steps
         assert "\r" not in said and " left" in lines[0]
+
+
+def test_a_run_ends_with_a_page_of_what_it_measured(runs: dict[str, Path]) -> None:
+    for name, frames in (("none", 3), ("zero3", 3), ("off", 0)):
+        page = runs[name] / "out" / "page.html"
+        (text,) = re.findall(r'id="data">(.*?)</script>', page.read_text(), re.DOTALL)
+        data = json.loads(text)
+        assert (len(data["frames"]), data["loss"][-1][0]) == (frames, 4)
+        said = "\n".join(data["panels"][0]["cells"][0]["lines"])
+        assert "rule: " in said and " x base 0.00" in said
+        assert {"Proof, start", "Proof, end", "Config"} <= {table[0] for table in data["tables"]}
+        assert str(page) in (runs[name] / "said").read_text()
+
+
+def test_the_result_has_a_model_card_and_says_in_its_header_how_it_was_trained(
+    runs: dict[str, Path],
+) -> None:
+    final = runs["lora"] / "out" / "final"
+    card = (final / "README.md").read_text()
+    assert card.startswith("---\n# written by the trainer of dist_layerlr")
+    assert "library_name: peft" in card and "A LoRA of rank 4" in card
+    assert "5 steps of\n8 samples, 40 samples of a data set of 1,000" in card
+    verified, *_ = re.findall(r"^\[per_layer_lr\] verified on .*$", card, re.MULTILINE)
+    proof = json.loads((final / "verify.json").read_text())["end"]
+    assert verified.endswith(proof["digest"]) and "x 0.1 (schedule)" in verified
+    assert "blocks.000-002.self_attn" in card and " --resume latest" in card
+    assert f"| torch | {version('torch')} |" in card
+    for file in final.glob("*.safetensors"):
+        with safe_open(file, framework="pt") as opened:
+            found = opened.metadata()
+        assert (found["ss_network_dim"], found["ss_network_alpha"]) == ("4", "4.0")
+        assert (found["modelspec.architecture"], found["ss_steps"]) == ("wan/lora", "5")
+        # self_attn's 4e-4, times lora_plus_ratio.
+        assert float(found["ss_learning_rate"]) == pytest.approx(16e-4)
+    full = (runs["zero3"] / "out" / "final" / "README.md").read_text()
+    assert "A full finetune" in full and "library_name: diffusers" in full
 
 
 class Broken:

@@ -85,9 +85,9 @@ def test_wheel_holds_the_package_with_its_types_and_licence_and_nothing_else(whe
         names = set(archive.namelist())
         (metadata,) = (n for n in names if n.endswith(".dist-info/METADATA"))
         fields = Parser().parsestr(archive.read(metadata).decode())
-    files = {str(p.relative_to(ROOT)) for p in (ROOT / "dist_layerlr").rglob("*.py")} | {
-        "dist_layerlr/py.typed"
-    }
+    package = ROOT / "dist_layerlr"
+    files = {str(p.relative_to(ROOT)) for p in package.rglob("*.py")} | {"dist_layerlr/py.typed"}
+    files |= {str(p.relative_to(ROOT)) for p in (package / "report" / "assets").iterdir()}
     assert {n for n in names if ".dist-info/" not in n} == files
     assert any(n.endswith("licenses/LICENSE") for n in names)
     assert fields["License-Expression"] == "Apache-2.0"

@@ -297,3 +297,18 @@ def test_codes_are_what_the_formula_says(form: str, largest: float):
     )
     vector, row = codec.encode(torch.tensor([2.0, 1.0]), form)
     assert vector.shape == (1, 2) and row.shape == (1, 1)
+
+
+@pytest.mark.parametrize("lora, kept", [(True, 4), (False, 1)])
+@pytest.mark.parametrize("device", ["cpu"])
+def test_automatic_residents_leave_room_for_gradients_and_moments(
+    lora: bool, kept: int, device: str
+):
+    case = Case(lora=lora)
+    specs = find_units(case.model(), case.policy())
+    size = slot_bytes(specs[0])
+    backend = Adversary(device)
+    # Half of it: three slots, and four blocks' weights.
+    backend.free_bytes = lambda: 2 * (3 + 4) * size  # type: ignore[method-assign]
+    policy = case.policy(resident_blocks="auto")
+    assert budget.resident_count(specs, policy, backend) == kept

@@ -126,12 +126,15 @@ def test_backward_after_remove_says_so(device: str):
         loss.backward()
 
 
+@pytest.mark.parametrize("backward", [True, False])
 @ON_CPU
-def test_a_model_that_is_dropped_without_remove_is_freed(device: str):
+def test_a_model_that_is_dropped_without_remove_is_freed(device: str, backward: bool):
     model = LORA.model()
     seen = weakref.ref(model)
     handle = attach(model, LORA, device)
-    loss_of(model, LORA, 0, device).backward()
-    del model, handle
+    loss = loss_of(model, LORA, 0, device)
+    if backward:
+        loss.backward()
+    del model, handle, loss
     gc.collect()
     assert seen() is None

@@ -146,6 +146,7 @@ def stale_copies_are_used() -> None:
     """The copy that a forward without backward left is taken for the stepped weight."""
     DeviceCopies.drop_outdated = lambda self, unit: None  # type: ignore[method-assign]
     DeviceCopies.drop_trained = lambda self: None  # type: ignore[method-assign]
+    DeviceCopies.wake = lambda self: None  # type: ignore[method-assign]
 
 
 FULL = Case(lora=False, accumulation=2, window=1)

@@ -172,8 +172,12 @@ def test_wrappers_that_own_parameters_are_refused_by_name(device: str):
 
 @pytest.mark.parametrize("device", ["cpu"])
 def test_a_device_without_ordered_copies_is_refused(device: str):
-    with pytest.raises(OffloadError, match="Invalid device='meta'. Must be 'cuda'"):
-        stream(toy(), StreamPolicy(min_numel=MIN_NUMEL), device="meta")
+    for other, words in {
+        "meta": "Invalid device='meta'. Must be 'cpu', or torch's accelerator",
+        "mps": "Invalid device='mps'. Its memory is the host's",
+    }.items():
+        with pytest.raises(OffloadError, match=words):
+            stream(toy(), StreamPolicy(min_numel=MIN_NUMEL), device=other)
 
 
 def _swap(model: Any) -> None:

@@ -111,6 +111,8 @@ class Races:
         self._queues: list[Queue] = []
         self._compute = self.new()
         self._shadows: dict[int, _Shadow] = {}
+        self._shared: set[int] = set()
+        """Storages that another queue than their own has used."""
         self._up: list[tuple[Access, Tensor, str]] = []
         """(copy, host memory that it reads, digest of that)."""
         self._down: list[tuple[Access, Tensor, Tensor]] = []
@@ -191,6 +193,7 @@ class Races:
             queue = self.current()
             # A fill, as deterministic algorithms make one of each new tensor.
             self._shadows[storage] = _Shadow(queue, queue.launch(0.0), ref)
+            self._shared.discard(storage)
 
     def kernel(self, name: str, reads: list[Tensor], writes: list[Tensor]) -> None:
         with self.lock:
@@ -208,7 +211,11 @@ class Races:
             if wait and (up or down):
                 self.host_waits(self.current().clock)
             elif up:
-                self._up.append((access, source, _digest(source)))
+                # Another tensor on the same memory: a queued copy keeps no tensor of its caller's.
+                memory = torch.empty(0, dtype=torch.uint8).set_(source.untyped_storage())
+                start = source.storage_offset() * source.element_size()
+                memory = memory[start : start + source.nbytes]
+                self._up.append((access, memory, _digest(memory)))
             elif down:
                 values = sim_device._values(source).clone()
                 target.fill_(float("nan"))
@@ -230,6 +237,8 @@ class Races:
                     self.found.append(
                         f"RACE: {name} on queue {queue.number} {does} what {old} uses"
                     )
+            if queue is not shadow.owner:
+                self._shared.add(storage_key(tensor))
             if writing:
                 shadow.write, shadow.reads = access, {}
             else:
@@ -237,7 +246,8 @@ class Races:
         return access
 
     def _bury(self) -> None:
-        for key in [key for key, shadow in self._shadows.items() if shadow.ref.expired()]:
+        for key in [key for key in self._shared if self._shadows[key].ref.expired()]:
+            self._shared.discard(key)
             shadow = self._shadows.pop(key)
             known = dict(shadow.owner.clock)
             _merge(known, self.host)

@@ -44,7 +44,7 @@ HALVES = (slice(0, BATCH // 2), slice(BATCH // 2, BATCH))
 Weights = dict[str, Tensor]
 
 
-class FusedQkv(nn.Module):
+class FusedProjections(nn.Module):
     """Query, key and value in one matrix of an odd width."""
 
     def __init__(self) -> None:
@@ -61,7 +61,7 @@ class FusedBlock(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.norm1, self.norm2 = nn.LayerNorm(WIDTH), nn.LayerNorm(WIDTH)
-        self.attn = FusedQkv()
+        self.attn = FusedProjections()
         self.mlp = nn.Sequential(nn.Linear(WIDTH, HIDDEN), nn.GELU(), nn.Linear(HIDDEN, WIDTH))
 
     def forward(self, x: Tensor) -> Tensor:

@@ -10,6 +10,7 @@ any backward pass of the process; exceptions of kernels may end it.
 from __future__ import annotations
 
 import contextlib
+import functools
 from typing import Any
 
 import torch
@@ -131,13 +132,23 @@ def _run(op: Any, *args: Any, **kwargs: Any) -> Any:
 def _written(op: Any, args: Any, kwargs: Any) -> list[Tensor]:
     """The arguments that an operator writes to."""
     found: list[Tensor] = []
-    for i, argument in enumerate(op._schema.arguments):
-        if argument.alias_info is not None and argument.alias_info.is_write:
-            value = args[i] if i < len(args) else kwargs.get(argument.name)
-            _map(lambda tensor: found.append(tensor) if _on_sim(tensor) else None, value)
+    for i, name in _places_written(op):
+        value = args[i] if i < len(args) else kwargs.get(name)
+        _map(lambda tensor: found.append(tensor) if _on_sim(tensor) else None, value)
     return found
 
 
+@functools.cache
+def _places_written(op: Any) -> list[tuple[int, str]]:
+    """(position, name) of the arguments that an operator writes to."""
+    found: list[tuple[int, str]] = []
+    for i, argument in enumerate(op._schema.arguments):
+        if argument.alias_info is not None and argument.alias_info.is_write:
+            found.append((i, argument.name))
+    return found
+
+
+@functools.cache
 def _makes_a_view(op: Any) -> bool:
     returns = op._schema.returns
     return any(r.alias_info is not None and not r.alias_info.is_write for r in returns)

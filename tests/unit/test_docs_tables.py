@@ -23,6 +23,12 @@ def test_a_page_holds_the_tables_as_the_code_declares_them(page: str):
     assert committed == tables.filled(page), "run `python docs/tables.py` and commit the page"
 
 
+def test_the_page_of_the_audit_lists_every_kind_of_finding():
+    committed = tables.AUDIT.read_text(encoding="utf-8")
+    assert committed == tables.filled_audit(), "run `python docs/tables.py` and commit the page"
+    assert "| `dead` | fault | trainable, in no optimizer |" in committed
+
+
 def test_every_table_stands_on_a_page():
     pages = "".join((tables.DOCS / page).read_text(encoding="utf-8") for page in tables.PAGES)
     missing = [name for name in tables.tables() if f"<!-- fields: {name} -->" not in pages]

@@ -29,7 +29,7 @@ from dist_layerlr.sharders import materialize, sharder_of
 from launch.trainer.engines.offload import Stagehand, hold_in_bf16
 from launch.trainer.engines.sharding import Sharding
 from launch.trainer.engines.wrap import blocks_of, replicate
-from launch.trainer.optimizers import make_optimizer
+from launch.trainer.optimizers import make_optimizer, make_optimizers
 from launch.trainer.options import RunOptions, TrainOptions
 from launch.trainer.runtime import Runtime
 from launch.trainer.weights import hold_in_16_bits, load_base
@@ -61,9 +61,7 @@ class NativeEngine:
         load_base(self.model, options)
         self.model.train()
         # Last: the optimizer must hold the tensors that the sharder left behind.
-        self.optimizer = attach(
-            plan, self.model, lambda groups: make_optimizer(groups, options.optimizer)
-        )
+        self.optimizer = attach(plan, self.model, make_optimizers(options.optimizer, options.plan))
 
     def _stream(
         self, model: nn.Module, options: RunOptions, policy: StreamPolicy, runtime: Runtime

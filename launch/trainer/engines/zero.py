@@ -25,7 +25,7 @@ from dist_layerlr.sharders import materialize, partition_empty
 from launch.trainer.engines.native import kept, observe
 from launch.trainer.engines.offload import ZERO_STAGE, offload_zero
 from launch.trainer.engines.wrap import blocks_of
-from launch.trainer.optimizers import make_optimizer
+from launch.trainer.optimizers import make_optimizers
 from launch.trainer.options import RunOptions, TrainOptions
 from launch.trainer.runtime import Runtime
 from launch.trainer.weights import load_base
@@ -70,7 +70,7 @@ class ZeroEngine:
         optimizer = attach(
             plan,
             model,
-            lambda groups: make_optimizer(groups, options.optimizer),
+            make_optimizers(options.optimizer, options.plan),
             emission="segmented",
         )
         self._plan = plan

@@ -17,7 +17,7 @@ from tests.support import optimizers
 from tests.support.cases import At, Cases, Outcomes
 from tests.support.drivers import start_deepspeed
 from tests.support.naive_deepspeed import silence
-from tests.support.several import LAYOUTS, LR, MAKES, NET, TIMES, Run, adamw, net
+from tests.support.several import DECAY, LAYOUTS, LR, MAKES, NET, TIMES, Run, adamw, net
 
 cases = Cases(before=start_deepspeed)
 
@@ -155,3 +155,20 @@ def test_one_function_for_several_optimizers_is_refused(at: At) -> None:
         dist_layerlr.attach(plan, model, adamw)
     with pytest.raises(dist_layerlr.ConfigError, match=r"names \['adamw', 'muon'\]"):
         dist_layerlr.attach(plan, model, {"muon": adamw})
+
+
+@cases
+def test_ranks_of_an_unwrapped_model_do_not_meet(at: At) -> None:
+    """Each trains its own model on its own data, as if there were no other process."""
+    mine, twin = (net() for _ in range(2))
+    plan = dist_layerlr.plan_model(mine, NET.config)
+    optimizer = dist_layerlr.attach(plan, mine, MAKES)
+    parts = [n for n, e in plan.entries.items() if e.optimizer == "muon" and "mlp" in n]
+    named = dict(twin.named_parameters())
+    alone = torch.optim.Muon([named[name] for name in parts], lr=2 * TIMES * LR, weight_decay=DECAY)
+    for model in (mine, twin):
+        NET.loss(model, at.rank, slice(None)).backward()
+    optimizer.step()
+    alone.step()  # type: ignore[no-untyped-call]
+    for name in parts:
+        assert torch.equal(mine.get_parameter(name), named[name]), name

@@ -21,7 +21,7 @@ class Classifier(lightning.LightningModule):
         return nn.functional.cross_entropy(self.head(self.backbone(features)), labels)
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
-        return torch.optim.Adam(
+        return torch.optim.SGD(
             [
                 {"params": self.backbone.parameters(), "lr": 1e-4},
                 {"params": self.head.parameters(), "lr": 1e-2},

@@ -1,6 +1,10 @@
 """Planted: a name in two optimizers, one in none, one that no gradient reaches, one that rounding
 holds still, and a schedule that gives all groups one rate."""
 
+import sys
+from collections.abc import Iterator
+from typing import Any
+
 import torch
 from torch import nn
 
@@ -22,9 +26,16 @@ class Planted(nn.Module):
         return self.rounded(hidden.to(torch.bfloat16)).float()
 
 
-def main() -> None:
+class Unreadable(Planted):
+    """What looks at its modules fails; its training does not."""
+
+    def named_modules(self, *_: Any, **__: Any) -> Iterator[Any]:
+        raise RuntimeError("nobody may look")
+
+
+def main(kind: str) -> None:
     torch.manual_seed(0)
-    model = Planted()
+    model = Unreadable() if kind == "unreadable" else Planted()
     used = [model.twice, model.unreached, model.rounded]
     one = torch.optim.AdamW(
         [
@@ -42,9 +53,11 @@ def main() -> None:
         one.zero_grad()
         other.zero_grad()
         schedule.step()
-    print("trained", flush=True)
+    held = [p for module in model.children() for p in module.parameters()]
+    total = sum(p.detach().double().sum() for p in held)
+    print(f"trained to {float(total)!r}", flush=True)
     raise SystemExit(7)
 
 
 if __name__ == "__main__":
-    main()
+    main(sys.argv[1])

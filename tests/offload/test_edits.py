@@ -1,0 +1,56 @@
+"""Edits of frozen weights between passes that no version counter sees."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from tests.support.families import BLOCKS, toy_batch
+from tests.support.toys import WIDTH, Block
+from tests.support.training import Case, attach, loss_of
+
+LORA = Case(lora=True)
+
+
+def _edit(weight: torch.Tensor, kind: str) -> None:
+    """Write to a row or column without any version counter."""
+    if kind == "numpy row":
+        weight.detach().numpy()[7] += 1.0
+    elif kind == "swapped rows":
+        weight.data[[3, 7]] = weight.data[[7, 3]]
+    else:
+        weight.data[:, 7] += 1.0
+
+
+@pytest.mark.parametrize("kind", ["numpy row", "swapped rows", "column"])
+@pytest.mark.parametrize("transposed", [False, True])
+def test_an_edit_of_one_row_or_column_of_a_frozen_weight_is_seen(kind: str, transposed: bool):
+    values = torch.randn(WIDTH, 2000).t() if transposed else torch.randn(2000, WIDTH)
+
+    def script(model: Any) -> list[torch.Tensor]:
+        found = []
+        for i in range(BLOCKS):  # whichever is kept in the ring
+            weight = model.blocks[i].mlp[0].base_layer.weight
+            with torch.no_grad():
+                found.append(model.blocks[i](torch.ones(2, WIDTH)))
+                _edit(weight, kind)
+                found.append(model(**toy_batch(0)))
+            _edit(weight, kind)
+            loss = loss_of(model, LORA, 0, "cpu")
+            _edit(weight, kind)
+            loss.backward()
+            found.append(model.blocks[0].attn.to_q.lora_A.default.weight.grad.clone())
+            _edit(weight, kind)
+            found.append(model(**toy_batch(0)))
+        return found
+
+    models: list[Any] = [LORA.model(block=lambda: Block(WIDTH, 2000)) for _ in range(2)]
+    for model in models:
+        for one in model.blocks:
+            one.mlp[0].base_layer.weight.data = values.clone(memory_format=torch.preserve_format)
+    wanted = script(models[0])
+    with attach(models[1], LORA, "cpu"):
+        found = script(models[1])
+    assert all(map(torch.equal, found, wanted))
