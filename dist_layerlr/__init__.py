@@ -120,6 +120,8 @@ if not TYPE_CHECKING:
     def __getattr__(name: str) -> Any:
         """Resolve public names and packages on first use: torch loads only when it is needed."""
         if name in _PACKAGES:
+            # `import dist_layerlr` alone binds no package; this lets users write
+            # dist_layerlr.optim.
             return importlib.import_module(f"{__name__}.{name}")
         if name in _PACKAGE_OF:
             return getattr(importlib.import_module(f"{__name__}.{_PACKAGE_OF[name]}"), name)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import math
+import operator
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -48,8 +49,9 @@ def group_problems(
     if _proportional(asked, live):
         if not uneven:
             return []
-        keys = [key for key in _MULTIPLIERS if any(key in group for group in before)]
-        text = f"{kind}: groups carry {keys[0]!r} {_some(scales)}, which nothing reads"
+        carried = set().union(*before)
+        key = next(filter(carried.__contains__, _MULTIPLIERS))
+        text = f"{kind}: groups carry {key!r} {_some(scales)}, which nothing reads"
         return [("unread", f"{text}: they train at {_some(live)}")]
     if len(set(live)) == 1:
         return [("flattened", f"{kind}: {_some(asked)} were given, all train at {live[0]:g}")]
@@ -87,8 +89,13 @@ class Schedules:
         """
         known = [o for o in optimizers if o is not None]
         found: list[Problem] = []
-        for scheduler in [s for s in gc.get_objects() if issubclass(type(s), LRScheduler)]:
+        # torch keeps no list of schedulers, so live objects are searched. By type(), not
+        # isinstance: that asks for `__class__`, which a lazy proxy may answer by an import.
+        for scheduler in gc.get_objects():
+            if not issubclass(type(scheduler), LRScheduler):
+                continue
             held = getattr(scheduler, "optimizer", None)
+            # The scheduler may have been built on Accelerate's or DeepSpeed's wrapper.
             inside = getattr(held, "optimizer", None)
             if not any(o is held or o is inside for o in known):
                 continue

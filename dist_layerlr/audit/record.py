@@ -102,6 +102,8 @@ class Recorder:
             view = self._view(model, None if is_engine else stepper, stack, fresh)
             if view is not None:
                 views.append(view)
+        # A trial or a stale tensor is the same at every step, and a trial costs time: once is
+        # enough.
         if first:
             self._check(stepper, views, is_engine)
         for kind, text in self._group_problems(stepper, views):
@@ -110,7 +112,9 @@ class Recorder:
                 self._said.add((kind, number))
                 self._problems[kind, text] = None
 
+        # Not collective: some ranks of the script may never come here, so each writes what it saw.
         def finish() -> None:
+            # Hooks come off before anything is compared; what they have seen stays readable.
             stack.close()
             for view in views:
                 self._merge(number, view)
@@ -198,6 +202,8 @@ class Recorder:
                 self._problems["stale", text] = None
         # DeepSpeed 0.19.8 clips at 1.0 unless it is told, where other trainers do not clip.
         clip = float(engine.gradient_clipping())
+        # `_param_dict` (private, read in deepspeed 0.19.8) is the config as the script gave it; the
+        # engine's own value has DeepSpeed's default in it, which became 1.0.
         given = getattr(getattr(engine, "_config", None), "_param_dict", {})
         if clip > 0 and "gradient_clipping" not in given:
             text = f"DeepSpeed clips gradients at {clip:g}, which its config does not say"
@@ -225,6 +231,7 @@ class Recorder:
             live = inner.inner if isinstance(inner, Segmented) else inner
             if live is not None and live in self._created:
                 found += group_problems(type(live).__name__, self._created[live], live.param_groups)
+            # This step is counted already, and not done yet: no schedule has followed it.
             done = self._stepped.get(stepper, 1) - 1
             found += self._schedules.problems((stepper, inner), done)
         return found
@@ -280,6 +287,8 @@ class Recorder:
 
     def _write(self) -> None:
         write_json(
+            # A restarted job has the same ranks again, in other processes: no attempt may write
+            # over the file that another one is writing.
             self._folder / f"rank{rank():05d}.{os.getpid()}.json",
             {
                 "rank": rank(),

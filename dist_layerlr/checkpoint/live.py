@@ -14,9 +14,10 @@ from torch import Tensor, nn
 
 from dist_layerlr import ranks
 from dist_layerlr.checkpoint.dcp import Scalars, StoredSpan, sizes
-from dist_layerlr.checkpoint.index import OPTIM, RNG, SAMPLE, SAMPLES, WEIGHT, Index
+from dist_layerlr.checkpoint.index import OPTIM, RNG, WEIGHT, Index
 from dist_layerlr.checkpoint.manifest import Manifest, TensorRecord
 from dist_layerlr.checkpoint.rng import read_rng
+from dist_layerlr.checkpoint.samples import sample_of
 from dist_layerlr.errors import CheckpointError
 from dist_layerlr.optim.groups import OPTIMIZER
 from dist_layerlr.optim.readback import factor_in_force, live_pieces
@@ -25,7 +26,7 @@ from dist_layerlr.optim.segmented import Segmented
 from dist_layerlr.optim.whole import AnyWhole
 from dist_layerlr.plan.names import of_rank, parse, without_rank
 from dist_layerlr.sharders import Piece, Pieces, Sharder, Weight, sharder_of
-from dist_layerlr.sharders.base import local, sample_places
+from dist_layerlr.sharders.base import local
 from dist_layerlr.sharders.distinct import distinct_names
 
 Counters = dict[str, tuple[float, str | None]]
@@ -199,12 +200,17 @@ def saved_spans(
     spans = [_rng_span(rank)]
     for weight in live.weights:
         if not table[weight.name].saved:
-            sample = _sample(weight, weight.name)
+            # A few values of a frozen weight that is not saved: a load compares them, so that an
+            # adapter is not put onto another base.
+            sample = sample_of(weight, weight.name)
             spans += [sample] if sample is not None else []
+        # What is stepped is saved from its owner below: under ZeRO that is the fp32 master, of
+        # which the weight here is a rounded copy.
         elif weight.name not in live.stepped and weight.numel:
             spans.append(_weight_span(weight, weight.name))
     numbers: Scalars = {}
     # An owner has many pieces: names that share a flat tensor, or runs of one DTensor.
+    # Its state is read once: each counter on a device is waited for.
     states: dict[int, tuple[dict[str, Tensor], Counters]] = {}
     for piece in live.found.pieces:
         if not piece.numel:
@@ -215,6 +221,8 @@ def saved_spans(
         tensors, counters = states[owner]
         size = live.size(piece.name)
         for key, tensor in tensors.items():
+            # Several optimizers may share a flat tensor, whose state then has the keys of all of
+            # them.
             if key and not live.is_own(piece, key):
                 continue
             kind = f"{OPTIM}.{piece.name}.{key}" if key else f"{WEIGHT}.{piece.name}"
@@ -307,26 +315,6 @@ def _weight_span(weight: Weight, saved_name: str) -> StoredSpan:
     )
 
 
-def _sample(weight: Weight, saved_name: str) -> StoredSpan | None:
-    """This rank's part of a few elements, evenly spaced over the whole tensor."""
-    places = sample_places(prod(weight.shape), SAMPLES)
-    mine: list[int] = []
-    for number, place in enumerate(places):
-        if weight.start <= place < weight.start + weight.numel:
-            mine.append(number)
-    if not mine:
-        return None
-    # The sample is itself a tensor of up to SAMPLES elements, of which each rank holds a span.
-    chosen = weight.tensor[[places[number] - weight.start for number in mine]]
-    return StoredSpan(
-        name=f"{SAMPLE}.{saved_name}",
-        start=mine[0],
-        numel=len(mine),
-        size=len(places),
-        tensor=chosen,
-    )
-
-
 def _rng_span(rank: int) -> StoredSpan:
     return _whole(f"{RNG}.{rank}", read_rng())
 
@@ -353,7 +341,7 @@ def sample_spans(live: Live, manifest: Manifest) -> list[tuple[StoredSpan, Store
         saved = manifest.name_of(weight.name, weight.aliases)
         if saved is None or manifest.parameters[saved].saved:
             continue
-        mine = _sample(weight, saved)
+        mine = sample_of(weight, saved)
         if mine is not None:
             room = StoredSpan(
                 name=mine.name,
@@ -366,22 +354,6 @@ def sample_spans(live: Live, manifest: Manifest) -> list[tuple[StoredSpan, Store
     return pairs
 
 
-def same_values(mine: Tensor, saved: Tensor, saved_dtype: torch.dtype) -> bool:
-    """Whether samples are of the same tensor, be it kept in another precision.
-
-    They are compared in the coarser one.
-
-    Args:
-        mine: live values.
-        saved: of ``mine``'s dtype.
-        saved_dtype: what they were read from.
-    """
-    floats = saved_dtype.is_floating_point and mine.dtype.is_floating_point
-    if floats and torch.finfo(saved_dtype).eps > torch.finfo(mine.dtype).eps:
-        mine = mine.to(saved_dtype).to(mine.dtype)
-    return torch.equal(mine, saved)
-
-
 def weight_targets(live: Live, manifest: Manifest) -> list[StoredSpan]:
     """Where saved weights go: into fp32 masters where there are, else into the weights."""
     saved_names: dict[str, str] = {}
@@ -391,6 +363,8 @@ def weight_targets(live: Live, manifest: Manifest) -> list[StoredSpan]:
             saved_names[weight.name] = saved
     spans: list[StoredSpan] = []
     for weight in live.weights:
+        # What is stepped is read into its owner; `Sharder.refresh` makes the weight from it
+        # afterwards.
         if weight.name in saved_names and weight.name not in live.stepped and weight.numel:
             spans.append(_weight_span(weight, saved_names[weight.name]))
     for piece in live.found.pieces:

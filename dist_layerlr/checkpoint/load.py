@@ -27,7 +27,6 @@ from dist_layerlr.checkpoint.live import (
     Live,
     look,
     rng_target,
-    same_values,
     sample_spans,
     weight_targets,
 )
@@ -50,6 +49,7 @@ from dist_layerlr.checkpoint.resume import (
     refuse_other_ranks,
 )
 from dist_layerlr.checkpoint.rng import fork_rng, write_rng
+from dist_layerlr.checkpoint.samples import same_values
 from dist_layerlr.checkpoint.save import finish_background_save, worded
 from dist_layerlr.checkpoint.storage import ShardReader, broken
 from dist_layerlr.errors import CheckpointError, LayerLRError

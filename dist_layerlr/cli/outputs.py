@@ -40,6 +40,7 @@ def _add_predict(commands: Any) -> None:
     predict.add_argument(
         "--tflops", type=float, required=True, help="achieved, 1e12 operations per second"
     )
+    # Read off the policy, so that a prediction is of what `stream` does by default.
     window = StreamPolicy().prefetch_window
     predict.add_argument(
         "--window", type=int, default=window, help=f"units fetched ahead (default {window})"
@@ -122,6 +123,7 @@ def _run_predict(args: argparse.Namespace) -> Output:
 
 
 def _run_export(args: argparse.Namespace) -> Output:
+    # Imported here: predict runs where torch is not installed.
     import torch
 
     from dist_layerlr.export.export import export_checkpoint

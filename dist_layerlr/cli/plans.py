@@ -42,6 +42,7 @@ def add_to(commands: Any) -> None:
         ],
         takes_json=False,
     )
+    # JSON is one of several forms here, so the flag that commands have in common is not used.
     shape = plan.add_mutually_exclusive_group()
     help_text = "write every parameter's rate as JSON"
     shape.add_argument("--json", dest="format", action="store_const", const="json", help=help_text)
@@ -121,6 +122,7 @@ def _say_if_adapter(plan: Plan, config: str) -> None:
         print(
             f"{PROGRAM}: note: {config} trains a LoRA; this is the plan of all weights of MODEL."
             " Give the adapter's names as MODEL and the model as --base.",
+            # What another program reads from stdout stays JSON or CSV.
             file=sys.stderr,
         )
 
@@ -172,6 +174,7 @@ def _run_diff(args: argparse.Namespace) -> Output:
 
 
 def _plan_or_rows(args: argparse.Namespace, source: str) -> Plan | Rows:
+    # A plan and a JSON config look alike by name: what the file holds decides.
     rows = read_rows(_with_plan(Path(source)))
     if rows is not None:
         return rows

@@ -57,11 +57,11 @@ def predict(layout: Layout, work: Workload, machine: Machine, *, window: int) ->
     """
     _check_ranges(work, machine, window)
     units = layout.units
-    streamed = [u for u in units if not u.resident]
+    streamed = layout.streamed
     slots = min(window + 2, len(streamed))
     forward, backward = _phases(layout, work, machine, window)
     at_start, at_turn = _already_in_ring(streamed, slots, layout.stepped)
-    reused = sum(u.host_bytes for u in (*at_start, *at_turn))
+    reused = _host_bytes((*at_start, *at_turn))
     return Prediction(
         units=len(units),
         resident=len(units) - len(streamed),
@@ -70,7 +70,7 @@ def predict(layout: Layout, work: Workload, machine: Machine, *, window: int) ->
         backward=backward,
         fetches=(2 * len(streamed) - len(at_start) - len(at_turn)) * work.micro_steps,
         h2d_bytes=(2 * _host_bytes(streamed) - reused) * work.micro_steps,
-        d2h_bytes=sum(u.grad_bytes for u in streamed) * work.micro_steps,
+        d2h_bytes=_grad_bytes(streamed) * work.micro_steps,
         optimizer_s=_optimizer_s(layout, machine),
         device_weight_bytes=_held_bytes(layout, streamed, slots),
         model_bytes=sum(u.device_bytes for u in units) + layout.fixed_bytes,
@@ -190,6 +190,10 @@ def _host_bytes(units: Iterable[UnitInfo]) -> int:
     return sum(u.host_bytes for u in units)
 
 
+def _grad_bytes(units: Iterable[UnitInfo]) -> float:
+    return sum(u.grad_bytes for u in units)
+
+
 def _held_bytes(layout: Layout, streamed: Sequence[UnitInfo], slots: int) -> float:
     """Bytes of weights on the device. Every slot is as large as the largest streamed unit."""
     ring = slots * max((u.device_bytes for u in streamed), default=0.0)
@@ -235,7 +239,7 @@ def _fewest_resident(layout: Layout, work: Workload, machine: Machine, window: i
 def _phases(layout: Layout, work: Workload, machine: Machine, window: int) -> tuple[Phase, Phase]:
     """Forward and backward of one optimizer step."""
     compute = _compute_s(layout, work, machine)
-    streamed = [u for u in layout.units if not u.resident]
+    streamed = layout.streamed
     slots = min(window + 2, len(streamed))
     at_start, at_turn = _already_in_ring(streamed, slots, layout.stepped)
 
@@ -256,7 +260,7 @@ def _phases(layout: Layout, work: Workload, machine: Machine, window: int) -> tu
     # Backward computes input gradients, weight gradients of a full finetune, and recomputation.
     passes = 1 + int(full) + int(work.checkpointing)
     to_device = copy_s(streamed) - copy_s(at_turn)
-    to_host = sum(u.grad_bytes for u in streamed) / (machine.gb_s * GB)
+    to_host = _grad_bytes(streamed) / (machine.gb_s * GB)
     backward = _phase(
         passes * sum(compute),
         max(to_device, to_host, (to_device + to_host) / DUPLEX),

@@ -24,6 +24,11 @@ class Layout:
     stepped: int = 0
     """Parameters that a CPU optimizer steps, in a full finetune; 0 for LoRA."""
 
+    @property
+    def streamed(self) -> list[UnitInfo]:
+        """Units that do not stay on the device."""
+        return [unit for unit in self.units if not unit.resident]
+
 
 @dataclass(frozen=True, kw_only=True)
 class Workload:
@@ -128,10 +133,12 @@ class Prediction:
     @property
     def step_s(self) -> float:
         """Least time of a step."""
+        # The three add up: backward needs the loss, and the optimizer all gradients.
         return self.forward.floor_s + self.backward.floor_s + self.optimizer_s
 
     def to_dict(self) -> dict[str, Any]:
         """Every field, and the properties that are computed from them."""
+        # `asdict` knows fields alone; programs that read the JSON should not have to add up.
         return asdict(self) | {
             "hidden": self.hidden,
             "compute_s": self.compute_s,
@@ -171,6 +178,8 @@ class Prediction:
             f" on the device: {self.slots} slots, {self.resident} of {self.units} units"
             " resident, all that lies outside blocks"
         )
+        # Without checkpointing the activations are not predicted, and a 0 would say that there are
+        # none.
         if self.block_input_bytes:
             rows.append(f"inputs     {self.block_input_bytes / GB:.2f} GB for checkpointed blocks")
         rows.append(

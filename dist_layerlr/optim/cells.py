@@ -20,7 +20,7 @@ from torch.optim import Optimizer
 
 from dist_layerlr import fields
 from dist_layerlr.errors import ConfigError
-from dist_layerlr.optim.groups import LR
+from dist_layerlr.optim.groups import LR, groups_by_tensor
 from dist_layerlr.optim.readback import live_pieces
 from dist_layerlr.optim.segmented import Segmented
 from dist_layerlr.plan.entries import Plan, cell_name
@@ -234,8 +234,7 @@ class CellMetrics:
         self._refresh(optimizer)
         # DeepSpeed steps one group or sub-group at a time: the others' gradients are not theirs
         # yet. A second call before ``read`` finds everything measured.
-        held = {id(p) for group in optimizer.param_groups for p in group["params"]}
-        held -= self._measured
+        held = groups_by_tensor(optimizer).keys() - self._measured
         self._stepping = [p for p in self._pieces if id(p.owner) in held]
         owners = {id(p.owner): p.owner for p in self._stepping}
         if not owners:

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from itertools import compress
 
 import torch
 import torch.distributed as dist
@@ -53,6 +54,8 @@ class Schedule:
         sent, received = _rows(len(self.table)), _rows(len(self.table))
         for name, size in self.sizes.items():
             owner = self.owners[name]
+            # Sender and receiver walk the same names and runs in the same order, so elements travel
+            # without a header that says what they are.
             for source, start, numel in cover(name, size, self.table, owner):
                 segment = Segment(name=name, start=start, numel=numel)
                 if source == self.me:
@@ -133,7 +136,7 @@ class Exchange:
         if len(self.table) > 1:
             flags = flags.to(transport_device())
             dist.all_reduce(flags, op=dist.ReduceOp.MAX)
-        return tuple(name for name, flag in zip(self.sizes, flags.tolist(), strict=True) if flag)
+        return tuple(compress(self.sizes, flags.tolist()))
 
     def gather(
         self,
@@ -174,14 +177,16 @@ class Exchange:
     ) -> list[tuple[Segment, Tensor]]:
         me = self.me
         # What stays here does not travel.
-        found = [(s, cut(s, parts[s.name])) for s in sent[me]]
+        found = list(zip(sent[me], _values(sent[me], parts), strict=True))
         if len(sent) == 1:
             return found
-        out = [
-            [cut(s, parts[s.name]) for s in row] if to != me else [] for to, row in enumerate(sent)
-        ]
-        sizes = [sum(s.numel for s in row) if of != me else 0 for of, row in enumerate(received)]
-        self.elements_moved += sum(part.numel() for row in out for part in row)
+        out: list[list[Tensor]] = []
+        sizes: list[int] = []
+        for place, (going, coming) in enumerate(zip(sent, received, strict=True)):
+            travels = place != me
+            out.append(_values(going, parts) if travels else [])
+            sizes.append(_elements(coming) if travels else 0)
+            self.elements_moved += _elements(going) if travels else 0
         inbox = _all_to_all(out, sizes, dtype)
         for of, row in enumerate(received):
             if of != me and row:
@@ -229,6 +234,7 @@ def balanced(costs: Mapping[str, float], ranks: int) -> dict[str, int]:
     """An owner for each name: the most expensive first, each to the rank with the least to do."""
     loads = [0.0] * ranks
     owners: dict[str, int] = {}
+    # Sorting is stable: equal costs stay in the order of names, which is the same on all ranks.
     for name in sorted(costs, key=lambda name: -costs[name]):
         owner = loads.index(min(loads))
         owners[name] = owner

@@ -126,6 +126,11 @@ def planned_rates(optimizer: Any) -> list[float]:
     return rates
 
 
+def groups_by_tensor(optimizer: Any) -> dict[int, ParamGroup]:
+    """{id of a tensor that an optimizer holds now: its group}."""
+    return {id(p): group for group in optimizer.param_groups for p in group["params"]}
+
+
 def settings_of(optimizer: Any) -> list[dict[str, Any]]:
     """A copy of every group without its parameters, for ``put_back``."""
     settings: list[dict[str, Any]] = []
@@ -205,6 +210,6 @@ def _check_same_names(plan: Plan, live: Mapping[str, Tensor]) -> None:
     what = f"the plan names {missing[:5]}, which the model does not train" if missing else ""
     more = f"the model trains {extra[:5]}, which the plan does not name" if extra else ""
     raise PlanMismatch(
-        f"Plan and model differ: {'; '.join(t for t in (what, more) if t)}. "
+        f"Plan and model differ: {'; '.join(filter(None, (what, more)))}. "
         "Make the plan from this model after adapters are injected and requires_grad is set."
     )

@@ -31,7 +31,15 @@ from torch.optim import Optimizer
 from dist_layerlr.errors import PlanMismatch
 from dist_layerlr.optim import fused
 from dist_layerlr.optim.exchange import Held
-from dist_layerlr.optim.groups import INITIAL_LR, LR, NAME, base_lr, build_groups, scale_lrs
+from dist_layerlr.optim.groups import (
+    INITIAL_LR,
+    LR,
+    NAME,
+    base_lr,
+    build_groups,
+    groups_by_tensor,
+    scale_lrs,
+)
 from dist_layerlr.optim.routed import Routed
 from dist_layerlr.optim.views import OwnerViews, merge_slices
 from dist_layerlr.optim.whole import Located, NeedsWhole
@@ -179,7 +187,7 @@ class Segmented(Optimizer):
                 by_owner.setdefault(id(piece.owner), []).append(piece)
         # Tensors that DeepSpeed will put into our group later, one sub-group at a time, are not in
         # it now: only what is held already may share its state with the inner optimizer.
-        held = {id(p) for group in self.param_groups for p in group["params"]}
+        held = groups_by_tensor(self)
         return [
             OwnerViews(merge_slices(found, group_number), may_share_state=owner in held)
             for owner, found in by_owner.items()
@@ -206,7 +214,7 @@ class Segmented(Optimizer):
             return {}
         # Inner rates follow the outer group at each step only; a reader wants those of the next.
         scale_lrs(self.inner, self.factor)
-        group_of = {id(p): group for group in self.inner.param_groups for p in group["params"]}
+        group_of = groups_by_tensor(self.inner)
         return {name: group_of[view] for name, view in self._view_of.items() if view in group_of}
 
     def steps(self, piece: Slice) -> bool:
@@ -264,7 +272,7 @@ class Segmented(Optimizer):
         Stage 3 steps sub-group by sub-group: the owners of the others have gradients too, but are
         not in the group at that moment.
         """
-        held = {id(p) for group in self.param_groups for p in group["params"]}
+        held = groups_by_tensor(self)
         return [row for row in self._rows if id(row.owner) in held and row.owner.grad is not None]
 
     def _knows_all(self) -> bool:

@@ -72,11 +72,13 @@ def run_of(
         drops = _DROPS * (1 + max(numbers, default=10))
         return Run(certain=drops, total=min(drops, most))
     done = 0
+    # torch and transformers count in the first, DeepSpeed in the second, from -1.
     for name in ("last_epoch", "last_batch_iteration"):
         stands = getattr(scheduler, name, 0)
         done = max(done, stands) if isinstance(stands, int) else done
     return Run(
         certain=max(0, longest - done),
+        # Twice the length: restarts, and schedules that rise again behind their end, show.
         total=min(most, max(SHORTEST, 2 * longest)),
         ends=frozenset(number - done for number in numbers if number > done),
     )
@@ -89,6 +91,8 @@ def stepper(scheduler: Any, trend: float) -> tuple[Callable[[int], None], bool]:
     ``trend`` is what a metric grows by.
     """
     wanted = scheduler
+    # Accelerate's wrapper takes `*args` and hands them on: what is needed, the scheduler inside
+    # says.
     while _takes_anything(wanted.step) and is_scheduler(getattr(wanted, "scheduler", None)):
         wanted = wanted.scheduler
     parameters = inspect.signature(wanted.step).parameters
@@ -105,11 +109,13 @@ def stepper(scheduler: Any, trend: float) -> tuple[Callable[[int], None], bool]:
 
     def step(number: int) -> None:
         metric = 1.0 + trend * number
+        # timm's are told of updates and of epochs, and heed one of them by a setting of their own.
         if callable(update):
             update(number)
         if not needed:
             scheduler.step()
         elif counts:
+            # timm's plateau takes its metric beside the epoch, as an option.
             scheduler.step(number, **dict.fromkeys(optional, metric))
         else:
             scheduler.step(metric)
@@ -140,14 +146,17 @@ def first_difference(
     tensors = any(isinstance(group[LR], Tensor) for group in scratch.param_groups)
     tolerance = _TOLERANCE_OF_TENSORS if tensors else TOLERANCE
     for number in range(run.total + 1):
+        # Number 0 is what the constructor has written: most schedulers step once in it.
         if number:
             try:
                 step(number)
             except Exception as error:
+                # OneCycleLR raises behind its last step, which no run takes.
                 if run.may_be_over(number):
                     return None
                 return f"at step {number} it cannot go on ({type(error).__name__}: {error})"
         rates = [float(group[LR]) for group in scratch.param_groups]
+        # A linear decay goes on below 0 behind its end, where nobody trains.
         if min(rates) < 0.0 and run.may_be_over(number):
             return None
         found = _difference(scratch, planned, rates, tolerance)
@@ -162,6 +171,7 @@ def _difference(
     scratch: StandIn, planned: Sequence[float], rates: Sequence[float], tolerance: float
 ) -> str | None:
     """The first group that one multiplier in [0, 1] does not explain."""
+    # A group that is held still, at rate 0, shows no multiplier.
     first = next((number for number, wanted in enumerate(planned) if wanted > 0.0), 0)
     factor = rates[first] / planned[first] if planned[first] > 0.0 else 0.0
     for number, (wanted, rate) in enumerate(zip(planned, rates, strict=True)):

@@ -21,7 +21,8 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from dist_layerlr.optim.groups import INITIAL_LR, LR, NAME, WEIGHT_DECAY
+from dist_layerlr.optim.facts import different, facts_of, lasting, note_counters, rebuild
+from dist_layerlr.optim.groups import NAME, WEIGHT_DECAY
 from dist_layerlr.optim.routed import parts_of
 from dist_layerlr.optim.scratch import FEW, RATES, STEPS, Scratch, make_scratch
 from dist_layerlr.optim.segmented import MakeOptimizer, Segmented
@@ -39,8 +40,6 @@ a few, such as MADGRAD, by a lower power of the rate, sharded or not."""
 BLOCKS: Shape = (64, 128)
 """8,192 elements: optimizers that keep their state in quantised blocks do so from 4,096 on."""
 _SMALL: dict[int, Shape] = {0: (), 1: (37,), 2: (12, 20), 3: (7, 6, 5), 4: (8, 4, 3, 3)}
-_KINDS = 4
-"""Groups with settings of their own (betas ...) that are tried; more are not looked at."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -74,9 +73,6 @@ class Verdict:
 
 _MAKERS: WeakKeyDictionary[Optimizer, MakeOptimizer] = WeakKeyDictionary()
 _SEEN: dict[Any, Verdict] = {}
-_COUNTERS: dict[type, set[str]] = {}
-"""{class: what its own steps change, as trials have shown}: no settings, so a live optimizer that
-has been stepped is the one that was tried."""
 
 
 def remember(optimizer: Optimizer, make: MakeOptimizer) -> None:
@@ -97,7 +93,7 @@ def try_out(
         owners: what the optimizer holds.
         shapes: of the model's whole trainable parameters; the same on all ranks.
     """
-    distinct = list({id(owner): owner for owner in owners}.values())
+    distinct = _each_once(owners)
     segmented = isinstance(optimizer, Segmented)
     if parts_of(optimizer) is not None:
         return _of_all(_try_parts(optimizer, layout, distinct, shapes))
@@ -112,6 +108,11 @@ def try_parts(
     """``try_out`` of each optimizer among several, by the plan's names. Collective."""
     shapes = [entry.shape for entry in plan.entries.values()]
     return _try_parts(optimizer, layout, list(dict.fromkeys(owners)), shapes)
+
+
+def _each_once(owners: Iterable[Tensor]) -> list[Tensor]:
+    """By identity: tensors compare element by element."""
+    return list({id(owner): owner for owner in owners}.values())
 
 
 def _try_parts(
@@ -168,7 +169,7 @@ def try_here(
     optimizer: Any, layout: Layout, owners: Iterable[Tensor], shapes: Sequence[Shape]
 ) -> Verdict | None:
     """As ``try_out``, for this rank alone, so not collective. None where a trial would be."""
-    distinct = list({id(owner): owner for owner in owners}.values())
+    distinct = _each_once(owners)
     segmented = isinstance(optimizer, Segmented)
     way = Way.of(layout, distinct, len(shapes), segmented=segmented)
     if way.cut is Cut.DTENSORS or not distinct:
@@ -201,79 +202,23 @@ class _Subject:
         dtypes = tuple(sorted({owner.dtype for owner in owners}, key=str))
         devices = [owner.device for owner in owners if not owner.is_meta]
         device = devices[0] if devices else torch.device("cpu")
-        groups = _different(inner.param_groups)
+        groups = different(inner.param_groups)
         return cls(
             name=type(inner).__name__,
-            make=make or _rebuild(inner),
+            make=make or rebuild(inner),
             is_rebuilt=make is None,
             kinds=tuple((g.get(NAME, "group"), g.get(WEIGHT_DECAY)) for g in groups),
             ndims=ndims,
             dtypes=dtypes,
             device=device,
             key=(
-                _lasting(inner),
+                lasting(inner),
                 make is None,
                 ndims,
                 dtypes,
                 device.type,
             ),
         )
-
-
-def _settings(group: ParamGroup) -> dict[str, Any]:
-    """What a group says besides its tensors and what the plan gives it."""
-    given = ("params", LR, INITIAL_LR, NAME, "param_names")
-    return {key: value for key, value in group.items() if key not in given}
-
-
-def _different(groups: Iterable[ParamGroup]) -> list[ParamGroup]:
-    """One group for each setting; weight decay apart, which the plan gives, it is mostly one."""
-    found: dict[str, ParamGroup] = {}
-    for group in groups:
-        settings = {k: v for k, v in _settings(group).items() if k != WEIGHT_DECAY}
-        found.setdefault(repr(settings), group)
-    return list(found.values())[:_KINDS]
-
-
-def _lasting(optimizer: Any) -> tuple[tuple[str, Any], ...]:
-    """Class and settings, without what steps change."""
-    counters = _COUNTERS.get(type(optimizer), set())
-    return tuple(fact for fact in sorted(_facts(optimizer).items()) if fact[0] not in counters)
-
-
-def _facts(optimizer: Any) -> dict[str, Any]:
-    """Class, settings and counters by name, those of optimizers inside it included."""
-    facts: dict[str, Any] = {"class": type(optimizer)}
-    facts["defaults"] = repr(getattr(optimizer, "defaults", None))
-    for name, value in vars(optimizer).items():
-        if isinstance(value, (bool, int, float, str)) and not name.startswith("_"):
-            facts[f"self.{name}"] = value
-        elif isinstance(value, Optimizer) and value is not optimizer:
-            facts |= {f"{name}/{inner}": fact for inner, fact in _facts(value).items()}
-    for number, group in enumerate(_different(optimizer.param_groups)):
-        for key, value in _settings(group).items():
-            # For each kind of group; what counts in one of them counts in all.
-            facts[f"group.{key}"] = (*facts.get(f"group.{key}", ()), number, repr(value))
-    return facts
-
-
-def _rebuild(optimizer: Any) -> MakeOptimizer:
-    """Build an optimizer of the same class and settings by its constructor."""
-
-    def make(groups: list[ParamGroup]) -> Optimizer:
-        defaults = dict(optimizer.defaults)
-        live: list[ParamGroup] = _different(optimizer.param_groups) or [{}]
-        # Counters that an optimizer keeps in its groups are no settings: a new one starts at 0.
-        settings = {key: live[0][key] for key in defaults if key in live[0]}
-        told = [{**settings, **group} for group in groups]
-        kind: Any = type(optimizer)
-        with contextlib.suppress(TypeError):
-            return kind(told, **defaults)  # type: ignore[no-any-return]
-        with contextlib.suppress(TypeError):
-            return kind(told, lr=RATES[0])  # type: ignore[no-any-return]
-        return kind(told)  # type: ignore[no-any-return]
-
-    return make
 
 
 def _try(subject: _Subject, way: Way) -> Verdict:
@@ -340,7 +285,7 @@ def _attempt(subject: _Subject, scratch: Scratch, way: Way) -> tuple[Trained | N
 
     def make(groups: list[ParamGroup]) -> Optimizer:
         optimizer = subject.make(groups)
-        made.append((optimizer, _facts(optimizer)))
+        made.append((optimizer, facts_of(optimizer)))
         return optimizer
 
     try:
@@ -350,9 +295,9 @@ def _attempt(subject: _Subject, scratch: Scratch, way: Way) -> tuple[Trained | N
         first = str(error).partition("\n")[0]
         return None, f"it raised {type(error).__name__}: {first[:160]}"
     for optimizer, before in made:
-        after = _facts(optimizer)
+        after = facts_of(optimizer)
         changed = {name for name in after if before.get(name) != after[name]}
-        _COUNTERS.setdefault(type(optimizer), set()).update(changed)
+        note_counters(optimizer, changed)
     return trained, None
 
 

@@ -43,6 +43,8 @@ def check_ds_config(config: Mapping[str, Any]) -> None:
         ConfigError: names the setting, what it would do, and what to write instead.
     """
     scheduler = config.get("scheduler")
+    # That one multiplies the rate of each group (read in deepspeed 0.19.8); all others write
+    # absolute rates.
     if scheduler and scheduler.get("type") != "WarmupCosineLR":
         raise ConfigError(
             f"Invalid ds_config 'scheduler' block {scheduler.get('type')!r}: it would write one"
@@ -91,11 +93,16 @@ def check_optimizer(optimizer: Any, model: nn.Module | None = None) -> Verdict:
         ConfigError: on all ranks alike: names the optimizer, what was measured and what to use.
     """
     found = innermost(optimizer)
+    # The trial takes nothing but the number of dimensions from these: a matrix and a vector are
+    # tried in any case.
     shapes: list[Shape] = [(1, 1), (1,)]
+    # Without a model, the way that asks most of an optimizer: slices of flat partitions.
     layout = Layout(name="zero", stage=2, shards=True, flat=True)
     if model is not None:
         layout = sharder_of(model).layout
         shapes += [true_shape(param) for param in live_parameters(model).values()]
+    # The trial below is collective: a rank that left here alone would keep the others waiting in
+    # it.
     alike(lambda: _refuse_adagrad(found, layout))
     owners = [param for group in found.param_groups for param in group["params"]]
     verdict = try_out(found, layout, owners, shapes)

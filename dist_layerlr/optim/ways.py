@@ -250,6 +250,7 @@ def _segmented(make: MakeOptimizer, scratch: Scratch, owners: Owners) -> Optimiz
     """The project's own segments on flat tensors, as under FSDP1 and ZeRO."""
     whole = {part.name: part.places.reshape(-1) for part in scratch.parts}
     slices: list[Slice] = []
+    absent = dict.fromkeys(whole)
     for joint, owner in owners:
         for name, places in whole.items():
             # Places count upwards in every parameter, so what it has in the owner is one run.
@@ -261,8 +262,7 @@ def _segmented(make: MakeOptimizer, scratch: Scratch, owners: Owners) -> Optimiz
                 slices.append(
                     Slice(name=name, start=start, numel=numel, owner=owner, offset=offset)
                 )
-    here = {piece.name for piece in slices}
-    absent = [name for name in whole if name not in here]
+                absent.pop(name, None)
     # The plan's names must all be there, with 0 elements where this rank has nothing.
     first = owners[0][1]
     slices += [Slice(name=name, start=0, numel=0, owner=first, offset=0) for name in absent]

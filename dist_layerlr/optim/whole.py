@@ -23,7 +23,7 @@ from torch.optim import Optimizer
 
 from dist_layerlr.errors import PlanMismatch
 from dist_layerlr.optim.exchange import Exchange, Held, Schedule, Segment
-from dist_layerlr.optim.groups import LR, NAME, WEIGHT_DECAY
+from dist_layerlr.optim.groups import LR, NAME, WEIGHT_DECAY, groups_by_tensor
 from dist_layerlr.plan.entries import Plan, PlanEntry
 from dist_layerlr.ranks import transport_device
 from dist_layerlr.sharders.base import ParamGroup
@@ -64,10 +64,14 @@ class NeedsWhole(Optimizer):
         self.make = make
         self.template = make_template(plan, make, groups)
         """The user's optimizer, on empty matrices of the true shapes: it has the settings."""
+        # `make` may have given groups settings of their own (betas, ns_steps): all but the tensors
+        # is taken from the template's groups.
         live = [
             {**told, "params": group["params"]}
             for told, group in zip(self.template.param_groups, groups, strict=True)
         ]
+        # With defaults torch would fill in what a group lacks; these lack nothing, and whoever
+        # reads `defaults` gets the template's.
         super().__init__(live, {})
         self.defaults = dict(self.template.defaults)
         self._groups_of = {name: spec.name for spec in plan.groups for name in spec.names}
@@ -171,9 +175,13 @@ class MuonSlices(NeedsWhole):
                     continue
                 state = self.state[view]
                 if MOMENTUM not in state:
+                    # In the memory order of the view: a piece cuts weight, gradient and momentum at
+                    # one offset.
                     state[MOMENTUM] = torch.zeros_like(view)
                 # As torch's Muon counts: a share of the gradient, not the sum of Polyak's.
                 state[MOMENTUM].lerp_(view.grad, 1.0 - group["momentum"])
+                # torch's Muon decays before it adds the update, by the rate of the group and not
+                # the one adjusted to the shape.
                 view.mul_(decay)
 
     def _round(
@@ -215,6 +223,7 @@ class MuonSlices(NeedsWhole):
         weight = piece.of(piece.view.detach())
         entry, lr = self.entries[piece.name], float(group[LR])
         for segment, values in results:
+            # A name may have several runs on this rank; each is returned as a segment of its own.
             if segment.start != piece.start or segment.numel != piece.numel:
                 continue
             values = values.to(weight.device)
@@ -224,6 +233,8 @@ class MuonSlices(NeedsWhole):
                 if low >= high:
                     continue
                 scale = -lr * adjusted(shape, group.get("adjust_lr_fn"))
+                # All of a weight is added in its own shape: where its memory is not in order it has
+                # no flat view.
                 if high - low == weight.numel():
                     weight.add_(values.view(weight.shape), alpha=scale)
                 else:
@@ -256,6 +267,8 @@ class AnyWhole(NeedsWhole):
                 value, slope = piece.of(piece.view.detach()), piece.of(piece.view.grad)
                 weights.setdefault(name, []).append((piece.start, _sendable(value)))
                 gradients.setdefault(name, []).append((piece.start, _sendable(slope)))
+        # Two collectives on one schedule, in this order on every rank: weight and gradient meet on
+        # the owner. float32 holds bf16 and fp16 exactly.
         here = exchange.gather(schedule, weights, torch.float32)
         slopes = exchange.gather(schedule, gradients, torch.float32)
         self._step_whole(here, slopes)
@@ -286,6 +299,7 @@ class AnyWhole(NeedsWhole):
             group[LR] = rates[group[NAME]]
         self._on_whole.step()
         for param in self._whole.values():
+            # Kept, the whole gradients would take up memory until the next step.
             param.grad = None
 
     def _groups(self) -> list[ParamGroup]:
@@ -304,6 +318,8 @@ def make_template(plan: Plan, make: MakeOptimizer, groups: Sequence[ParamGroup])
     for spec in plan.groups:
         for name in spec.names:
             for _, _, shape in rows_of(plan.entries[name]):
+                # A meta tensor costs no memory, and a constructor that asks for matrices (Muon's)
+                # sees some.
                 empty = nn.Parameter(torch.empty(shape, device="meta"))
                 shapes.setdefault(spec.name, []).append(empty)
     return make([{**group, "params": shapes[group[NAME]]} for group in groups])

@@ -29,7 +29,7 @@ def check_plan(entries: Mapping[str, PlanEntry], config: Config) -> tuple[str, .
         _loud_default(rows, config),
         _held_still(rows),
     ]
-    return tuple(text for text in found if text)
+    return tuple(filter(None, found))
 
 
 def _unmatched(rows: list[PlanEntry], total: int, config: Config) -> str:
@@ -38,7 +38,7 @@ def _unmatched(rows: list[PlanEntry], total: int, config: Config) -> str:
     if not missed or policy == "default":
         return ""
     share = f"{len(missed)} parameters ({total_numel(missed) / total:.1%} of the elements)"
-    names = ", ".join(e.name for e in missed[:10])
+    names = _names(missed[:10])
     if policy == "error":
         raise UnmatchedParams(
             f"No rule names {share} (unmatched='error'): {names}. Add a pattern or a region for"
@@ -60,8 +60,10 @@ def _region_gives_no_lr(entry: PlanEntry, config: Config) -> bool:
 
 def _unlisted(rows: list[PlanEntry], total: int, config: Config) -> str:
     listed = set(config.per_layer_lr.component_lr) | {DEFAULT}
+    # An empty component_lr is meant: one rate for all components.
     if len(listed) == 1:
         return ""
+    # A region may list rates of its own.
     missed = [e for e in rows if e.component not in listed and e.region is None]
     if not missed:
         return ""
@@ -93,6 +95,7 @@ def _unused(rows: list[PlanEntry], config: Config) -> list[str]:
     return [
         f"component_lr.{key} applies to no trainable parameter of this model"
         for key in given
+        # Norms are in the default table, and frozen under LoRA: no mistake of the user's.
         if key not in used and key != NORM
     ]
 
@@ -118,4 +121,8 @@ def _held_still(rows: list[PlanEntry]) -> str:
 
 
 def _few(rows: list[PlanEntry]) -> str:
-    return ", ".join(e.name for e in rows[:3]) + (", ..." if len(rows) > 3 else "")
+    return _names(rows[:3]) + (", ..." if len(rows) > 3 else "")
+
+
+def _names(rows: list[PlanEntry]) -> str:
+    return ", ".join(e.name for e in rows)

@@ -64,6 +64,7 @@ def build_plan(
     whole = _infos(base) if base is not None else None
     if not config.per_layer_lr.enabled:
         return _flat_plan(infos, whole, config)
+    # Frozen parameters are placed as well: layer decay numbers the layers of the whole model.
     placed, decay, notes = _place(infos, whole, config)
     factors = _depth_factors(placed, config.per_layer_lr, notes)
     entries = {
@@ -110,6 +111,7 @@ def _infos(params: Params) -> list[ParamInfo]:
 def _flat_plan(infos: list[ParamInfo], base: list[ParamInfo] | None, config: Config) -> Plan:
     choices = [Choice()] * len(infos)
     if config.optimizers is not None:
+        # Which optimizer takes a matrix depends on component and block, equal rates or not.
         choices = [p.choice for p in _place(infos, base, config)[0]]
     entries = {
         i.name: PlanEntry(
@@ -149,11 +151,15 @@ def _place(
     """
     block = config.per_layer_lr
     base_paths = [parse(i.name) for i in (infos if base is None else base)]
+    # Block counts are the base's, where one is given: an adapter on three blocks of 48 would make a
+    # model of three, and other depth factors.
     stack_map = StackMap(base_paths)
     base_locations = [stack_map.locate(p) for p in base_paths]
     siblings = _siblings(base_paths, base_locations)
     paths, locations = base_paths, base_locations
     if base is not None:
+        # kohya joins a path with underscores (`lora_unet_blocks_0_to_q`): only the modules of the
+        # base tell which of them were dots.
         index = module_index(base_paths)
         paths = [parse(i.name, index) for i in infos]
         locations = [stack_map.locate(p) for p in paths]
@@ -176,6 +182,7 @@ def _chooser(
     given: Optimizers | None, infos: list[ParamInfo], paths: list[ParamPath], rules: Rules
 ) -> Callable[[_Placed], Choice]:
     """Which optimizer steps a parameter. A pattern that matches nothing is refused."""
+    # The parts of a fused matrix are told from the matrices beside it; an adapter's pair is none.
     shapes = {p.base_name: i.shape for i, p in zip(infos, paths, strict=True) if not p.is_adapter}
     for name, rule in given.rules.items() if given is not None else ():
         for number, pattern in enumerate(rule.match):
@@ -204,6 +211,8 @@ def _siblings(paths: list[ParamPath], locations: list[Location | None]) -> Sibli
     for path, loc in zip(paths, locations, strict=True):
         if loc is not None:
             found[loc.stack, loc.block].update(path.owner[loc.depth :])
+    # Equal sets become one object: `_Labeller` compares one for every parameter, and identical
+    # objects compare without a look at their members.
     shared: dict[frozenset[str], frozenset[str]] = {}
     return {
         key: shared.setdefault(frozenset(segments), frozenset(segments))
@@ -243,6 +252,8 @@ class _Labeller:
                 siblings=siblings,
             )
             label = self._known[key] = classify(view)
+        # A pattern has the last word on the component, so no fine label goes with it that could
+        # replace it; `is_norm` stays, for the `norm` rule of no_decay.
         if pattern is not None:
             return Label(
                 component=pattern.component,
@@ -257,6 +268,8 @@ def _depth_factors(placed: list[_Placed], block: PerLayerLR, notes: list[str]) -
     scopes: dict[int, list[int]] = defaultdict(list)
     settings: dict[int, DepthSettings] = {}
     for i, p in enumerate(placed):
+        # Told apart by identity, not by value: two regions with equal settings are two scopes, and
+        # a region without a depth of its own is numbered with the block's.
         own = _depth_of(p, block)
         scopes[id(own)].append(i)
         settings[id(own)] = own
@@ -312,6 +325,8 @@ def _weight_decays(placed: list[_Placed], rules: Rules, block: PerLayerLR) -> li
 
     None: the optimizer's own.
     """
+    # The block's list is applied even if every region has its own: a rule in it that matches
+    # nothing must be refused all the same.
     outer = _exempt(placed, rules, block.no_decay, f"{PLAN_BLOCK}.no_decay")
     exempt: dict[int, set[int]] = {}
     for number, region in enumerate(block.regions):
@@ -324,6 +339,7 @@ def _weight_decays(placed: list[_Placed], rules: Rules, block: PerLayerLR) -> li
         own = block.weight_decay if p.choice.weight_decay is None else p.choice.weight_decay
         if p.region is not None and p.region.weight_decay is not None:
             own = p.region.weight_decay
+        # A region's list takes the place of the block's, an empty one too.
         values.append(0.0 if i in exempt.get(id(p.region), outer) else own)
     return values
 
@@ -346,9 +362,12 @@ def _entry(p: _Placed, factor: float, weight_decay: float | None, block: PerLaye
     multiplier = 1.0
     if p.region is not None:
         if p.region.lr is not None:
+            # The block's table must take nothing out of a region of one absolute rate.
             rates, fallback = {}, p.region.lr
         rates = p.region.component_lr if p.region.component_lr is not None else rates
         multiplier = p.region.lr_multiplier
+    # A fine label (modulation, embed ...) counts only where the rates list it; whoever has not
+    # heard of it gets the rate of the coarse component.
     component = p.label.fine if p.label.fine in rates else p.label.component
     base_lr = rates.get(component or DEFAULT, fallback)
     lora_plus = block.lora_plus_ratio if p.path.is_lora_b else 1.0
@@ -367,6 +386,8 @@ def _entry(p: _Placed, factor: float, weight_decay: float | None, block: PerLaye
         depth=_depth_of(p, block),
         multiplier=multiplier,
         lora_plus=lora_plus,
+        # The order of these products is part of every digest, which has all digits of the rate:
+        # another order rounds otherwise, and would look like another plan.
         lr=base_lr * factor * multiplier * lora_plus * p.choice.multiplier,
         weight_decay=weight_decay,
         region=p.region.match if p.region else None,

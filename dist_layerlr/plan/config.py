@@ -21,6 +21,7 @@ from dist_layerlr.plan.optimizers import OPTIMIZERS, OPTIMIZERS_BLOCK, Optimizer
 from dist_layerlr.plan.patterns import compile_pattern
 from dist_layerlr.plan.presets import PRESET_CLASSES, PRESETS
 
+# Every config without a table shares this one, so nobody may write into it.
 SEED_COMPONENT_LR: Mapping[str, float] = MappingProxyType(
     {"self_attn": 4e-4, "cross_attn": 2e-4, "ffn": 3e-4, "norm": 5e-5}
 )
@@ -45,6 +46,8 @@ def _parse_pattern(path: str, value: object) -> str:
 def _parse_no_decay(path: str, value: object) -> tuple[str, ...]:
     rules = fields.strings(path, value)
     for rule in rules:
+        # The two words are rules of their own; all else must compile as a pattern here, before a
+        # model is read.
         if rule not in ("ndim<=1", "norm"):
             _parse_pattern(path, rule)
     return rules
@@ -261,6 +264,8 @@ def _expand_preset(given: Mapping[str, Any], learning_rate: float | None) -> dic
         return block
     PRESET.check(f"{PLAN_BLOCK}.{PRESET.key}", name)
     if name in PRESETS:
+        # Fields are replaced, not merged: a merged table would have rates that the user never
+        # wrote.
         return {**PRESETS[name], **block}
     preset = PRESET_CLASSES[name]
     # The encoder's decay has a name of its own in this preset, but users write the general one.
@@ -277,10 +282,13 @@ def _region(index: int, raw: dict[str, Any], outer: DepthSettings) -> Region:
     if own.get("depth_strategy") == LAYER_DECAY:
         # A floor and a scope that were meant for a curve do not carry over to layer decay.
         own = {"min_depth_factor": None, "depth_scope": "stack", **own}
+    # What the region does not say of its curve is the block's. None is no copy of the block's
+    # depth: by that object a region is numbered together with the block.
     depth = replace(outer, **own) if own else None
     path = f"{PLAN_BLOCK}.regions[{index}]"
     if depth is not None:
         _check_depth(path, depth)
+    # Asked of what was written: the parsed multiplier has a default, which would look given.
     if raw.get("lr") is not None and "lr_multiplier" in raw:
         raise ConfigError(f"Invalid {path}: 'lr' and 'lr_multiplier' exclude each other. Keep one.")
     return Region(depth=depth, **raw)
@@ -308,6 +316,7 @@ def _check_optimizers(given: Optimizers | None, block: PerLayerLR) -> None:
 
 def _check_components(block: PerLayerLR) -> None:
     """Refuse component names that nothing gives: rates under a misspelt name would be lost."""
+    # A pattern makes a component: its name is known wherever rates are listed.
     named = {p.component for p in block.patterns}
     for i, region in enumerate(block.regions):
         fields.known_keys(
@@ -316,8 +325,11 @@ def _check_components(block: PerLayerLR) -> None:
             known_components() | named,
         )
     fields.known_keys(f"{PLAN_BLOCK}.component_lr", block.component_lr, known_components() | named)
+    # A pattern may also give what component_lr alone names, which is how a component of one's own
+    # gets its rate.
     listed = known_components() | {"default"} | block.component_lr.keys()
     for i, rule in enumerate(block.patterns):
+        # `one_of` takes a function: rules that users register add to what is allowed.
         fields.one_of(lambda: tuple(sorted(listed)))(
             f"{PLAN_BLOCK}.patterns[{i}].component", rule.component
         )

@@ -153,7 +153,8 @@ def _cells(rows: Sequence[Row]) -> str:
 
 
 def _span(rows: Sequence[Row]) -> str:
-    low, high = min(row["lr"] for row in rows), max(row["lr"] for row in rows)
+    rates = [row["lr"] for row in rows]
+    low, high = min(rates), max(rates)
     return f"{low:.10g}" if low == high else f"{low:.10g}..{high:.10g}"
 
 

@@ -125,6 +125,7 @@ class Plan:
         Equal digests train alike whatever the order of names.
         """
         rows = sorted(map(_digested, self.entries.values()))
+        # 64 bits tell plans apart, and fit a line of a log.
         return hashlib.sha256("\n".join(rows).encode()).hexdigest()[:16]
 
     @cached_property
@@ -212,6 +213,7 @@ def _group(
     cells = list(dict.fromkeys(e.cell for e in members))
     name = cell_name(cells[0]) + (f"+{len(cells) - 1}" if len(cells) > 1 else "")
     taken[name] = taken.get(name, 0) + 1
+    # Groups of one cell may differ in weight decay; people and logs know a group by its name.
     if taken[name] > 1:
         name = f"{name}#{taken[name]}"
     return GroupSpec(

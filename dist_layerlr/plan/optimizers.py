@@ -111,9 +111,11 @@ def _parse(path: str, value: object) -> Optimizers:
         where = f"{path}.{name}"
         # The rest may be called by its own name: "fused": "adamw".
         row = dict(fields.mapping(where, rule))
+        # `fused: adamw` is as good as `fused: rest`, where adamw takes the rest.
         if row.get("fused") == rests[0]:
             row["fused"] = REST
         rules[name] = OptimizerRule(**fields.read(where, row, OptimizerRule))
+        # torch.optim.Muon refuses it too, but in its first step.
         if rules[name].ns_steps >= 100:
             raise fields.invalid(f"{where}.ns_steps", rules[name].ns_steps, "an integer below 100")
     return Optimizers(rules=rules, rest=rests[0])
@@ -166,6 +168,7 @@ def choose(given: Optimizers | None, asked: Candidate, shapes: Mapping[str, Shap
         taken = _why_taken(rule, asked)
         if taken is None:
             continue
+        # The first rule that lists a name need not be able to take it: a later one may.
         refused, parts = _why_not(rule, asked, shapes) if rule.matrices else (None, ())
         if refused is None:
             if len(parts) > 1:
@@ -214,6 +217,8 @@ def _why_not(
         return None, ()
     if rule.fused == REST:
         return "several matrices in one (fused is 'rest')", ()
+    # transformers' Conv1D (GPT-2) keeps its weight as (inputs, outputs): the matrices are columns,
+    # and parts are cut by rows.
     if asked.owner_class == "Conv1D":
         return "several matrices side by side in a Conv1D, which are not split", ()
     parts = fused_parts(kind, asked.path, asked.shape, shapes)
@@ -269,6 +274,7 @@ def _with_mlp(rows: int, width: int, columns: int | None) -> tuple[int, ...]:
     left = rows - 3 * width
     if left <= 0 or columns is None:
         return ()
+    # The output projection of a parallel block takes attention and feed-forward side by side.
     hidden = columns - width
     if left == hidden:
         return (width, width, width, hidden)
@@ -277,6 +283,7 @@ def _with_mlp(rows: int, width: int, columns: int | None) -> tuple[int, ...]:
 
 def _columns(path: ParamPath, shapes: Mapping[str, Shape]) -> int | None:
     """Columns of the output projection beside a fused one."""
+    # torch's MultiheadAttention holds the fused matrix itself, with no layer around it.
     owner = path.owner if path.leaf == "in_proj_weight" else path.owner[:-1]
     for name in _OUTPUTS:
         shape = shapes.get(".".join((*owner, name, "weight")))

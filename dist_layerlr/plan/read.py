@@ -85,9 +85,9 @@ def parse_shape(text: str) -> Shape:
     if inner in ("", "-", "scalar"):
         return ()
     parts = re.split(r"\s*[x,]\s*|\s+", inner.rstrip(", "))
-    if not all(part.isdecimal() for part in parts):
+    if not all(map(str.isdecimal, parts)):
         raise ValueError(f"not a shape: {text!r}")
-    return tuple(int(part) for part in parts)
+    return tuple(map(int, parts))
 
 
 def _exists(path: Path) -> bool:

@@ -10,7 +10,7 @@ parameters count too: a LoRA on a few blocks does not make the model shallower.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Set
 from dataclasses import dataclass, field
 
 from dist_layerlr.plan.name_rules import PLAIN_STACKS, STACKS, NameRules, is_attention
@@ -132,8 +132,8 @@ def _choose_stacks(containers: dict[Segments, _Container]) -> list[Segments]:
     above = {path[:i] for path in chosen for i in range(len(path))}
     single = []
     for path, found in containers.items():
-        inside = any(path[:i] in chosen_set for i in range(len(path)))
-        if len(found.attention_children) == 1 and path not in above and not inside:
+        lone = len(found.attention_children) == 1
+        if lone and path not in above and not _is_below(path, chosen_set):
             single.append(path)
     chosen = _outermost(chosen + single)
     return chosen or _outermost(_named(containers, PLAIN_STACKS))
@@ -149,9 +149,13 @@ def _outermost(paths: list[Segments]) -> list[Segments]:
     candidates = set(paths)
     kept = []
     for path in dict.fromkeys(paths):
-        if not any(path[:i] in candidates for i in range(len(path))):
+        if not _is_below(path, candidates):
             kept.append(path)
     return kept
+
+
+def _is_below(path: Segments, others: Set[Segments]) -> bool:
+    return any(path[:i] in others for i in range(len(path)))
 
 
 def _unet_middles(containers: dict[Segments, _Container]) -> set[Segments]:
@@ -170,7 +174,7 @@ def _number_blocks(
 ) -> dict[tuple[Segments, int | None], Location]:
     """Give every block its place; a middle stage is keyed by None, for it has no index."""
     # Lists inside a middle stage (its resnets) are no stacks: the whole stage is one block.
-    outside = [s for s in stacks if not any(s[:i] in middles for i in range(len(s) + 1))]
+    outside = [s for s in stacks if s not in middles and not _is_below(s, middles)]
     trunks: dict[Segments, list[Segments]] = defaultdict(list)
     for stack in [*outside, *middles]:
         # Stacks under one parent run one after the other and form a trunk; a branch stands alone.
@@ -190,8 +194,8 @@ def _number_trunk(
 ) -> None:
     """Number the blocks of stacks that run one after the other, in this order."""
     total = sum(containers[stack].length for stack in members)
-    is_unet = any(stack in middles for stack in members)
-    together = ", ".join(".".join(stack) for stack in members)
+    is_unet = not middles.isdisjoint(members)
+    together = ", ".join(map(".".join, members))
     start = 0
     for stack in members:
         count = containers[stack].length

@@ -115,14 +115,11 @@ def verify(
     """
     sharder = sharder_of(model)
     with together(plan.digest) as problems:
+        # Nothing in this block is collective: a rank whose reading fails still meets the others at
+        # its end, where all hear of it.
         found = live_pieces(sharder, optimizer)
         live = live_params(found)
-        expected = factor_in_force(found) if factor is None else factor
-        if factor is None and not 0.0 <= expected <= 1.0 + _ROUNDING:
-            problems.append(("factor", f"the groups are at {expected:g} x their initial_lr"))
-            expected = 1.0  # No schedule does that: compare with the plan itself.
-        if factor is None and expected == 0.0:
-            problems += _schedule_problems(plan, live)
+        expected = _expected_factor(plan, found, live, problems) if factor is None else factor
         # What changed in the model comes first: it is the cause of what follows.
         problems += current_problems(plan, found) + stepper_problems(plan, found)
         problems += _local_problems(plan, found, live, expected, _default_decay(model, optimizer))
@@ -152,6 +149,7 @@ def _steppers(found: Pieces) -> dict[str, Any]:
 
 def _refuse(problems: list[Problem]) -> None:
     """Raise problems that all ranks have found together."""
+    # They come from a collective, with one result for all: every rank raises, or none does.
     if problems:
         raise mismatch(0, problems[:SHOWN], len(problems))
 
@@ -193,6 +191,8 @@ def _check_one_factor(factor: float) -> None:
 def _default_decay(model: nn.Module, optimizer: Any) -> float:
     """The optimizer's own weight decay, for entries that the plan leaves to it."""
     live = getattr(model, "optimizer", None) if optimizer is None else optimizer
+    # Engines and Accelerate keep the optimizer in `.optimizer`, and their wrappers may have no
+    # defaults of their own.
     while live is not None:
         defaults = getattr(live, "defaults", None)
         if isinstance(defaults, dict) and WEIGHT_DECAY in defaults:
@@ -235,9 +235,11 @@ def _compare(
 ) -> list[Problem]:
     problems: list[Problem] = []
     wanted = entry.lr * factor
+    # No absolute tolerance: a rate of 0 is held still, and 1e-12 would not be.
     if not math.isclose(live.lr, wanted, rel_tol=_ROUNDING, abs_tol=0.0):
         problems.append(("lr", f"{entry.name}: planned lr {wanted:.6g}, live {live.lr:.6g}"))
     decay = default_decay if entry.weight_decay is None else entry.weight_decay
+    # No schedule multiplies weight decay, so only a last digit may differ.
     if not math.isclose(live.weight_decay, decay, rel_tol=1e-9, abs_tol=0.0):
         problems.append(
             (

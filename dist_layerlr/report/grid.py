@@ -74,6 +74,7 @@ def _runs(plan: Plan) -> list[Run]:
     for cell, rows in cells(plan).items():
         stack, _, component = cell
         run = last.get((stack, component))
+        # Outside blocks nothing has a number that a range could be made of.
         if run is None or stack is None or not _continues(run, cell, rows):
             run = last[stack, component] = []
             runs.append(run)
@@ -164,6 +165,7 @@ def to_csv(plan: Plan) -> str:
                 "x".join(map(str, e.shape)),
                 e.component,
                 *place,
+                # repr has all digits: what reads the table gets the same float back.
                 repr(e.factor),
                 repr(e.lr),
                 decay,
@@ -181,6 +183,7 @@ def explain(plan: Plan, name: str) -> str:
     """
     entry = plan.entries.get(canonical_name(name))
     if entry is None:
+        # A name that resembles none is answered with the first ones, which show how names look.
         near = nearest(name, plan.entries) or sorted(plan.entries, key=natural_key)[:3]
         raise ModelSourceError(
             f"No trainable parameter {name!r} in this model. Nearest: {', '.join(near)}."

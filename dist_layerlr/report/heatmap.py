@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from dist_layerlr.errors import ConfigError
 from dist_layerlr.plan.components import COMPONENTS
-from dist_layerlr.plan.entries import Plan, PlanEntry
+from dist_layerlr.plan.entries import Plan, PlanEntry, total_numel
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -41,9 +41,11 @@ def draw_grid(plan: Plan, path: Path) -> None:
     panels = _panels(plan)
     rates = [lr for rows in panels.values() for lr in rows.values() if lr > 0] or [1.0]
     low, high = min(rates), max(rates)
+    # Room at both ends: equal rates would be a range without a width, which no bar can show.
     norm = LogNorm(low / 1.01, high * 1.01)
     heights = [max(1.6, 0.42 * len({c for c, _ in cells}) + 0.9) for cells in panels.values()]
     figure = Figure(figsize=(WIDTH_PX / DPI, sum(heights) + 1.1), dpi=DPI, layout="constrained")
+    # Not by pyplot, which keeps every figure it makes and may look for a display.
     FigureCanvasAgg(figure)
     axes = figure.subplots(len(panels), 1, squeeze=False, height_ratios=heights)[:, 0]
     for axis, (title, cells) in zip(axes, panels.items(), strict=True):
@@ -75,17 +77,16 @@ def _panels(plan: Plan) -> dict[str, Cells]:
     )
     for entry in plan.entries.values():
         grouped[entry.panel or OUTSIDE][entry.component, entry.block or 0].append(entry)
-    inside = {title: cells for title, cells in grouped.items() if title != OUTSIDE}
-    ordered = {**inside, **({OUTSIDE: grouped[OUTSIDE]} if OUTSIDE in grouped else {})}
+    if OUTSIDE in grouped:
+        grouped[OUTSIDE] = grouped.pop(OUTSIDE)  # the last panel
     return {
         title: {key: _mean_lr(rows) for key, rows in cells.items()}
-        for title, cells in ordered.items()
+        for title, cells in grouped.items()
     }
 
 
 def _mean_lr(rows: list[PlanEntry]) -> float:
-    elements = sum(e.numel for e in rows) or 1
-    return sum(e.lr * e.numel for e in rows) / elements
+    return sum(e.lr * e.numel for e in rows) / (total_numel(rows) or 1)
 
 
 def _draw_panel(axis: Axes, title: str, cells: Cells, norm: Any) -> None:
@@ -94,6 +95,7 @@ def _draw_panel(axis: Axes, title: str, cells: Cells, norm: Any) -> None:
         {c for c, _ in cells}, key=lambda c: (known.index(c) if c in known else 99, c)
     )
     blocks = max(b for _, b in cells) + 1
+    # A log scale has no place for 0; what is NaN shows the axis behind it, in grey.
     values = [[cells.get((c, b), 0.0) or float("nan") for b in range(blocks)] for c in components]
     axis.set_facecolor("0.88")
     axis.imshow(values, aspect="auto", norm=norm, cmap="viridis", interpolation="nearest")
@@ -112,7 +114,9 @@ def _draw_panel(axis: Axes, title: str, cells: Cells, norm: Any) -> None:
 def _write_values(axis: Axes, values: list[list[float]], norm: Any) -> None:
     for y, row in enumerate(values):
         for x, lr in enumerate(row):
+            # Only NaN, an empty cell, differs from itself.
             if lr == lr:
+                # The upper end of viridis is yellow, on which white cannot be read.
                 colour = "black" if norm(lr) > 0.6 else "white"
                 axis.text(x, y, f"{lr:.2e}", ha="center", va="center", color=colour, fontsize=8)
 

@@ -228,6 +228,8 @@ def local_gradient(owner: Tensor) -> Tensor:
     gradient = owner.grad
     assert gradient is not None
     if isinstance(gradient, DTensor) and isinstance(owner, DTensor):
+        # Ranks that share the tensor all see these placements, so all of them enter the collective
+        # or none does.
         if gradient.placements != owner.placements:
             gradient = gradient.redistribute(placements=owner.placements)
     return local(gradient)
@@ -376,8 +378,11 @@ def buffers(model: nn.Module) -> list[Weight]:
     found: dict[int, Weight] = {}
     for path, module in unwrap(model).named_modules():
         for leaf, buffer in module.named_buffers(recurse=False):
+            # Private, read in torch 2.13: the one place that tells persistent buffers, short of a
+            # state_dict, which FSDP's hooks make collective.
             if leaf not in module._non_persistent_buffers_set and id(buffer) not in found:
                 name = canonical_name(f"{path}.{leaf}" if path else leaf)
+                # A buffer that several modules share is one, under its first name.
                 found[id(buffer)] = whole_weight(name, buffer, world_size(), is_buffer=True)
     return list(found.values())
 

@@ -72,6 +72,7 @@ class Fsdp1Sharder(Sharder):
         return any(map(_is_unit, kinds.modules))
 
     def _read_layout(self) -> Layout:
+        # FSDP1 registers the flat parameter under its name only without use_orig_params.
         flat = any(n.rpartition(".")[2] == FLAT_PARAM for n, _ in self.model.named_parameters())
         return Layout(name="fsdp1_flat" if flat else "fsdp1", shards=True, flat=flat)
 
@@ -159,9 +160,12 @@ def iterate_shards(model: nn.Module) -> Iterator[Shard]:
 
 def _unit(path: str, flat: Any, handle: Any) -> Iterator[Shard]:
     sharded = handle.uses_sharded_strategy
+    # The handle's world is the group that shards: all ranks, or a node's under HSDP, where the
+    # others hold copies. NO_SHARD shards in none.
     ranks = handle.world_size if sharded else 1
     replicas = world_size() // ranks
     infos = flat._shard_param_infos
+    # Without use_orig_params FSDP1 keeps no original parameters: the flat one is the owner.
     originals = flat._params or [None] * len(flat._fqns)
     prefix = f"{path}." if path else ""
     tied = _tied(prefix, flat)
@@ -175,6 +179,7 @@ def _unit(path: str, flat: Any, handle: Any) -> Iterator[Shard]:
             )
     columns = zip(flat._fqns, infos, originals, flat._shapes, flat._contiguities, strict=True)
     for fqn, info, param, shape, contiguous in columns:
+        # Of a parameter outside this rank's shard every number is None.
         flat_offset = (info.offset_in_shard or 0) if info.in_shard else 0
         yield Shard(
             name=canonical_name(prefix + fqn),
@@ -196,6 +201,7 @@ def _tied(prefix: str, flat: Any) -> dict[str, list[str]]:
     tied: dict[str, list[str]] = {}
     for info in flat._shared_param_infos:
         first = ".".join(s for s in (info.prim_module_name, info.prim_param_name) if s)
+        # FSDP1 keeps tied parameters once, and names the others relative to the wrapped unit.
         other = ".".join(s for s in (info.module_name, info.param_name) if s)
         tied.setdefault(canonical_name(first), []).append(canonical_name(prefix + other))
     return tied

@@ -45,6 +45,7 @@ class ZeroSharder(Sharder):
     @classmethod
     def handles(cls, kinds: Kinds) -> bool:
         """Whether the model is a DeepSpeed engine."""
+        # By the name of the class: deepspeed is optional, and slow to import.
         return any(kind.__name__ == "DeepSpeedEngine" for kind in kinds.model.__mro__)
 
     def _read_layout(self) -> Layout:
@@ -179,6 +180,7 @@ def _masters(weight: Weight, pieces: list[Piece]) -> list[Weight]:
     return [
         replace(
             weight,
+            # Masters are flat: what is written into one needs no copy home to another memory order.
             tensor=p.of(p.owner),
             numel=p.numel,
             home=None,
@@ -201,6 +203,7 @@ def _weight(param: Any, name: str, aliases: tuple[str, ...]) -> Weight:
         start=start,
         numel=numel,
         aliases=aliases,
+        # Behind `numel` elements the last rank's partition is padding.
         tensor=param.ds_tensor.detach().view(-1)[:numel],
         shape=tuple(param.ds_shape),
         trainable=param.requires_grad,
@@ -215,6 +218,7 @@ def _refresh(optimizer: Any, stage: int | None) -> None:
         for sub_group in range(len(optimizer.fp32_partitioned_groups_flat)):
             optimizer._reassign_or_swap_out_partitioned_parameters(sub_group)
         optimizer.checkpoint_event_epilogue()
+    # Stages 1 and 2 have `update_lp_params`, too: what is quicker is asked for first.
     elif hasattr(optimizer, "parallel_partitioned_bit16_groups"):
         _spread(optimizer)
     elif hasattr(optimizer, "update_lp_params"):
@@ -222,6 +226,7 @@ def _refresh(optimizer: Any, stage: int | None) -> None:
     else:
         for fragment in _fragments(optimizer, stage):
             param, end = fragment.param, fragment.offset + fragment.numel
+            # In fp32 the engine steps the parameters themselves, and keeps no copy.
             if param is not fragment.owner:
                 master = fragment.owner.detach().view(-1)[fragment.offset : end]
                 param.data.copy_(master.view(param.shape))
@@ -240,6 +245,8 @@ def _spread(optimizer: Any) -> None:
         optimizer.real_dp_process_group,
     )
     for partitions, master, group in zip(*columns, strict=True):
+        # The copy casts. It comes before the broadcasts, in which all ranks of the group take part
+        # in one order, each as the source of its own partition.
         partitions[dist.get_rank(group)].data.copy_(master.data)
         for rank, partition in enumerate(partitions):
             dist.broadcast(partition.data, dist.get_global_rank(group, rank), group)
@@ -265,9 +272,12 @@ def partition_empty(model: nn.Module, config: dict[str, Any]) -> None:
     dtype = next((low[key] for key in low if config.get(key, {}).get("enabled")), torch.float32)
     with deepspeed.zero.Init(config_dict_or_path=config):
         for module in model.modules():
+            # A tied parameter is empty only where it is met first: DeepSpeed must partition it
+            # once.
             empty = [p for p in module.parameters(recurse=False) if p.is_meta]
             materialize(module, "cpu", recurse=False)
             for param in empty:
+                # zero.Init casts what a constructor makes; these were made before it.
                 param.data = param.data.to(dtype)
             nn.ParameterList(empty)
 
@@ -334,6 +344,7 @@ def _copies(optimizer: Any) -> list[Fragment]:
     columns = zip(optimizer.param_groups, optimizer.fp16_groups, optimizer.fp32_groups, strict=True)
     for group, params, copies in columns:
         for param, copy in zip(params, copies, strict=True):
+            # The copy has the parameter's own shape, so it begins at its first element.
             found.append(_whole(param, group, copy, 0))
     return found
 
@@ -348,6 +359,7 @@ def _flat_copies(optimizer: Any) -> list[Fragment]:
         offset = 0
         for param in params:
             found.append(_whole(param, group, owner, offset))
+            # Flattened end to end without padding, as nothing is partitioned at stage 0.
             offset += param.numel()
     return found
 

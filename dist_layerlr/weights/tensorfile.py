@@ -67,6 +67,7 @@ class FileTensor:
             ModelSourceError: the file ends before, or is gone.
         """
         try:
+            # A buffer would read ahead of every span, and copy its bytes once more.
             with self.file.open("rb", buffering=0) as file:
                 return self.read_from(file, start, numel, out)
         except OSError as error:
@@ -206,6 +207,7 @@ def header(entries: Sequence[Entry], metadata: Mapping[str, str]) -> bytes:
                 f"Cannot write {entry.name!r}: it is {entry.dtype}, which safetensors files cannot"
                 " hold."
             )
+        # Offsets count from the end of the header: its own length depends on their digits.
         start, end = end, end + entry.nbytes
         rows[entry.name] = {
             "dtype": _NAMES[entry.dtype],
@@ -227,6 +229,7 @@ def _bytes_of(tensor: Tensor, entry: Entry) -> memoryview:
 
 def as_bytes(tensor: Tensor) -> memoryview:
     """The memory of a contiguous CPU tensor."""
+    # numpy has neither bf16 nor float8; as bytes every dtype passes, and nothing is copied.
     return tensor.view(-1).view(torch.uint8).numpy().data
 
 
@@ -238,6 +241,7 @@ def read_into(file: BinaryIO, view: memoryview) -> int:
     done = 0
     while done < len(view):
         count = file.readinto(view[done:])  # type: ignore[attr-defined]
+        # The file has ended; the caller knows what it belongs to, and raises.
         if not count:
             break
         done += count
