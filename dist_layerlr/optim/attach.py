@@ -26,7 +26,7 @@ from dist_layerlr.optim.segmented import MakeOptimizer, Segmented
 from dist_layerlr.optim.trial import Verdict, remember, try_out, try_parts
 from dist_layerlr.optim.validate import refuse
 from dist_layerlr.plan.entries import Plan, Shape
-from dist_layerlr.plan.optimizers import OPTIMIZERS_BLOCK
+from dist_layerlr.plan.optimizers import OPTIMIZERS_BLOCK as BLOCK
 from dist_layerlr.ranks import alike, everyone, rank, together
 from dist_layerlr.sharders import Layout, Sharder, sharder_of
 from dist_layerlr.sharders.base import Slice
@@ -124,7 +124,7 @@ def _refuse_one(plan: Plan, make: MakeOptimizer) -> None:
     given = plan.config.optimizers
     if given is not None:
         raise ConfigError(
-            f"Invalid make={make!r}: the config's {OPTIMIZERS_BLOCK!r} names {list(given.names)}. Give a"
+            f"Invalid make={make!r}: the config's {BLOCK!r} names {list(given.names)}. Give a"
             " function for each: attach(plan, model, {"
             + ", ".join(f"{name!r}: ..." for name in given.names)
             + "})."

@@ -24,7 +24,7 @@ from dist_layerlr.optim.whole import (
     make_template,
 )
 from dist_layerlr.plan.entries import Plan
-from dist_layerlr.plan.optimizers import OPTIMIZERS_BLOCK
+from dist_layerlr.plan.optimizers import OPTIMIZERS_BLOCK as BLOCK
 from dist_layerlr.sharders.base import ParamGroup
 
 MakeOptimizers = Mapping[str, MakeOptimizer]
@@ -125,18 +125,18 @@ def check_makes(plan: Plan, makes: MakeOptimizers) -> None:
     if given is None:
         raise ConfigError(
             f"Invalid make={sorted(makes)}: the plan's config names no optimizers. Add a block such"
-            f' as "{OPTIMIZERS_BLOCK}": {{"muon": {{}}, "adamw": "rest"}} to it, or give one function.'
+            f' as "{BLOCK}": {{"muon": {{}}, "adamw": "rest"}} to it, or give one function.'
         )
     if set(makes) != set(given.names):
         raise ConfigError(
-            f"Invalid make={sorted(makes)}: the config's {OPTIMIZERS_BLOCK!r} names {sorted(given.names)}."
+            f"Invalid make={sorted(makes)}: the config's {BLOCK!r} names {sorted(given.names)}."
             " Give one function for each of them."
         )
     taken = {entry.optimizer for entry in plan.entries.values()}
     for name in given.names:
         if name not in taken:
             raise ConfigError(
-                f"Invalid {OPTIMIZERS_BLOCK}.{name}: it takes no trainable parameter of this model. Remove it,"
+                f"Invalid {BLOCK}.{name}: it takes no trainable parameter of this model. Remove it,"
                 " or list components that the model has (dist-layerlr explain says why a name goes"
                 " elsewhere)."
             )
