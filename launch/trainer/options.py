@@ -18,7 +18,7 @@ from dist_layerlr.plan import OPTIMIZERS_BLOCK, PLAN_BLOCK, Config, load_config
 from launch.trainer.adapter_options import LORA as LORA
 from launch.trainer.adapter_options import AdapterOptions, read_adapter
 from launch.trainer.families import get_family
-from launch.trainer.families.base import network_folders
+from launch.trainer.families.base import Family, network_folders
 from launch.trainer.optimizers import OptimizerOptions, check_optimizers, read_optimizer
 from launch.trainer.trackers import TRACKERS
 
@@ -232,10 +232,7 @@ def load_options(
     values = {key: found.check(key, given[key]) for key, found in known.items()}
     # By attribute from here on, as the objective's class takes them.
     values["objective"] = fields.read("objective", values["objective"], family.objective_class)
-    given_folder = family.model_folder(Path(values["model_path"]))
-    # Of two networks the first: each gets options of its own in run.py.
-    folders = network_folders(family, given_folder, values["objective"]).values()
-    values["model_path"] = str(next(iter(folders)))
+    values["model_path"] = _first_network(family, values)
     if values["training_method"] == FULL and "adapter" in raw:
         raise ConfigError(
             f"Invalid training_method={FULL!r} with an 'adapter' block: remove one of them."
@@ -255,6 +252,16 @@ def load_options(
         plan=plan,
         raw=raw,
     )
+
+
+def _first_network(family: Family, values: Mapping[str, Any]) -> str:
+    """Folder of the network that is trained; of two the first, each has its own options in run.py.
+
+    Raises:
+        ModelSourceError: no such folder, or one without the network that is asked for.
+    """
+    folder = family.model_folder(Path(values["model_path"]))
+    return str(next(iter(network_folders(family, folder, values["objective"]).values())))
 
 
 def resolved(options: RunOptions) -> dict[str, Any]:
