@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import gc
 import math
-import operator
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 from weakref import WeakKeyDictionary

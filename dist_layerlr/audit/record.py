@@ -202,8 +202,7 @@ class Recorder:
                 self._problems["stale", text] = None
         # DeepSpeed 0.19.8 clips at 1.0 unless it is told, where other trainers do not clip.
         clip = float(engine.gradient_clipping())
-        # `_param_dict` (private, read in deepspeed 0.19.8) is the config as the script gave it; the
-        # engine's own value has DeepSpeed's default in it, which became 1.0.
+        # Private, read in 0.19.8: the config as the script gave it, without defaults.
         given = getattr(getattr(engine, "_config", None), "_param_dict", {})
         if clip > 0 and "gradient_clipping" not in given:
             text = f"DeepSpeed clips gradients at {clip:g}, which its config does not say"

@@ -195,6 +195,16 @@ class Exchange:
         return found
 
 
+def _elements(segments: Iterable[Segment]) -> int:
+    return sum(segment.numel for segment in segments)
+
+
+def _values(
+    segments: Iterable[Segment], parts: Mapping[str, Sequence[tuple[int, Tensor]]]
+) -> list[Tensor]:
+    return [cut(segment, parts[segment.name]) for segment in segments]
+
+
 def _rows(ranks: int) -> list[list[Segment]]:
     return [[] for _ in range(ranks)]
 

@@ -93,7 +93,7 @@ def try_out(
         owners: what the optimizer holds.
         shapes: of the model's whole trainable parameters; the same on all ranks.
     """
-    distinct = _each_once(owners)
+    distinct = list(dict.fromkeys(owners))
     segmented = isinstance(optimizer, Segmented)
     if parts_of(optimizer) is not None:
         return _of_all(_try_parts(optimizer, layout, distinct, shapes))
@@ -108,11 +108,6 @@ def try_parts(
     """``try_out`` of each optimizer among several, by the plan's names. Collective."""
     shapes = [entry.shape for entry in plan.entries.values()]
     return _try_parts(optimizer, layout, list(dict.fromkeys(owners)), shapes)
-
-
-def _each_once(owners: Iterable[Tensor]) -> list[Tensor]:
-    """By identity: tensors compare element by element."""
-    return list({id(owner): owner for owner in owners}.values())
 
 
 def _try_parts(
@@ -169,7 +164,7 @@ def try_here(
     optimizer: Any, layout: Layout, owners: Iterable[Tensor], shapes: Sequence[Shape]
 ) -> Verdict | None:
     """As ``try_out``, for this rank alone, so not collective. None where a trial would be."""
-    distinct = _each_once(owners)
+    distinct = list(dict.fromkeys(owners))
     segmented = isinstance(optimizer, Segmented)
     way = Way.of(layout, distinct, len(shapes), segmented=segmented)
     if way.cut is Cut.DTENSORS or not distinct:

@@ -23,7 +23,7 @@ from torch.optim import Optimizer
 
 from dist_layerlr.errors import PlanMismatch
 from dist_layerlr.optim.exchange import Exchange, Held, Schedule, Segment
-from dist_layerlr.optim.groups import LR, NAME, WEIGHT_DECAY, groups_by_tensor
+from dist_layerlr.optim.groups import LR, NAME, WEIGHT_DECAY
 from dist_layerlr.plan.entries import Plan, PlanEntry
 from dist_layerlr.ranks import transport_device
 from dist_layerlr.sharders.base import ParamGroup

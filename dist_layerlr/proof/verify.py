@@ -147,6 +147,19 @@ def _steppers(found: Pieces) -> dict[str, Any]:
     return {"optimizers": by_algorithm(found), "state_precision": state_precision(found)}
 
 
+def _expected_factor(
+    plan: Plan, found: Pieces, live: Mapping[str, LiveParam], problems: list[Problem]
+) -> float:
+    """The multiplier that the live groups are at; what is wrong with it joins ``problems``."""
+    factor = factor_in_force(found)
+    if not 0.0 <= factor <= 1.0 + _ROUNDING:
+        problems.append(("factor", f"the groups are at {factor:g} x their initial_lr"))
+        return 1.0  # No schedule does that: rates are compared with the plan itself.
+    if factor == 0.0:
+        problems += _schedule_problems(plan, live)
+    return factor
+
+
 def _refuse(problems: list[Problem]) -> None:
     """Raise problems that all ranks have found together."""
     # They come from a collective, with one result for all: every rank raises, or none does.
