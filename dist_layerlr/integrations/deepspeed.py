@@ -9,15 +9,15 @@ from typing import Any
 from torch import nn
 
 from dist_layerlr.files import read_json
-from dist_layerlr.optim import attach, bind, check_ds_config
-from dist_layerlr.optim.segmented import MakeOptimizer
+from dist_layerlr.optim import MakeOptimizer, attach, bind, check_ds_config
+from dist_layerlr.optim.routed import MakeOptimizers
 from dist_layerlr.plan import Plan
 
 
 def initialize_deepspeed(
     plan: Plan,
     model: nn.Module,
-    make: MakeOptimizer,
+    make: MakeOptimizer | MakeOptimizers,
     config: Mapping[str, Any] | str | Path,
     **more: Any,
 ) -> tuple[Any, Any, Any, Any]:

@@ -280,17 +280,16 @@ class AnyWhole(NeedsWhole):
                     weight.copy_(values.view(weight.shape))
 
     def _step_whole(self, weights: Mapping[str, Tensor], gradients: Mapping[str, Tensor]) -> None:
+        known = len(self._whole)
         for name, values in weights.items():
             shape = self.entries[name].shape
             if name not in self._whole:
                 self._whole[name] = nn.Parameter(torch.empty(shape, device=values.device))
-                # Its groups are fixed when it is built: a further tensor needs another one.
-                self._on_whole = None
             # The weight may have been loaded, or written by somebody else, since the last step.
             self._whole[name].data.copy_(values.view(shape))
             self._whole[name].grad = gradients[name].view(shape)
-        if self._on_whole is None and self._whole:
-            self._on_whole = self.make(self._groups())
+        if len(self._whole) > known:
+            self._on_whole = self._built_anew()
         if self._on_whole is None:
             return
         # The schedule writes the groups that are shown: those of the whole follow at each step.
@@ -301,6 +300,20 @@ class AnyWhole(NeedsWhole):
         for param in self._whole.values():
             # Kept, the whole gradients would take up memory until the next step.
             param.grad = None
+
+    def _built_anew(self) -> Optimizer:
+        """Build the optimizer for all tensors so far: groups are fixed when one is built."""
+        found = self.make(self._groups())
+        if self._on_whole is None:
+            return found
+        # A round, or a gradient that comes late, brings further tensors; the others keep what they
+        # have gathered, and their groups the counts that some optimizers hold there.
+        found.state.update(self._on_whole.state)
+        held = {group[NAME]: group for group in self._on_whole.param_groups}
+        for group in found.param_groups:
+            before = held.get(group[NAME], {})
+            group.update({key: value for key, value in before.items() if key != "params"})
+        return found
 
     def _groups(self) -> list[ParamGroup]:
         found: list[ParamGroup] = []

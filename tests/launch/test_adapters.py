@@ -24,6 +24,7 @@ from launch.trainer.adapters import fresh_adapter, inject
 from launch.trainer.families import get_family
 from launch.trainer.options import load_options
 from launch.trainer.tiny import flux2, sd15
+from tests.support.extras import needs_families
 from tests.support.jobs import ROOT, as_lora, call_of, largest_difference, run_in_ranks, weights
 
 SHARDERS = {
@@ -219,6 +220,7 @@ def test_blocks_are_those_of_the_plan_over_all_stages_of_a_unet() -> None:
     assert isinstance(model, UNet2DConditionModel)
 
 
+@needs_families
 def test_blocks_are_counted_in_each_stack() -> None:
     network = flux2.PARTS["flux_2_klein_4b"]()["transformer"]
     assert blocks_of(injected("flux_2_klein_4b", network, blocks=[1])) == {
@@ -230,6 +232,7 @@ def test_blocks_are_counted_in_each_stack() -> None:
     }
 
 
+@needs_families
 @pytest.mark.parametrize(
     ("blocks", "words"),
     [

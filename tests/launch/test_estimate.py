@@ -23,6 +23,7 @@ from launch.trainer.runtime import Runtime
 from launch.trainer.weights import empty_model
 from tests.support import census
 from tests.support.drivers import start_deepspeed
+from tests.support.extras import needs_families
 from tests.support.jobs import Config, as_lora
 from tests.support.living import living_bytes, only_new_tensors
 from tests.support.ranks import run_ranks
@@ -47,6 +48,7 @@ BIG = {"num_attention_heads": 4, "attention_head_dim": 128, "ffn_dim": 1024}
 keeps those below 100,000 elements whole."""
 
 
+@needs_families
 @pytest.mark.parametrize("model_type", CENSUS)
 def test_a_published_network_has_the_names_and_shapes_of_its_checkpoint(model_type: str) -> None:
     known = PUBLISHED[model_type]
@@ -56,6 +58,7 @@ def test_a_published_network_has_the_names_and_shapes_of_its_checkpoint(model_ty
     assert found == {row.name: row.shape for row in census.rows(CENSUS[model_type])}
 
 
+@needs_families
 def test_flux_2_dev_and_klein_9b_have_as_many_names_as_their_checkpoints() -> None:
     for model_type, names in (("flux_2_dev", 331), ("flux_2_klein_9b", 233)):
         known = PUBLISHED[model_type]

@@ -19,6 +19,7 @@ from launch.trainer.objectives import Objective
 from launch.trainer.objectives.causal_lm import IGNORED, LABELS, NextToken, Predicted
 from launch.trainer.objectives.flow import FlowMatching, euler_sigmas, make_flow_batch
 from launch.trainer.objectives.sigma import Resolution, SigmaDistribution
+from tests.support.extras import needs_families
 
 SHAPES = [(4, 6, 6), (4, 3, 8), (4, 5, 5)]
 
@@ -213,6 +214,7 @@ def test_boxes_and_images_of_each_sample_reach_the_device_as_lists() -> None:
     assert all(one["boxes"].is_meta for one in moved["targets"])
 
 
+@needs_families
 @pytest.mark.parametrize("model_type", FAMILIES)
 def test_every_family_makes_its_objective_from_settings_of_its_class(model_type: str) -> None:
     family = get_family(model_type)
