@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from peft import LoraConfig, get_peft_model
 from transformers import Trainer
 
@@ -41,6 +42,7 @@ from tests.support.hf_trainer import (
 
 BAR = 1e-6
 """Largest difference of any weight; each of them moves by about 1e-3."""
+OLD = int(transformers.__version__.partition(".")[0]) < 5
 HALF = f"checkpoint-{STEPS // 2}"
 LAYERS = {"transformer_layer_cls_to_wrap": ["LlamaDecoderLayer"]}
 
@@ -98,6 +100,8 @@ def run(folder: Path, mode: dict[str, Any], half: Path | None = None, **more: An
 
 def training_case(label: str) -> Callable[[At], None]:
     def train_and_resume(at: At) -> None:
+        if label != "ddp" and OLD:
+            pytest.skip("the harness drives transformers 5 on CPU ranks; 4.x is run under DDP")
         mode, here = MODES[label], at.folder / "run"
         trained = run(here, mode)
         assert farthest(trained, oracle()) < BAR
