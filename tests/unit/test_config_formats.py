@@ -175,7 +175,7 @@ REFUSED: dict[str, dict[str, Any]] = {
         "per_layer_lr": {"regions": [{"match": "a", "lr": 1e-4, "lr_multiplier": 2}]}
     },
     "key of another preset": {"per_layer_lr": {"lr_encoder": 1e-4}},
-    "optimizer": {"optimizer": {"type": "adam"}},
+    "optimizer": {"optimizer": {"type": ""}},
     "betas": {"optimizer": {"betas": [0.9, 1.0]}},
     "streaming": {"memory": {"stagehand": {"window": 2}}},
     "adapter beside a full finetune": {"training_method": "fine_tune", "adapter": {"rank": 2}},
