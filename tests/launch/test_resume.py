@@ -65,7 +65,14 @@ def call(
 
 
 def rows(folder: Path) -> list[dict[str, Any]]:
-    timed = ("s_per_step", "peak_memory_gb")
+    timed = (
+        "s_per_step",
+        "peak_memory_gb",
+        "samples_per_s",
+        "tokens_per_s",
+        "data_wait_s",
+        "eta_s",
+    )
     lines = (folder / "metrics.jsonl").read_text().splitlines()
     return [{k: v for k, v in json.loads(line).items() if k not in timed} for line in lines]
 

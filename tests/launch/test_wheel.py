@@ -88,6 +88,7 @@ def test_wheel_holds_the_package_with_its_types_and_licence_and_nothing_else(whe
     package = ROOT / "dist_layerlr"
     files = {str(p.relative_to(ROOT)) for p in package.rglob("*.py")} | {"dist_layerlr/py.typed"}
     files |= {str(p.relative_to(ROOT)) for p in (package / "report" / "assets").iterdir()}
+    files.add("dist_layerlr/plan/config.schema.json")
     assert {n for n in names if ".dist-info/" not in n} == files
     assert any(n.endswith("licenses/LICENSE") for n in names)
     assert fields["License-Expression"] == "Apache-2.0"
