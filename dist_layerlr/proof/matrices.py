@@ -80,13 +80,11 @@ class MatrixCheck:
         )
         moves, directions = alike(lambda: self._parts(found))
         # A rank may put a matrix together of which it holds nothing: it needs the settings, too.
-        # A rank may put a matrix together of which it holds nothing: it needs the settings, too.
         groups: dict[str, ParamGroup] = {}
         for row in everyone({p.name: _settings(p.group) for p in found.pieces}):
             groups.update(row)
         observed: dict[str, float] = {}
         problems: list[Problem] = []
-        # Ranks without an element of a matrix take part in its exchange, hence they are asked, too.
         # Ranks without an element of a matrix take part in its exchange: they are asked, too.
         names = exchange.agreed({self.pieces[number].name for number in self.gradients})
         # Where ranks differ in what they can read, none of them sends it.
@@ -128,6 +126,10 @@ class MatrixCheck:
 
     def _singular(self, entry: PlanEntry, move: Tensor, group: ParamGroup) -> list[Problem]:
         lr = entry.lr * self.factor
+        if not move.isfinite().all():
+            # Here, because a decomposition raises on the rank that owns the matrix, while others
+            # wait for it.
+            return [("effect", f"{entry.name}: the step moved it to what is NaN or infinite")]
         if lr == 0.0 or not move.any():
             return []
         for first, last, shape in rows_of(entry):

@@ -12,7 +12,7 @@ import torch
 import dist_layerlr
 from dist_layerlr.errors import PlanMismatch
 from dist_layerlr.optim import param_groups, whole
-from dist_layerlr.ranks import everyone
+from dist_layerlr.ranks import RankFailure, everyone
 from tests.support import optimizers
 from tests.support.cases import At, Cases, Outcomes
 from tests.support.drivers import start_deepspeed
@@ -128,6 +128,28 @@ def test_attach_says_once_what_sharding_makes_of_eight_bits(at: At) -> None:
             Run(NET, "fsdp2", Signs8bit, config={"learning_rate": LR})
     texts = [str(w.message) for w in told if "keeps small tensors in 32 bits" in str(w.message)]
     assert len(texts) == (at.rank == 0)
+
+
+class Decomposing(torch.optim.Adafactor):
+    """Fails on what is not finite, as a decomposition does."""
+
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        for group in self.param_groups:
+            for param in group["params"]:
+                if param.grad is not None:
+                    torch.linalg.svdvals(param.grad)
+        super().step()
+
+
+@cases
+def test_a_matrix_that_fails_on_its_owner_fails_on_every_rank(at: At) -> None:
+    run = Run(NET, "fsdp2", {**MAKES, "muon": Decomposing})
+    run.backward(0)
+    for name, param in run.model.named_parameters():
+        if name.endswith("blocks.2.attn.proj.weight"):
+            param.grad.to_local().fill_(float("nan"))
+    with pytest.raises(RankFailure, match="LinAlgError"):
+        run.update()
 
 
 @cases
