@@ -132,13 +132,15 @@ class NeedsWhole(Optimizer):
         stepped: dict[str, list[Located]] = {}
         for name, pieces in self._located.items():
             stepped[name] = [piece for piece in pieces if piece.view.grad is not None]
+        torn = [n for n, pieces in self._located.items() if len(stepped[n]) < len(pieces)]
         group_of = {id(p): group for group in self.param_groups for p in group["params"]}
+        active = [n for n, pieces in stepped.items() if pieces]
+        # Asked on every rank, also on one that holds nothing: it may own what others step. Of all
+        # exchanges before anything changes, because the answer may be an error.
+        asked = [exchange for exchange in self.exchanges if exchange.sizes]
+        agreed = [exchange.agreed(active, torn) for exchange in asked]
         self._before(group_of)
-        for exchange in self.exchanges:
-            if not exchange.sizes:
-                continue
-            # Asked on every rank, also on one that holds nothing: it may own what others step.
-            names = exchange.agreed(n for n, pieces in stepped.items() if pieces)
+        for exchange, names in zip(asked, agreed, strict=True):
             for schedule in exchange.rounds(names):
                 self._round(exchange, schedule, stepped, group_of)
 

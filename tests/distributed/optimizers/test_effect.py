@@ -130,6 +130,32 @@ def test_attach_says_once_what_sharding_makes_of_eight_bits(at: At) -> None:
     assert len(texts) == (at.rank == 0)
 
 
+@cases
+def test_a_gradient_that_one_rank_has_dropped_is_refused_on_every_rank(at: At) -> None:
+    run = Run(NET, "ddp")
+    run.backward(0)
+    before = run.weights()
+    if at.rank == 1:
+        run.model.module.blocks[1].attn.proj.weight.grad = None
+    with pytest.raises(PlanMismatch, match=r"blocks.1.attn.proj.weight: some of its elements have"):
+        run.update()
+    assert all(torch.equal(before[name], value) for name, value in run.weights().items())
+
+
+@cases
+def test_ranks_that_train_on_their_own_are_watched_on_their_own(at: At) -> None:
+    model: Any = net()
+    plan = dist_layerlr.plan_model(model, NET.config)
+    optimizer = dist_layerlr.attach(plan, model, MAKES)
+    NET.loss(model, at.rank, slice(None)).backward()
+    if at.rank == 1:
+        model.blocks[1].attn.proj.weight.grad = None
+    with dist_layerlr.effect_check(plan, model, optimizer) as rates:
+        optimizer.step()
+    wanted = {name for name, entry in plan.entries.items() if entry.optimizer == "muon"}
+    assert wanted - rates.keys() == ({"blocks.1.attn.proj.weight"} if at.rank else set())
+
+
 class Decomposing(torch.optim.Adafactor):
     """Fails on what is not finite, as a decomposition does."""
 
