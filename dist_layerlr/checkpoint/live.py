@@ -19,11 +19,11 @@ from dist_layerlr.checkpoint.manifest import Manifest, TensorRecord
 from dist_layerlr.checkpoint.rng import read_rng
 from dist_layerlr.checkpoint.samples import sample_of
 from dist_layerlr.errors import CheckpointError
+from dist_layerlr.optim.any_whole import AnyWhole
 from dist_layerlr.optim.groups import OPTIMIZER
 from dist_layerlr.optim.readback import factor_in_force, live_pieces
 from dist_layerlr.optim.routed import Routed, parts_of
 from dist_layerlr.optim.segmented import Segmented
-from dist_layerlr.optim.whole import AnyWhole
 from dist_layerlr.plan.names import of_rank, parse, without_rank
 from dist_layerlr.sharders import Piece, Pieces, Sharder, Weight, sharder_of
 from dist_layerlr.sharders.base import local

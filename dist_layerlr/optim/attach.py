@@ -30,7 +30,7 @@ from dist_layerlr.plan.optimizers import OPTIMIZERS_BLOCK as BLOCK
 from dist_layerlr.ranks import alike, everyone, rank, together
 from dist_layerlr.sharders import Layout, Sharder, sharder_of
 from dist_layerlr.sharders.base import Slice
-from dist_layerlr.sharders.distinct import distinct_names
+from dist_layerlr.sharders.distinct import alone_names
 
 GROUPS, SEGMENTED, AUTO = "groups", "segmented", "auto"
 EMISSIONS = (AUTO, GROUPS, SEGMENTED)
@@ -182,9 +182,7 @@ def _place(plan: Plan, optimizer: Segmented, sharder: Sharder, pieces: Sequence[
         if piece.numel:
             held.setdefault(piece.name, []).append((piece.start, piece.numel))
     table = everyone(held)
-    # Ranks of an unwrapped model know nothing of each other, in one process group or not.
-    alone = frozenset(plan.entries if sharder.layout.name == "none" else ())
-    alone |= frozenset(alike(lambda: distinct_names(sharder.model, plan.entries)))
+    alone = alike(lambda: alone_names(sharder, plan.entries))
     alike(lambda: optimizer.place(pieces, table, rank(), alone))
 
 

@@ -11,6 +11,7 @@ import math
 import statistics
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -219,9 +220,25 @@ class CellMetrics:
             if not self._sharder.layout.engine_steps:
                 self._list_pieces()
 
-    def _before(self, optimizer: Optimizer, *_: Any) -> None:
-        if self._armed and self._failure is None:
+    def _before(self, optimizer: Optimizer, args: Any = (), kwargs: Any = None) -> Any:
+        if not self._armed or self._failure is not None:
+            return None
+        given = dict(kwargs or {})
+        closure = given.pop("closure", None) or (args[1] if len(args) > 1 else None)
+        if not callable(closure):
             self._guard(lambda: self._take(optimizer))
+            return None
+        # The gradients of this step come with the closure, which the step calls.
+        pending = [optimizer]
+
+        def measured() -> Any:
+            loss = closure()
+            # Some call it several times in a step: weights have moved by the second.
+            while pending and self._failure is None:
+                self._guard(partial(self._take, pending.pop()))
+            return loss
+
+        return (args[0], measured, *args[2:]), given
 
     def _after(self, *_: Any) -> None:
         if self._copies and self._failure is None:

@@ -125,18 +125,32 @@ class Exchange:
                 self._known[names].append(schedule)
         return self._known[names]
 
-    def agreed(self, active: Iterable[str]) -> tuple[str, ...]:
+    def agreed(self, active: Iterable[str], without: Iterable[str] = ()) -> tuple[str, ...]:
         """Names that any rank steps now. Collective.
 
         A rank that holds nothing of a tensor sees no gradient of it, and may own it all the same.
+
+        Args:
+            active: names that this rank has a gradient of.
+            without: names of which it holds elements that have none.
+
+        Raises:
+            PlanMismatch: a name that is both, on whatever ranks. All of them raise it.
         """
         # MAX, not SUM: a byte for each name would count no more than 255 ranks.
-        mine = set(active)
-        flags = torch.tensor([name in mine for name in self.sizes], dtype=torch.uint8)
+        sets = set(active), set(without)
+        flags = torch.tensor([[n in mine for n in self.sizes] for mine in sets], dtype=torch.uint8)
         if len(self.table) > 1:
             flags = flags.to(transport_device())
             dist.all_reduce(flags, op=dist.ReduceOp.MAX)
-        return tuple(compress(self.sizes, flags.tolist()))
+        torn = tuple(compress(self.sizes, flags.prod(0).tolist()))
+        if torn:
+            raise PlanMismatch(
+                f"{torn[0]}{f' and {len(torn) - 1} more' if len(torn) > 1 else ''}: some of its"
+                " elements have a gradient and others have none, so the whole matrix cannot be"
+                " stepped. Clear gradients on all ranks or on none; let the sharder reduce them."
+            )
+        return tuple(compress(self.sizes, flags[0].tolist()))
 
     def gather(
         self,

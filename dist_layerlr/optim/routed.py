@@ -7,6 +7,7 @@ rate into a group of this one writes it into the optimizer that steps it.
 from __future__ import annotations
 
 from collections.abc import Mapping, Set
+from functools import partial
 from typing import Any
 
 import torch
@@ -14,10 +15,10 @@ from torch.optim import Optimizer
 
 from dist_layerlr.errors import ConfigError
 from dist_layerlr.optim import fused
+from dist_layerlr.optim.any_whole import AnyWhole
 from dist_layerlr.optim.groups import OPTIMIZER, WEIGHT_DECAY
 from dist_layerlr.optim.whole import (
     MOMENTUM,
-    AnyWhole,
     MakeOptimizer,
     MuonSlices,
     NeedsWhole,
@@ -92,21 +93,24 @@ def router(plan: Plan, makes: MakeOptimizers, whole: Set[str] = frozenset()) -> 
         makes: {optimizer: groups -> optimizer}.
         whole: those that a trial has shown to need whole tensors; torch's Muon is known to.
     """
+    # No closure: an optimizer may be pickled.
+    return partial(_route, plan, makes, whole)
 
-    def make(groups: list[ParamGroup]) -> Optimizer:
-        parts: dict[str, Optimizer] = {}
-        for label, own in makes.items():
-            mine = [group for group in groups if group[OPTIMIZER] == label]
-            if not takes_matrices(plan, label):
-                parts[label] = own(mine)
-            elif type(make_template(plan, own, mine)) is torch.optim.Muon:
-                # A subclass may do more in its step: it gets whole matrices, and steps them itself.
-                parts[label] = MuonSlices(plan, own, mine)
-            else:
-                parts[label] = AnyWhole(plan, own, mine) if label in whole else own(mine)
-        return Routed(parts, makes)
 
-    return make
+def _route(
+    plan: Plan, makes: MakeOptimizers, whole: Set[str], groups: list[ParamGroup]
+) -> Optimizer:
+    parts: dict[str, Optimizer] = {}
+    for label, own in makes.items():
+        mine = [group for group in groups if group[OPTIMIZER] == label]
+        if not takes_matrices(plan, label):
+            parts[label] = own(mine)
+        elif type(make_template(plan, own, mine)) is torch.optim.Muon:
+            # A subclass may do more in its step: it gets whole matrices, and steps them itself.
+            parts[label] = MuonSlices(plan, own, mine)
+        else:
+            parts[label] = AnyWhole(plan, own, mine) if label in whole else own(mine)
+    return Routed(parts, makes)
 
 
 def takes_matrices(plan: Plan, label: str) -> bool:

@@ -18,6 +18,7 @@ build AdamW with ``fused=True``, and slices of equal rate that touch are stepped
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
@@ -94,9 +95,26 @@ class Segmented(Optimizer):
 
     @property
     def factor(self) -> float:
-        """The multiplier in force: the outer group's lr over its initial_lr."""
-        group = self.param_groups[0]
-        return float(group[LR]) / float(group[INITIAL_LR])
+        """The multiplier in force: the outer group's lr over its initial_lr.
+
+        Raises:
+            PlanMismatch: outer groups are at several: a scheduler with a function for each, or an
+                edit of one of them.
+        """
+        found: dict[str, float] = {}
+        for group in self.param_groups:
+            # Others than those made here are strangers, which verify tells.
+            if INITIAL_LR in group:
+                found[str(group.get(NAME))] = float(group[LR]) / float(group[INITIAL_LR])
+        first, *others = found.values()
+        # Some schedulers keep rates in float32.
+        if not all(math.isclose(first, other, rel_tol=1e-6) for other in others):
+            raise PlanMismatch(
+                f"The optimizer's groups are at several multiples of the plan: {found}. One"
+                " schedule drives all names, so give every group the same multiple; in the config"
+                " optimizers.*.lr_multiplier and per_layer_lr set rates apart."
+            )
+        return first
 
     def bind(self, slices: Iterable[Slice]) -> None:
         """Cut the outer tensors into views and build the inner optimizer on them.

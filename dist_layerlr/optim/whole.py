@@ -25,7 +25,6 @@ from dist_layerlr.errors import PlanMismatch
 from dist_layerlr.optim.exchange import Exchange, Held, Schedule, Segment
 from dist_layerlr.optim.groups import LR, NAME, WEIGHT_DECAY
 from dist_layerlr.plan.entries import Plan, PlanEntry
-from dist_layerlr.ranks import transport_device
 from dist_layerlr.sharders.base import ParamGroup
 
 MakeOptimizer = Callable[[list[ParamGroup]], Optimizer]
@@ -133,13 +132,15 @@ class NeedsWhole(Optimizer):
         stepped: dict[str, list[Located]] = {}
         for name, pieces in self._located.items():
             stepped[name] = [piece for piece in pieces if piece.view.grad is not None]
+        torn = [n for n, pieces in self._located.items() if len(stepped[n]) < len(pieces)]
         group_of = {id(p): group for group in self.param_groups for p in group["params"]}
+        active = [n for n, pieces in stepped.items() if pieces]
+        # Asked on every rank, also on one that holds nothing: it may own what others step. Of all
+        # exchanges before anything changes, because the answer may be an error.
+        asked = [exchange for exchange in self.exchanges if exchange.sizes]
+        agreed = [exchange.agreed(active, torn) for exchange in asked]
         self._before(group_of)
-        for exchange in self.exchanges:
-            if not exchange.sizes:
-                continue
-            # Asked on every rank, also on one that holds nothing: it may own what others step.
-            names = exchange.agreed(n for n, pieces in stepped.items() if pieces)
+        for exchange, names in zip(asked, agreed, strict=True):
             for schedule in exchange.rounds(names):
                 self._round(exchange, schedule, stepped, group_of)
 
@@ -167,7 +168,6 @@ class MuonSlices(NeedsWhole):
     state_keys = frozenset({MOMENTUM})
 
     def _before(self, group_of: Mapping[int, ParamGroup]) -> None:
-        # Decay first, as torch's Muon does, at the planned rate and not at the adjusted one.
         for group in self.param_groups:
             decay = 1.0 - float(group[LR]) * float(group[WEIGHT_DECAY])
             for view in group["params"]:
@@ -233,95 +233,16 @@ class MuonSlices(NeedsWhole):
                 if low >= high:
                     continue
                 scale = -lr * adjusted(shape, group.get("adjust_lr_fn"))
-                # All of a weight is added in its own shape: where its memory is not in order it has
-                # no flat view.
-                if high - low == weight.numel():
+                # Whole rows are added in their own shape: where a weight's memory is not in order
+                # it has no flat view.
+                if weight.shape == entry.shape:
+                    part = weight[low // shape[1] : high // shape[1]]
+                    part.add_(values[low:high].view(part.shape), alpha=scale)
+                elif high - low == weight.numel():
                     weight.add_(values.view(weight.shape), alpha=scale)
                 else:
                     here = slice(low - piece.start, high - piece.start)
                     weight.view(-1)[here].add_(values[here], alpha=scale)
-
-
-class AnyWhole(NeedsWhole):
-    """Any optimizer, on whole tensors that it keeps on their owner's rank."""
-
-    fixed_owners = True
-
-    def __init__(self, plan: Plan, make: MakeOptimizer, groups: list[ParamGroup]):
-        super().__init__(plan, make, groups)
-        self._whole: dict[str, nn.Parameter] = {}
-        self._on_whole: Optimizer | None = None
-
-    def _round(
-        self,
-        exchange: Exchange,
-        schedule: Schedule,
-        stepped: Mapping[str, Sequence[Located]],
-        group_of: Mapping[int, ParamGroup],
-    ) -> None:
-        weights: dict[str, list[tuple[int, Tensor]]] = {}
-        gradients: dict[str, list[tuple[int, Tensor]]] = {}
-        for name in schedule.sizes:
-            for piece in stepped.get(name, ()):
-                assert piece.view.grad is not None
-                value, slope = piece.of(piece.view.detach()), piece.of(piece.view.grad)
-                weights.setdefault(name, []).append((piece.start, _sendable(value)))
-                gradients.setdefault(name, []).append((piece.start, _sendable(slope)))
-        # Two collectives on one schedule, in this order on every rank: weight and gradient meet on
-        # the owner. float32 holds bf16 and fp16 exactly.
-        here = exchange.gather(schedule, weights, torch.float32)
-        slopes = exchange.gather(schedule, gradients, torch.float32)
-        self._step_whole(here, slopes)
-        result = {name: self._whole[name].detach().reshape(-1) for name in here}
-        for segment, values in exchange.give_back(schedule, result, torch.float32):
-            for piece in stepped.get(segment.name, ()):
-                if (piece.start, piece.numel) == (segment.start, segment.numel):
-                    weight = piece.of(piece.view.detach())
-                    weight.copy_(values.view(weight.shape))
-
-    def _step_whole(self, weights: Mapping[str, Tensor], gradients: Mapping[str, Tensor]) -> None:
-        known = len(self._whole)
-        for name, values in weights.items():
-            shape = self.entries[name].shape
-            if name not in self._whole:
-                self._whole[name] = nn.Parameter(torch.empty(shape, device=values.device))
-            # The weight may have been loaded, or written by somebody else, since the last step.
-            self._whole[name].data.copy_(values.view(shape))
-            self._whole[name].grad = gradients[name].view(shape)
-        if len(self._whole) > known:
-            self._on_whole = self._built_anew()
-        if self._on_whole is None:
-            return
-        # The schedule writes the groups that are shown: those of the whole follow at each step.
-        rates = {group[NAME]: group[LR] for group in self.param_groups}
-        for group in self._on_whole.param_groups:
-            group[LR] = rates[group[NAME]]
-        self._on_whole.step()
-        for param in self._whole.values():
-            # Kept, the whole gradients would take up memory until the next step.
-            param.grad = None
-
-    def _built_anew(self) -> Optimizer:
-        """Build the optimizer for all tensors so far: groups are fixed when one is built."""
-        found = self.make(self._groups())
-        if self._on_whole is None:
-            return found
-        # A round, or a gradient that comes late, brings further tensors; the others keep what they
-        # have gathered, and their groups the counts that some optimizers hold there.
-        found.state.update(self._on_whole.state)
-        held = {group[NAME]: group for group in self._on_whole.param_groups}
-        for group in found.param_groups:
-            before = held.get(group[NAME], {})
-            group.update({key: value for key, value in before.items() if key != "params"})
-        return found
-
-    def _groups(self) -> list[ParamGroup]:
-        found: list[ParamGroup] = []
-        for group in self.param_groups:
-            mine = [p for n, p in self._whole.items() if self._groups_of[n] == group[NAME]]
-            if mine:
-                found.append({**group, "params": mine})
-        return found
 
 
 def make_template(plan: Plan, make: MakeOptimizer, groups: Sequence[ParamGroup]) -> Optimizer:
@@ -388,10 +309,6 @@ def adjusted(shape: Sequence[int], rule: str | None) -> float:
     if rule == "match_rms_adamw":
         return 0.2 * math.sqrt(max(rows, columns))
     return math.sqrt(max(1.0, rows / columns))
-
-
-def _sendable(value: Tensor) -> Tensor:
-    return value.detach().to(torch.float32).reshape(-1).to(transport_device())
 
 
 def _cost(shape: Sequence[int]) -> float:

@@ -26,6 +26,7 @@ def check_plan(entries: Mapping[str, PlanEntry], config: Config) -> tuple[str, .
         _unlisted(rows, total, config),
         _matrix_norms(rows, total, config),
         *_unused(rows, config),
+        *_idle_optimizers(rows, config),
         _loud_default(rows, config),
         _held_still(rows),
     ]
@@ -97,6 +98,16 @@ def _unused(rows: list[PlanEntry], config: Config) -> list[str]:
         for key in given
         # Norms are in the default table, and frozen under LoRA: no mistake of the user's.
         if key not in used and key != NORM
+    ]
+
+
+def _idle_optimizers(rows: list[PlanEntry], config: Config) -> list[str]:
+    used = {e.optimizer for e in rows}
+    names = config.optimizers.names if config.optimizers is not None else ()
+    return [
+        f"optimizers.{name} takes no trainable parameter of this model, and training refuses that;"
+        " remove it, or list components whose matrices it can take (see dist-layerlr explain)"
+        for name in filter(lambda name: name not in used, names)
     ]
 
 

@@ -100,7 +100,7 @@ def _change(old: Row | None, new: Row | None) -> Hashable | None:
     if old is None or new is None:
         return "came" if old is None else "went"
     same = all(old[key] == new[key] for key in ("lr", "weight_decay", "numel"))
-    steppers = (old.get(_OPTIMIZER), new.get(_OPTIMIZER))
+    steppers = (_stepper(old), _stepper(new))
     if same and steppers[0] == steppers[1]:
         return None
     # The blocks of a component have many rates, but one ratio when the component's own rate
@@ -130,10 +130,17 @@ def _changes(before: Sequence[Row], after: Sequence[Row]) -> list[str]:
     for key, label in (("weight_decay", "weight decay"), ("numel", "elements")):
         if before[0][key] != after[0][key]:
             parts.append(f"{label} {_setting(before[0][key])} -> {_setting(after[0][key])}")
-    old, new = before[0].get(_OPTIMIZER), after[0].get(_OPTIMIZER)
+    old, new = _stepper(before[0]), _stepper(after[0])
     if old != new:
-        parts.append(f"optimizer {old or 'the one for all'} -> {new or 'the one for all'}")
+        parts.append(f"optimizer {old} -> {new}")
     return parts
+
+
+def _stepper(row: Row) -> str:
+    """Which optimizer, and whether it gets a fused matrix part by part."""
+    name = row.get(_OPTIMIZER) or "the one for all"
+    rows = row.get("parts") or ()
+    return f"{name} on parts of {', '.join(map(str, rows))} rows" if rows else str(name)
 
 
 def _cells(rows: Sequence[Row]) -> str:

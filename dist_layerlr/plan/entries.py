@@ -243,7 +243,9 @@ def _digested(entry: PlanEntry) -> str:
 
 
 def _row(entry: PlanEntry) -> dict[str, Any]:
-    chosen = {} if entry.optimizer is None else {"optimizer": entry.optimizer}
+    chosen: dict[str, Any] = {} if entry.optimizer is None else {"optimizer": entry.optimizer}
+    if entry.parts:
+        chosen["parts"] = list(entry.parts)
     return {
         "component": entry.component,
         "stack": entry.stack,

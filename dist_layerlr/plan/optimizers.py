@@ -109,7 +109,6 @@ def _parse(path: str, value: object) -> Optimizers:
         if name == rests[0]:
             continue
         where = f"{path}.{name}"
-        # The rest may be called by its own name: "fused": "adamw".
         row = dict(fields.mapping(where, rule))
         # `fused: adamw` is as good as `fused: rest`, where adamw takes the rest.
         if row.get("fused") == rests[0]:
@@ -260,13 +259,14 @@ def fused_parts(
         return _with_mlp(rows, width, _columns(path, shapes))
     if kind != _QKV:
         return ()
-    if rows == 3 * width:
-        return (width, width, width)
-    # Grouped queries: keys and values have fewer heads than the query.
+    # Grouped queries: keys and values have fewer heads than the query. First, because a query
+    # wider than the model and its few keys may add up to three widths by chance.
     query = _columns(path, shapes)
-    if query is None or query >= rows or (rows - query) % 2:
-        return ()
-    return (query, (rows - query) // 2, (rows - query) // 2)
+    if query is not None and query < rows and (rows - query) % 2 == 0:
+        heads = (rows - query) // 2
+        if query % heads == 0 or rows != 3 * width:
+            return (query, heads, heads)
+    return (width, width, width) if rows == 3 * width else ()
 
 
 def _with_mlp(rows: int, width: int, columns: int | None) -> tuple[int, ...]:

@@ -23,6 +23,7 @@ from dist_layerlr.proof.matrices import MatrixCheck
 from dist_layerlr.ranks import Problem, any_rank, mismatch, together
 from dist_layerlr.sharders import Piece, Pieces, Sharder, sharder_of
 from dist_layerlr.sharders.base import local_gradient, sample
+from dist_layerlr.sharders.distinct import alone_names
 
 SAMPLES = 64
 """Elements looked at per piece: the check costs O(names), not O(elements)."""
@@ -57,7 +58,7 @@ def effect_check(
     sharder = sharder_of(model)
     before = live_pieces(sharder, optimizer)
     multiplier = factor_in_force(before) if factor is None else factor
-    matrices = MatrixCheck.of(plan, before, multiplier)
+    matrices = MatrixCheck.of(plan, before, multiplier, alone_names(sharder, plan.entries))
     skipped = _skipped(model)
     observed: dict[str, float] = {}
     with watched(sharder, optimizer, before, matrices) as look:

@@ -7,13 +7,13 @@ computed again from it, and tells the rate as exactly as for AdamW.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
 
-from dist_layerlr.optim.exchange import Exchange, Schedule
+from dist_layerlr.optim.exchange import Exchange, Held, Schedule
 from dist_layerlr.optim.groups import WEIGHT_DECAY
 from dist_layerlr.optim.routed import Routed, parts_of
 from dist_layerlr.optim.whole import MOMENTUM, MuonSlices, adjusted, orthogonal, rows_of
@@ -39,20 +39,31 @@ class MatrixCheck:
     """Of these matrices, on this rank."""
     factor: float
     """Schedule multiplier."""
+    alone: frozenset[str] = frozenset()
+    """Names of which each rank has a tensor of its own."""
     weights: list[Tensor] = field(default_factory=list)
     gradients: dict[int, Tensor] = field(default_factory=dict)
     """{number of a piece: its gradient}, if the step had one."""
 
     @classmethod
-    def of(cls, plan: Plan, found: Pieces, factor: float) -> MatrixCheck:
-        """Copy the weights as they are before the step."""
+    def of(
+        cls, plan: Plan, found: Pieces, factor: float, alone: frozenset[str] = frozenset()
+    ) -> MatrixCheck:
+        """Copy the weights as they are before the step.
+
+        Args:
+            plan: of the model.
+            found: what the optimizer holds.
+            factor: schedule multiplier.
+            alone: names of which each rank has a tensor of its own.
+        """
         routed = parts_of(found.optimizer)
         entries: dict[str, PlanEntry] = {}
         for name, entry in plan.entries.items():
             if _orthogonalises(plan, entry, routed):
                 entries[name] = entry
         pieces = [p for p in found.pieces if p.name in entries and p.numel]
-        check = cls(entries=entries, pieces=pieces, factor=factor)
+        check = cls(entries=entries, pieces=pieces, factor=factor, alone=alone)
         check.weights = [piece.of(piece.owner).clone() for piece in pieces]
         return check
 
@@ -72,21 +83,35 @@ class MatrixCheck:
         held: dict[str, list[tuple[int, int]]] = {}
         for piece in self.pieces:
             held.setdefault(piece.name, []).append((piece.start, piece.numel))
-        exchange = Exchange(
-            table=everyone(held),
-            me=rank(),
-            sizes={name: entry.numel for name, entry in self.entries.items()},
-            costs={name: float(entry.numel) for name, entry in self.entries.items()},
-        )
         moves, directions = alike(lambda: self._parts(found))
-        # A rank may put a matrix together of which it holds nothing: it needs the settings, too.
         # A rank may put a matrix together of which it holds nothing: it needs the settings, too.
         groups: dict[str, ParamGroup] = {}
         for row in everyone({p.name: _settings(p.group) for p in found.pieces}):
             groups.update(row)
         observed: dict[str, float] = {}
         problems: list[Problem] = []
-        # Ranks without an element of a matrix take part in its exchange, hence they are asked, too.
+        # Two tensors of one name must never meet.
+        for exchange in (
+            self._exchange(everyone(held), rank(), self.entries.keys() - self.alone),
+            self._exchange([held], 0, self.entries.keys() & self.alone),
+        ):
+            problems += self._compare(exchange, moves, directions, groups, observed)
+        return observed, problems
+
+    def _exchange(self, table: Sequence[Held], me: int, names: Set[str]) -> Exchange:
+        sizes = {name: entry.numel for name, entry in self.entries.items() if name in names}
+        costs = {name: float(size) for name, size in sizes.items()}
+        return Exchange(table=table, me=me, sizes=sizes, costs=costs)
+
+    def _compare(
+        self,
+        exchange: Exchange,
+        moves: _Flat,
+        directions: _Flat,
+        groups: Mapping[str, ParamGroup],
+        observed: dict[str, float],
+    ) -> list[Problem]:
+        problems: list[Problem] = []
         # Ranks without an element of a matrix take part in its exchange: they are asked, too.
         names = exchange.agreed({self.pieces[number].name for number in self.gradients})
         # Where ranks differ in what they can read, none of them sends it.
@@ -102,7 +127,7 @@ class MatrixCheck:
                     rate = _rate(entry, move, factors[name], group)
                     problems += self._off(entry, rate)
                     observed[name] = rate
-        return observed, problems
+        return problems
 
     def _parts(self, found: Pieces) -> tuple[_Flat, _Flat]:
         """What the step moved, decay taken off; and what it is to have orthogonalised."""
@@ -128,6 +153,10 @@ class MatrixCheck:
 
     def _singular(self, entry: PlanEntry, move: Tensor, group: ParamGroup) -> list[Problem]:
         lr = entry.lr * self.factor
+        if not move.isfinite().all():
+            # Here, because a decomposition raises on the rank that owns the matrix, while others
+            # wait for it.
+            return [("effect", f"{entry.name}: the step moved it to what is NaN or infinite")]
         if lr == 0.0 or not move.any():
             return []
         for first, last, shape in rows_of(entry):

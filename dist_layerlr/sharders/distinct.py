@@ -8,6 +8,7 @@ from fnmatch import fnmatchcase
 from torch import nn
 
 from dist_layerlr.errors import ConfigError
+from dist_layerlr.sharders.base import Sharder
 from dist_layerlr.sharders.choose import sharder_of
 from dist_layerlr.sharders.model import unwrap
 
@@ -48,3 +49,12 @@ def distinct_names(model: nn.Module, names: Iterable[str]) -> frozenset[str]:
     if not patterns:
         return frozenset()
     return frozenset(n for n in names if any(fnmatchcase(n, pattern) for pattern in patterns))
+
+
+def alone_names(sharder: Sharder, names: Iterable[str]) -> frozenset[str]:
+    """Those of ``names`` of which each rank steps a tensor of its own, without the others."""
+    names = list(names)
+    # Ranks of an unwrapped model know nothing of each other, in one process group or not.
+    if sharder.layout.name == "none":
+        return frozenset(names)
+    return distinct_names(sharder.model, names)

@@ -83,6 +83,7 @@ def read_optimizer(values: dict[str, Any]) -> OptimizerOptions:
                 f" read it: put it into {where}, or remove it."
             )
     if not options.observable:
+        _check_args(options)
         _try(options)
     return options
 
@@ -115,7 +116,18 @@ def make_optimizers(
     """What ``attach`` is given: one function, or one for each optimizer that the config names."""
 
     def rest(groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
-        return make_optimizer(groups, options)
+        try:
+            return make_optimizer(groups, options)
+        # Whatever a foreign constructor says of this model's parameters.
+        except Exception as error:
+            if options.observable:
+                raise
+            reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+            raise ConfigError(
+                f"Invalid optimizer.type={options.kind!r}: it cannot be made on this model's"
+                f" parameters ({reason}). Choose another; one for matrices alone (Muon) belongs"
+                f" into the {OPTIMIZERS_BLOCK!r} block, beside one for the rest."
+            ) from error
 
     given = plan.optimizers
     if given is None:
@@ -165,6 +177,29 @@ def state_bytes(options: OptimizerOptions) -> float:
     # A count of steps is there once per tensor, whatever its size.
     held = [v for v in optimizer.state[parameter].values() if isinstance(v, torch.Tensor)]
     return sum(v.nbytes for v in held if v.ndim) / parameter.numel()
+
+
+def _check_args(options: OptimizerOptions) -> None:
+    """Refuse settings that another place would overrule, or that nobody would read."""
+    if "lr" in options.args:
+        raise ConfigError(
+            f"Invalid optimizer.args.lr={options.args['lr']!r}: every group has the plan's rate, so"
+            " it would do nothing. Set learning_rate and per_layer_lr, and remove it."
+        )
+    decay = options.weight_decay
+    if decay == OptimizerOptions().weight_decay:
+        return  # as good as not given
+    if options.args.get("weight_decay", decay) != decay:
+        raise ConfigError(
+            f"Invalid optimizer.weight_decay={decay:g} with optimizer.args.weight_decay="
+            f"{options.args['weight_decay']!r}: two values for one setting. Remove one of them."
+        )
+    asked = inspect.signature(_class_of(options.kind)).parameters.values()
+    if not any(a.name == "weight_decay" or a.kind is a.VAR_KEYWORD for a in asked):
+        raise ConfigError(
+            f"Invalid optimizer.weight_decay={decay:g} with optimizer.type={options.kind!r}, which"
+            " takes none: remove it, or choose another optimizer."
+        )
 
 
 def _try(options: OptimizerOptions) -> None:

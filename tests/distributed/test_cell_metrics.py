@@ -229,6 +229,32 @@ def test_an_overflow_moves_the_measurement_to_the_next_step_and_a_name_without_g
     assert cells.read() is None, "no longer watched"
 
 
+@pytest.mark.parametrize("emission", ["groups", "segmented"])
+def test_gradients_that_come_with_a_closure_are_those_of_its_own_step(emission: str):
+    recipe = Recipe(optimizer="sgd")
+    model = recipe.model()
+    plan = plan_model(model, recipe.config)
+    optimizer = attach(plan, model, recipe.make, emission=emission)
+    cells = CellMetrics(plan, model, optimizer, every=1)
+    x, y = batch(0)
+    for _ in range(2):
+        wanted = 0.0
+
+        def closure():
+            nonlocal wanted
+            optimizer.zero_grad()
+            loss = F.mse_loss(model(x), y)
+            loss.backward()
+            gradients = [p.grad.double() for p in model.parameters() if p.grad is not None]
+            wanted = float(sum(gradient.square().sum() for gradient in gradients))
+            return loss
+
+        assert float(optimizer.step(closure)) > 0
+        found = cells.read()
+        total = sum(cell.grad_norm**2 for cell in found.cells.values())
+        assert total == pytest.approx(wanted, rel=CLOSE) and wanted > 0
+
+
 def test_rows_and_curves_are_few_finite_and_named():
     ones = CellReading(lr=1e-4, grad_norm=2.0, weight_norm=4.0, update_norm=1.0)
     fresh = CellReading(lr=1e-4, grad_norm=math.nan, weight_norm=0.0, update_norm=1.0)

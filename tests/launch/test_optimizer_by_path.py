@@ -7,9 +7,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from dist_layerlr.errors import ConfigError
-from launch.trainer.optimizers import OptimizerOptions, read_optimizer, state_bytes
+from dist_layerlr.plan import load_config
+from launch.trainer.optimizers import (
+    OptimizerOptions,
+    make_optimizers,
+    read_optimizer,
+    state_bytes,
+)
 from tests.support.jobs import ROOT, call_of, run_in_ranks, weights
 
 SHARDERS = {
@@ -72,6 +79,15 @@ def test_what_is_exact_trains_alike_under_every_sharder_and_the_rest_is_refused_
         ({"kind": "torch.optim.LBFGS"}, "cannot be made and stepped on a matrix"),
         ({"kind": "torch.optim.Adam", "eps": 1e-6}, "optimizer.eps.*put it into optimizer.args"),
         ({"args": {"eps": 1e-6}}, "optimizer.args.*put it into the fields beside it"),
+        (
+            {"kind": "torch.optim.Adam", "args": {"lr": 0.1}},
+            "args.lr=0.1: every group has the plan",
+        ),
+        ({"kind": "torch.optim.Rprop", "weight_decay": 0.3}, "which takes none: remove it"),
+        (
+            {"kind": "torch.optim.Adam", "weight_decay": 0.2, "args": {"weight_decay": 0.1}},
+            "two values for one setting",
+        ),
         ({"kind": "schedulefree.AdamWScheduleFree"}, "changes the weights whenever training"),
     ],
     ids=str,
@@ -79,6 +95,14 @@ def test_what_is_exact_trains_alike_under_every_sharder_and_the_rest_is_refused_
 def test_what_cannot_train_is_refused_in_one_line(given: dict[str, Any], complaint: str) -> None:
     with pytest.raises(ConfigError, match=complaint):
         read_optimizer(given)
+
+
+def test_an_optimizer_of_matrices_alone_is_refused_where_vectors_train_too() -> None:
+    options = read_optimizer({"kind": "torch.optim.Muon"})
+    make = make_optimizers(options, load_config({"learning_rate": 1e-3}))
+    assert callable(make)
+    with pytest.raises(ConfigError, match="Muon only supports 2D.*belongs into the 'optimizers'"):
+        make([{"params": [torch.nn.Parameter(torch.ones(3))], "lr": 1e-3}])
 
 
 @pytest.mark.parametrize(

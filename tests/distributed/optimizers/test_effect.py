@@ -12,7 +12,7 @@ import torch
 import dist_layerlr
 from dist_layerlr.errors import PlanMismatch
 from dist_layerlr.optim import param_groups, whole
-from dist_layerlr.ranks import everyone
+from dist_layerlr.ranks import RankFailure, everyone
 from tests.support import optimizers
 from tests.support.cases import At, Cases, Outcomes
 from tests.support.drivers import start_deepspeed
@@ -128,6 +128,54 @@ def test_attach_says_once_what_sharding_makes_of_eight_bits(at: At) -> None:
             Run(NET, "fsdp2", Signs8bit, config={"learning_rate": LR})
     texts = [str(w.message) for w in told if "keeps small tensors in 32 bits" in str(w.message)]
     assert len(texts) == (at.rank == 0)
+
+
+@cases
+def test_a_gradient_that_one_rank_has_dropped_is_refused_on_every_rank(at: At) -> None:
+    run = Run(NET, "ddp")
+    run.backward(0)
+    before = run.weights()
+    if at.rank == 1:
+        run.model.module.blocks[1].attn.proj.weight.grad = None
+    with pytest.raises(PlanMismatch, match=r"blocks.1.attn.proj.weight: some of its elements have"):
+        run.update()
+    assert all(torch.equal(before[name], value) for name, value in run.weights().items())
+
+
+@cases
+def test_ranks_that_train_on_their_own_are_watched_on_their_own(at: At) -> None:
+    model: Any = net()
+    plan = dist_layerlr.plan_model(model, NET.config)
+    optimizer = dist_layerlr.attach(plan, model, MAKES)
+    NET.loss(model, at.rank, slice(None)).backward()
+    if at.rank == 1:
+        model.blocks[1].attn.proj.weight.grad = None
+    with dist_layerlr.effect_check(plan, model, optimizer) as rates:
+        optimizer.step()
+    wanted = {name for name, entry in plan.entries.items() if entry.optimizer == "muon"}
+    assert wanted - rates.keys() == ({"blocks.1.attn.proj.weight"} if at.rank else set())
+
+
+class Decomposing(torch.optim.Adafactor):
+    """Fails on what is not finite, as a decomposition does."""
+
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        for group in self.param_groups:
+            for param in group["params"]:
+                if param.grad is not None:
+                    torch.linalg.svdvals(param.grad)
+        super().step()
+
+
+@cases
+def test_a_matrix_that_fails_on_its_owner_fails_on_every_rank(at: At) -> None:
+    run = Run(NET, "fsdp2", {**MAKES, "muon": Decomposing})
+    run.backward(0)
+    for name, param in run.model.named_parameters():
+        if name.endswith("blocks.2.attn.proj.weight"):
+            param.grad.to_local().fill_(float("nan"))
+    with pytest.raises(RankFailure, match="LinAlgError"):
+        run.update()
 
 
 @cases

@@ -77,6 +77,26 @@ def test_weight_decay_and_a_rate_from_zero_are_shown():
     )
 
 
+def optimizers(**muon: object) -> Plan:
+    given = {**config(), "optimizers": {"muon": muon, "adamw": "rest"}}
+    return build_plan({**names(), "blocks.0.attn.qkv.weight": (24, 8)}, given)
+
+
+def test_a_fused_matrix_that_is_no_longer_split_is_shown():
+    split, whole = optimizers(), optimizers(fused="whole")
+    wanted = ["blocks.000.self_attn: optimizer muon on parts of 8, 8, 8 rows -> muon"]
+    found = plan_diff(split, json.loads(whole.to_json())["parameters"])
+    assert [line.replace("blocks.0.attn.qkv.weight", "blocks.000.self_attn") for line in found] == (
+        wanted
+    )
+
+
+def test_an_optimizer_that_takes_nothing_is_warned_of_before_training():
+    said = optimizers(components=["norm"]).warnings
+    assert any("optimizers.muon takes no trainable parameter" in line for line in said)
+    assert not any("optimizers." in line for line in optimizers().warnings)
+
+
 def test_names_that_came_or_went_and_other_sizes_are_shown():
     small, large = plan(3, depth_strategy="flat"), plan(5, depth_strategy="flat")
     came = [
