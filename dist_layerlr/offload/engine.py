@@ -133,7 +133,7 @@ class Engine:
             check_masters(self.units[index].masters)
             if not backward and self._pass is Pass.OUTSIDE:
                 # A unit without its model, a pass of its own: as at the begin of a forward.
-                self.copies.drop_trained()
+                self._begin_pass()
             self.copies.drop_outdated(index)
             # Recomputation of a region of several units goes forward inside backward: there the
             # unit behind the last one is needed, and the next ones lie behind it.

@@ -174,9 +174,10 @@ def test_what_people_do_around_a_step_has_no_race(
     races.check()
 
 
-def test_a_model_that_is_dropped_is_unlocked_behind_its_copies(device: str):
-    model: Any = LORA.model()
-    handle, races = _stream(model, LORA, watch=False)
+@pytest.mark.parametrize("case", [LORA, FULL], ids=["lora", "full"])
+def test_a_model_that_is_dropped_is_unlocked_behind_its_copies(case: Case, device: str):
+    model: Any = case.model()
+    handle, races = _stream(model, case, watch=False)
     engine: Any = handle._engine
     engine.need(1)
     engine.point_at_host()  # block 2 is on its way
