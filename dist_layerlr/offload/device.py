@@ -220,8 +220,9 @@ class Accelerator:
 
     def enter_thread(self) -> None:
         """Make this device the thread's own, for as long as the thread lives."""
-        # A fresh thread's device is number 0, and whoever restores it makes a context there.
-        self._queues.use(self._copies).__enter__()
+        # A fresh thread's device is number 0, and whoever restores it makes a context there: torch
+        # does where it records or frees an event. A ``with`` would end with this function.
+        self._queues.enter()
 
     def host_buffer(self, nbytes: int, *, pinned: bool) -> Tensor:
         """As the kind of device locks it."""

@@ -14,6 +14,7 @@ write. ``passes.py`` has the table of passes.
 
 from __future__ import annotations
 
+import os
 import threading
 import weakref
 from collections.abc import Callable, Iterable, Sequence
@@ -39,7 +40,12 @@ from dist_layerlr.offload.passes import TRANSITIONS, Pass, Trigger
 from dist_layerlr.offload.ring import Ring
 from dist_layerlr.offload.saved import SavedTensors
 from dist_layerlr.offload.transfer import Fetcher, Slot
-from dist_layerlr.offload.validate import check_autocast, check_masters, check_transform
+from dist_layerlr.offload.validate import (
+    check_autocast,
+    check_masters,
+    check_process,
+    check_transform,
+)
 
 
 class _EndOfBackward:
@@ -68,6 +74,7 @@ class Engine:
         self.saved = SavedTensors(units, self.copies, self.need)
         self._device_type = backend.device.type
         self._pass = Pass.OUTSIDE
+        self._process = os.getpid()
         self._thread = 0
         """Which thread runs the model's forward, or ran the last one."""
         self._current: int | None = None
@@ -126,14 +133,16 @@ class Engine:
                 self._begin_backward()
             if index == self._current:
                 return
+            check_process(self._process)
             check_transform(self.units[index].name)
             # Before anything of this unit: the event that frees the slot of the one before must lie
             # in front of the first kernel that this one adds to the stream.
             self.point_at_host()
             check_masters(self.units[index].masters)
-            if not backward and self._pass is Pass.OUTSIDE:
+            if not backward and not self._pass.in_forward:
                 # A unit without its model, a pass of its own: as at the begin of a forward.
-                self.copies.drop_trained()
+                self._refuse_unsettled()
+                self._begin_pass()
             self.copies.drop_outdated(index)
             # Recomputation of a region of several units goes forward inside backward: there the
             # unit behind the last one is needed, and the next ones lie behind it.

@@ -6,8 +6,10 @@ The order of the sums is torch's, so that they are bitwise those of a resident m
 from __future__ import annotations
 
 import queue
+import weakref
 from collections.abc import Callable, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
@@ -83,12 +85,16 @@ class GradSink:
             self._staging.append(buffer)
             self._idle.put(buffer)
         # A tensor hook runs before the gradient is accumulated and, as the other one, survives a
-        # change of device; hooks on the AccumulateGrad node do not.
+        # change of device; hooks on the AccumulateGrad node do not. Both refer weakly to us and to
+        # the parameter: torch holds them where Python's collector does not look.
         self._hooks: list[RemovableHandle] = []
+        sink = weakref.ref(self)
         for param in params:
             hooked: Any = param
-            self._hooks.append(hooked.register_hook(lambda _, p=param: self._set_aside(p)))
-            self._hooks.append(hooked.register_post_accumulate_grad_hook(self._send_to_host))
+            before = partial(_before_accumulation, sink, weakref.ref(param))
+            behind = partial(_behind_accumulation, sink)
+            self._hooks.append(hooked.register_hook(before))
+            self._hooks.append(hooked.register_post_accumulate_grad_hook(behind))
         self._worker: ThreadPoolExecutor | None = None
         if params:
             self._worker = ThreadPoolExecutor(
@@ -186,3 +192,17 @@ class GradSink:
             total.add(view, task)
         finally:
             self._idle.put(buffer)
+
+
+def _before_accumulation(
+    sink: weakref.ref[GradSink], param: weakref.ref[nn.Parameter], gradient: Tensor
+) -> None:
+    live, weight = sink(), param()
+    if live is not None and weight is not None:
+        live._set_aside(weight)
+
+
+def _behind_accumulation(sink: weakref.ref[GradSink], param: nn.Parameter) -> None:
+    live = sink()
+    if live is not None:
+        live._send_to_host(param)

@@ -70,7 +70,7 @@ def measure_machine(
     """Measure the pinned link and the matrix products of a block.
 
     Args:
-        device: a CUDA device; on the CPU, copies in its own memory stand in for the link.
+        device: an accelerator; on the CPU, copies in its own memory stand in for the link.
         tokens: rows of the product.
         width: columns; the matrix is (width, 4 * width), as a feed-forward layer's.
         dtype: computed in.
@@ -86,8 +86,8 @@ def link_gb_s(
     device: torch.device, *, megabytes: int = 256, pinned: bool = True, back: bool = False
 ) -> float:
     """Bandwidth of copies to the device, or ``back`` from it, in 1e9 bytes per second."""
-    cuda = device.type == "cuda"
-    host = torch.empty(megabytes << 20, dtype=torch.uint8, pin_memory=cuda and pinned)
+    pinned = pinned and device.type != "cpu"
+    host = torch.empty(megabytes << 20, dtype=torch.uint8, device="cpu", pin_memory=pinned)
     there = torch.empty(megabytes << 20, dtype=torch.uint8, device=device)
     target, source = (host, there) if back else (there, host)
     return host.numel() / GB / _seconds(device, lambda: target.copy_(source, non_blocking=True))
@@ -108,8 +108,8 @@ def _seconds(device: torch.device, work: Callable[[], object]) -> float:
 
     def now() -> float:
         # Timer's own clock waits for the current device, which need not be this one.
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
+        if device.type != "cpu":
+            torch.accelerator.synchronize(device)
         return time.perf_counter()
 
     # The default of one thread would slow down the products that training computes with all.

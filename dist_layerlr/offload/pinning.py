@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import ctypes
 import mmap
+import os
+import sys
 import weakref
 from collections.abc import Callable
 from typing import Any, Protocol
@@ -16,8 +18,8 @@ from torch import Tensor
 
 from dist_layerlr.errors import OffloadError
 
-_DONTFORK, _DOFORK = 10, 11
-"""Linux's MADV_DONTFORK and MADV_DOFORK."""
+_WIPEONFORK, _KEEPONFORK = 18, 19
+"""Linux's MADV_WIPEONFORK and MADV_KEEPONFORK."""
 
 
 class Pins(Protocol):
@@ -61,11 +63,13 @@ class Registered:
             OffloadError: the system does not lock that much.
         """
         # Locked pages are copied into every forked child at once, where the system does not share
-        # them: each worker of a DataLoader would take as much memory as all masters.
-        _advise(tensor, _DONTFORK)
+        # them: each worker of a DataLoader would take as much memory as all masters. The child gets
+        # zeros; without any pages there (MADV_DONTFORK) its allocator would put others at these
+        # addresses, which go when the child frees the model.
+        _advise(tensor, _WIPEONFORK)
         status = self._runtime.cudaHostRegister(tensor.data_ptr(), tensor.nbytes, 0)
         if int(status) != 0:
-            _advise(tensor, _DOFORK)
+            _advise(tensor, _KEEPONFORK)
             self._clear_error()
             raise OffloadError(
                 f"Cannot page-lock {tensor.nbytes / 2**20:.0f} MiB of host memory ({status}). Set"
@@ -74,7 +78,7 @@ class Registered:
         # Also where the model is dropped without remove(): a page must not stay locked when its
         # memory is reused, nor be unlocked while a queued copy reads it.
         self._locks[tensor.data_ptr()] = weakref.finalize(
-            tensor, _unregister, self._runtime, self._settle, tensor.data_ptr()
+            tensor, _unregister, self._runtime, self._settle, tensor.data_ptr(), os.getpid()
         )
 
     def unlock(self, tensor: Tensor) -> None:
@@ -82,7 +86,7 @@ class Registered:
         lock = self._locks.pop(tensor.data_ptr())
         lock.detach()
         self._runtime.cudaHostUnregister(tensor.data_ptr())
-        _advise(tensor, _DOFORK)
+        _advise(tensor, _KEEPONFORK)
 
     def _clear_error(self) -> None:
         # The runtime remembers the error and reports it at the next kernel, whosever that is.
@@ -116,13 +120,18 @@ def host_buffer(nbytes: int) -> Tensor:
     return torch.frombuffer(pages, dtype=torch.uint8, count=max(1, nbytes))[:nbytes]
 
 
-def _unregister(runtime: Any, settle: Callable[[], None], address: int) -> None:
+def _unregister(runtime: Any, settle: Callable[[], None], address: int, process: int) -> None:
+    # A forked child locked nothing, and has no runtime that could wait.
+    if os.getpid() != process:
+        return
     settle()
     runtime.cudaHostUnregister(address)
 
 
 def _advise(tensor: Tensor, advice: int) -> None:
     """Tell the system about the pages of a buffer; they are its own."""
+    if sys.platform != "linux":  # others do not fork, or do not lock
+        return
     libc = ctypes.CDLL(None, use_errno=True)
     size = -(-tensor.nbytes // mmap.PAGESIZE) * mmap.PAGESIZE
     if libc.madvise(ctypes.c_void_p(tensor.data_ptr()), ctypes.c_size_t(size), advice) != 0:

@@ -1,4 +1,4 @@
-"""The queues of a device, in five calls: all that streaming asks of a device's runtime.
+"""The queues of a device, in six calls: all that streaming asks of a device's runtime.
 
 torch's generic streams serve CUDA, ROCm, XPU and NPU alike. A test brings queues of its own, and so
 runs the same backend under a race detector.
@@ -52,6 +52,10 @@ class Queues(Protocol):
         """Have this thread queue its work there, and on this device."""
         ...
 
+    def enter(self) -> None:
+        """Make the device this thread's own, for as long as the thread lives."""
+        ...
+
     def record(self, queue: Queue) -> Event:
         """The point behind all that was queued there so far."""
         ...
@@ -87,6 +91,10 @@ class TorchQueues:
                 yield
             finally:
                 torch.accelerator.set_stream(before)
+
+    def enter(self) -> None:
+        """Set the current device."""
+        torch.accelerator.set_device_index(self._device.index)
 
     def record(self, queue: Any) -> Event:
         """A timed event."""

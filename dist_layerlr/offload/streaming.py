@@ -308,7 +308,8 @@ def stream(
         policy: what to stream.
         optimizer: when given, its groups are checked at every forward, and its state follows
             parameters that move.
-        device: where compute happens; default: cuda if there is one, else cpu.
+        device: where compute happens; default: torch's accelerator if it has memory of its
+            own, else cpu.
         files: checkpoint folder or safetensors files, for ``host="file"``.
 
     Returns:

@@ -200,7 +200,7 @@ def _refuse_shared_memory(model: nn.Module, specs: list[UnitSpec]) -> None:
         before = [other for other in before if other[0] == device and other[2] > begin]
         for _, _, _, other, tied in before:
             trains = param.requires_grad or tied.requires_grad
-            if trains and streamed & {id(param), id(tied)}:
+            if trains and streamed & {id(param), id(tied)} and _overlap(param, tied):
                 raise OffloadError(
                     f"Parameters {other} and {name} share memory (a.data = b.data), and streaming"
                     " would give each a value of its own. Tie the parameters (a = b) inside one"
@@ -208,6 +208,28 @@ def _refuse_shared_memory(model: nn.Module, specs: list[UnitSpec]) -> None:
                     f" {max(param.numel(), tied.numel())}."
                 )
         before.append(place)
+
+
+def _overlap(one: torch.Tensor, other: torch.Tensor) -> bool:
+    """Whether two tensors whose ranges of memory meet have a byte in common.
+
+    Columns of one matrix do not, nor do every second element and those between.
+    """
+    if _extent(one) == one.nbytes and _extent(other) == other.nbytes:
+        return True  # without gaps in them, where the other could lie
+    begin = min(one.data_ptr(), other.data_ptr())
+    end = max(one.data_ptr() + _extent(one), other.data_ptr() + _extent(other))
+    bytes_ = torch.zeros(end - begin, dtype=torch.bool, device="cpu")
+    found = False
+    for tensor in (one, other):
+        size = tensor.element_size()
+        # An expanded dimension shows the same bytes again.
+        shape = [n if step else 1 for n, step in zip(tensor.shape, tensor.stride(), strict=True)]
+        strides = [step * size for step in tensor.stride()]
+        part = bytes_.as_strided((*shape, size), (*strides, 1), tensor.data_ptr() - begin)
+        found = bool(part.any())
+        part.fill_(True)
+    return found
 
 
 def _extent(tensor: torch.Tensor) -> int:

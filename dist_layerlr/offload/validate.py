@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Sequence
 from itertools import zip_longest
 
@@ -193,6 +194,19 @@ def check_autocast(device_type: str, name: str, dtypes: Iterable[torch.dtype]) -
             f"Unit {name} has streamed float32 weights that train under autocast with its cache on:"
             " every cast weight would stay on the device. Use torch.autocast(...,"
             " cache_enabled=False), or a bfloat16 model."
+        )
+
+
+def check_process(streamed_in: int) -> None:
+    """Refuse a fetch in a forked process, which has none of its parent's pinned pages and threads.
+
+    Raises:
+        OffloadError: this process did not call ``stream``.
+    """
+    if os.getpid() != streamed_in:
+        raise OffloadError(
+            f"Process {os.getpid()} was forked from {streamed_in}, which streams the model: its"
+            " pinned memory and threads stay there. Use the model there, or stream one here."
         )
 
 

@@ -54,3 +54,18 @@ def test_an_edit_of_one_row_or_column_of_a_frozen_weight_is_seen(kind: str, tran
     with attach(models[1], LORA, "cpu"):
         found = script(models[1])
     assert all(map(torch.equal, found, wanted))
+
+
+@pytest.mark.parametrize("grad", [True, False])
+def test_an_edit_between_two_calls_of_one_block_is_seen(grad: bool):
+    def script(model: Any) -> list[torch.Tensor]:
+        found, layer = [], model.blocks[1].mlp[0]
+        for call in (model.blocks[1], layer):
+            for kind in ("numpy row", "swapped rows", "column"):
+                found.append(call(torch.ones(2, WIDTH)).detach())
+                _edit(layer.base_layer.weight, kind)
+        return [*found, layer(torch.ones(2, WIDTH)).detach()]
+
+    models: list[Any] = [LORA.model(block=lambda: Block(WIDTH, 2000)) for _ in range(2)]
+    with torch.set_grad_enabled(grad), attach(models[1], LORA, "cpu"):
+        assert all(map(torch.equal, script(models[1]), script(models[0])))

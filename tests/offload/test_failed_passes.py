@@ -64,7 +64,12 @@ def test_a_backward_that_failed_on_a_device_never_settles_behind_the_callers_bac
         _fail_in_backward(model, case, device)
         if handle is not None and case is FULL:
             assert model.blocks[5].attn.to_q.weight.grad is None  # neither put back nor zeroed
-            for use in (lambda: loss_of(model, case, 1, device), optimizer.step):
+            x = torch.ones(2, WIDTH)
+            for use in (
+                lambda: model.blocks[1](x),
+                lambda: loss_of(model, case, 1, device),
+                optimizer.step,
+            ):
                 with pytest.raises(OffloadError, match=r"handle\.recover\(\)"):
                     use()
             handle.recover()

@@ -124,6 +124,20 @@ def test_weights_that_lie_side_by_side_in_one_buffer_are_streamed():
         loss_of(model, FULL, 0, "cpu").backward()
 
 
+def test_columns_of_one_buffer_are_streamed_and_refused_where_they_overlap():
+    model: Any = FULL.model()
+    memory = torch.randn(WIDTH, 3 * WIDTH)
+    for i in range(3):
+        model.blocks[i].attn.to_k.weight.data = memory[:, i * WIDTH : (i + 1) * WIDTH]
+    with attach(model, FULL, "cpu"):
+        loss_of(model, FULL, 0, "cpu").backward()
+    model = FULL.model()
+    model.blocks[0].attn.to_k.weight.data = memory[:, :WIDTH]
+    model.blocks[1].attn.to_k.weight.data = memory[:, WIDTH - 1 : 2 * WIDTH - 1]
+    with pytest.raises(OffloadError, match="share memory"):
+        attach(model, FULL, "cpu")
+
+
 def test_frozen_weights_that_share_memory_are_streamed():
     model: Any = LORA.model()
     for layer in (model.blocks[1].attn.to_k, model.blocks[3].attn.to_k):

@@ -8,6 +8,7 @@ FREED: memory went back to the allocator while another queue may still use it.
 HOSTWRITE: the host wrote memory that a queued copy reads.
 UNREGISTERED: memory was unlocked while a queued copy reads it.
 SERIAL: compute of a unit waits for the copy of a later one.
+DEVICE: a thread of ours uses the device without having made it its own.
 
 ``query()`` is false until the host has waited, and copies to the host are poison until then. The
 clock of each queue counts milliseconds of kernels and copies, as set.
@@ -55,6 +56,7 @@ class Event:
             return all(self._races.host.get(q, 0) >= n for q, n in self.clock.items())
 
     def synchronize(self) -> None:
+        self._races.check_thread()
         self._races.host_waits(self.clock)
 
     def elapsed_time(self, end: Event) -> float:
@@ -101,7 +103,7 @@ class Races:
         """What the host knows to be over."""
         self.lock = threading.RLock()
         self.entered: list[str] = []
-        """Names of the threads that used a queue of their own, in order."""
+        """Names of the threads that made the device their own, in order."""
         self.locked: dict[int, int] = {}
         """{address: bytes} of pinned memory."""
         self.refuse_locks = self.failed = False
@@ -133,14 +135,23 @@ class Races:
     @contextmanager
     def use(self, queue: Queue) -> Iterator[None]:
         self._local.__dict__.setdefault("stack", []).append(queue)
-        name = threading.current_thread().name
-        self.entered.append(name)
         try:
             yield
         finally:
             self._local.stack.pop()
 
+    def enter(self) -> None:
+        self._local.entered = True
+        self.entered.append(threading.current_thread().name)
+
+    def check_thread(self) -> None:
+        """A fresh thread's device is another; those of autograd and the caller are not ours."""
+        ours = threading.current_thread().name.startswith("offload-")
+        if ours and not hasattr(self._local, "entered"):
+            self.found.append("DEVICE: a thread uses an event, and its device is number 0")
+
     def record(self, queue: Queue) -> Event:
+        self.check_thread()
         with self.lock:
             _merge(queue.clock, self.host)
             return Event(self, queue.clock, queue.at_ms)

@@ -20,3 +20,12 @@ def test_a_machine_is_measured_in_a_moment_and_its_speeds_are_plausible(
     )
     assert 0.1 < found.gb_s < 1000
     assert 1e-4 < found.tflops < 100
+
+
+def test_work_of_every_accelerator_is_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    waited: list[torch.device] = []
+    monkeypatch.setattr(torch.accelerator, "synchronize", waited.append)
+    monkeypatch.setattr(measure, "SECONDS", 1e-4)
+    for kind in ("xpu", "cpu"):
+        measure._seconds(torch.device(kind), lambda: time.sleep(1e-4))
+    assert {device.type for device in waited} == {"xpu"}
