@@ -135,7 +135,7 @@ def check_all(instance: Any) -> None:
         ConfigError: a bad value.
     """
     for found in settings(type(instance)).values():
-        found.check(found.key, getattr(instance, found.name))
+        found.check(found.name, getattr(instance, found.name))
 
 
 def _shown(field: dataclasses.Field[Any]) -> str:

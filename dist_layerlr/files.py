@@ -104,7 +104,7 @@ def read_json(path: str | Path) -> dict[str, Any]:
         return seen
 
     try:
-        loaded = json.loads(Path(path).read_text(encoding="utf-8"), object_pairs_hook=unique)
+        loaded = json.loads(_text(path), object_pairs_hook=unique)
     except OSError as error:
         raise ConfigError(f"Cannot read config file {str(path)!r}: {error.strerror}.") from None
     except ConfigError:
@@ -133,7 +133,7 @@ def read_config(path: str | Path) -> dict[str, Any]:
     if suffix not in (".yaml", ".yml", ".toml"):
         return read_json(path)
     try:
-        text = Path(path).read_text(encoding="utf-8")
+        text = _text(path)
     except OSError as error:
         raise ConfigError(f"Cannot read config file {str(path)!r}: {error.strerror}.") from None
     except UnicodeDecodeError as error:
@@ -148,11 +148,17 @@ def read_config(path: str | Path) -> dict[str, Any]:
         said = " ".join(str(error).split())
         raise ConfigError(f"Invalid config file {str(path)!r}: not {kind} ({said}).") from None
     if not isinstance(loaded, dict):
+        got = "nothing" if loaded is None else type(loaded).__name__
         raise ConfigError(
-            f"Invalid config file {str(path)!r}: must hold a mapping of keys, got"
-            f" {type(loaded).__name__}."
+            f"Invalid config file {str(path)!r}: must hold a mapping of keys, got {got}. Begin with"
+            " KEY: VALUE lines, such as learning_rate: 1e-4."
         )
     return loaded
+
+
+def _text(path: str | Path) -> str:
+    # With the mark that editors on Windows write before UTF-8; PyYAML alone would skip it.
+    return Path(path).read_text(encoding="utf-8-sig")
 
 
 class _BadKey(ValueError):
@@ -178,8 +184,18 @@ def _from_yaml(text: str) -> Any:
         """A class of its own: resolvers belong to a class, and others use PyYAML's."""
 
         yaml_implicit_resolvers: dict[Any, Any] = {}
+        # Explicit tags of dates, bytes and sets would build what JSON has not.
+        yaml_constructors: dict[Any, Any] = {
+            None: yaml.SafeLoader.construct_undefined,
+            "tag:yaml.org,2002:str": yaml.SafeLoader.construct_scalar,
+            "tag:yaml.org,2002:seq": lambda loader, node: loader.construct_sequence(
+                node, deep=True
+            ),
+        }
 
     def unique(loader: Any, node: Any) -> dict[str, Any]:
+        if not isinstance(node, yaml.MappingNode):
+            raise ValueError(f"!!map before {node.value!r}, which is no mapping")
         seen: set[str] = set()
         for key, _ in node.value:
             name = loader.construct_object(key, deep=True)
@@ -195,7 +211,10 @@ def _from_yaml(text: str) -> Any:
     for tag, (pattern, first, build) in _YAML_SCALARS.items():
         name = f"tag:yaml.org,2002:{tag}"
         Loader.add_implicit_resolver(name, pattern, first)
-        Loader.add_constructor(name, lambda _, node, build=build: build(node.value))
+        # `construct_scalar` refuses a list or a mapping behind an explicit tag.
+        Loader.add_constructor(
+            name, lambda loader, node, build=build: build(loader.construct_scalar(node))
+        )
     # `<<` is resolved as text otherwise, and would be a key like any other.
     Loader.add_implicit_resolver("tag:yaml.org,2002:merge", re.compile("^<<$"), ["<"])
     Loader.add_constructor("tag:yaml.org,2002:merge", lambda _, node: node.value)

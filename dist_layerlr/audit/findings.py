@@ -17,7 +17,7 @@ from dist_layerlr.plan.entries import Plan
 WARNINGS = {
     "decay": "with weight decay, though norms or biases",
     "precision": "with moments in fewer than 32 bits",
-    "no gradient": "in an optimizer, which no backward pass reached in the steps watched",
+    "no gradient": "in an optimizer, without a gradient other than 0 in the steps watched",
     "outside": "trained by the optimizer, in no module",
     "clipping": "gradients are clipped by a default",
     "schedule": "a schedule runs ahead of the optimizer",

@@ -60,11 +60,12 @@ def read_reports(folder: Path) -> Seen | None:
         for file in sorted(folder.glob("fault-*.txt"))
     ]
     if not reports:
-        return None if not faults else _nothing(tuple(faults))
+        return None if not faults else nothing(tuple(faults))
     return _merged([reports[rank] for rank in sorted(reports)], tuple(dict.fromkeys(faults)))
 
 
-def _nothing(faults: tuple[str, ...]) -> Seen:
+def nothing(faults: tuple[str, ...] = ()) -> Seen:
+    """What is known where no rank has written anything."""
     return Seen(ranks=0, sharders={}, parameters={}, rows={}, faults=faults)
 
 

@@ -13,12 +13,12 @@ from pathlib import Path
 from types import FrameType
 
 import dist_layerlr
+from dist_layerlr import fields
 from dist_layerlr.audit.bootstrap import FOLDER, STEPS
 from dist_layerlr.audit.findings import FAULTS, KINDS, Finding, find
-from dist_layerlr.audit.merge import Seen, read_reports
+from dist_layerlr.audit.merge import Seen, nothing, read_reports
 from dist_layerlr.audit.table import report, to_dict
 from dist_layerlr.errors import ConfigError
-from dist_layerlr.fields import suggestion
 from dist_layerlr.files import read_config, write_json
 from dist_layerlr.plan.build import build_plan
 from dist_layerlr.plan.diff import Rows, read_rows
@@ -50,7 +50,7 @@ def audit(
         command: program and arguments.
         plan: a plan.json, a folder with one, or a training config, to compare with.
         output: JSON file to write.
-        steps: optimizer steps that are watched.
+        steps: optimizer steps that are watched, at least one.
         strict: count warnings as faults.
         allow: kinds that do not count.
         every_name: one line per name instead of one for names that train alike.
@@ -60,32 +60,55 @@ def audit(
         step was seen, 0.
 
     Raises:
-        ConfigError: no command, an unknown kind, or a plan that cannot be read.
+        ConfigError: no command, a bad option, or a plan that cannot be read.
     """
     if not command:
         raise ConfigError("Nothing to audit: give a command after --, such as -- python train.py.")
     for kind in allow:
         if kind not in KINDS:
-            hint = suggestion(kind, KINDS)
+            hint = fields.suggestion(kind, KINDS)
             raise ConfigError(f"Invalid --allow {kind!r}: must be one of {', '.join(KINDS)}.{hint}")
     # Before the command: a misspelt path must not cost a training run.
     wanted = None if plan is None else _read_plan(plan)
-    if output is not None and not Path(output).resolve().parent.is_dir():
-        raise ConfigError(f"Invalid --json {output!r}: its folder does not exist. Make it first.")
+    if steps < 1:
+        raise fields.invalid("--steps", steps, "an integer >= 1")
+    if output is not None:
+        _check_output(Path(output))
     with tempfile.TemporaryDirectory(prefix="dist-layerlr-audit-") as folder:
         status = _run(command, _environment(folder, steps))
         seen = read_reports(Path(folder))
+    found = [] if seen is None else find(seen, _planned(wanted, seen))
+    if output is not None:
+        # Also where nothing was seen: a program must not read what an earlier audit left there.
+        write_json(Path(output), to_dict(seen or nothing(), found, status))
     if seen is None:
+        how = f"the command ended with status {status}, and " if status else ""
         text = (
-            "[audit] no optimizer step was seen. The command must run torch in a Python that reads"
-            " PYTHONPATH (not python -I or -E), on this machine, and reach a step at a rate above 0"
+            f"[audit] {how}no optimizer step was seen. The command must run torch in a Python that"
+            " reads PYTHONPATH (not python -I or -E), on this machine, and reach a step at a rate"
+            " above 0"
         )
         return text, status or NOTHING_SEEN
-    found = find(seen, _planned(wanted, seen))
-    if output is not None:
-        write_json(Path(output), to_dict(seen, found, status))
     text = report(seen, found, every_name=every_name)
     return text, status or _judged(seen, found, strict, allow)
+
+
+def _check_output(path: Path) -> None:
+    """Before the command, which may run for hours.
+
+    Raises:
+        ConfigError: no file can be written there.
+    """
+    folder = path.resolve().parent
+    if not folder.is_dir():
+        why = "its folder does not exist. Make it first"
+    elif path.is_dir():
+        why = "it is a folder. Name a file in it"
+    elif not os.access(folder, os.W_OK):
+        why = "its folder cannot be written to. Name another one"
+    else:
+        return
+    raise ConfigError(f"Invalid --json {str(path)!r}: {why}.")
 
 
 def _judged(seen: Seen, found: Sequence[Finding], strict: bool, allow: Sequence[str]) -> int:

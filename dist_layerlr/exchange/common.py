@@ -41,22 +41,35 @@ class Draft:
         return {"learning_rate": self.learning_rate, "per_layer_lr": block}
 
 
-def rate(given: Settings, key: str, default: float | None = None) -> float:
+def rate(given: Settings, key: str, default: float | None = None, *, place: str = "") -> float:
     """A rate that must be there, or has a default.
+
+    Args:
+        given: the settings.
+        key: of the rate.
+        default: the rate where the key is not given.
+        place: where the settings stand in their file, such as ``lr_groups[0]``.
 
     Raises:
         ConfigError: missing, or no number >= 0.
     """
-    value = number(given, key)
+    value = number(given, key, place=place)
     if value is None:
         value = default
     if value is None:
-        raise ConfigError(f"Missing {key} in the settings: rates are absolute here. Add it.")
+        raise ConfigError(
+            f"Missing {key} in {place or 'the settings'}: rates are absolute here. Add it."
+        )
     return value
 
 
-def number(given: Settings, key: str) -> float | None:
+def number(given: Settings, key: str, *, place: str = "") -> float | None:
     """A number >= 0, also where it is written as text; None where it is not given.
+
+    Args:
+        given: the settings.
+        key: of the number.
+        place: as in ``rate``.
 
     Raises:
         ConfigError: anything else.
@@ -64,13 +77,14 @@ def number(given: Settings, key: str) -> float | None:
     value = given.get(key)
     if value is None or value == "":
         return None
+    path = f"{place}.{key}" if place else key
     # Arguments of a command line, and PyYAML's 1e-4, are text.
     if isinstance(value, str):
         try:
             value = float(value)
         except ValueError:
-            raise fields.invalid(key, value, "a number >= 0") from None
-    return fields.number(0.0)(key, value)
+            raise fields.invalid(path, value, "a number >= 0") from None
+    return fields.number(0.0)(path, value)
 
 
 def refuse(given: Settings, keys: Mapping[str, str]) -> None:

@@ -70,11 +70,10 @@ def _flat(settings: Settings) -> dict[str, Any]:
     """Sections of a file, which sd-scripts reads as if there were none."""
     found: dict[str, Any] = {}
     for key, value in settings.items():
-        # Regions and groups are lists, so that a mapping can only be a section.
+        # What a project has as a list, and a file as a mapping, is seen and refused by its reader.
+        found[key] = value
         if isinstance(value, Mapping):
             found |= value
-        else:
-            found[key] = value
     return found
 
 

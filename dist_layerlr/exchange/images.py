@@ -38,7 +38,8 @@ def from_kohya(given: Settings) -> Draft:
         draft.regions.extend(_block_regions(told, draft))
     elif told.get("network_reg_lrs"):
         draft.regions.extend(_named_regions(str(told["network_reg_lrs"])))
-    if number(told, "text_encoder_lr"):
+    # A number, or one for each text encoder.
+    if told.get("text_encoder_lr"):
         draft.notes.append("text_encoder_lr is left out: text encoders are not trained here")
     return draft
 

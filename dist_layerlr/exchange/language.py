@@ -23,12 +23,13 @@ def from_axolotl(given: Settings) -> Draft:
     a norm or a bias does not reach it.
     """
     draft = Draft(learning_rate=rate(given, "learning_rate"))
-    if given.get("loraplus_lr_ratio") and given.get("lr_groups"):
+    ratio = number(given, "loraplus_lr_ratio")
+    if ratio and given.get("lr_groups"):
         raise ConfigError(
             "Cannot convert loraplus_lr_ratio together with lr_groups: axolotl takes one of them,"
             " and B factors would be scaled twice. Keep one."
         )
-    if given.get("loraplus_lr_ratio"):
+    if ratio:
         _lora_plus(given, draft)
         return draft
     decay = number(given, "weight_decay") or 0.0
@@ -39,11 +40,15 @@ def from_axolotl(given: Settings) -> Draft:
     draft.regions.append({"match": _EMBEDDINGS, "lr": embedding, "weight_decay": 0.0})
     spared = {"match": NO_DECAY, "lr": draft.learning_rate, "weight_decay": 0.0}
     draft.regions.append(spared)
-    for group in _groups(given.get("lr_groups") or ()):
-        modules = fields.strings("lr_groups.modules", group.get("modules"))
+    for place, group in enumerate(_groups(given.get("lr_groups") or ())):
+        path = f"lr_groups[{place}]"
+        modules = fields.strings(f"{path}.modules", group.get("modules"))
+        if not modules:
+            # An expression of no alternatives would match every name.
+            raise fields.invalid(f"{path}.modules", [], "a list of at least one part of a name")
         # A module is any part of a name there, PEFT's prefix included.
         found = "|".join(re.escape(canonical_name(module)) for module in modules)
-        draft.regions.append({"match": f"re:{found}", "lr": rate(group, "lr")})
+        draft.regions.append({"match": f"re:{found}", "lr": rate(group, "lr", place=path)})
     return draft
 
 
@@ -79,7 +84,7 @@ def from_llamafactory(given: Settings) -> Draft:
         },
     )
     draft = Draft(learning_rate=rate(given, "learning_rate"))
-    if given.get("loraplus_lr_ratio"):
+    if number(given, "loraplus_lr_ratio"):
         _lora_plus(given, draft)
     elif number(given, "weight_decay"):
         draft.block.update({"weight_decay": number(given, "weight_decay"), "no_decay": [NO_DECAY]})
@@ -121,12 +126,14 @@ def from_torchtitan(given: Settings) -> Draft:
                 " plan gives rates and weight decay alone. Use one."
             )
     # The last pattern is mostly `.*`, for everything that the others leave.
-    draft = Draft(learning_rate=rate(rows[-1], "lr"))
-    for row in rows:
-        region = {"match": f"re:{fields.text('pattern', row.get('pattern'))}"}
-        decay = number(row, "weight_decay")
+    last = f"optimizers[{len(rows) - 1}]"
+    draft = Draft(learning_rate=rate(rows[-1], "lr", place=last))
+    for i, row in enumerate(rows):
+        path = f"optimizers[{i}]"
+        region = {"match": f"re:{fields.text(f'{path}.pattern', row.get('pattern'))}"}
+        decay = number(row, "weight_decay", place=path)
         more = {} if decay is None else {"weight_decay": decay}
-        draft.regions.append({**region, "lr": rate(row, "lr"), **more})
+        draft.regions.append({**region, "lr": rate(row, "lr", place=path), **more})
     draft.notes.append(
         "torchtitan refuses a parameter that no pattern takes; here it trains at the last"
         " pattern's rate"

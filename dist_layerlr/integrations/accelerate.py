@@ -36,7 +36,7 @@ def prepare_accelerate(
 
     Args:
         accelerator: without or with DDP, FSDP1, FSDP2, or DeepSpeed ZeRO 1 to 3.
-        layer_lr: a training config (mapping, JSON file or ``Config``), or the model's plan.
+        layer_lr: a training config (mapping, file or ``Config``), or the model's plan.
         model: not wrapped.
         make: groups -> optimizer, in place of the optimizer.
         *others: what else ``prepare`` is given, data loaders above all.

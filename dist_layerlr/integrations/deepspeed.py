@@ -12,6 +12,7 @@ from dist_layerlr.files import read_json
 from dist_layerlr.optim import MakeOptimizer, attach, bind, check_ds_config
 from dist_layerlr.optim.routed import MakeOptimizers
 from dist_layerlr.plan import Plan
+from dist_layerlr.ranks import alike
 
 
 def initialize_deepspeed(
@@ -44,8 +45,7 @@ def initialize_deepspeed(
     """
     import deepspeed
 
-    settings = read_json(config) if isinstance(config, (str, Path)) else dict(config)
-    check_ds_config(settings)
+    settings = alike(lambda: _checked(config))
     optimizer = attach(plan, model, make, emission="segmented")
     found: tuple[Any, Any, Any, Any] = deepspeed.initialize(
         model=model, optimizer=optimizer, config=settings, **more
@@ -53,3 +53,9 @@ def initialize_deepspeed(
     # DeepSpeed has put the parameters into flat partitions: only now is it known where names lie.
     bind(plan, found[0])
     return found
+
+
+def _checked(config: Mapping[str, Any] | str | Path) -> dict[str, Any]:
+    settings = read_json(config) if isinstance(config, (str, Path)) else dict(config)
+    check_ds_config(settings)
+    return settings

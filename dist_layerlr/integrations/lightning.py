@@ -32,7 +32,7 @@ class LayerLRLightning:
     state_key = _legacy_state_key = "dist_layerlr"
 
     def __init__(self, layer_lr: Plan | Config | Mapping[str, Any] | str | Path):
-        """Take a training config (mapping, JSON file or ``Config``), or the module's plan."""
+        """Take a training config (mapping, file or ``Config``), or the module's plan."""
         self.plan: Plan | None = None
         self.proofs: list[Proof] = []
         self._given = layer_lr
@@ -108,7 +108,8 @@ class LayerLRLightning:
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Refuse a checkpoint that cannot be resumed."""
-        self._resumed = state["parameters"]
+        # A checkpoint that was written before a fit began holds no plan.
+        self._resumed = state.get("parameters")
         self._accept()
 
     def _accept(self) -> None:

@@ -32,7 +32,7 @@ _MOST_STEPS = 10_000
 class LayerLRTrainer:
     """``class MyTrainer(LayerLRTrainer, Trainer)``, then ``MyTrainer(..., layer_lr=config)``.
 
-    ``layer_lr`` is a training config (mapping, JSON file or ``Config``) or a plan. Without
+    ``layer_lr`` is a training config (mapping, file or ``Config``) or a plan. Without
     ``learning_rate`` it takes that of TrainingArguments; without weight decay theirs, too, by their
     rule (none on biases and norms). The optimizer is the one that ``optim`` names.
     """

@@ -13,7 +13,7 @@ from torch.optim import Optimizer
 
 from dist_layerlr import fields
 from dist_layerlr.errors import ConfigError, PlanMismatch
-from dist_layerlr.optim.groups import adopt, build_groups, split_by_mesh
+from dist_layerlr.optim.groups import adopt, build_groups, built, split_by_mesh
 from dist_layerlr.optim.quantised import tell_of_quantised
 from dist_layerlr.optim.routed import (
     MakeOptimizers,
@@ -213,7 +213,7 @@ def _build(plan: Plan, sharder: Sharder, make: MakeOptimizer, in_segments: bool)
         optimizer = Segmented(plan, owners.values(), make, slices)
     else:
         groups = build_groups(plan, {s.name: s.owner for s in slices})
-        optimizer = make([part for group in groups for part in split_by_mesh(group)])
+        optimizer = built(make, [part for group in groups for part in split_by_mesh(group)])
         adopt(plan, optimizer)
     remember(optimizer, make)
     return optimizer

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
-from dist_layerlr.errors import PlanMismatch
+from dist_layerlr.errors import ConfigError, PlanMismatch
 from dist_layerlr.plan.entries import GroupSpec, Plan
 from dist_layerlr.sharders.base import ParamGroup, live_optimizer
 from dist_layerlr.sharders.model import live_parameters
@@ -92,6 +92,26 @@ def adopt(plan: Plan, optimizer: Any) -> None:
     _PLANS[optimizer] = plan
     if not isinstance(optimizer.defaults.get(LR), Tensor):
         optimizer.defaults[LR] = base_lr(plan)
+
+
+def built(make: Any, groups: Sequence[Mapping[str, Any]]) -> Any:
+    """What a user's function builds from groups.
+
+    Raises:
+        ConfigError: it is no function, or returns no optimizer.
+    """
+    if not callable(make):
+        raise ConfigError(
+            f"Invalid make: a {type(make).__name__}. Give what builds the optimizer from groups:"
+            " torch.optim.AdamW, or lambda groups: torch.optim.AdamW(groups, fused=True)."
+        )
+    optimizer = make(groups)
+    if not hasattr(optimizer, "param_groups"):
+        raise ConfigError(
+            f"Invalid make: it returned a {type(optimizer).__name__}. Return the optimizer that it"
+            " builds from the groups."
+        )
+    return optimizer
 
 
 def default_lr(optimizer: Any) -> float | None:

@@ -14,7 +14,7 @@ from typing import Any
 from torch.optim.lr_scheduler import LRScheduler
 
 from dist_layerlr.errors import ConfigError
-from dist_layerlr.fields import integer, number, one_of, setting
+from dist_layerlr.fields import check_all, integer, number, one_of, setting
 from dist_layerlr.optim.groups import INITIAL_LR, LR, scale_lrs
 from dist_layerlr.optim.pace import Pace
 
@@ -39,6 +39,15 @@ class Schedule:
     min_ratio: float = setting(
         number(0.0, 1.0), default=0.0, doc="Multiplier of the rates at the last step."
     )
+
+    def __post_init__(self) -> None:
+        """Refuse what a config file would be refused for: an unknown kind is no cosine.
+
+        Raises:
+            ConfigError: names the field.
+        """
+        check_all(self)
+        integer(1)("total_steps", self.total_steps)
 
     def factor(self, step: int) -> float:
         """Multiplier of optimizer step ``step``, counted from 0."""

@@ -38,6 +38,7 @@ from dist_layerlr.optim.groups import (
     NAME,
     base_lr,
     build_groups,
+    built,
     groups_by_tensor,
     scale_lrs,
 )
@@ -136,7 +137,7 @@ class Segmented(Optimizer):
         # optimizers then keep one state mapping, and no row has anything to prepare or publish.
         self._one_state = all(row.shares_state for row in self._rows)
         views = self._views(slices, group_number)
-        self.inner = self._make(build_groups(self._plan, views))
+        self.inner = built(self._make, build_groups(self._plan, views))
         self._fused = fused.handles(self.inner)
         for row in self._rows:
             row.share_counters = self._fused

@@ -190,7 +190,7 @@ class Config:
         OPTIMIZERS,
         default=None,
         shown="one optimizer for all",
-        doc="Which optimizer steps which parameters: section 10.",
+        doc="Which optimizer steps which parameters: `docs/names.md`, section 10.",
     )
     per_layer_lr: PerLayerLR = field(default_factory=PerLayerLR)
 

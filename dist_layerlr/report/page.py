@@ -133,7 +133,10 @@ def _lines(members: Iterable[tuple[str, Mapping[str, Any]]]) -> list[str]:
     """Every way in which a cell's parameters came to their rates, with a name for each."""
     ways: dict[tuple[Any, ...], list[str]] = {}
     for name, row in members:
-        factors = [f"lr {format_lr(row['lr'])} = depth factor {row['factor']:.4g}"]
+        depth = row.get("factor")
+        # A plan need not say how its rates came about.
+        led = "" if depth is None else f" = depth factor {depth:.4g}"
+        factors = [f"lr {format_lr(row['lr'])}{led}"]
         for key, word in (("base_lr", "base"), ("multiplier", "region"), ("lora_plus", "LoRA+")):
             if key in row and (key == "base_lr" or row[key] != 1):
                 factors.append(f"{word} {row[key]:g}")
@@ -175,15 +178,23 @@ def run_data(folder: Path, own: Path) -> dict[str, Any]:
 def _metrics(path: Path) -> list[dict[str, Any]]:
     """Rows of metrics.jsonl; half a row, which a killed run may leave, is none."""
     found: list[dict[str, Any]] = []
-    text = path.read_text(encoding="utf-8") if path.is_file() else ""
+    # Bytes that are no text, which a full disk leaves, spoil their own line alone.
+    text = path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
     for line in text.splitlines():
         try:
-            row = json.loads(line)
+            # A page's JSON has no NaN: a browser would refuse all of it.
+            row = json.loads(line, parse_constant=lambda _: None)
         except ValueError:
             continue
-        if isinstance(row, dict) and "loss" in row:
+        if isinstance(row, dict) and _is_step(row):
             found.append(row)
     return found
+
+
+def _is_step(row: Mapping[str, Any]) -> bool:
+    cells = row.get("cells", {})
+    known = isinstance(cells, dict) and all(isinstance(cell, list) for cell in cells.values())
+    return "loss" in row and isinstance(row.get("step"), int) and known
 
 
 def _frame(row: Mapping[str, Any], names: Iterable[str]) -> dict[str, Any]:
@@ -252,10 +263,11 @@ def _proofs(folder: Path) -> list[Table]:
 
 def _tables(rows: list[dict[str, Any]], record: Mapping[str, Any]) -> list[Table]:
     """How the run came about."""
-    starts = record.get("starts") or []
+    listed = record.get("starts")
+    starts = [one for one in listed if isinstance(one, dict)] if isinstance(listed, list) else []
     now = starts[-1] if starts else {}
-    last = starts[-2]["config"] if len(starts) > 1 else record.get("previous") or {}
-    config, old = _flat(now.get("config", {})), _flat(last)
+    last = starts[-2].get("config") if len(starts) > 1 else record.get("previous")
+    config, old = _flat(now.get("config")), _flat(last)
     changed = sorted(key for key in config.keys() | old.keys() if config.get(key) != old.get(key))
     found: list[Table] = []
     if old:
@@ -268,7 +280,7 @@ def _tables(rows: list[dict[str, Any]], record: Mapping[str, Any]) -> list[Table
     if rows:
         machine["peak memory, GiB"] = max(row.get("peak_memory_gb", 0.0) for row in rows)
         machine["steps"] = rows[-1]["step"] + 1
-    shown = {**_flat(machine), **_flat(now.get("versions", {}), "version ")}
+    shown = {**_flat(machine), **_flat(now.get("versions"), "version ")}
     if shown:
         found.append(("Machine and versions", "", None, _pairs(shown)))
     return found
@@ -278,9 +290,11 @@ def _pairs(values: Mapping[str, str]) -> list[list[str]]:
     return [[key, value] for key, value in values.items()]
 
 
-def _flat(config: Mapping[str, Any], before: str = "") -> dict[str, str]:
-    """``{"train.steps": "10"}``."""
+def _flat(config: Any, before: str = "") -> dict[str, str]:
+    """``{"train.steps": "10"}``; nothing where a damaged file has no mapping."""
     found: dict[str, str] = {}
+    if not isinstance(config, Mapping):
+        return found
     for key, value in config.items():
         if isinstance(value, Mapping):
             found |= _flat(value, f"{before}{key}.")

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from torch.nn.parameter import UninitializedParameter
 
-from dist_layerlr.errors import ModelSourceError, PlanMismatch
+from dist_layerlr.errors import ConfigError, ModelSourceError, PlanMismatch
 from dist_layerlr.plan.build import build_plan
 from dist_layerlr.plan.config import Config
 from dist_layerlr.plan.entries import ParamInfo, Plan, Shape
@@ -27,12 +27,18 @@ def plan_model(model: nn.Module, config: Config | Mapping[str, Any] | str | Path
 
     Args:
         model: the model as it will be trained: adapters injected, ``requires_grad`` set.
-        config: the training config (mapping or JSON file) with its ``per_layer_lr`` block.
+        config: the training config (mapping, or JSON, YAML or TOML file) with its ``per_layer_lr``
+            block.
 
     Raises:
         PlanMismatch: names or shapes are already lost (flattened by FSDP1).
         ConfigError, ModelSourceError, UnmatchedParams: as ``build_plan``.
     """
+    if not isinstance(model, nn.Module):
+        raise ConfigError(
+            f"Invalid model: a {type(model).__name__}. Give the nn.Module that is trained, then its"
+            " config."
+        )
     infos = describe(model)
     plan = build_plan(infos, config)
     return replace(plan, warnings=(*plan.warnings, *_tie_warnings(model, infos, plan)))

@@ -16,6 +16,7 @@ import trl
 from timm.optim import param_groups_layer_decay
 
 from dist_layerlr.audit.run import audit
+from dist_layerlr.errors import ConfigError
 from tests.support.jobs import BIN, free_port
 
 SCRIPTS = Path(__file__).resolve().parents[1] / "support" / "audited"
@@ -256,3 +257,24 @@ def test_a_command_that_trains_nothing_is_status_4_and_a_sitecustomize_still_run
     text, status = audit([sys.executable, "-c", "print('done')"])
     assert (status, capfd.readouterr().out) == (4, "the one of this machine\ndone\n")
     assert "no optimizer step was seen" in text
+
+
+def test_where_nothing_was_seen_an_earlier_report_does_not_stay(tmp_path: Path):
+    file = tmp_path / "audit.json"
+    file.write_text('{"findings": ["of another script"]}')
+    text, status = audit(["false"], output=str(file))
+    assert status == 1 and "the command ended with status 1, and no optimizer step" in text
+    found = json.loads(file.read_text())
+    assert (found["ranks"], found["findings"], found["script_status"]) == (0, [], 1)
+
+
+def test_bad_options_are_refused_before_the_command_runs(tmp_path: Path):
+    ran = tmp_path / "ran"
+    for more, says in (
+        ({"steps": 0}, "Invalid --steps=0: must be an integer >= 1"),
+        ({"output": str(tmp_path)}, "it is a folder. Name a file in it"),
+        ({"output": str(tmp_path / "no" / "a.json")}, "its folder does not exist"),
+    ):
+        with pytest.raises(ConfigError, match=says):
+            audit(["touch", str(ran)], **more)
+    assert not ran.exists()

@@ -119,7 +119,13 @@ def _value(content: str) -> Any:
         ("a.yaml", "- 1", "must hold a mapping of keys, got list."),
         ("a.yaml", "a: !!python/name:os.system", "could not determine a constructor"),
         ("a.yaml", "a: 1\n---\na: 2", "expected a single document"),
-        ("a.yaml", "", "got NoneType"),
+        ("a.yaml", "", "got nothing. Begin with"),
+        ("a.yaml", "a: !!int [1]", "expected a scalar node, but found sequence"),
+        ("a.yaml", "a: !!bool {b: 1}", "expected a scalar node, but found mapping"),
+        ("a.yaml", "a: !!map b", "which is no mapping"),
+        # JSON has neither dates nor bytes.
+        ("a.yaml", "a: !!timestamp soon", "constructor for the tag"),
+        ("a.yaml", "a: !!binary aGk=", "constructor for the tag"),
     ],
 )
 def test_what_is_ambiguous_or_no_config_is_refused(
@@ -130,6 +136,14 @@ def test_what_is_ambiguous_or_no_config_is_refused(
     assert says in str(found.value) and str(tmp_path / name) in str(found.value)
     with pytest.raises(ConfigError, match="No such file"):
         read_config(tmp_path / "absent.toml")
+
+
+@pytest.mark.parametrize("name", ["a.json", "a.yaml", "a.toml"])
+def test_the_mark_that_windows_editors_put_before_utf_8_is_no_content(name: str, tmp_path: Path):
+    content = {"a.json": '{"x": 1}', "a.yaml": "x: 1", "a.toml": "x = 1"}[name]
+    path = tmp_path / name
+    path.write_bytes(b"\xef\xbb\xbf" + content.encode())
+    assert read_config(path) == {"x": 1}
 
 
 def test_a_yaml_word_is_no_boolean_and_is_refused_by_its_field(tmp_path: Path):

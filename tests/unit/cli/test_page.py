@@ -156,6 +156,28 @@ def test_plot_writes_pages_of_runs_and_models(
         assert said in capsys.readouterr().err
 
 
+def test_what_is_damaged_in_a_runs_folder_is_left_out_of_its_page(tmp_path: Path) -> None:
+    plan = json.loads(build_plan({"blocks.0.ffn.weight": (4, 8)}, config()).to_json())
+    for row in plan["parameters"].values():
+        del row["factor"]
+    (tmp_path / "plan.json").write_text(json.dumps(plan))
+    (tmp_path / "run.json").write_text('{"starts": 5, "previous": [1]}')
+    (tmp_path / "verify.json").write_text('{"start": 5}')
+    lines = [
+        b'{"step": 0, "loss": 2.0}',
+        b"\xff\xfe\0",
+        b'{"loss": 1.0}',
+        b'{"step": 1, "loss": 1.0, "cells": 5}',
+        b'{"step": 2, "loss": NaN}',
+    ]
+    (tmp_path / "metrics.jsonl").write_bytes(b"\n".join(lines))
+    write_page(tmp_path / "page.html", tmp_path, "Run")
+    data = data_of(tmp_path / "page.html")
+    assert (data["loss"], data["frames"]) == ([[0, 2.0], [2, None]], [])
+    assert [title for title, *_ in data["tables"]] == ["Machine and versions"]
+    assert "depth factor" not in "".join(data["panels"][0]["cells"][0]["lines"])
+
+
 @needs_browser
 @pytest.mark.parametrize("width", [1200, 700])
 def test_nothing_of_a_runs_page_overlaps_or_is_cut(run: Path, width: int) -> None:

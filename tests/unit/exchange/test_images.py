@@ -164,6 +164,12 @@ def test_a_schedule_scales_exported_groups_once(form: str):
             assert group["lr"] == pytest.approx(0.5 * plan.entries[name].lr), name
 
 
+@pytest.mark.parametrize("rates", [1e-5, [1e-5, 1e-6], "1e-5"])
+def test_rates_of_text_encoders_are_told_as_left_out(rates: object):
+    found = convert("kohya", {"unet_lr": 1e-4, "text_encoder_lr": rates})
+    assert any("text_encoder_lr is left out" in note for note in found.notes)
+
+
 def test_what_one_rate_per_block_cannot_say_is_refused():
     names = [f"down_blocks.1.attentions.0.attn{i}.to_q.lora_A.weight" for i in (1, 2)]
     rates = {"self_attn": 1e-4, "cross_attn": 2e-4}

@@ -51,6 +51,17 @@ def test_axolotls_groups_reach_neither_embeddings_nor_norms_and_the_first_one_wi
     }
 
 
+def axolotl_groups(groups: object) -> dict[str, object]:
+    return {"learning_rate": 1e-4, "lr_groups": groups}
+
+
+@pytest.mark.parametrize("source", ["axolotl", "llamafactory"])
+@pytest.mark.parametrize("ratio", [0, "0", None, ""])
+def test_a_lora_plus_ratio_of_0_is_none(source: str, ratio: object):
+    settings = {"learning_rate": 1e-4, "loraplus_lr_ratio": ratio}
+    assert "lora_plus_ratio" not in convert(source, settings).config["per_layer_lr"]
+
+
 @pytest.mark.parametrize("source", ["axolotl", "llamafactory"])
 def test_lora_plus_multiplies_b_but_for_an_embeddings(source: str):
     names = ["a.q.lora_A.default.weight", "a.q.lora_B.default.weight", "e.lora_embedding_B.default"]
@@ -102,6 +113,12 @@ def test_torchtitans_first_pattern_wins():
         ("timm", {"lr": 1e-3, "layer_decay": 0.5, "layer_decay_no_opt_scale": 0.1}, "freezes"),
         ("torchtitan", {"optimizers": []}, "must be a list of"),
         ("kohya", {"unet_lr": 1e-4, "network_args": ["rank"]}, "KEY=VALUE"),
+        # No part of a name would be an expression that every name matches.
+        ("axolotl", axolotl_groups([{"modules": [], "lr": 1}]), "lr_groups[0].modules=[]"),
+        ("axolotl", axolotl_groups([{"modules": ["a"]}]), "Missing lr in lr_groups[0]"),
+        # A mapping is a section elsewhere; lost, all names would train at one rate.
+        ("axolotl", axolotl_groups({"a": {"modules": ["a"]}}), "must be a list of groups"),
+        ("torchtitan", {"optimizers": [{"lr": 1e-4}]}, "optimizers[0].pattern=None"),
         ("diffusers", {}, f"must be one of {', '.join(FORMATS)}"),
     ],
 )
