@@ -134,7 +134,7 @@ def _exempt(seen: Seen) -> frozenset[str]:
 def against(seen: Seen, plan: Plan | Rows) -> list[str]:
     """What trains otherwise than planned, in the words of ``dist-layerlr diff``."""
     rows: Rows = plan.to_dict()["parameters"] if isinstance(plan, Plan) else plan
-    return plan_diff(rows, live_rows(seen, rows), called=("planned", "live"))
+    return plan_diff(rows, live_rows(seen, rows), called=("plan", "script"))
 
 
 def live_rows(seen: Seen, planned: Rows) -> dict[str, Mapping[str, Any]]:

@@ -59,7 +59,7 @@ def adapted(path: Path, manifest: Manifest, plan: Plan) -> tuple[Plan, list[str]
 
 def inherit(rows: Rows, plan: Plan) -> tuple[Plan, list[str]]:
     """``resume_plan`` for the rows of the checkpoint's plan."""
-    changes = plan_diff(rows, plan, called=("checkpoint's", "new"))
+    changes = plan_diff(rows, plan, called=("checkpoint's plan", "new plan"))
     if plan.config.per_layer_lr.resume_lr == "plan" or not changes:
         return plan, changes
     entries = dict(plan.entries)

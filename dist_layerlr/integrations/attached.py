@@ -78,7 +78,7 @@ class Attached:
         if fsdp1 is not None and sharder_of(self._live[0]).layout.name.startswith("fsdp1"):
             raise ConfigError(f"Invalid resume under FSDP1: {fsdp1}")
         refuse_other_names(Path("of the trainer"), rows, self.plan)
-        changes = plan_diff(rows, self.plan, called=("checkpoint's", "new"))
+        changes = plan_diff(rows, self.plan, called=("checkpoint's plan", "new plan"))
         wanted = self.plan.config.per_layer_lr.resume_lr
         if changes and wanted != "plan":
             raise ConfigError(

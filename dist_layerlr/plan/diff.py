@@ -30,7 +30,7 @@ def plan_diff(
     new: Plan | Rows,
     *,
     every_name: bool = False,
-    called: tuple[str, str] = ("first", "second"),
+    called: tuple[str, str] = ("first plan", "second plan"),
 ) -> list[str]:
     """Readable lines for whatever trains differently; empty when both plans train alike.
 
@@ -115,7 +115,7 @@ def _line(names: Sequence[str], old: Rows, new: Rows, called: tuple[str, str]) -
     head = names[0] if len(names) == 1 else _cells(after or before)
     if not before or not after:
         where = called[1] if after else called[0]
-        parts = [f"only in the {where} plan, lr {_span(after or before)}"]
+        parts = [f"only in the {where}, lr {_span(after or before)}"]
     else:
         parts = _changes(before, after)
     count = [f"{len(names)} names"] if len(names) > 1 else []

@@ -12,6 +12,7 @@ import torch
 from dist_layerlr.audit.changes import Schedules, group_problems
 from dist_layerlr.audit.findings import FAULTS, find
 from dist_layerlr.audit.merge import read_reports
+from dist_layerlr.plan import build_plan
 
 
 def groups(*rates: float, **more: Any) -> list[dict[str, Any]]:
@@ -133,3 +134,15 @@ def test_names_that_only_a_base_model_tells_are_judged_by_their_shapes(tmp_path:
         name = "lora_unet_blocks_0_attn_to_q.lora_down.weight"
         report(tmp_path, rank, {name: {"weight_decay": 0.1}}, trainable=(name,))
     assert kinds(tmp_path) == ["decay"]
+
+
+def test_a_name_that_only_one_side_trains_is_told_with_its_side(tmp_path: Path):
+    report(tmp_path, 0, {"w": {}})
+    seen = read_reports(tmp_path)
+    assert seen is not None
+    planned = build_plan({"v": (8,)}, {"learning_rate": 1e-3}).to_dict()["parameters"]
+    told = sorted(one.text for one in find(seen, planned) if one.kind == "plan")
+    assert [text.partition(", lr")[0].partition("only in ")[2] for text in told] == [
+        "the plan",
+        "the script",
+    ]
