@@ -25,6 +25,7 @@ from dist_layerlr.plan.depth import DEPTH_FUNCTIONS, DepthSettings
 from dist_layerlr.plan.layer_decay import CONVENTIONS
 from dist_layerlr.plan.presets import PRESET_CLASSES, PRESETS, RfdetrPreset
 from launch import cache_latents, make_tiny_wan, tiny, train
+from tests.support.extras import needs_families
 from tests.support.ranks import run_ranks
 
 ROOT = Path(__file__).resolve().parent.parent.parent
@@ -348,6 +349,7 @@ def test_readmes_train_commands_take_their_arguments(
         assert "blocks.000-002.self_attn" in capsys.readouterr().out
 
 
+@needs_families
 def test_readmes_way_from_a_pipeline_folder_to_an_adapter_runs(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
