@@ -31,10 +31,7 @@ from dist_layerlr.errors import OffloadError
 from dist_layerlr.offload.copies import DeviceCopies
 from dist_layerlr.offload.device import Backend
 from dist_layerlr.offload.gradients import GradSink
-from dist_layerlr.offload.internals import (
-    at_end_of_backward,
-    graph_task,
-)
+from dist_layerlr.offload.internals import at_end_of_backward, graph_task
 from dist_layerlr.offload.masters import Unit
 from dist_layerlr.offload.passes import TRANSITIONS, Pass, Trigger
 from dist_layerlr.offload.ring import Ring
