@@ -6,6 +6,7 @@ import contextlib
 import gc
 import multiprocessing as mp
 import os
+import sys
 import tempfile
 import time
 import traceback
@@ -107,6 +108,7 @@ def _rank(
     # of the collector's sight they cost nothing.
     gc.freeze()
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world_size))
+    _forget_accelerate()
     connected = False
     try:
         dist.init_process_group(
@@ -125,3 +127,12 @@ def _rank(
         queue.join_thread()
         # Without interpreter shutdown: gloo's threads may outlive an exception.
         os._exit(0)
+
+
+def _forget_accelerate() -> None:
+    """Drop what an Accelerator of an earlier test left in Accelerate's classes: a fork inherits it,
+    and the next Accelerator would take this rank for the only one."""
+    state = sys.modules.get("accelerate.state")
+    if state is not None:
+        state.AcceleratorState._reset_state(reset_partial_state=True)
+        state.GradientState._reset_state()
