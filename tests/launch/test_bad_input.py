@@ -175,7 +175,7 @@ def test_every_rank_ends_with_status_2_and_rank_0_says_one_line(
         wanted.append(_broken(case, run_config, folder))
         files.append(str(folder / "config.json"))
     ports = [free_port() for _ in files]
-    by_rank = run_ranks(_train_on_rank, 2, files, ports, str(tmp_path), deadline_s=900.0)
+    by_rank = run_ranks(_train_on_rank, 2, files, ports, str(tmp_path))
     for i, case in enumerate(CASES):
         (status0, said0), (status1, said1) = by_rank[0][i], by_rank[1][i]
         assert (status0, status1) == (2, 2), f"{case}: {said0} {said1}"

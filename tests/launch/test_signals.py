@@ -76,7 +76,7 @@ def test_one_process_finishes_the_step_and_saves(
 ) -> None:
     run_config["train"]["steps"] = LONG
     arguments = call_of(run_config, tmp_path)
-    (ended,) = run_ranks(train_until_signal, 1, arguments, number, deadline_s=DEADLINE_S)
+    (ended,) = run_ranks(train_until_signal, 1, arguments, number)
     assert ended.status == 0, ended.complaint
     check_saved(tmp_path, ended.said)
 

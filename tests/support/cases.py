@@ -19,9 +19,7 @@ import torch.distributed as dist
 
 from tests.support.ranks import run_ranks
 
-DEADLINE_S = 600.0
-"""For all cases of a file: many times what they need, because other work may share the machine."""
-PARTED_S = 60.0
+PARTED_S = 240.0
 """How long a rank waits for the others to end a case before it calls them parted."""
 
 
@@ -81,9 +79,7 @@ def run_bodies(
 ) -> Outcomes:
     """Run named bodies, one after the other, on fresh ranks; ``before`` prepares each rank."""
     with tempfile.TemporaryDirectory() as folder:
-        return Outcomes(
-            run_ranks(_on_rank, world_size, bodies, folder, before, deadline_s=DEADLINE_S)
-        )
+        return Outcomes(run_ranks(_on_rank, world_size, bodies, folder, before))
 
 
 def _on_rank(

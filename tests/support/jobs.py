@@ -85,7 +85,7 @@ def run_in_ranks(ranks: int, calls: list[list[str]]) -> list[Ended]:
     """Run train.py's main with each call's arguments, one after the other, on forked ranks of one
     process group. Returns how each call ended on rank 0; fails where another rank ended otherwise.
     """
-    by_rank = run_ranks(_run_all, ranks, calls, deadline_s=DEADLINE_S)
+    by_rank = run_ranks(_run_all, ranks, calls)
     for others in zip(*by_rank, strict=True):
         assert len({ended.status for ended in others}) == 1, others
     return by_rank[0]

@@ -199,19 +199,10 @@ def run_all(recipe: str, cases: list[Resume], root: Path, soon: int = SOON) -> d
     sources = list(dict.fromkeys(case.source for case in cases))
     outcomes: dict[str, Outcome] = {}
     for ranks in sorted({layout.ranks for layout in sources}):
-        run_ranks(
-            on_rank,
-            ranks,
-            recipe,
-            [s for s in sources if s.ranks == ranks],
-            [],
-            root,
-            soon,
-            deadline_s=1200.0,
-        )
+        run_ranks(on_rank, ranks, recipe, [s for s in sources if s.ranks == ranks], [], root, soon)
     for ranks in sorted({case.target.ranks for case in cases}):
         mine = [case for case in cases if case.target.ranks == ranks]
-        for found in run_ranks(on_rank, ranks, recipe, [], mine, root, soon, deadline_s=1200.0):
+        for found in run_ranks(on_rank, ranks, recipe, [], mine, root, soon):
             for key, value in found.items():
                 if isinstance(value, str) or not isinstance(outcomes.get(key), str):
                     outcomes[key] = value

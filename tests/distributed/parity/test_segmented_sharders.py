@@ -284,7 +284,7 @@ def _largest(a: dict[str, Any], b: dict[str, Any]) -> float:
 
 @pytest.fixture(scope="module")
 def measured() -> dict[str, Any]:
-    return run_ranks(_work, 2, deadline_s=1200.0)[0]
+    return run_ranks(_work, 2)[0]
 
 
 @pytest.mark.parametrize(("sharder", "dtype", "make"), CASES)
