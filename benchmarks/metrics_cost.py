@@ -1,12 +1,14 @@
 """What metrics per cell cost: a step that is measured, and one that is not, under every sharder.
 
-    python benchmarks/metrics_cost.py              # 2 gloo ranks; about 4 minutes on 2 cores
+    python benchmarks/metrics_cost.py              # 2 gloo ranks; about 10 minutes on 2 idle cores
     python benchmarks/metrics_cost.py --only fsdp2 ddp --rounds 60
 
 One model is stepped in two ways that take turns: watched but not measured, where the hooks return
 at once, and measured. Times are CPU time of the slowest rank, since other work may share the
 machine; waiting for the one all-reduce is not in them. A ratio is the median of the rounds' ratios.
-`share` is what measuring every tenth step adds to the run: a tenth of what it adds to a step.
+`share` is what measuring every tenth step adds to the run: a tenth of what it adds to a step. What
+is added grows with tensors and weights alone, so a step of more tokens shows a smaller share: a
+rank takes 1,024 tokens here, far fewer than any rank of a real run.
 Writes benchmarks/results/metrics_cost.json.
 """
 
@@ -37,7 +39,7 @@ from toys import start_rank, wrap
 RESULT = Path(__file__).resolve().parent / "results" / "metrics_cost.json"
 SHARDERS = ("ddp", "fsdp1", "fsdp1_flat", "fsdp2", "zero 1", "zero 2", "zero 3")
 METHODS = ("full", "lora")
-BATCH, TOKENS, EVERY, WARMUP = 2, 128, 10, 3
+BATCH, TOKENS, EVERY, WARMUP = 2, 512, 10, 3
 IDLE, MEASURED = "idle", "measured"
 WAYS = (IDLE, MEASURED)
 Row = dict[str, Any]
@@ -48,7 +50,7 @@ def main() -> None:
     form = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=form)
     parser.add_argument("--only", choices=SHARDERS, nargs="+", help="some sharders")
-    parser.add_argument("--rounds", type=int, default=30, help="of both ways (default 30)")
+    parser.add_argument("--rounds", type=int, default=16, help="of both ways (default 16)")
     parser.add_argument("--out", type=Path, default=RESULT, help="JSON file")
     args = parser.parse_args()
     print(f"{'sharder':<12}{'':<6}{'CPU ms':>9}{'measured':>10}{'share':>9}")

@@ -64,7 +64,8 @@ class AnyWhole(NeedsWhole):
                 self._whole[name] = nn.Parameter(torch.empty(shape, device=values.device))
             # The weight may have been loaded, or written by somebody else, since the last step.
             self._whole[name].data.copy_(values.view(shape))
-            self._whole[name].grad = gradients[name].view(shape)
+            # A copy: many optimizers add decay into it, and here it may be the live gradient.
+            self._whole[name].grad = gradients[name].clone().view(shape)
         if len(self._whole) > known:
             self._on_whole = self._built_anew()
         if self._on_whole is None:

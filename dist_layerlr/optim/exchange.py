@@ -160,6 +160,8 @@ class Exchange:
     ) -> dict[str, Tensor]:
         """Whole flat tensors of the names that this rank owns. Collective.
 
+        What a rank holds as a whole is handed on as it was given, not copied.
+
         Args:
             schedule: of the round.
             parts: {name: (first element, flat tensor) of what this rank holds}.
@@ -169,8 +171,12 @@ class Exchange:
         heard = self._swap(sent, received, parts, dtype)
         whole: dict[str, Tensor] = {}
         for segment, values in heard:
+            size = schedule.sizes[segment.name]
+            if segment.numel == size:
+                whole[segment.name] = values  # whole already: it need not be put together
+                continue
             if segment.name not in whole:
-                whole[segment.name] = values.new_empty(schedule.sizes[segment.name])
+                whole[segment.name] = values.new_empty(size)
             whole[segment.name][segment.start : segment.start + segment.numel] = values
         return whole
 

@@ -169,20 +169,20 @@ class MuonSlices(NeedsWhole):
 
     def _before(self, group_of: Mapping[int, ParamGroup]) -> None:
         for group in self.param_groups:
-            decay = 1.0 - float(group[LR]) * float(group[WEIGHT_DECAY])
-            for view in group["params"]:
-                if view.grad is None:
-                    continue
-                state = self.state[view]
-                if MOMENTUM not in state:
+            views = [view for view in group["params"] if view.grad is not None]
+            if not views:
+                continue
+            for view in views:
+                if MOMENTUM not in self.state[view]:
                     # In the memory order of the view: a piece cuts weight, gradient and momentum at
                     # one offset.
-                    state[MOMENTUM] = torch.zeros_like(view)
-                # As torch's Muon counts: a share of the gradient, not the sum of Polyak's.
-                state[MOMENTUM].lerp_(view.grad, 1.0 - group["momentum"])
-                # torch's Muon decays before it adds the update, by the rate of the group and not
-                # the one adjusted to the shape.
-                view.mul_(decay)
+                    self.state[view][MOMENTUM] = torch.zeros_like(view)
+            # As torch's Muon counts: a share of the gradient, not the sum of Polyak's.
+            momenta = [self.state[view][MOMENTUM] for view in views]
+            torch._foreach_lerp_(momenta, [v.grad for v in views], 1.0 - group["momentum"])
+            # torch's Muon decays before it adds the update, by the rate of the group and not the
+            # one adjusted to the shape.
+            torch._foreach_mul_(views, 1.0 - float(group[LR]) * float(group[WEIGHT_DECAY]))
 
     def _round(
         self,
@@ -198,9 +198,12 @@ class MuonSlices(NeedsWhole):
                 update = self.direction(piece, group).to(_TRAVELS).reshape(-1)
                 sent.setdefault(name, []).append((piece.start, update))
         whole = exchange.gather(schedule, sent, _TRAVELS)
+        asked = []
         for name, values in whole.items():
-            entry, group = self.entries[name], self.setting_of(name)
-            whole[name] = orthogonal(values.view(entry.shape), entry.parts, group).reshape(-1)
+            entry = self.entries[name]
+            asked.append((values.view(entry.shape), entry.parts, self.setting_of(name)))
+        for name, found in zip(whole, orthogonalise(asked), strict=True):
+            whole[name] = found.reshape(-1)
         back: dict[str, list[tuple[Segment, Tensor]]] = {}
         for segment, values in exchange.give_back(schedule, whole, _TRAVELS):
             back.setdefault(segment.name, []).append((segment, values))
@@ -272,35 +275,42 @@ def rows_of(entry: PlanEntry) -> list[tuple[int, int, tuple[int, ...]]]:
     return found
 
 
-def orthogonal(matrix: Tensor, parts: Sequence[int], group: ParamGroup) -> Tensor:
-    """What torch.optim.Muon makes of a matrix, before any rate; each part of a fused one alone.
+def orthogonalise(asked: Sequence[tuple[Tensor, Sequence[int], ParamGroup]]) -> list[Tensor]:
+    """What torch.optim.Muon makes of matrices, before any rate; each part of a fused one alone.
 
     Momentum, decay and rate are left out of torch's step: it moves a weight of 0 by the orthogonal
     factor, exactly. A tall matrix is given as a wide one, which is what torch does inside; the
     factor by which `original` scales tall ones is then 1.
+
+    Args:
+        asked: (matrix, rows of each part, group with the settings).
     """
-    found = torch.empty_like(matrix)
-    heights = list(parts) or [matrix.shape[0]]
-    for rows, into in zip(torch.split(matrix, heights), torch.split(found, heights), strict=True):
-        # A view, not a copy: torch's own transposes so, and the products round alike.
-        wide = rows.T if rows.shape[0] > rows.shape[1] else rows
-        weight = nn.Parameter(torch.zeros_like(wide))
-        weight.grad = wide
-        muon: Any = torch.optim.Muon(
-            [weight],
-            lr=1.0,
-            weight_decay=0.0,
-            momentum=0.0,
-            nesterov=False,
-            ns_coefficients=group["ns_coefficients"],
-            eps=group["eps"],
-            ns_steps=group["ns_steps"],
-            adjust_lr_fn="original",
-        )
-        muon.step()
-        moved = weight.detach().neg_()
-        into.copy_(moved.T if wide is not rows else moved)
+    found: list[Tensor] = []
+    moved: list[tuple[Tensor, Tensor]] = []
+    groups: dict[int, dict[str, Any]] = {}
+    for matrix, parts, group in asked:
+        found.append(torch.empty_like(matrix))
+        heights = list(parts) or [matrix.shape[0]]
+        own = groups.setdefault(id(group), {**_settings(group), "params": []})
+        for rows, into in zip(matrix.split(heights), found[-1].split(heights), strict=True):
+            # Views, not copies: torch's own transposes so, and the products round alike.
+            tall = rows.shape[0] > rows.shape[1]
+            wide, place = (rows.T, into.T) if tall else (rows, into)
+            weight = nn.Parameter(torch.zeros_like(wide))
+            weight.grad = wide
+            own["params"].append(weight)
+            moved.append((weight, place))
+    if groups:
+        # One instance for all: a constructor takes as long as a small matrix.
+        how: Any = {"lr": 1.0, "weight_decay": 0.0, "momentum": 0.0, "nesterov": False}
+        torch.optim.Muon(list(groups.values()), **how, adjust_lr_fn="original").step()
+    for weight, place in moved:
+        torch.neg(weight.detach(), out=place)
     return found
+
+
+def _settings(group: ParamGroup) -> dict[str, Any]:
+    return {key: group[key] for key in ("ns_coefficients", "eps", "ns_steps")}
 
 
 def adjusted(shape: Sequence[int], rule: str | None) -> float:

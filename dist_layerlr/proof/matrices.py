@@ -16,7 +16,7 @@ from torch import Tensor
 from dist_layerlr.optim.exchange import Exchange, Held, Schedule
 from dist_layerlr.optim.groups import WEIGHT_DECAY
 from dist_layerlr.optim.routed import Routed, parts_of
-from dist_layerlr.optim.whole import MOMENTUM, MuonSlices, adjusted, orthogonal, rows_of
+from dist_layerlr.optim.whole import MOMENTUM, MuonSlices, adjusted, orthogonalise, rows_of
 from dist_layerlr.plan.entries import Plan, PlanEntry
 from dist_layerlr.ranks import Problem, alike, everyone, rank
 from dist_layerlr.sharders import Piece, Pieces
@@ -208,7 +208,8 @@ def _settings(group: ParamGroup) -> ParamGroup:
 
 def _rate(entry: PlanEntry, move: Tensor, direction: Tensor, group: ParamGroup) -> float:
     """Least-squares rate at which a matrix moved along its orthogonal factor."""
-    factor = orthogonal(direction.view(entry.shape), entry.parts, group).reshape(-1).double()
+    (found,) = orthogonalise([(direction.view(entry.shape), entry.parts, group)])
+    factor = found.reshape(-1).double()
     for first, last, shape in rows_of(entry):
         factor[first:last] *= adjusted(shape, group.get("adjust_lr_fn"))
     # In double: a million products of bf16 factors lose more digits than the bar has.

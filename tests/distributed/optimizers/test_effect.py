@@ -62,7 +62,7 @@ def test_a_step_that_does_not_orthogonalise_is_named(at: At) -> None:
     run = Run(NET, "fsdp1_flat")
     run.backward(0)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(whole, "orthogonal", lambda matrix, parts, group: matrix.sign())
+        patch.setattr(whole, "orthogonalise", lambda asked: [matrix.sign() for matrix, *_ in asked])
         with pytest.raises(PlanMismatch, match="the step is not orthogonal"):
             with dist_layerlr.effect_check(run.plan, run.model, run.optimizer):
                 run.update()
