@@ -1,5 +1,5 @@
-"""Every diffusion family from a pipeline folder to an adapter: cached, trained under four sharders
-and while streaming, sampled, exported.
+"""Every diffusion family from a pipeline folder to an adapter: cached, trained alone, under one of
+three sharders in turn (under all by `-m full`) and while streaming, sampled, exported.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from launch.trainer.families import FAMILIES, get_family
 from launch.trainer.families.diffusion import Diffusion, Origin
 from launch.trainer.options import RunOptions, load_options
 from launch.trainer.tiny import build
+from tests.support.cases import items_of
 from tests.support.jobs import Ended, call_of, largest_difference, run_in_ranks, weights
 from tests.support.pixels import clip_of, sizes_of
 
@@ -41,8 +42,22 @@ FULL = ("wan", "flux_2_klein_4b", "sdxl")
 STREAMED = ("wan", "flux_2_klein_4b", "ltx2", "sd15")
 """Their LoRA trains and samples a second time while blocks are streamed."""
 STAGEHAND = {"enabled": True, "pinned_pool_mb": 64, "prefetch_window": 1, "min_numel": 100}
+Cell = tuple[str, str, str]
+"""(model type, method, sharder)."""
 RUNS = [(name, "lora") for name in DIFFUSION] + [(name, "full") for name in FULL]
-IDS = [f"{name}-{method}" for name, method in RUNS]
+SHARED = [sharder for sharder in SHARDERS if sharder != "none"]
+
+
+def cells(sharders: list[str]) -> list[Any]:
+    """One case for each run and sharder; of those that share, each run has one by default."""
+    found = []
+    for place, (name, method) in enumerate(RUNS):
+        for sharder in sharders:
+            usual = sharder == "none" or sharder == SHARED[place % len(SHARED)]
+            marks = () if usual else pytest.mark.full
+            label = f"{sharder}-{name}-{method}"
+            found.append(pytest.param((name, method, sharder), marks=marks, id=label))
+    return found
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,8 +65,7 @@ class Trained:
     """What all runs have left."""
 
     root: Path
-    ended: dict[tuple[str, str, str], Ended]
-    """(model type, method, sharder) -> how it ended."""
+    ended: dict[Cell, Ended]
 
     def folder(self, name: str, method: str, sharder: str) -> Path:
         return self.root / f"{name}-{method}-{sharder.replace(' ', '')}"
@@ -116,20 +130,27 @@ def config_of(name: str, method: str, root: Path) -> dict[str, Any]:
 
 
 @pytest.fixture(scope="module")
-def trained(tmp_path_factory: pytest.TempPathFactory) -> Trained:
+def trained(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest) -> Trained:
     root = tmp_path_factory.mktemp("families")
     made = Trained(root=root, ended={})
     for name in DIFFUSION:
         prepare(name, root)
+    asked = {
+        item.callspec.params["cell"]
+        for item in items_of(request)
+        if hasattr(item, "callspec") and "cell" in item.callspec.params
+    }
+    # What others are compared with runs in any case.
+    asked |= {(name, method, "none") for name, method in RUNS}
     for world_size in (1, 2):
         calls, keys = [], []
-        for sharder, (ranks, flags) in SHARDERS.items():
-            if ranks != world_size:
-                continue
-            for name, method in RUNS:
+        for cell in sorted(asked):
+            name, method, sharder = cell
+            ranks, flags = SHARDERS[sharder]
+            if ranks == world_size:
                 folder = made.folder(name, method, sharder)
                 calls.append(call_of(config_of(name, method, root), folder, *flags))
-                keys.append((name, method, sharder))
+                keys.append(cell)
         if world_size == 1:
             for name in STREAMED:
                 config = {
@@ -142,25 +163,24 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Trained:
     return made
 
 
-@pytest.mark.parametrize(("name", "method"), RUNS, ids=IDS)
-@pytest.mark.parametrize("sharder", SHARDERS)
+@pytest.mark.parametrize("cell", cells(list(SHARDERS)))
 def test_the_shipped_config_trains_a_tiny_model_and_the_plan_is_verified(
-    sharder: str, name: str, method: str, trained: Trained
+    cell: Cell, trained: Trained
 ) -> None:
-    ended = trained.ended[name, method, sharder]
+    ended = trained.ended[cell]
     assert ended.status == 0, ended.complaint
     assert "[per_layer_lr] verified on" in ended.said
-    folder = trained.folder(name, method, sharder) / "out"
+    folder = trained.folder(*cell) / "out"
     assert (folder / "samples" / "samples.png").stat().st_size > 1000
     proof = json.loads((folder / "final" / "verify.json").read_text())
     assert proof["first_step_lr"]
 
 
-@pytest.mark.parametrize(("name", "method"), RUNS, ids=IDS)
-@pytest.mark.parametrize("sharder", [s for s in SHARDERS if s != "none"])
-def test_ranks_change_nothing(sharder: str, name: str, method: str, trained: Trained) -> None:
+@pytest.mark.parametrize("cell", cells(SHARED))
+def test_ranks_change_nothing(cell: Cell, trained: Trained) -> None:
+    name, method, _ = cell
     alone = weights(trained.folder(name, method, "none"))
-    shared = weights(trained.folder(name, method, sharder))
+    shared = weights(trained.folder(*cell))
     assert largest_difference(alone, shared) <= 1e-5
 
 

@@ -76,12 +76,18 @@ def train_alone(config: dict[str, Any], folder: Path) -> dict[str, Any]:
     return reference
 
 
+@pytest.fixture(scope="module")
+def alone() -> dict[str, Any]:
+    """Weights of one process by method: the first test that trains it lends them to the others."""
+    return {}
+
+
 @pytest.mark.parametrize("method", ["full finetune", "lora"])
 def test_final_weights_do_not_depend_on_sharder_or_world_size(
-    method: str, run_config: dict[str, Any], tmp_path: Path
+    method: str, run_config: dict[str, Any], tmp_path: Path, alone: dict[str, Any]
 ) -> None:
     config = config_of(method, run_config)
-    reference = train_alone(config, tmp_path)
+    reference = alone[method] = train_alone(config, tmp_path)
     for ranks in (2, 4):
         labels = [label for label in FLAGS if ranks_of(label) == ranks]
         calls = [call_of(config, tmp_path / label, *FLAGS[label]) for label in labels]
@@ -102,10 +108,14 @@ def test_final_weights_do_not_depend_on_sharder_or_world_size(
     ],
 )
 def test_final_weights_do_not_depend_on_launcher_sharder_or_world_size(
-    method: str, launches: list[str], run_config: dict[str, Any], tmp_path: Path
+    method: str,
+    launches: list[str],
+    run_config: dict[str, Any],
+    tmp_path: Path,
+    alone: dict[str, Any],
 ) -> None:
     config = config_of(method, run_config)
-    reference = train_alone(config, tmp_path)
+    reference = alone.get(method) or train_alone(config, tmp_path)
     for label in launches:
         done = run(launcher_of(label), config, tmp_path / label)
         assert done.returncode == 0, f"{label}:\n{done.stdout}\n{done.stderr}"
