@@ -66,8 +66,8 @@ def inherit(rows: Rows, plan: Plan) -> tuple[Plan, list[str]]:
     for name, entry in plan.entries.items():
         if name in rows:
             row = rows[name]
-            kept = {key: row.get(key) for key in ("lr", "weight_decay", "eps")}
-            entries[name] = replace(entry, **kept)
+            decay, eps = row["weight_decay"], row.get("eps")
+            entries[name] = replace(entry, lr=row["lr"], weight_decay=decay, eps=eps)
     return replace(plan, entries=entries), changes
 
 
