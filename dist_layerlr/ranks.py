@@ -35,6 +35,10 @@ CAUSES = {
         "a checkpoint or an optimizer block overwrote the groups' settings; call reapply after"
         " every load"
     ),
+    "eps": (
+        "a checkpoint or the user's function overwrote the groups' epsilon; call reapply after"
+        " every load"
+    ),
     "optimizer": (
         "matrices were told from the rest by their shape after sharding (ndim == 2 is false of"
         " every shard of FSDP1 and ZeRO), or one optimizer was given for all; build it with"

@@ -24,6 +24,7 @@ from dist_layerlr.plan.config import PRESET, Config, PatternRule, PerLayerLR, Re
 from dist_layerlr.plan.depth import DepthSettings
 from dist_layerlr.plan.optimizers import OptimizerRule
 from dist_layerlr.plan.presets import RfdetrPreset
+from dist_layerlr.plan.width import WidthScaling
 from dist_layerlr.sharders import Layout
 from launch.trainer.objectives.causal_lm import NextToken
 from launch.trainer.objectives.classes import Classification
@@ -60,6 +61,7 @@ def tables() -> dict[str, list[Setting]]:
         "regions": [*settings(Region, DepthSettings).values()],
         "patterns": [*settings(PatternRule).values()],
         "optimizers": [*settings(OptimizerRule).values()],
+        "width_scaling": [*settings(WidthScaling).values()],
         "rfdetr": [*settings(RfdetrPreset).values()],
         # The trainer requires model_type, so its own declaration comes last and holds.
         "config": [*settings(Config, RunOptions).values()],

@@ -66,7 +66,8 @@ def inherit(rows: Rows, plan: Plan) -> tuple[Plan, list[str]]:
     for name, entry in plan.entries.items():
         if name in rows:
             row = rows[name]
-            entries[name] = replace(entry, lr=row["lr"], weight_decay=row["weight_decay"])
+            decay, eps = row["weight_decay"], row.get("eps")
+            entries[name] = replace(entry, lr=row["lr"], weight_decay=decay, eps=eps)
     return replace(plan, entries=entries), changes
 
 
@@ -78,9 +79,9 @@ def _plan_rows(path: Path, manifest: Manifest) -> Mapping[str, Mapping[str, Any]
         for name, row in rows.items():
             given = fields.mapping(f"parameters.{name}", row)
             for key, check in _PLAN_FIELDS.items():
-                if key not in given:
+                if key not in given and key != "eps":  # only where a plan sets it
                     raise ConfigError(f"Invalid parameters.{name}: {key!r} is missing")
-                check(f"parameters.{name}.{key}", given[key])
+                check(f"parameters.{name}.{key}", given.get(key))
             # Both place a name in a stack of blocks, or neither does.
             if (given.get("stack") is None) != (given.get("block") is None):
                 raise fields.invalid(f"parameters.{name}.block", given.get("block"), "with a stack")
@@ -94,6 +95,7 @@ def _or_null(check: Parser) -> Parser:
 _PLAN_FIELDS: dict[str, Parser] = {
     "lr": fields.number(0.0),
     "weight_decay": _or_null(finite),
+    "eps": _or_null(fields.number(0.0, open_low=True)),
     "numel": fields.integer(0),
     "stack": _or_null(fields.text),
     "block": _or_null(fields.integer(0)),

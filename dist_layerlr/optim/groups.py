@@ -13,7 +13,7 @@ from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from dist_layerlr.errors import ConfigError, PlanMismatch
-from dist_layerlr.plan.entries import GroupSpec, Plan
+from dist_layerlr.plan.entries import GroupSpec, Plan, PlanEntry
 from dist_layerlr.sharders.base import ParamGroup, live_optimizer
 from dist_layerlr.sharders.model import live_parameters
 
@@ -21,6 +21,7 @@ LR = "lr"
 # Torch saves it with the groups; a loaded one may be another plan's, hence ``reapply``.
 INITIAL_LR = "initial_lr"
 WEIGHT_DECAY = "weight_decay"
+EPS = "eps"
 # Unique per group, for people and logs. Groups are never matched by it: a plan may merge others.
 NAME = "name"
 OPTIMIZER = "optimizer"
@@ -111,6 +112,12 @@ def built(make: Any, groups: Sequence[Mapping[str, Any]]) -> Any:
             f"Invalid make: it returned a {type(optimizer).__name__}. Return the optimizer that it"
             " builds from the groups."
         )
+    own = getattr(optimizer, "defaults", {}).get(EPS)
+    if any(EPS in group for group in groups) and not isinstance(own, float):
+        raise ConfigError(
+            f"Invalid width_scaling.eps: {type(optimizer).__name__} has no epsilon of Adam's kind"
+            f" (its own is {own!r}). Leave width_scaling.eps out, or train with Adam or AdamW."
+        )
     return optimizer
 
 
@@ -187,15 +194,17 @@ def scale_lrs(optimizer: Any, factor: float) -> None:
         _put_lr(group, group[INITIAL_LR] * factor)
 
 
-def write_group(group: ParamGroup, lr: float, weight_decay: float | None, factor: float) -> None:
+def write_group(group: ParamGroup, entry: PlanEntry, factor: float) -> None:
     """Put a planned rate into a live group, at ``factor`` of a schedule.
 
-    Weight decay None leaves the group's own.
+    Weight decay and epsilon of None leave the group's own.
     """
-    group[INITIAL_LR] = lr
-    _put_lr(group, lr * factor)
-    if weight_decay is not None:
-        group[WEIGHT_DECAY] = weight_decay
+    group[INITIAL_LR] = entry.lr
+    _put_lr(group, entry.lr * factor)
+    if entry.weight_decay is not None:
+        group[WEIGHT_DECAY] = entry.weight_decay
+    if entry.eps is not None:
+        group[EPS] = entry.eps
 
 
 def _put_lr(group: ParamGroup, value: float) -> None:
@@ -217,6 +226,8 @@ def _group(spec: GroupSpec, live: Mapping[str, Tensor]) -> ParamGroup:
     group: ParamGroup = {"params": params, LR: spec.lr, INITIAL_LR: spec.lr, NAME: spec.name}
     if spec.weight_decay is not None:
         group[WEIGHT_DECAY] = spec.weight_decay
+    if spec.eps is not None:
+        group[EPS] = spec.eps
     if spec.optimizer is not None:
         group[OPTIMIZER] = spec.optimizer
     return group

@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from dist_layerlr.optim.groups import INITIAL_LR, LR, OPTIMIZER, WEIGHT_DECAY
+from dist_layerlr.optim.groups import EPS, INITIAL_LR, LR, OPTIMIZER, WEIGHT_DECAY
 from dist_layerlr.optim.routed import parts_of
 from dist_layerlr.optim.segmented import Segmented
 from dist_layerlr.sharders import Pieces, Sharder, sharder_of
@@ -28,6 +28,8 @@ class LiveParam:
     """Number of ranks that step each element."""
     initial_lr: float | None = None
     """What a schedule multiplies; None where no schedule was ever built on the group."""
+    eps: object = None
+    """Adam's epsilon; None where the optimizer has none, a tuple in some."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -109,6 +111,7 @@ def live_params(found: Pieces) -> dict[str, LiveParam]:
             numel=piece.numel + (before.numel if before else 0),
             replicas=piece.replicas,
             initial_lr=initial_lr,
+            eps=group.get(EPS),
         )
     return live
 

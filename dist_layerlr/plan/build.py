@@ -26,6 +26,7 @@ from dist_layerlr.plan.name_rules import DEFAULT
 from dist_layerlr.plan.names import ParamPath, canonical_name, module_index, parse
 from dist_layerlr.plan.optimizers import Candidate, Choice, Optimizers, choose
 from dist_layerlr.plan.rules import Rules
+from dist_layerlr.plan.scaling import scaled
 from dist_layerlr.plan.stacks import Location, StackMap
 
 Params = Iterable[ParamInfo] | Mapping[str, Shape] | Iterable[tuple[str, Shape]]
@@ -72,6 +73,7 @@ def build_plan(
         for p, factor, wd in zip(placed, factors, decay, strict=True)
         if p.info.trainable
     }
+    entries = scaled(entries, placed, config.width_scaling)
     frozen = len(placed) - len(entries)
     if base is None and all(p.path.is_adapter for p in placed):
         notes.append(
@@ -109,10 +111,10 @@ def _infos(params: Params) -> list[ParamInfo]:
 
 
 def _flat_plan(infos: list[ParamInfo], base: list[ParamInfo] | None, config: Config) -> Plan:
-    choices = [Choice()] * len(infos)
-    if config.optimizers is not None:
-        # Which optimizer takes a matrix depends on component and block, equal rates or not.
-        choices = [p.choice for p in _place(infos, base, config)[0]]
+    # Optimizers and widths ask for component and block, equal rates or not.
+    asked = config.optimizers is not None or config.width_scaling is not None
+    placed = _place(infos, base, config)[0] if asked else []
+    choices = [p.choice for p in placed] or [Choice()] * len(infos)
     entries = {
         i.name: PlanEntry(
             name=i.name,
@@ -139,6 +141,7 @@ def _flat_plan(infos: list[ParamInfo], base: list[ParamInfo] | None, config: Con
         for i, choice in zip(infos, choices, strict=True)
         if i.trainable
     }
+    entries = scaled(entries, placed, config.width_scaling)
     return Plan(entries=entries, config=config, frozen=len(infos) - len(entries))
 
 

@@ -20,6 +20,7 @@ from dist_layerlr.plan.depth import LAYER_DECAY, DepthSettings
 from dist_layerlr.plan.optimizers import OPTIMIZERS, OPTIMIZERS_BLOCK, Optimizers
 from dist_layerlr.plan.patterns import compile_pattern
 from dist_layerlr.plan.presets import PRESET_CLASSES, PRESETS
+from dist_layerlr.plan.width import WIDTH, WIDTH_BLOCK, WidthScaling
 
 # Every config without a table shares this one, so nobody may write into it.
 SEED_COMPONENT_LR: Mapping[str, float] = MappingProxyType(
@@ -192,6 +193,12 @@ class Config:
         shown="one optimizer for all",
         doc="Which optimizer steps which parameters: `docs/names.md`, section 10.",
     )
+    width_scaling: WidthScaling | None = setting(
+        WIDTH,
+        default=None,
+        shown="rates as written",
+        doc="Rates found on a small model, carried to this one: `docs/names.md`, section 11.",
+    )
     per_layer_lr: PerLayerLR = field(default_factory=PerLayerLR)
 
     @property
@@ -223,6 +230,11 @@ def load_config(source: str | Path | Mapping[str, Any] | Config) -> Config:
     values = {known[key].name: known[key].check(key, value) for key, value in given.items()}
     block = _read_block(raw.get(PLAN_BLOCK), values.get("learning_rate"))
     _check_optimizers(values.get(OPTIMIZERS_BLOCK), block)
+    if values.get(WIDTH_BLOCK) is not None and values.get(OPTIMIZERS_BLOCK) is not None:
+        raise ConfigError(
+            f"Invalid {WIDTH_BLOCK}: its rules are Adam's, and {OPTIMIZERS_BLOCK!r} gives matrices"
+            " to another optimizer. Keep one of the two."
+        )
     return Config(**values, per_layer_lr=block)
 
 

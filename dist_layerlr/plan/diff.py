@@ -99,7 +99,8 @@ def _change(old: Row | None, new: Row | None) -> Hashable | None:
     """What makes two changes alike; None: no change."""
     if old is None or new is None:
         return "came" if old is None else "went"
-    same = all(old[key] == new[key] for key in ("lr", "weight_decay", "numel"))
+    # Plans of older checkpoints have no row for what they did not set.
+    same = all(old.get(key) == new.get(key) for key in ("lr", "weight_decay", "numel", "eps"))
     steppers = (_stepper(old), _stepper(new))
     if same and steppers[0] == steppers[1]:
         return None
@@ -107,7 +108,8 @@ def _change(old: Row | None, new: Row | None) -> Hashable | None:
     # changed.
     lr: Hashable = f"{new['lr'] / old['lr']:.6g}" if old["lr"] else (old["lr"], new["lr"])
     numel = (old["numel"], new["numel"]) if old["numel"] != new["numel"] else None
-    return lr, old["weight_decay"], new["weight_decay"], numel, steppers
+    decay, eps = (tuple(row.get(key) for row in (old, new)) for key in ("weight_decay", "eps"))
+    return lr, decay, eps, numel, steppers
 
 
 def _line(names: Sequence[str], old: Rows, new: Rows, called: tuple[str, str]) -> str:
@@ -127,9 +129,10 @@ def _changes(before: Sequence[Row], after: Sequence[Row]) -> list[str]:
     if any(a["lr"] != b["lr"] for a, b in zip(before, after, strict=True)):
         ratio = f" (x{after[0]['lr'] / before[0]['lr']:.4g})" if before[0]["lr"] else ""
         parts.append(f"lr {_span(before)} -> {_span(after)}{ratio}")
-    for key, label in (("weight_decay", "weight decay"), ("numel", "elements")):
-        if before[0][key] != after[0][key]:
-            parts.append(f"{label} {_setting(before[0][key])} -> {_setting(after[0][key])}")
+    for key, label in (("weight_decay", "weight decay"), ("eps", "eps"), ("numel", "elements")):
+        old_one, new_one = before[0].get(key), after[0].get(key)
+        if old_one != new_one:
+            parts.append(f"{label} {_setting(old_one)} -> {_setting(new_one)}")
     old, new = _stepper(before[0]), _stepper(after[0])
     if old != new:
         parts.append(f"optimizer {old} -> {new}")

@@ -22,8 +22,11 @@ from dist_layerlr.plan.config import Config
 from dist_layerlr.plan.depth import DepthSettings
 from dist_layerlr.plan.layer_decay import ModelLayer
 from dist_layerlr.plan.names import natural_key
+from dist_layerlr.plan.width import WidthScales
 
 Shape = tuple[int, ...]
+GroupKey = tuple[str | None, float, float | None, float | None]
+"""(optimizer, lr, weight decay, epsilon)."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -49,7 +52,7 @@ class ParamInfo:
 class PlanEntry:
     """One trainable parameter.
 
-    ``lr = base_lr * factor * multiplier * optimizer_multiplier * lora_plus``.
+    ``lr = base_lr * factor * multiplier * optimizer_multiplier * lora_plus * width.lr``.
     """
 
     name: str
@@ -85,6 +88,10 @@ class PlanEntry:
     """lr_multiplier of that optimizer."""
     parts: tuple[int, ...] = ()
     """Rows of each matrix in a fused one that is stepped part by part."""
+    width: WidthScales | None = None
+    """None: the rates are not scaled by shapes."""
+    eps: float | None = None
+    """Adam's epsilon; None: the optimizer's own."""
 
     @property
     def numel(self) -> int:
@@ -106,6 +113,7 @@ class GroupSpec:
     weight_decay: float | None
     names: tuple[str, ...]
     optimizer: str | None = None
+    eps: float | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -130,20 +138,20 @@ class Plan:
 
     @cached_property
     def groups(self) -> tuple[GroupSpec, ...]:
-        """Optimizer groups: entries of equal (optimizer, lr, weight decay), in a stable order.
+        """Optimizer groups: entries of equal settings (``GroupKey``), in a stable order.
 
         Names are unique and no group is empty.
 
         Entries with LR 0 are a group too: they are held still, not dropped.
         """
-        merged: dict[tuple[str | None, float, float | None], list[PlanEntry]] = {}
+        merged: dict[GroupKey, list[PlanEntry]] = {}
 
         def place(entry: PlanEntry) -> tuple[object, int, str, str]:
             return natural_key(entry.stack or ""), entry.block or 0, entry.component, entry.name
 
         # The order must not depend on the order of names: ranks and resumes compare groups by it.
         for entry in sorted(self.entries.values(), key=place):
-            key = (entry.optimizer, entry.lr, entry.weight_decay)
+            key = (entry.optimizer, entry.lr, entry.weight_decay, entry.eps)
             merged.setdefault(key, []).append(entry)
         taken: dict[str, int] = {}
         return tuple(_group(key, members, taken) for key, members in merged.items())
@@ -207,9 +215,7 @@ class Plan:
         return foreign.kohya_settings(self, sdxl=sdxl)
 
 
-def _group(
-    key: tuple[str | None, float, float | None], members: list[PlanEntry], taken: dict[str, int]
-) -> GroupSpec:
+def _group(key: GroupKey, members: list[PlanEntry], taken: dict[str, int]) -> GroupSpec:
     cells = list(dict.fromkeys(e.cell for e in members))
     name = cell_name(cells[0]) + (f"+{len(cells) - 1}" if len(cells) > 1 else "")
     taken[name] = taken.get(name, 0) + 1
@@ -222,6 +228,7 @@ def _group(
         weight_decay=key[2],
         names=tuple(e.name for e in members),
         optimizer=key[0],
+        eps=key[3],
     )
 
 
@@ -239,6 +246,8 @@ def total_numel(entries: Iterable[PlanEntry]) -> int:
 def _digested(entry: PlanEntry) -> str:
     row = f"{entry.name}\t{entry.shape}\t{entry.lr!r}\t{entry.weight_decay!r}"
     # Plans without a choice keep the digest that older checkpoints have of them.
+    if entry.eps is not None:
+        row = f"{row}\teps {entry.eps!r}"
     return row if entry.optimizer is None else f"{row}\t{entry.optimizer}\t{entry.parts}"
 
 
@@ -246,6 +255,8 @@ def _row(entry: PlanEntry) -> dict[str, Any]:
     chosen: dict[str, Any] = {} if entry.optimizer is None else {"optimizer": entry.optimizer}
     if entry.parts:
         chosen["parts"] = list(entry.parts)
+    if entry.eps is not None:
+        chosen["eps"] = entry.eps
     return {
         "component": entry.component,
         "stack": entry.stack,

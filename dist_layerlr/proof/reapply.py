@@ -10,7 +10,7 @@ from dist_layerlr.optim.groups import scale_lrs, write_group
 from dist_layerlr.optim.readback import live_pieces
 from dist_layerlr.optim.schedulers import check_scheduler, rebase
 from dist_layerlr.optim.segmented import Segmented
-from dist_layerlr.plan.entries import Plan
+from dist_layerlr.plan.entries import Plan, PlanEntry
 from dist_layerlr.ranks import Problem, alike, together
 from dist_layerlr.sharders import Pieces, sharder_of
 
@@ -48,7 +48,7 @@ def reapply(
             if entry is None:
                 continue
             _, first = chosen.setdefault(id(piece.group), (piece.group, entry))
-            if (first.lr, first.weight_decay) != (entry.lr, entry.weight_decay):
+            if _settings(first) != _settings(entry):
                 text = (
                     f"{piece.name} and {first.name} share a group but have different planned rates"
                 )
@@ -56,13 +56,17 @@ def reapply(
     # Only now, when no rank has a problem, is anything written.
     _unshare_steps(found)
     for group, entry in chosen.values():
-        write_group(group, entry.lr, entry.weight_decay, factor)
+        write_group(group, entry, factor)
     if isinstance(found.optimizer, Segmented):
         # The outer group's multiplier is put on the inner groups again at every step.
         scale_lrs(found.optimizer, factor)
     if scheduler is not None:
         rebase(scheduler)
         alike(lambda: check_scheduler(scheduler))
+
+
+def _settings(entry: PlanEntry) -> tuple[float, float | None, float | None]:
+    return entry.lr, entry.weight_decay, entry.eps
 
 
 def _unshare_steps(found: Pieces) -> None:

@@ -260,4 +260,6 @@ def _compare(
                 f"{entry.name}: planned weight decay {decay:g}, live {live.weight_decay:g}",
             )
         )
+    if entry.eps is not None and live.eps != entry.eps:
+        problems.append(("eps", f"{entry.name}: planned eps {entry.eps:g}, live {live.eps}"))
     return problems

@@ -209,6 +209,7 @@ def explain(plan: Plan, name: str) -> str:
             f"  lr            {entry.lr:.6g}",
             f"  weight decay  {decay}",
             *_stepper(entry),
+            *_width(entry),
         ]
     )
 
@@ -219,6 +220,15 @@ def _stepper(entry: PlanEntry) -> list[str]:
         return []
     times = f", lr x {entry.optimizer_multiplier:g}" if entry.optimizer_multiplier != 1.0 else ""
     return [f"  optimizer     {entry.optimizer}: {entry.optimizer_why}{times}"]
+
+
+def _width(entry: PlanEntry) -> list[str]:
+    """What its shape multiplies, where rates are scaled by shapes."""
+    if entry.width is None:
+        return []
+    scales = entry.width
+    lines = [f"  width         lr x {scales.lr:g}, decay x {scales.weight_decay:g}: {scales.why}"]
+    return lines if entry.eps is None else [*lines, f"  epsilon       {entry.eps:g}"]
 
 
 def _curve(entry: PlanEntry) -> str:

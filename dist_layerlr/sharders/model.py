@@ -95,12 +95,14 @@ def _tie_warnings(model: nn.Module, infos: list[ParamInfo], plan: Plan) -> list[
             owners[name] = kept
     if not others:
         return []
-    asked = build_plan([*infos, *others.values()], plan.config).entries
+    # What shapes say is left out: a base model's file may know one of the names only.
+    unscaled = replace(plan.config, width_scaling=None)
+    asked = build_plan([*infos, *others.values()], unscaled).entries
     return [
-        f"{other} is tied to {kept} and trains at its lr {plan.entries[kept].lr:g}, not at"
+        f"{other} is tied to {kept} and trains at its lr {asked[kept].lr:g}, not at"
         f" {asked[other].lr:g}"
         for other, kept in owners.items()
-        if other in asked and kept in plan.entries and asked[other].lr != plan.entries[kept].lr
+        if other in asked and kept in asked and asked[other].lr != asked[kept].lr
     ]
 
 
