@@ -74,7 +74,6 @@ def build_plan(
         if p.info.trainable
     }
     entries = scaled(entries, placed, config.width_scaling)
-    frozen = len(placed) - len(entries)
     if base is None and all(p.path.is_adapter for p in placed):
         notes.append(
             "only adapter parameters are listed: block counts come from them alone; give the full"
@@ -83,7 +82,7 @@ def build_plan(
     return Plan(
         entries=entries,
         config=config,
-        frozen=frozen,
+        frozen=len(placed) - len(entries),
         warnings=(*notes, *check_plan(entries, config)),
     )
 
