@@ -106,6 +106,8 @@ def built(make: Any, groups: Sequence[Mapping[str, Any]]) -> Any:
             f"Invalid make: a {type(make).__name__}. Give what builds the optimizer from groups:"
             " torch.optim.AdamW, or lambda groups: torch.optim.AdamW(groups, fused=True)."
         )
+    # Asked before: a constructor writes its own defaults into the groups that it is given.
+    planned = any(EPS in group for group in groups)
     optimizer = make(groups)
     if not hasattr(optimizer, "param_groups"):
         raise ConfigError(
@@ -113,7 +115,7 @@ def built(make: Any, groups: Sequence[Mapping[str, Any]]) -> Any:
             " builds from the groups."
         )
     own = getattr(optimizer, "defaults", {}).get(EPS)
-    if any(EPS in group for group in groups) and not isinstance(own, float):
+    if planned and not isinstance(own, float):
         raise ConfigError(
             f"Invalid width_scaling.eps: {type(optimizer).__name__} has no epsilon of Adam's kind"
             f" (its own is {own!r}). Leave width_scaling.eps out, or train with Adam or AdamW."
