@@ -15,13 +15,16 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from math import prod
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from dist_layerlr.plan import foreign
 from dist_layerlr.plan.config import Config
 from dist_layerlr.plan.depth import DepthSettings
 from dist_layerlr.plan.layer_decay import ModelLayer
 from dist_layerlr.plan.names import natural_key
+
+if TYPE_CHECKING:
+    from dist_layerlr.plan.steer import Changes
 
 Shape = tuple[int, ...]
 
@@ -117,6 +120,10 @@ class Plan:
     warnings: tuple[str, ...] = field(default=(), compare=False)
     frozen: int = 0
     """Number of parameters that do not train."""
+    origin: Plan | None = field(default=None, compare=False, repr=False)
+    """The plan that ``steered`` has changed; None: this is as the config has it."""
+    changes: tuple[Changes, ...] = field(default=(), compare=False)
+    """What ``steered`` has changed, in order."""
 
     @cached_property
     def digest(self) -> str:
@@ -163,6 +170,7 @@ class Plan:
                 for g in self.groups
             ],
             "parameters": {name: _row(entry) for name, entry in self.entries.items()},
+            **({"steered": list(map(_written, self.changes))} if self.changes else {}),
         }
 
     def to_json(self, *, indent: int | None = 1) -> str:
@@ -240,6 +248,10 @@ def _digested(entry: PlanEntry) -> str:
     row = f"{entry.name}\t{entry.shape}\t{entry.lr!r}\t{entry.weight_decay!r}"
     # Plans without a choice keep the digest that older checkpoints have of them.
     return row if entry.optimizer is None else f"{row}\t{entry.optimizer}\t{entry.parts}"
+
+
+def _written(changes: Changes) -> dict[str, Any]:
+    return changes.to_dict()
 
 
 def _row(entry: PlanEntry) -> dict[str, Any]:
