@@ -16,6 +16,7 @@ from dist_layerlr.errors import ConfigError
 from dist_layerlr.ranks import alike, any_rank
 from launch.trainer.batches import Batches
 from launch.trainer.engines.base import autocast
+from launch.trainer.inbox import STEER
 from launch.trainer.job import Job
 from launch.trainer.metrics import MetricsFile, peak_memory_gb
 from launch.trainer.options import RunOptions, TrainOptions
@@ -24,6 +25,7 @@ from launch.trainer.runtime import LOWER, Diverged, Runtime
 from launch.trainer.seeds import MODEL_STREAM, mix_seed
 from launch.trainer.signals import StopFlag
 from launch.trainer.state import Outcome, Position
+from launch.trainer.steering import Orders
 from launch.trainer.team import Team, alone, under
 from launch.trainer.watch import Cells, Pace
 
@@ -65,8 +67,10 @@ def train(
     batches = Batches(job, begin)
     factor, done, saved = 1.0, begin.step, begin.step
     observed = dict(begin.observed)
+    steering = team.steering
+    ended = steering.begin(team, done)
     # The signal may have come while the model was loaded.
-    stopped = _told(stop)
+    stopped = _told(stop) or ended
     watch = _Watched(observed, Cells(team), Pace(settings))
     with progress(settings, begin.step, job.runtime) as show:
         while done < settings.steps and not stopped:
@@ -81,18 +85,23 @@ def train(
                 raise Diverged(f"loss is {row['loss']} at step {done}; nothing is saved. {LOWER}")
             show(row)
             done += 1
+            orders = Orders()
+            if not stopped and done < settings.steps:
+                orders = steering.take(team, done)
+                stopped = ended = orders.end
             # After the row: what is in the checkpoint is then in metrics.jsonl too.
-            if save is not None and not stopped and _due(done, settings):
+            if save is not None and not stopped and (orders.save or _due(done, settings)):
                 save(done, begin.samples_at(done, settings.global_batch), observed)
                 saved = done
                 # Saving may take longer than a step, and a launcher's patience runs.
                 stopped = _told(stop)
-            if draw is not None and not stopped and _draws(done, job.options):
+            if draw is not None and not stopped and (orders.sample or _draws(done, job.options)):
                 draw(done)
                 stopped = _told(stop)
         if save is not None and stopped and saved < done:
             save(done, begin.samples_at(done, settings.global_batch), observed)
-    return Outcome(steps=done, stopped=stopped, last_factor=factor, observed=observed)
+    by = STEER if ended else "a signal"
+    return Outcome(steps=done, stopped=stopped, by=by, last_factor=factor, observed=observed)
 
 
 @dataclass(frozen=True)
@@ -114,13 +123,16 @@ def _step(
     two microbatches: the weights are then those of the step before, and can be saved at once.
     """
     started, name, job = time.perf_counter(), team.turns.at(step), team.at(step)
-    factor = job.options.schedule.factor(step)
+    factor = team.steering.factor(step)
     loss = _accumulate(job, batches, step, stop)
     if loss is None:
         return None, True
     # Every rank now holds the same loss and flag, so all of them take the same branches below.
     told = float(stop is not None and stop.raised)
-    loss, told, tokens, waited = _add_up([loss, told, *batches.counted()], job.runtime)
+    asked = float(team.steering.waiting(step + 1))
+    sums = _add_up([loss, told, asked, *batches.counted()], job.runtime)
+    loss, told, asked, tokens, waited = sums
+    team.steering.told = asked > 0
     ranks = job.runtime.world_size
     loss, stopped, norm, reading = loss / ranks, told > 0, math.nan, None
     if math.isfinite(loss):

@@ -29,7 +29,9 @@ class Outcome:
     steps: int
     """Optimizer steps done, by earlier processes too."""
     stopped: bool
-    """Whether a signal ended it early."""
+    """Whether something ended it early."""
+    by: str = "a signal"
+    """What that was."""
     last_factor: float
     """Schedule multiplier of the last step."""
     observed: Mapping[str, float]
