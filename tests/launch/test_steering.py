@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from dist_layerlr.checkpoint.manifest import read_manifest
-from tests.support.jobs import call_of, largest_difference, weights
+from tests.support.jobs import as_lora, call_of, largest_difference, weights
 from tests.support.ranks import run_ranks
 from tests.support.steered import (
     BATCH,
@@ -146,3 +146,71 @@ def test_twenty_changes_and_two_kills_end_where_a_loop_with_those_rates_ends(
     assert plan["parameters"]["blocks.0.attn1.to_q.weight"]["lr"] == 0.0
     proof = json.loads((tmp_path / "out" / "verify.json").read_text())
     assert proof["end"]["digest"] == plan["digest"] != proof["start"]["digest"]
+
+
+def once(
+    config: dict[str, Any], folder: Path, changes: dict[int, str], *flags: str
+) -> tuple[str, Path]:
+    """A start in one process. Returns what it said, and its output folder."""
+    call = call_of(config, folder, *flags)
+    ((status, said, complaint),) = run_ranks(start, 1, call, changes, None)
+    assert status == 0, complaint
+    return said, folder / "out"
+
+
+def test_a_run_that_is_told_to_end_saves_all_and_a_later_start_goes_on(
+    run_config: dict[str, Any], tmp_path: Path
+) -> None:
+    run_config["samples"] = {"count": 2, "steps": 2}
+    asked = asks(end=True, scale=[{"component": "ffn", "by": 0.5}])
+    changes = {2: asks(sample=True), 3: asked}
+    said, out = once(run_config, tmp_path, changes, "--resume", "latest")
+    assert "stopped by steer.json after 3 steps" in said
+    assert "saved checkpoint" in said and "step_00000003 after 3 steps" in said
+    assert (out / "samples" / "step_000002.png").exists()
+    assert not (out / "samples" / "samples.png").exists()
+    plan = json.loads((out / "final" / "plan.json").read_text())
+    # The rate that would have been in force from the next step on.
+    assert plan["steered"] == [{"scale": [{"component": "ffn", "by": 0.5}]}]
+    assert (
+        json.loads((out / "final" / "verify.json").read_text())["end"]["digest"] == plan["digest"]
+    )
+    said, _ = once(run_config, tmp_path, {}, "--resume", "latest")
+    assert "finished 5 steps" in said and "the plan differs" not in said
+    assert json.loads((out / "plan.json").read_text())["digest"] == plan["digest"]
+
+
+def test_another_run_in_the_folder_is_not_steered_by_the_files_of_the_last(
+    run_config: dict[str, Any], tmp_path: Path
+) -> None:
+    once(run_config, tmp_path, {2: asks(scale=[{"component": "ffn", "by": 0.5}])})
+    (tmp_path / "out" / "steer.json").write_text(asks(end=True))
+    said, out = once(run_config, tmp_path, {})
+    assert "finished 5 steps" in said and "moved, not read" in said
+    assert [path.name for path in (out / "steering").iterdir()] == ["unread.json"]
+    assert "steered" not in json.loads((out / "plan.json").read_text())
+
+
+def test_streamed_blocks_are_steered_where_a_group_has_to_part(
+    run_config: dict[str, Any], tmp_path: Path
+) -> None:
+    config = as_lora(run_config)
+    config["memory"] = {"stagehand": {"enabled": True, "min_numel": 1}}
+    said, out = once(
+        config, tmp_path, {2: asks(scale=[{"match": "blocks.1.attn1.to_q", "by": 0.5}])}
+    )
+    assert "blocks.001.self_attn: lr" in said and "finished 5 steps" in said
+    plan = json.loads((out / "plan.json").read_text())["parameters"]
+    rates = {name: row["lr"] for name, row in plan.items() if "blocks.1.attn1" in name}
+    query, key = (rates[f"blocks.1.attn1.{part}.lora_A.weight"] for part in ("to_q", "to_k"))
+    assert query == 0.5 * key
+
+
+def test_a_floor_is_refused_where_the_schedule_has_none(
+    run_config: dict[str, Any], tmp_path: Path
+) -> None:
+    run_config["schedule"] = {"type": "constant"}
+    said, out = once(run_config, tmp_path, {1: asks(min_ratio=0.5), 3: "{}"})
+    assert "refused after step 1, training goes on unchanged: Invalid steer.min_ratio=0.5" in said
+    assert "Invalid steer: it asks for nothing. Give one of reset, thaw" in said
+    assert "steered" not in json.loads((out / "plan.json").read_text())
