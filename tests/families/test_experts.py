@@ -356,11 +356,12 @@ def small_team(device: torch.device) -> Any:
             continue
         engine: Any = NativeEngine.__new__(NativeEngine)
         plan = plan_model(network, {"learning_rate": 1e-3})
-        engine._handle, engine._device, engine._plan = None, device, plan
+        engine._handle, engine._device, engine.plan = None, device, plan
         engine._clip, engine._sharding = 0.0, NONE
         engine.model = network.to(device)
         engine.optimizer = attach(plan, engine.model, lambda groups: torch.optim.AdamW(groups))
         engine.rest()
         jobs[name] = SimpleNamespace(engine=engine)
     face: Any = SimpleNamespace()
-    return Team(face=face, jobs=jobs, turns=TURNS)
+    steering: Any = None
+    return Team(face=face, jobs=jobs, turns=TURNS, steering=steering)
