@@ -16,7 +16,6 @@ from dist_layerlr.errors import ConfigError
 from dist_layerlr.ranks import alike, any_rank
 from launch.trainer.batches import Batches
 from launch.trainer.engines.base import autocast
-from launch.trainer.inbox import STEER
 from launch.trainer.job import Job
 from launch.trainer.metrics import MetricsFile, peak_memory_gb
 from launch.trainer.options import RunOptions, TrainOptions
@@ -67,10 +66,8 @@ def train(
     batches = Batches(job, begin)
     factor, done, saved = 1.0, begin.step, begin.step
     observed = dict(begin.observed)
-    steering = team.steering
-    ended = steering.begin(team, done)
     # The signal may have come while the model was loaded.
-    stopped = _told(stop) or ended
+    stopped = team.steering.begin(team, done) or _told(stop)
     watch = _Watched(observed, Cells(team), Pace(settings))
     with progress(settings, begin.step, job.runtime) as show:
         while done < settings.steps and not stopped:
@@ -78,17 +75,11 @@ def train(
             if row is None:
                 break
             factor = row["lr_factor"]
-            finite = math.isfinite(row["loss"])
-            if stopped or not finite or "cells" in row or _logs(done, settings):
-                write_row(metrics, row)
-            if not finite:
-                raise Diverged(f"loss is {row['loss']} at step {done}; nothing is saved. {LOWER}")
+            _note(metrics, row, settings, stopped=stopped)
             show(row)
             done += 1
-            orders = Orders()
-            if not stopped and done < settings.steps:
-                orders = steering.take(team, done)
-                stopped = ended = orders.end
+            orders = Orders() if stopped else team.steering.take(team, done)
+            stopped = stopped or orders.end
             # After the row: what is in the checkpoint is then in metrics.jsonl too.
             if save is not None and not stopped and (orders.save or _due(done, settings)):
                 save(done, begin.samples_at(done, settings.global_batch), observed)
@@ -100,8 +91,7 @@ def train(
                 stopped = _told(stop)
         if save is not None and stopped and saved < done:
             save(done, begin.samples_at(done, settings.global_batch), observed)
-    by = STEER if ended else "a signal"
-    return Outcome(steps=done, stopped=stopped, by=by, last_factor=factor, observed=observed)
+    return Outcome(steps=done, stopped=stopped, last_factor=factor, observed=observed)
 
 
 @dataclass(frozen=True)
@@ -156,6 +146,17 @@ def _step(
         **({"cells": reading} if reading is not None else {}),
     }
     return row, stopped
+
+
+def _note(
+    metrics: MetricsFile | None, row: dict[str, Any], train: TrainOptions, *, stopped: bool
+) -> None:
+    """Write a row where it is due, and end the run where its loss is no number. Collective."""
+    step, finite = row["step"], math.isfinite(row["loss"])
+    if stopped or not finite or "cells" in row or _logs(step, train):
+        write_row(metrics, row)
+    if not finite:
+        raise Diverged(f"loss is {row['loss']} at step {step}; nothing is saved. {LOWER}")
 
 
 def _told(stop: StopFlag | None) -> bool:

@@ -145,13 +145,13 @@ def run(request: Request, options: RunOptions, runtime: Runtime) -> None:
         )
     # Until the weights are written: a second signal must not cut the saving short.
     with catch_signals() as stop:
-        # Files that were read before a kill are this run's; those of another run are not.
         same = request.resume is not None and _all_own(checkpoints, jobs)
         steering = Steering(folder, options.schedule, kept, continued=same)
         _train_and_save(team_of(jobs, options, folder, steering), stop, checkpoints)
 
 
 def _all_own(checkpoints: Mapping[str, Path], jobs: Mapping[str, Job]) -> bool:
+    """Whether a start goes on with the run of its folder, whose files are then its own."""
     return all(is_own(path, jobs[name].folder) for name, path in checkpoints.items())
 
 
@@ -232,7 +232,8 @@ def _train_and_save(team: Team, stop: StopFlag, checkpoints: Mapping[str, Path])
             metrics.close()
     save.finish()
     if outcome.stopped and outcome.steps == begin.step < job.options.train.steps:
-        runtime.say(f"stopped by {outcome.by} before step {begin.step + 1}; nothing new to save")
+        by, step = team.steering.stopper, begin.step + 1
+        runtime.say(f"stopped by {by} before step {step}; nothing new to save")
         return
     # Again, because DeepSpeed, a scheduler or an optimizer may have changed rates on the way.
     after = _prove(team, begin.step, outcome.steps)
@@ -329,7 +330,7 @@ def _finish(team: Team, outcome: Outcome, weights: Sequence[Path]) -> None:
     """Draw the samples unless a signal hurries, and say where everything is. Collective."""
     job = team.face
     picture = None if outcome.stopped else outputs.draw_generated(team)
-    ended = f"stopped by {outcome.by} after" if outcome.stopped else "finished"
+    ended = f"stopped by {team.steering.stopper} after" if outcome.stopped else "finished"
     if team.steering.changed:
         main = job.runtime.is_main
         for one in team.jobs.values():

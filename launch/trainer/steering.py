@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dist_layerlr import fields
-from dist_layerlr.errors import ConfigError, LayerLRError
+from dist_layerlr.errors import ConfigError, LayerLRError, PlanMismatch
 from dist_layerlr.fields import setting
 from dist_layerlr.files import write_text
 from dist_layerlr.optim import Schedule
@@ -127,6 +127,8 @@ class Steering:
         """Whether the first rank has found something to read; the same on all ranks."""
         self.changed = False
         """Whether this process has changed rates."""
+        self.stopper = "a signal"
+        """What ends a run that is ended early."""
         self._folder, self._schedule, self._continued = folder, schedule, continued
         self._inbox: Inbox | None = None
         self._begin, self._carried = 0, Orders()
@@ -166,17 +168,19 @@ class Steering:
         A file that is refused leaves everything as it was.
         """
         orders, self._carried = self._carried, Orders()
-        if not self.told:
+        # After the last step there is nothing left to change.
+        if not self.told or done >= self._schedule.total_steps:
             return orders
         self.told = False
         while (found := rank_zero(lambda: self._next(done))) is not None:
             before = {name: job.plan for name, job in team.jobs.items()}
             try:
                 orders |= self._obey(team, found, done)
-            except LayerLRError as error:
+            except (ConfigError, PlanMismatch) as error:
                 # All ranks came here with the same error, and none has changed anything.
                 self._refuse(team.face.runtime, found, done, error)
                 continue
+            self.stopper = STEER if orders.end else self.stopper
             self._tell(team, found, before)
             # What is not in force now is a fault of the program, and ends the run.
             self._prove(team, done)
@@ -196,7 +200,7 @@ class Steering:
         self._put(team, plans, done)
         try:
             name = rank_zero(lambda: self._mark(team, found, done))
-        except LayerLRError:
+        except ConfigError:
             self._put(team, before, done)
             raise
         self.kept.append(Kept(file=name, step=done, changes=changes, orders=orders, raw=found.raw))
@@ -218,7 +222,7 @@ class Steering:
             try:
                 past.append((name, job.plan))
                 job.engine.steer(plans[name], team.factor(name, self._begin, done))
-            except LayerLRError:
+            except PlanMismatch:
                 for other, plan in past[:-1]:
                     team.awake(other).engine.steer(plan, team.factor(other, self._begin, done))
                 raise
