@@ -203,3 +203,26 @@ def test_rates_that_are_tensors_stay_each_groups_own() -> None:
     steer(plan, model, optimizer, changes={"scale": [{"match": "emb", "by": 0.5}]})
     live = read_back(model, optimizer)
     assert (live["emb.bias"].lr, live["head.bias"].lr) == pytest.approx((5e-4, 1e-3))
+
+
+class Counting(torch.optim.SGD):
+    """Counts its steps in its groups, as optimizers that adapt their rate do."""
+
+    def step(self, closure: Any = None) -> Any:
+        for group in self.param_groups:
+            group["count"] = group.get("count", 0) + 1
+        return super().step(closure)
+
+
+@pytest.mark.parametrize("emission", ["groups", "segmented"])
+def test_what_an_optimizer_keeps_in_its_groups_goes_on(emission: str) -> None:
+    model = net()
+    plan = plan_model(model, ONE.config)
+    optimizer: Any = attach(plan, model, Counting, emission=emission)
+    for step in range(2):
+        ONE.loss(model, step, slice(0, 4)).backward()
+        optimizer.step()
+    steer(plan, model, optimizer, changes={"scale": [{"component": "self_attn", "by": 0.5}]})
+    stepped = getattr(optimizer, "inner", optimizer)
+    assert len(stepped.param_groups) == 3
+    assert [group["count"] for group in stepped.param_groups] == [2, 2, 2]
