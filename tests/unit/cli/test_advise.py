@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import random
 from collections.abc import Mapping
 from pathlib import Path
@@ -13,7 +14,7 @@ import pytest
 from dist_layerlr.cli import main
 from dist_layerlr.plan import build_plan, load_config, steered
 from dist_layerlr.plan.entries import Plan, cell_name
-from dist_layerlr.report.advise import compare
+from dist_layerlr.report.advise import _compared, compare
 from dist_layerlr.report.proposal import UNPROVEN
 from tests.support.plans import config, toy
 
@@ -232,3 +233,13 @@ def test_a_run_that_says_nothing_is_refused_with_what_to_set(
     metrics.write_text("".join(f"{json.dumps(line)}\n" for line in lines))
     assert main(["advise", str(folder), *words]) == 2
     assert says in capsys.readouterr().err
+
+
+def test_rows_that_resemble_their_neighbours_count_as_fewer() -> None:
+    values = [math.exp(n / 20) for n in range(-20, 21)]
+    slow = _compared([(value, 1.0) for value in values])
+    random.Random(0).shuffle(values)
+    quick = _compared([(value, 1.0) for value in values])
+    assert slow is not None and quick is not None
+    assert slow.times == quick.times == 1.0
+    assert math.log(slow.high) > 3 * math.log(quick.high) > 0
