@@ -24,6 +24,7 @@ from dist_layerlr.plan.config import PRESET, Config, PatternRule, PerLayerLR, Re
 from dist_layerlr.plan.depth import DepthSettings
 from dist_layerlr.plan.optimizers import OptimizerRule
 from dist_layerlr.plan.presets import RfdetrPreset
+from dist_layerlr.plan.steer import Changes, Scaled
 from dist_layerlr.plan.width import WidthScaling
 from dist_layerlr.sharders import Layout
 from launch.trainer.objectives.causal_lm import NextToken
@@ -34,10 +35,11 @@ from launch.trainer.objectives.flow import FlowMatching
 from launch.trainer.objectives.noise import NoisePrediction
 from launch.trainer.objectives.streams import AudioVideoFlow
 from launch.trainer.options import BLOCKS, RunOptions
+from launch.trainer.steering import Orders
 from tests.support.optimizers import PACKAGES, Make, is_installed, package_of
 
 DOCS = Path(__file__).resolve().parent
-PAGES = ("names.md", "config.md", "offload.md")
+PAGES = ("names.md", "config.md", "offload.md", "steering.md")
 PROOF = DOCS / "proof.md"
 AUDIT = DOCS / "audit.md"
 FOUND = re.compile(r"(<!-- kinds -->\n)(.*?)(<!-- end -->)", re.DOTALL)
@@ -66,6 +68,8 @@ def tables() -> dict[str, list[Setting]]:
         # The trainer requires model_type, so its own declaration comes last and holds.
         "config": [*settings(Config, RunOptions).values()],
         "memory.stagehand": [*settings(StreamPolicy).values()],
+        "steer": [*settings(Changes, Orders).values()],
+        "steer.scale": [*settings(Scaled).values()],
     }
     flow = settings(FlowMatching)
     found["objective.flow"] = [*flow.values()]

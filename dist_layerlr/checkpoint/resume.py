@@ -68,7 +68,8 @@ def inherit(rows: Rows, plan: Plan) -> tuple[Plan, list[str]]:
             row = rows[name]
             decay, eps = row["weight_decay"], row.get("eps")
             entries[name] = replace(entry, lr=row["lr"], weight_decay=decay, eps=eps)
-    return replace(plan, entries=entries), changes
+    # These rates hold what a run was steered to: they are where its next change begins.
+    return replace(plan, entries=entries, origin=None, changes=()), changes
 
 
 def _plan_rows(path: Path, manifest: Manifest) -> Mapping[str, Mapping[str, Any]]:

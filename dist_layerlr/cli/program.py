@@ -1,6 +1,6 @@
 """``dist-layerlr``: what a config, streaming, a checkpoint or a training script does to a model.
 
-Commands: plan, explain, plot, predict, diff, export, audit, convert, schema, doctor.
+Commands: plan, explain, plot, predict, diff, export, audit, convert, schema, doctor, advise.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import sys
 import traceback
 from collections.abc import Sequence
 
-from dist_layerlr.cli import checks, exchange, outputs, plans
+from dist_layerlr.cli import checks, exchange, outputs, plans, runs
 from dist_layerlr.cli.command import PROGRAM
 from dist_layerlr.errors import LayerLRError, error_line
 
@@ -18,8 +18,9 @@ from dist_layerlr.errors import LayerLRError, error_line
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line.
 
-    Returns 0; 1 where ``diff`` found a difference or ``audit`` a fault; 2 after a one-line error; 3
-    after a traceback; for ``audit`` also 4, or the script's own status.
+    Returns 0; 1 where ``diff`` found a difference, ``audit`` a fault or ``advise`` something to
+    change; 2 after a one-line error; 3 after a traceback; for ``advise`` and ``audit`` also 4; for
+    ``audit`` also the script's own status.
     """
     args = _parser().parse_args(argv)
     status = 0
@@ -55,6 +56,6 @@ def _parser() -> argparse.ArgumentParser:
     version = f"{PROGRAM} {__version__}"
     parser.add_argument("--version", action="version", version=version)
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    for module in (plans, outputs, checks, exchange):
+    for module in (plans, outputs, checks, exchange, runs):
         module.add_to(commands)
     return parser

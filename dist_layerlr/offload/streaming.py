@@ -161,6 +161,11 @@ class Handle:
         if self._watch is not None:
             self._watch.check()
 
+    def accept_groups(self) -> None:
+        """Take the optimizer's groups as they are now, after they were parted on purpose."""
+        if self._optimizer is not None:
+            self._watch = GroupWatch(self._optimizer)
+
     def recover(self) -> None:
         """Settle a backward pass that failed: call it where its exception is caught.
 

@@ -97,6 +97,13 @@ def router(plan: Plan, makes: MakeOptimizers, whole: Set[str] = frozenset()) -> 
     return partial(_route, plan, makes, whole)
 
 
+def rerouted(make: MakeOptimizer, plan: Plan) -> MakeOptimizer:
+    """What ``router`` has made, for another plan of the same names; any other maker as it is."""
+    if isinstance(make, partial) and make.func is _route:
+        return partial(_route, plan, *make.args[1:])
+    return make
+
+
 def _route(
     plan: Plan, makes: MakeOptimizers, whole: Set[str], groups: list[ParamGroup]
 ) -> Optimizer:

@@ -24,3 +24,6 @@ from dist_layerlr.plan.read import checkpoint_files as checkpoint_files
 from dist_layerlr.plan.read import read_model as read_model
 from dist_layerlr.plan.stacks import Location as Location
 from dist_layerlr.plan.stacks import StackMap as StackMap
+from dist_layerlr.plan.steer import Changes as Changes
+from dist_layerlr.plan.steer import read_changes as read_changes
+from dist_layerlr.plan.steer import steered as steered

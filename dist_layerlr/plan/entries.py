@@ -15,7 +15,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from math import prod
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from dist_layerlr.plan import foreign
 from dist_layerlr.plan.config import Config
@@ -23,6 +23,9 @@ from dist_layerlr.plan.depth import DepthSettings
 from dist_layerlr.plan.layer_decay import ModelLayer
 from dist_layerlr.plan.names import natural_key
 from dist_layerlr.plan.width import WidthScales
+
+if TYPE_CHECKING:
+    from dist_layerlr.plan.steer import Changes
 
 Shape = tuple[int, ...]
 GroupKey = tuple[str | None, float, float | None, float | None]
@@ -125,6 +128,10 @@ class Plan:
     warnings: tuple[str, ...] = field(default=(), compare=False)
     frozen: int = 0
     """Number of parameters that do not train."""
+    origin: Plan | None = field(default=None, compare=False, repr=False)
+    """The plan that ``steered`` has changed; None: this is as the config has it."""
+    changes: tuple[Changes, ...] = field(default=(), compare=False)
+    """What ``steered`` has changed, in order."""
 
     @cached_property
     def digest(self) -> str:
@@ -171,6 +178,7 @@ class Plan:
                 for g in self.groups
             ],
             "parameters": {name: _row(entry) for name, entry in self.entries.items()},
+            **({"steered": list(map(_written, self.changes))} if self.changes else {}),
         }
 
     def to_json(self, *, indent: int | None = 1) -> str:
@@ -249,6 +257,10 @@ def _digested(entry: PlanEntry) -> str:
     if entry.eps is not None:
         row = f"{row}\teps {entry.eps!r}"
     return row if entry.optimizer is None else f"{row}\t{entry.optimizer}\t{entry.parts}"
+
+
+def _written(changes: Changes) -> dict[str, Any]:
+    return changes.to_dict()
 
 
 def _row(entry: PlanEntry) -> dict[str, Any]:

@@ -3,6 +3,8 @@
 from dist_layerlr.proof.effect import effect_check as effect_check
 from dist_layerlr.proof.reapply import check_group_layout, group_layout
 from dist_layerlr.proof.reapply import reapply as reapply
+from dist_layerlr.proof.steer import put_in_force as put_in_force
+from dist_layerlr.proof.steer import steer as steer
 from dist_layerlr.proof.verify import Proof as Proof
 from dist_layerlr.proof.verify import verify as verify
 

@@ -206,12 +206,21 @@ def explain(plan: Plan, name: str) -> str:
             f"  depth factor  {entry.factor:.6g} ({_curve(entry)})",
             f"  multiplier    {entry.multiplier:g} (the region's)",
             f"  LoRA+         {entry.lora_plus:g}",
+            *_steered(plan, entry),
             f"  lr            {entry.lr:.6g}",
             f"  weight decay  {decay}",
             *_stepper(entry),
             *_width(entry),
         ]
     )
+
+
+def _steered(plan: Plan, entry: PlanEntry) -> list[str]:
+    """What changes of the running plan have made of the rate."""
+    planned = plan.origin.entries[entry.name].lr if plan.origin is not None else entry.lr
+    if planned == entry.lr:
+        return []
+    return [f"  steered       x {entry.lr / planned:.6g} of {planned:.6g}"]
 
 
 def _stepper(entry: PlanEntry) -> list[str]:

@@ -158,7 +158,7 @@ def run_data(folder: Path, own: Path) -> dict[str, Any]:
         own: Of the network: the same, or the one of its sub-folders that is named after it.
     """
     network = own.name if own != folder else None
-    rows = [row for row in _metrics(folder / "metrics.jsonl") if row.get("network") == network]
+    rows = [row for row in read_metrics(folder / "metrics.jsonl") if row.get("network") == network]
     measured = [row for row in rows if "cells" in row]
     names = list(measured[0]["cells"]) if measured else []
     frames = [_frame(row, names) for row in _thinned(measured, FRAMES)]
@@ -175,7 +175,7 @@ def run_data(folder: Path, own: Path) -> dict[str, Any]:
     }
 
 
-def _metrics(path: Path) -> list[dict[str, Any]]:
+def read_metrics(path: Path) -> list[dict[str, Any]]:
     """Rows of metrics.jsonl; half a row, which a killed run may leave, is none."""
     found: list[dict[str, Any]] = []
     # Bytes that are no text, which a full disk leaves, spoil their own line alone.

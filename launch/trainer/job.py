@@ -25,8 +25,6 @@ class Job:
     objective: Objective
     """What a step minimises."""
     data: Dataset
-    plan: Plan
-    """The learning rates that the engine steps with."""
     options: RunOptions
     runtime: Runtime
     """This rank."""
@@ -37,3 +35,8 @@ class Job:
     of that name."""
     run_id: str
     """Names this start of the run, in its checkpoints and in ``final/``."""
+
+    @property
+    def plan(self) -> Plan:
+        """The learning rates that the engine steps with: a run may change them on its way."""
+        return self.engine.plan

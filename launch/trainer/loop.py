@@ -24,6 +24,7 @@ from launch.trainer.runtime import LOWER, Diverged, Runtime
 from launch.trainer.seeds import MODEL_STREAM, mix_seed
 from launch.trainer.signals import StopFlag
 from launch.trainer.state import Outcome, Position
+from launch.trainer.steering import Orders
 from launch.trainer.team import Team, alone, under
 from launch.trainer.watch import Cells, Pace
 
@@ -66,7 +67,7 @@ def train(
     factor, done, saved = 1.0, begin.step, begin.step
     observed = dict(begin.observed)
     # The signal may have come while the model was loaded.
-    stopped = _told(stop)
+    stopped = team.steering.begin(team, done) or _told(stop)
     watch = _Watched(observed, Cells(team), Pace(settings))
     with progress(settings, begin.step, job.runtime) as show:
         while done < settings.steps and not stopped:
@@ -74,20 +75,18 @@ def train(
             if row is None:
                 break
             factor = row["lr_factor"]
-            finite = math.isfinite(row["loss"])
-            if stopped or not finite or "cells" in row or _logs(done, settings):
-                write_row(metrics, row)
-            if not finite:
-                raise Diverged(f"loss is {row['loss']} at step {done}; nothing is saved. {LOWER}")
+            _note(metrics, row, settings, stopped=stopped)
             show(row)
             done += 1
+            orders = Orders() if stopped else team.steering.take(team, done)
+            stopped = stopped or orders.end
             # After the row: what is in the checkpoint is then in metrics.jsonl too.
-            if save is not None and not stopped and _due(done, settings):
+            if save is not None and not stopped and (orders.save or _due(done, settings)):
                 save(done, begin.samples_at(done, settings.global_batch), observed)
                 saved = done
                 # Saving may take longer than a step, and a launcher's patience runs.
                 stopped = _told(stop)
-            if draw is not None and not stopped and _draws(done, job.options):
+            if draw is not None and not stopped and (orders.sample or _draws(done, job.options)):
                 draw(done)
                 stopped = _told(stop)
         if save is not None and stopped and saved < done:
@@ -114,13 +113,16 @@ def _step(
     two microbatches: the weights are then those of the step before, and can be saved at once.
     """
     started, name, job = time.perf_counter(), team.turns.at(step), team.at(step)
-    factor = job.options.schedule.factor(step)
+    factor = team.steering.factor(step)
     loss = _accumulate(job, batches, step, stop)
     if loss is None:
         return None, True
     # Every rank now holds the same loss and flag, so all of them take the same branches below.
     told = float(stop is not None and stop.raised)
-    loss, told, tokens, waited = _add_up([loss, told, *batches.counted()], job.runtime)
+    asked = float(team.steering.waiting(step + 1))
+    sums = _add_up([loss, told, asked, *batches.counted()], job.runtime)
+    loss, told, asked, tokens, waited = sums
+    team.steering.told = asked > 0
     ranks = job.runtime.world_size
     loss, stopped, norm, reading = loss / ranks, told > 0, math.nan, None
     if math.isfinite(loss):
@@ -144,6 +146,17 @@ def _step(
         **({"cells": reading} if reading is not None else {}),
     }
     return row, stopped
+
+
+def _note(
+    metrics: MetricsFile | None, row: dict[str, Any], train: TrainOptions, *, stopped: bool
+) -> None:
+    """Write a row where it is due, and end the run where its loss is no number. Collective."""
+    step, finite = row["step"], math.isfinite(row["loss"])
+    if stopped or not finite or "cells" in row or _logs(step, train):
+        write_row(metrics, row)
+    if not finite:
+        raise Diverged(f"loss is {row['loss']} at step {step}; nothing is saved. {LOWER}")
 
 
 def _told(stop: StopFlag | None) -> bool:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -28,6 +28,7 @@ from launch.trainer.job import Job
 from launch.trainer.outputs import check_fresh
 from launch.trainer.runtime import Runtime
 from launch.trainer.state import Position
+from launch.trainer.steering import Kept, Steering, kept_of
 from launch.trainer.team import Team, own, under
 
 LATEST = "latest"
@@ -125,6 +126,8 @@ class Past:
     run_id: str | None
     """``Job.run_id`` of the start that did the last of them; None: written before there were any,
     or by another program."""
+    kept: Sequence[Kept]
+    """What had been changed while it ran."""
 
 
 def look_back(path: Path) -> Past:
@@ -133,7 +136,8 @@ def look_back(path: Path) -> Past:
     def read() -> Past:
         manifest = read_manifest(path)
         run_id = manifest.extra.get(_RUN)
-        return Past(step=manifest.step, run_id=run_id if isinstance(run_id, str) else None)
+        known = run_id if isinstance(run_id, str) else None
+        return Past(step=manifest.step, run_id=known, kept=kept_of(manifest.extra))
 
     return rank_zero(read)
 
@@ -209,8 +213,8 @@ def _check_trained_adapter(job: Job, path: Path, saved: Any) -> None:
 class Saver:
     """Writes checkpoints, and says which ones are on disk."""
 
-    def __init__(self, job: Job):
-        self._job = job
+    def __init__(self, job: Job, steering: Steering):
+        self._job, self._steering = job, steering
         # The adapter's config lets dist-layerlr export a checkpoint without building the model.
         config = adapter_config(job.engine.model, ADAPTER)
         self._adapter = {} if config is None else {SAVED_CONFIG: config}
@@ -226,6 +230,7 @@ class Saver:
             "observed": dict(observed),
             "config": dict(job.options.raw),
             _RUN: job.run_id,
+            **self._steering.saved(),
             **self._adapter,
         }
         train = job.options.train
@@ -251,7 +256,7 @@ class Savers:
 
     def __init__(self, team: Team):
         self._team = team
-        self._savers = {name: Saver(job) for name, job in team.jobs.items()}
+        self._savers = {name: Saver(job, team.steering) for name, job in team.jobs.items()}
 
     def __call__(self, step: int, samples: int, observed: Mapping[str, float]) -> None:
         """Write a checkpoint of each network, or begin to. Collective."""

@@ -49,6 +49,7 @@ from launch.trainer.runlog import LOG
 from launch.trainer.runtime import Diverged, Runtime
 from launch.trainer.signals import StopFlag, catch_signals
 from launch.trainer.state import Outcome, Position
+from launch.trainer.steering import Kept, Steering, resteered
 from launch.trainer.team import Team, check_team, options_of_each, own, team_of
 from launch.trainer.trackers import Trackers, check_trackers
 from launch.trainer.weights import (
@@ -111,6 +112,7 @@ def run(request: Request, options: RunOptions, runtime: Runtime) -> None:
     )
     checkpoints = choose_checkpoints(request.resume, folder, runtime, planned)
     run_id = rank_zero(lambda: uuid.uuid4().hex[:16])
+    kept: Sequence[Kept] = ()
     for name, checkpoint in checkpoints.items():
         past = look_back(checkpoint)
         trained = past.step == options.train.steps
@@ -122,7 +124,10 @@ def run(request: Request, options: RunOptions, runtime: Runtime) -> None:
             return
         # What is left to write is the result of the start that trained.
         run_id = past.run_id or run_id if trained else run_id
-        adapted = adapt_plan(checkpoint, planned[name].plan, runtime, trained=trained)
+        # Before it is compared with the checkpoint's, which holds these changes.
+        kept = past.kept
+        plan = alike(partial(resteered, planned[name].plan, kept))
+        adapted = adapt_plan(checkpoint, plan, runtime, trained=trained)
         planned[name] = replace(planned[name], plan=adapted)
     jobs = {}
     for name, one in planned.items():
@@ -132,7 +137,6 @@ def run(request: Request, options: RunOptions, runtime: Runtime) -> None:
             family=family,
             objective=one.objective,
             data=data,
-            plan=one.plan,
             options=one.options,
             runtime=runtime,
             folder=folder / name,
@@ -141,7 +145,14 @@ def run(request: Request, options: RunOptions, runtime: Runtime) -> None:
         )
     # Until the weights are written: a second signal must not cut the saving short.
     with catch_signals() as stop:
-        _train_and_save(team_of(jobs, options, folder), stop, checkpoints)
+        same = request.resume is not None and _all_own(checkpoints, jobs)
+        steering = Steering(folder, options.schedule, kept, continued=same)
+        _train_and_save(team_of(jobs, options, folder, steering), stop, checkpoints)
+
+
+def _all_own(checkpoints: Mapping[str, Path], jobs: Mapping[str, Job]) -> bool:
+    """Whether a start goes on with the run of its folder, whose files are then its own."""
+    return all(is_own(path, jobs[name].folder) for name, path in checkpoints.items())
 
 
 def _planned(options: RunOptions) -> tuple[nn.Module, Plan]:
@@ -221,7 +232,8 @@ def _train_and_save(team: Team, stop: StopFlag, checkpoints: Mapping[str, Path])
             metrics.close()
     save.finish()
     if outcome.stopped and outcome.steps == begin.step < job.options.train.steps:
-        runtime.say(f"stopped by a signal before step {begin.step + 1}; nothing new to save")
+        by, step = team.steering.stopper, begin.step + 1
+        runtime.say(f"stopped by {by} before step {step}; nothing new to save")
         return
     # Again, because DeepSpeed, a scheduler or an optimizer may have changed rates on the way.
     after = _prove(team, begin.step, outcome.steps)
@@ -318,7 +330,11 @@ def _finish(team: Team, outcome: Outcome, weights: Sequence[Path]) -> None:
     """Draw the samples unless a signal hurries, and say where everything is. Collective."""
     job = team.face
     picture = None if outcome.stopped else outputs.draw_generated(team)
-    ended = "stopped by a signal after" if outcome.stopped else "finished"
+    ended = f"stopped by {team.steering.stopper} after" if outcome.stopped else "finished"
+    if team.steering.changed:
+        main = job.runtime.is_main
+        for one in team.jobs.values():
+            alike(partial(outputs.draw_plan, one.plan, one.folder) if main else lambda: None)
     where = " and ".join(map(str, weights))
     job.runtime.say(f"{ended} {outcome.steps} steps; weights in {where}")
     outputs.write_pages(team)

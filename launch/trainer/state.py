@@ -29,7 +29,7 @@ class Outcome:
     steps: int
     """Optimizer steps done, by earlier processes too."""
     stopped: bool
-    """Whether a signal ended it early."""
+    """Whether a signal or ``steer.json`` ended it early."""
     last_factor: float
     """Schedule multiplier of the last step."""
     observed: Mapping[str, float]

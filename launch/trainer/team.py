@@ -24,6 +24,7 @@ from launch.trainer.objectives import Objective
 from launch.trainer.objectives.sigma import SigmaDistribution
 from launch.trainer.options import RunOptions
 from launch.trainer.seeds import EXPERT_STREAM, mix_seed
+from launch.trainer.steering import Steering
 
 _SEEDS = 1 << 63
 """``mix_seed`` returns whole numbers below it."""
@@ -78,6 +79,8 @@ class Team:
     jobs: Mapping[str, Job]
     """By component of the pipeline; of no name where there is only one."""
     turns: Turns
+    steering: Steering
+    """What was changed since the run began, the schedule with it."""
 
     @property
     def several(self) -> bool:
@@ -127,29 +130,32 @@ class Team:
         1 where none of them trained it: the rates are then as they were made or loaded.
         """
         last = self.turns.last(name, begin, end)
-        return 1.0 if last is None else self.face.options.schedule.factor(last)
+        return 1.0 if last is None else self.steering.factor(last)
 
 
 def alone(job: Job) -> Team:
     """Make a team of one."""
-    return Team(face=job, jobs={"": job}, turns=Turns(shares={"": 1.0}))
+    steering = Steering(job.folder, job.options.schedule)
+    return Team(face=job, jobs={"": job}, turns=Turns(shares={"": 1.0}), steering=steering)
 
 
-def team_of(jobs: Mapping[str, Job], options: RunOptions, folder: Path) -> Team:
+def team_of(jobs: Mapping[str, Job], options: RunOptions, folder: Path, steering: Steering) -> Team:
     """Make the team of a run.
 
     Args:
         jobs: By network.
         options: Of the run, before they were parted among the networks.
         folder: Output folder of the run.
+        steering: Of the run.
     """
     lead = next(iter(jobs.values()))
     if len(jobs) == 1:
-        return alone(lead)
+        return replace(alone(lead), steering=steering)
     shares = {name: _share(job.objective) for name, job in jobs.items()}
     every = int(options.objective.get("switch_every", 1))
     turns = Turns(shares=shares, seed=options.train.seed, every=every)
-    return Team(face=replace(lead, options=options, folder=folder), jobs=jobs, turns=turns)
+    face = replace(lead, options=options, folder=folder)
+    return Team(face=face, jobs=jobs, turns=turns, steering=steering)
 
 
 def options_of_each(options: RunOptions) -> dict[str, RunOptions]:

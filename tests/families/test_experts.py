@@ -20,6 +20,8 @@ from launch.trainer.team import Turns, own, under
 from tests.support.forked import in_fork
 from tests.support.jobs import ROOT, Ended, call_of, largest_difference, run_in_ranks
 from tests.support.oracle import noise
+from tests.support.ranks import run_ranks
+from tests.support.steered import asks, start
 
 HIGH, LOW = "transformer", "transformer_2"
 BOUNDARY, SHIFT = 0.875, 12.0
@@ -294,6 +296,25 @@ def test_a_run_goes_on_from_the_newest_step_that_both_have(pipeline: Path, tmp_p
     assert ended[0].status == 2 and "checkpoints of an earlier run" in ended[0].complaint
 
 
+def test_a_change_on_the_way_is_in_force_for_both_experts_and_after_a_resume(
+    pipeline: Path, tmp_path: Path
+) -> None:
+    changes = {2: asks(scale=[{"component": "self_attn", "by": 0.25}]), 4: asks(min_ratio=0.5)}
+    told = []
+    for folder, *flags in (("whole",), ("cut", "--max-steps", "3"), ("cut",)):
+        call = call_of(config_of(pipeline), tmp_path / folder, "--resume", "latest", *flags)
+        ((status, said, complaint),) = run_ranks(start, 1, call, changes, None)
+        assert status == 0, complaint
+        told.append((said.count("self_attn: lr 0.00"), said.count("schedule.min_ratio: 0.5")))
+    # Of each expert; the last start begins with it.
+    assert told == [(2, 1), (2, 0), (0, 1)]
+    for name in (HIGH, LOW):
+        gap = largest_difference(trained(tmp_path / "whole", name), trained(tmp_path / "cut", name))
+        assert gap == 0
+        plan = json.loads((tmp_path / "cut/out" / name / "plan.json").read_text())
+        assert len(plan["steered"]) == 1
+
+
 @pytest.mark.parametrize(
     "flags",
     [
@@ -356,11 +377,12 @@ def small_team(device: torch.device) -> Any:
             continue
         engine: Any = NativeEngine.__new__(NativeEngine)
         plan = plan_model(network, {"learning_rate": 1e-3})
-        engine._handle, engine._device, engine._plan = None, device, plan
+        engine._handle, engine._device, engine.plan = None, device, plan
         engine._clip, engine._sharding = 0.0, NONE
         engine.model = network.to(device)
         engine.optimizer = attach(plan, engine.model, lambda groups: torch.optim.AdamW(groups))
         engine.rest()
         jobs[name] = SimpleNamespace(engine=engine)
     face: Any = SimpleNamespace()
-    return Team(face=face, jobs=jobs, turns=TURNS)
+    steering: Any = None
+    return Team(face=face, jobs=jobs, turns=TURNS, steering=steering)

@@ -68,7 +68,6 @@ def run_one(sharding: str, options: RunOptions, runtime: Runtime, ds_config: Pat
         family=family,
         objective=family.objective(options.objective, Path(options.model_path)),
         data=open_dataset(options.data),
-        plan=plan,
         options=options,
         runtime=runtime,
         folder=Path(),

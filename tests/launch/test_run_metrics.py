@@ -13,6 +13,7 @@ import pytest
 from safetensors import safe_open
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from dist_layerlr import cli
 from launch.trainer import trackers
 from launch.trainer.trackers import Trackers
 from tests.support.jobs import ROOT, as_lora, call_of, run_in_ranks
@@ -88,6 +89,18 @@ def test_the_norm_of_all_cells_is_the_clipped_global_norm(runs: dict[str, Path])
                 together = math.hypot(*(values[1] for values in row["cells"].values()))
                 # train.grad_clip is 1; the row's own norm is the one before clipping.
                 assert together == pytest.approx(min(row["grad_norm"], 1.0), rel=1e-4)
+
+
+def test_advise_reads_what_a_run_has_left(
+    runs: dict[str, Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.main(["advise", str(runs["zero3"] / "out"), "--json"]) == 4
+    found = json.loads(capsys.readouterr().out)
+    assert (found["enough_rows"], found["steps"]) == (False, [0, 2, 4])
+    parts = {(pool["component"], pool["third"]) for pool in found["pools"]}
+    assert {("self_attn", "first third"), ("default", "outside blocks")} <= parts
+    assert cli.main(["advise", str(runs["off"] / "out")]) == 2
+    assert "log_grad_norms=true" in capsys.readouterr().err
 
 
 def test_rates_of_cells_are_those_of_the_plan_times_the_schedule(runs: dict[str, Path]) -> None:

@@ -77,7 +77,6 @@ def train_one(
         family=family,
         objective=family.objective(options.objective, Path(options.model_path)),
         data=open_dataset(options.data),
-        plan=plan,
         options=options,
         runtime=runtime,
         folder=folder,

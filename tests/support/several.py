@@ -176,10 +176,21 @@ LORA = Case(
 )
 
 
-def reference(case: Case, steps: int = STEPS) -> Weights:
+def unchanged(name: str, step: int) -> float:
+    return 1.0
+
+
+def reference(
+    case: Case, steps: int = STEPS, times: Callable[[str, int], float] = unchanged
+) -> Weights:
     """Weights of one process: torch.optim.Muon on each matrix, torch.optim.AdamW on the rest.
 
     A fused matrix is cut into parameters of its own for each step, which share its memory.
+
+    Args:
+        case: What is trained.
+        steps: How long.
+        times: (name, step) -> what its rate is multiplied by in that step.
     """
     model = case.model()
     named = {n: p for n, p in model.named_parameters() if p.requires_grad}
@@ -188,11 +199,13 @@ def reference(case: Case, steps: int = STEPS) -> Weights:
     others: list[dict[str, Any]] = []
     for name, param in named.items():
         if not case.is_muon(name, param):
-            others.append({"params": [param], "lr": case.rate(name)})
+            others.append({"params": [param], "lr": case.rate(name), "name": name})
             continue
         cut[name] = [nn.Parameter(part) for part in param.detach().chunk(case.parts(name))]
-        matrices.append({"params": cut[name], "lr": TIMES * case.rate(name)})
-    optimizers = [muon(matrices), adamw(others)]
+        rate = TIMES * case.rate(name)
+        matrices.append({"params": cut[name], "lr": rate, "name": name})
+    optimizers = [adamw(others), *([muon(matrices)] if matrices else [])]
+    planned = [group["lr"] for optimizer in optimizers for group in optimizer.param_groups]
     for step in range(steps):
         for half in HALVES:
             (0.5 * case.loss(model, step, half)).backward()
@@ -201,6 +214,9 @@ def reference(case: Case, steps: int = STEPS) -> Weights:
             assert gradient is not None
             for part, slope in zip(parts, gradient.chunk(len(parts)), strict=True):
                 part.grad = slope
+        groups = [group for optimizer in optimizers for group in optimizer.param_groups]
+        for group, lr in zip(groups, planned, strict=True):
+            group["lr"] = lr * times(group["name"], step)
         for optimizer in optimizers:
             optimizer.step()
         model.zero_grad()

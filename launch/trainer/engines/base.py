@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from dist_layerlr.checkpoint import Restored, Saving
 from dist_layerlr.offload import Prediction
+from dist_layerlr.plan import Plan
 from dist_layerlr.proof import Proof
 from launch.trainer.options import RunOptions, TrainOptions
 
@@ -23,6 +24,9 @@ class Engine(Protocol):
     """What is called in the forward pass."""
     optimizer: Any
     """What is stepped, as ``verify`` takes it: None where the model brings its own."""
+
+    plan: Plan
+    """The learning rates that it steps with now."""
 
     def micro_step(self, *, last: bool) -> AbstractContextManager[Any]:
         """Return the context of one forward and backward.
@@ -57,6 +61,18 @@ class Engine(Protocol):
 
     def wake(self) -> None:
         """Come back to the device."""
+        ...
+
+    def steer(self, plan: Plan, factor: float) -> None:
+        """Step at the rates of another plan of the same names from now on. Collective.
+
+        Args:
+            plan: The one to be in force.
+            factor: The schedule's multiplier that the groups are at.
+
+        Raises:
+            PlanMismatch: The optimizer cannot take it, on all ranks alike. Nothing has changed.
+        """
         ...
 
     def prove(self, factor: float, steps: int) -> Proof:

@@ -23,7 +23,7 @@ from dist_layerlr.checkpoint import Restored, Saving
 from dist_layerlr.offload import Handle, Prediction, StreamPolicy, stream
 from dist_layerlr.optim import scale_lrs
 from dist_layerlr.plan import Plan
-from dist_layerlr.proof import Proof
+from dist_layerlr.proof import Proof, put_in_force
 from dist_layerlr.ranks import alike
 from dist_layerlr.sharders import materialize, sharder_of
 from launch.trainer.engines.offload import Stagehand, hold_in_bf16
@@ -48,7 +48,7 @@ class NativeEngine:
     ):
         assert sharding.wrap is not None
         self.optimizer: Any
-        self._plan, self._clip, self._sharding = plan, options.train.grad_clip, sharding
+        self.plan, self._clip, self._sharding = plan, options.train.grad_clip, sharding
         self._handle: Handle | None = None
         self._device = runtime.device
         if options.stream is not None and sharding.stagehand is Stagehand.STREAMS:
@@ -72,13 +72,13 @@ class NativeEngine:
         on the device outside their block's forward and backward.
         """
         if options.train.dtype == "bf16":
-            hold_in_bf16(blocks_of(model, self._plan))
+            hold_in_bf16(blocks_of(model, self.plan))
         materialize(model, torch.device("cpu"))
         load_base(model, options)
         model.train()
         # Groups, not segments: the optimizer steps streamed parameters on the host, one by one.
         self.optimizer = attach(
-            self._plan,
+            self.plan,
             model,
             lambda groups: make_optimizer(groups, options.optimizer),
             emission="groups",
@@ -111,7 +111,7 @@ class NativeEngine:
         norm = clip_grad_norm(self.model, self._clip or float("inf"))
         scale_lrs(self.optimizer, factor)
         # Around the step alone: clipping and the schedule are done before weights are compared.
-        with observe(self._plan, self.model, self.optimizer, factor, observed):
+        with observe(self.plan, self.model, self.optimizer, factor, observed):
             self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         return norm
@@ -140,9 +140,16 @@ class NativeEngine:
                 if isinstance(value, Tensor) and value.device != device:
                     state[key] = value.to(device)
 
+    def steer(self, plan: Plan, factor: float) -> None:
+        """Step at the rates of another plan from now on. Collective."""
+        put_in_force(plan, self.model, self.optimizer, factor=factor)
+        self.plan = plan
+        if self._handle is not None:
+            self._handle.accept_groups()
+
     def prove(self, factor: float, steps: int) -> Proof:
         """Verify the live learning rates on all ranks, and values after ``steps`` steps."""
-        return verify(self._plan, self.model, self.optimizer, factor=factor, deep=True, steps=steps)
+        return verify(self.plan, self.model, self.optimizer, factor=factor, deep=True, steps=steps)
 
     def predict(self, tokens: int, micro_steps: int, options: RunOptions) -> Prediction | None:
         """Predict from the speeds of this machine, which take a second to measure."""
@@ -163,12 +170,12 @@ class NativeEngine:
     def save(self, root: Path, step: int, extra: Mapping[str, Any], train: TrainOptions) -> Saving:
         """Write a checkpoint."""
         return save_checkpoint(
-            root, self._plan, self.model, self.optimizer, step=step, extra=extra, **kept(train)
+            root, self.plan, self.model, self.optimizer, step=step, extra=extra, **kept(train)
         )
 
     def load(self, path: Path) -> Restored:
         """Continue from a checkpoint."""
-        return load_checkpoint(path, self._plan, self.model, self.optimizer, factor=1.0)
+        return load_checkpoint(path, self.plan, self.model, self.optimizer, factor=1.0)
 
 
 def kept(train: TrainOptions) -> dict[str, Any]:

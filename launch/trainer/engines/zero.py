@@ -19,7 +19,7 @@ from dist_layerlr.files import read_json
 from dist_layerlr.offload import Prediction
 from dist_layerlr.optim import check_ds_config, scale_lrs
 from dist_layerlr.plan import Plan
-from dist_layerlr.proof import Proof
+from dist_layerlr.proof import Proof, put_in_force
 from dist_layerlr.ranks import alike
 from dist_layerlr.sharders import materialize, partition_empty
 from launch.trainer.engines.native import kept, observe
@@ -73,7 +73,7 @@ class ZeroEngine:
             make_optimizers(options.optimizer, options.plan),
             emission="segmented",
         )
-        self._plan = plan
+        self.plan = plan
         # DeepSpeed prints a banner on standard output, where a launcher's user looks for ours.
         with _worded(config_file), contextlib.redirect_stdout(None):
             engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config)
@@ -94,7 +94,7 @@ class ZeroEngine:
     def step(self, factor: float, *, observed: dict[str, float] | None = None) -> float:
         """Step at plan x ``factor``."""
         scale_lrs(self.model.optimizer, factor)
-        with observe(self._plan, self.model, None, factor, observed):
+        with observe(self.plan, self.model, None, factor, observed):
             self.model.step()
         norm = self.model.get_global_grad_norm()
         return float(norm) if norm is not None else float("nan")
@@ -105,9 +105,14 @@ class ZeroEngine:
     def wake(self) -> None:
         """Stay; see ``rest``."""
 
+    def steer(self, plan: Plan, factor: float) -> None:
+        """Step at the rates of another plan from now on. Collective."""
+        put_in_force(plan, self.model, factor=factor)
+        self.plan = plan
+
     def prove(self, factor: float, steps: int) -> Proof:
         """Verify the live learning rates on all ranks, and values after ``steps`` steps."""
-        return verify(self._plan, self.model, factor=factor, deep=True, steps=steps)
+        return verify(self.plan, self.model, factor=factor, deep=True, steps=steps)
 
     def predict(self, tokens: int, micro_steps: int, options: RunOptions) -> Prediction | None:
         """Return None: DeepSpeed's own offload is not predicted."""
@@ -119,11 +124,11 @@ class ZeroEngine:
 
     def save(self, root: Path, step: int, extra: Mapping[str, Any], train: TrainOptions) -> Saving:
         """Write a checkpoint, in the same format as every other engine."""
-        return save_checkpoint(root, self._plan, self.model, step=step, extra=extra, **kept(train))
+        return save_checkpoint(root, self.plan, self.model, step=step, extra=extra, **kept(train))
 
     def load(self, path: Path) -> Restored:
         """Continue from a checkpoint."""
-        return load_checkpoint(path, self._plan, self.model, factor=1.0)
+        return load_checkpoint(path, self.plan, self.model, factor=1.0)
 
 
 def _largest_block(model: nn.Module, plan: Plan) -> int:

@@ -13,7 +13,7 @@ from dist_layerlr.plan.training_config import SCHEMA_FILE
 
 COMMANDS = (
     *("plan", "explain", "plot", "predict", "diff", "export"),
-    *("audit", "convert", "schema", "doctor"),
+    *("audit", "convert", "schema", "doctor", "advise"),
 )
 CONFIG = {"per_layer_lr": {"enabled": True, "component_lr": {"self_attn": 4e-4}}}
 NAME = "blocks.0.attn1.to_q.weight"

@@ -1,0 +1,114 @@
+"""Another plan of the same names under an optimizer that trains already."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from dist_layerlr.optim.groups import INITIAL_LR, LR, NAME, OPTIMIZER, WEIGHT_DECAY, adopt
+from dist_layerlr.optim.routed import rerouted
+from dist_layerlr.optim.segmented import Segmented
+from dist_layerlr.plan.entries import Plan
+from dist_layerlr.ranks import Problem
+from dist_layerlr.sharders import Pieces, Sharder
+from dist_layerlr.sharders.base import ParamGroup
+
+_OF_PLAN = frozenset(("params", LR, INITIAL_LR, NAME, OPTIMIZER, WEIGHT_DECAY))
+"""What of a group is the plan's; the rest is the optimizer's own."""
+Key = tuple[str | None, float, float | None]
+"""What the names of one group have in common."""
+
+
+def regroup_problems(plan: Plan, sharder: Sharder, found: Pieces) -> list[Problem]:
+    """Why the groups of an optimizer cannot take the plan; nothing is changed, no rank is asked."""
+    if isinstance(found.optimizer, Segmented):
+        return []
+    first: dict[int, str] = {}
+    problems: list[Problem] = []
+    for piece in found.pieces:
+        if piece.name not in plan.entries:
+            continue
+        # An engine has laid its groups out flat: there the whole group is one tensor.
+        place = id(piece.group) if sharder.layout.engine_steps else id(piece.owner)
+        other = first.setdefault(place, piece.name)
+        if _key(plan, other) != _key(plan, piece.name):
+            text = (
+                f"{piece.name} and {other} are stepped in one piece, and are to have different"
+                " rates: build the optimizer with attach(..., emission='segmented')"
+            )
+            problems.append(("layout", text))
+    return problems
+
+
+def regroup(plan: Plan, found: Pieces) -> None:
+    """Put names whose planned rates part into groups of their own; state stays with its tensors.
+
+    No rates are written: ``reapply`` does that.
+    """
+    if isinstance(found.optimizer, Segmented):
+        _bind_anew(plan, found.optimizer)
+        return
+    key_of: dict[int, Key] = {}
+    for piece in found.pieces:
+        if piece.name in plan.entries:
+            key_of[id(piece.owner)] = _key(plan, piece.name)
+    groups: list[ParamGroup] = []
+    for group in found.optimizer.param_groups:
+        groups += _parted(group, key_of)
+    _rename(plan, groups, key_of)
+    # In place: wrappers and schedulers hold on to the list.
+    found.optimizer.param_groups[:] = groups
+    adopt(plan, found.optimizer)
+
+
+def _key(plan: Plan, name: str) -> Key:
+    entry = plan.entries[name]
+    return entry.optimizer, entry.lr, entry.weight_decay
+
+
+def _parted(group: ParamGroup, key_of: dict[int, Key]) -> list[ParamGroup]:
+    """A group as one for each planned rate in it; the first is the group itself."""
+    parts: dict[Key | None, list[Tensor]] = {}
+    for param in group["params"]:
+        parts.setdefault(key_of.get(id(param)), []).append(param)
+    first, *others = parts.values() if parts else [[]]
+    settings = {key: value for key, value in group.items() if key != "params"}
+    group["params"] = first
+    found = [group]
+    for params in others:
+        found.append({"params": params, **settings})
+        for key, value in settings.items():
+            # Some rates are tensors: two groups that shared one would share every change of it.
+            if isinstance(value, Tensor):
+                found[-1][key] = value.clone()
+    return found
+
+
+def _rename(plan: Plan, groups: list[ParamGroup], key_of: dict[int, Key]) -> None:
+    """Call each group what the plan calls it: planned rates are looked up by these names."""
+    names = {(spec.optimizer, spec.lr, spec.weight_decay): spec.name for spec in plan.groups}
+    taken: dict[str, int] = {}
+    for group in groups:
+        key = key_of.get(id(group["params"][0])) if group["params"] else None
+        if key is not None:
+            name = names[key]
+            count = taken[name] = taken.get(name, -1) + 1
+            group[NAME] = f"{name}@{count}" if count else name
+
+
+def _bind_anew(plan: Plan, optimizer: Segmented) -> None:
+    """Cut a segmented optimizer's tensors anew, at the plan's groups."""
+    before = optimizer.groups_by_name()
+    make = rerouted(optimizer._make, plan)
+    # As a copy of it is brought to life: views and inner groups are made anew on the same tensors,
+    # and find their state where it lies, on the outer ones.
+    optimizer.__setstate__({**optimizer.__getstate__(), "_plan": plan, "_make": make})
+    if optimizer.inner is None:
+        return
+    live: dict[int, ParamGroup] = {}
+    for name, group in optimizer.groups_by_name().items():
+        if id(group) not in live:
+            live[id(group)] = group
+            # What an optimizer keeps in its groups, such as a count of its own, goes on.
+            for key, value in before[name].items():
+                if key not in _OF_PLAN:
+                    group[key] = value.clone() if isinstance(value, Tensor) else value
