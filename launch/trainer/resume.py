@@ -125,6 +125,8 @@ class Past:
     run_id: str | None
     """``Job.run_id`` of the start that did the last of them; None: written before there were any,
     or by another program."""
+    samples: int = 0
+    """Samples seen."""
 
 
 def look_back(path: Path) -> Past:
@@ -133,7 +135,11 @@ def look_back(path: Path) -> Past:
     def read() -> Past:
         manifest = read_manifest(path)
         run_id = manifest.extra.get(_RUN)
-        return Past(step=manifest.step, run_id=run_id if isinstance(run_id, str) else None)
+        return Past(
+            step=manifest.step,
+            run_id=run_id if isinstance(run_id, str) else None,
+            samples=manifest.extra.get("samples", 0),
+        )
 
     return rank_zero(read)
 

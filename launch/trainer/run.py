@@ -24,8 +24,10 @@ from dist_layerlr.weights import check_pretrained
 from launch.trainer import outputs
 from launch.trainer.batches import check_empty_prompt, order_of
 from launch.trainer.data import fit_dataset, open_dataset
+from launch.trainer.data.base import Dataset
 from launch.trainer.engines import build_engine
 from launch.trainer.engines.base import Engine
+from launch.trainer.epochs import steps_of, with_steps
 from launch.trainer.estimate import check_cards, estimate
 from launch.trainer.families import get_family
 from launch.trainer.families.base import Family, live_config
@@ -110,6 +112,7 @@ def run(request: Request, options: RunOptions, runtime: Runtime) -> None:
         )
     )
     checkpoints = choose_checkpoints(request.resume, folder, runtime, planned)
+    options, planned = _in_steps(options, planned, data, checkpoints)
     run_id = rank_zero(lambda: uuid.uuid4().hex[:16])
     for name, checkpoint in checkpoints.items():
         past = look_back(checkpoint)
@@ -161,6 +164,25 @@ def _plan_each(family: Family, options: RunOptions) -> dict[str, Planned]:
         objective = alike(partial(family.objective, given.objective, Path(given.model_path)))
         found[name] = Planned(options=given, model=model, plan=plan, objective=objective)
     return found
+
+
+def _in_steps(
+    options: RunOptions,
+    planned: dict[str, Planned],
+    data: Dataset,
+    checkpoints: Mapping[str, Path],
+) -> tuple[RunOptions, dict[str, Planned]]:
+    """Turn ``train.epochs`` into steps, now that the data set and the beginning are known."""
+    if options.train.epochs is None:
+        return options, planned
+    past = Past(step=0, run_id=None)
+    for checkpoint in checkpoints.values():
+        past = look_back(checkpoint)
+    steps = alike(lambda: steps_of(options, data, past.step, past.samples))
+    timed = {
+        name: replace(one, options=with_steps(one.options, steps)) for name, one in planned.items()
+    }
+    return with_steps(options, steps), timed
 
 
 def _engine(request: Request, one: Planned, runtime: Runtime, *, alone: bool) -> Engine:
