@@ -25,6 +25,9 @@ class Job:
     objective: Objective
     """What a step minimises."""
     data: Dataset
+    """What trains."""
+    held: Dataset | None = None
+    """What is held out, for the validation loss."""
     plan: Plan
     """The learning rates that the engine steps with."""
     options: RunOptions

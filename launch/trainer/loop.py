@@ -25,10 +25,12 @@ from launch.trainer.seeds import MODEL_STREAM, mix_seed
 from launch.trainer.signals import StopFlag
 from launch.trainer.state import Outcome, Position
 from launch.trainer.team import Team, alone, under
+from launch.trainer.validation import Validation
 from launch.trainer.watch import Cells, Pace
 
-Save = Callable[[int, int, Mapping[str, float]], None]
-"""(steps done, samples seen, rates observed at the first step) -> a checkpoint."""
+Save = Callable[[int, int, Mapping[str, float], Mapping[str, Any]], None]
+"""(steps done, samples seen, rates observed at the first step, ``Validation.state``) -> a
+checkpoint."""
 Draw = Callable[[int], object]
 """Steps done -> a picture."""
 
@@ -68,8 +70,9 @@ def train(
     # The signal may have come while the model was loaded.
     stopped = _told(stop)
     watch = _Watched(observed, Cells(team), Pace(settings))
+    held = Validation(team, begin.validation)
     with progress(settings, begin.step, job.runtime) as show:
-        while done < settings.steps and not stopped:
+        while done < settings.steps and not stopped and not held.enough:
             row, stopped = _step(team, done, batches, watch, stop)
             if row is None:
                 break
@@ -81,18 +84,25 @@ def train(
                 raise Diverged(f"loss is {row['loss']} at step {done}; nothing is saved. {LOWER}")
             show(row)
             done += 1
+            if not stopped:
+                for reading in held.rows(done, stop):
+                    write_row(metrics, reading)
+                stopped = _told(stop)
             # After the row: what is in the checkpoint is then in metrics.jsonl too.
             if save is not None and not stopped and _due(done, settings):
-                save(done, begin.samples_at(done, settings.global_batch), observed)
+                save(done, begin.samples_at(done, settings.global_batch), observed, held.state)
                 saved = done
                 # Saving may take longer than a step, and a launcher's patience runs.
                 stopped = _told(stop)
             if draw is not None and not stopped and _draws(done, job.options):
                 draw(done)
                 stopped = _told(stop)
-        if save is not None and stopped and saved < done:
-            save(done, begin.samples_at(done, settings.global_batch), observed)
-    return Outcome(steps=done, stopped=stopped, last_factor=factor, observed=observed)
+        ended = stopped or (held.enough and settings.save_every is not None)
+        if save is not None and ended and saved < done:
+            save(done, begin.samples_at(done, settings.global_batch), observed, held.state)
+    return Outcome(
+        steps=done, stopped=stopped, enough=held.enough, last_factor=factor, observed=observed
+    )
 
 
 @dataclass(frozen=True)

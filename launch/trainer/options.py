@@ -22,6 +22,12 @@ from launch.trainer.families.base import Family, network_folders
 from launch.trainer.optimizers import OptimizerOptions, check_optimizers, read_optimizer
 from launch.trainer.overrides import apply_override
 from launch.trainer.trackers import TRACKERS
+from launch.trainer.validation_options import (
+    EARLY_STOP,
+    EarlyStop,
+    ValidationOptions,
+    read_validation,
+)
 
 FULL = "fine_tune"
 """A value of ``training_method``; the other is LORA."""
@@ -111,6 +117,13 @@ class TrainOptions:
         default=False,
         doc="Train on while a checkpoint is written from a copy in host memory.",
     )
+    early_stop: EarlyStop | None = setting(
+        EARLY_STOP,
+        default=None,
+        shown="off",
+        doc="Ends the run when the validation loss falls no more: the fields of `train.early_stop`"
+        " below.",
+    )
 
     @property
     def rows_every(self) -> int:
@@ -180,6 +193,7 @@ class RunOptions:
     schedule: Schedule
     train: TrainOptions
     samples: SampleOptions
+    validation: ValidationOptions
     stream: StreamPolicy | None
     """`memory.stagehand`; None: weights stay on the device."""
     plan: Config = field(repr=False)
@@ -193,6 +207,7 @@ BLOCKS: Mapping[str, type] = {
     "schedule": Schedule,
     "train": TrainOptions,
     "samples": SampleOptions,
+    "validation": ValidationOptions,
     "memory": MemoryOptions,
 }
 """Blocks of the config, by key. `per_layer_lr` is the plan's own, `data` the dataset's."""
@@ -263,6 +278,7 @@ def load_options(
         schedule=schedule_of(blocks["schedule"], train.steps, cut_short=max_steps is not None),
         train=train,
         samples=SampleOptions(**blocks["samples"]),
+        validation=read_validation(blocks["validation"], train.early_stop),
         stream=stream,
         plan=plan,
         raw=raw,
@@ -304,6 +320,7 @@ def resolved(options: RunOptions) -> dict[str, Any]:
         "schedule": _filled(options.schedule),
         "train": _filled(options.train, "steps" if options.train.epochs is not None else ""),
         "samples": _filled(options.samples),
+        **({"validation": _filled(options.validation)} if options.validation.on else {}),
         "memory": {"stagehand": stream},
     }
 
@@ -314,6 +331,7 @@ def _filled(block: Any, without: str = "") -> dict[str, Any]:
     for key, known in fields.settings(type(block)).items():
         value = getattr(block, known.name)
         if value is not None and key != without:
+            value = _filled(value) if isinstance(value, EarlyStop) else value
             found[key] = list(value) if isinstance(value, tuple) else value
     return found
 

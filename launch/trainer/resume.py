@@ -195,7 +195,12 @@ def restore(job: Job, path: Path) -> Position:
     for line in _changed(extra.get("config", {}), options.raw):
         runtime.say(f"  config: {line}")
     runtime.say(f"resumed {path} after {restored.step} steps")
-    return Position(step=restored.step, samples=extra["samples"], observed=extra["observed"])
+    return Position(
+        step=restored.step,
+        samples=extra["samples"],
+        observed=extra["observed"],
+        validation=extra.get("validation", {}),
+    )
 
 
 def _check_trained_adapter(job: Job, path: Path, saved: Any) -> None:
@@ -222,7 +227,9 @@ class Saver:
         self._adapter = {} if config is None else {SAVED_CONFIG: config}
         self._pending: tuple[Saving, int] | None = None
 
-    def __call__(self, step: int, samples: int, observed: Mapping[str, float]) -> None:
+    def __call__(
+        self, step: int, samples: int, observed: Mapping[str, float], validation: Mapping[str, Any]
+    ) -> None:
         """Write a checkpoint, or begin to. Collective."""
         # Before the next one, because two share neither memory nor disk well.
         self.finish()
@@ -230,6 +237,7 @@ class Saver:
         extra = {
             "samples": samples,
             "observed": dict(observed),
+            "validation": dict(validation),
             "config": dict(job.options.raw),
             _RUN: job.run_id,
             **self._adapter,
@@ -259,10 +267,12 @@ class Savers:
         self._team = team
         self._savers = {name: Saver(job) for name, job in team.jobs.items()}
 
-    def __call__(self, step: int, samples: int, observed: Mapping[str, float]) -> None:
+    def __call__(
+        self, step: int, samples: int, observed: Mapping[str, float], validation: Mapping[str, Any]
+    ) -> None:
         """Write a checkpoint of each network, or begin to. Collective."""
         for name, _ in self._team.each():
-            self._savers[name](step, samples, own(name, observed))
+            self._savers[name](step, samples, own(name, observed), validation)
 
     def finish(self) -> None:
         """Wait for those that are still being written. Collective."""

@@ -25,6 +25,7 @@ from launch.trainer import outputs
 from launch.trainer.batches import check_empty_prompt, order_of
 from launch.trainer.data import fit_dataset, open_dataset
 from launch.trainer.data.base import Dataset
+from launch.trainer.data.held import split
 from launch.trainer.engines import build_engine
 from launch.trainer.engines.base import Engine
 from launch.trainer.epochs import steps_of, with_steps
@@ -53,6 +54,7 @@ from launch.trainer.signals import StopFlag, catch_signals
 from launch.trainer.state import Outcome, Position
 from launch.trainer.team import Team, check_team, options_of_each, own, team_of
 from launch.trainer.trackers import Trackers, check_trackers
+from launch.trainer.validation import check_levels
 from launch.trainer.weights import (
     empty_model,
     fresh_line,
@@ -104,6 +106,7 @@ def run(request: Request, options: RunOptions, runtime: Runtime) -> None:
     shape = live_config(next(iter(planned.values())).model)
     alike(lambda: fit_dataset(data, family, shape))
     alike(lambda: check_empty_prompt(options, data, family))
+    data, held = alike(lambda: split(data, options.validation))
     alike(lambda: micro_batch_size(options, runtime.world_size))
     alike(lambda: check_trackers(options.train.report_to))
     folder = alike(
@@ -135,6 +138,7 @@ def run(request: Request, options: RunOptions, runtime: Runtime) -> None:
             family=family,
             objective=one.objective,
             data=data,
+            held=held,
             plan=one.plan,
             options=one.options,
             runtime=runtime,
@@ -162,6 +166,7 @@ def _plan_each(family: Family, options: RunOptions) -> dict[str, Planned]:
         anew = alike(partial(fresh_weights, given))
         alike(partial(check_pretrained, model, given.model_path, fresh=True, anew=anew))
         objective = alike(partial(family.objective, given.objective, Path(given.model_path)))
+        alike(partial(check_levels, given.validation, objective))
         found[name] = Planned(options=given, model=model, plan=plan, objective=objective)
     return found
 
@@ -319,6 +324,8 @@ def _sizes(job: Job, begin: Position) -> str:
 def _samples(job: Job, begin: Position) -> str:
     """How many there are, and of how many sizes."""
     order, text = order_of(job, begin), f"{len(job.data)} samples"
+    if job.held is not None:
+        text = f"{text} ({len(job.held)} held out)"
     if order.buckets == 1:
         return text
     return f"{text} in {order.buckets} buckets ({order.filled} seen again an epoch to fill batches)"
@@ -340,7 +347,8 @@ def _finish(team: Team, outcome: Outcome, weights: Sequence[Path]) -> None:
     """Draw the samples unless a signal hurries, and say where everything is. Collective."""
     job = team.face
     picture = None if outcome.stopped else outputs.draw_generated(team)
-    ended = "stopped by a signal after" if outcome.stopped else "finished"
+    ended = "ended early after" if outcome.enough else "finished"
+    ended = "stopped by a signal after" if outcome.stopped else ended
     where = " and ".join(map(str, weights))
     job.runtime.say(f"{ended} {outcome.steps} steps; weights in {where}")
     outputs.write_pages(team)

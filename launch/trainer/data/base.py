@@ -34,7 +34,10 @@ class Dataset(Protocol):
         ...
 
     def name(self, index: int) -> str:
-        """Return a short label of sample ``index`` for people: its prompt, class or file."""
+        """Return a short label of sample ``index`` for people: its prompt, class or file.
+
+        Where labels are not different, a method ``key`` says which samples are copies of one.
+        """
         ...
 
 
