@@ -43,7 +43,7 @@ def train(
     save: Save | None = None,
     draw: Draw | None = None,
 ) -> Outcome:
-    """Train until ``train.steps`` optimizer steps are done, or until a signal. Collective.
+    """Train until ``train.steps`` steps are done, an early stop or a signal. Collective.
 
     Args:
         run: What is trained, and on what.
@@ -58,19 +58,16 @@ def train(
     Raises:
         Diverged: The loss is NaN or infinite.
     """
-    # The norms' weights are float32 under bf16 autocast, so torch takes its unfused kernel: slower,
-    # the same numbers.
-    warnings.filterwarnings("ignore", message="Mismatch dtype between input and weight")
+    _hush()
     team = alone(run) if isinstance(run, Job) else run
     job, settings = team.face, team.face.options.train
     begin = begin or Position()
     batches = Batches(job, begin)
     factor, done, saved = 1.0, begin.step, begin.step
-    observed = dict(begin.observed)
     # The signal may have come while the model was loaded.
     stopped = _told(stop)
-    watch = _Watched(observed, Cells(team), Pace(settings))
     held = Validation(team, begin.validation)
+    watch = _Watched(dict(begin.observed), Cells(team), Pace(settings), held)
     with progress(settings, begin.step, job.runtime) as show:
         while done < settings.steps and not stopped and not held.enough:
             row, stopped = _step(team, done, batches, watch, stop)
@@ -84,25 +81,35 @@ def train(
                 raise Diverged(f"loss is {row['loss']} at step {done}; nothing is saved. {LOWER}")
             show(row)
             done += 1
-            if not stopped:
-                for reading in held.rows(done, stop):
-                    write_row(metrics, reading)
-                stopped = _told(stop)
+            stopped = stopped or _read_held_out(held, done, metrics, stop)
             # After the row: what is in the checkpoint is then in metrics.jsonl too.
             if save is not None and not stopped and _due(done, settings):
-                save(done, begin.samples_at(done, settings.global_batch), observed, held.state)
-                saved = done
+                saved = _keep(save, begin, done, settings, watch)
                 # Saving may take longer than a step, and a launcher's patience runs.
                 stopped = _told(stop)
             if draw is not None and not stopped and _draws(done, job.options):
                 draw(done)
                 stopped = _told(stop)
-        ended = stopped or (held.enough and settings.save_every is not None)
-        if save is not None and ended and saved < done:
-            save(done, begin.samples_at(done, settings.global_batch), observed, held.state)
+        if save is not None and saved < done and (stopped or held.ends):
+            _keep(save, begin, done, settings, watch)
     return Outcome(
-        steps=done, stopped=stopped, enough=held.enough, last_factor=factor, observed=observed
+        steps=done, stopped=stopped, enough=held.enough, last_factor=factor, observed=watch.observed
     )
+
+
+def _hush() -> None:
+    # The norms' weights are float32 under bf16 autocast, so torch takes its unfused kernel: slower,
+    # the same numbers.
+    warnings.filterwarnings("ignore", message="Mismatch dtype between input and weight")
+
+
+def _read_held_out(
+    held: Validation, done: int, metrics: MetricsFile | None, stop: StopFlag | None
+) -> bool:
+    """Read the validation loss where it is due. Returns whether any rank was told to stop."""
+    for row in held.rows(done, stop):
+        write_row(metrics, row)
+    return _told(stop)
 
 
 @dataclass(frozen=True)
@@ -113,6 +120,7 @@ class _Watched:
     """Filled with the rates of a network's first step."""
     cells: Cells
     pace: Pace
+    held: Validation
 
 
 def _step(
@@ -154,6 +162,12 @@ def _step(
         **({"cells": reading} if reading is not None else {}),
     }
     return row, stopped
+
+
+def _keep(save: Save, begin: Position, done: int, train: TrainOptions, watch: _Watched) -> int:
+    """Write a checkpoint of ``done`` steps. Returns them."""
+    save(done, begin.samples_at(done, train.global_batch), watch.observed, watch.held.state)
+    return done
 
 
 def _told(stop: StopFlag | None) -> bool:

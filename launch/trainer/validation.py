@@ -84,6 +84,11 @@ class Validation:
         early = self._train.early_stop
         return early is not None and self._worse >= early.patience
 
+    @property
+    def ends(self) -> bool:
+        """Whether the run ends with a checkpoint that no other condition asks for."""
+        return self.enough and self._train.save_every is not None
+
     def rows(self, done: int, stop: StopFlag | None) -> list[dict[str, Any]]:
         """Return a row of metrics for each network, where a reading is due after ``done`` steps.
 
