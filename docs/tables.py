@@ -33,6 +33,7 @@ from launch.trainer.objectives.flow import FlowMatching
 from launch.trainer.objectives.noise import NoisePrediction
 from launch.trainer.objectives.streams import AudioVideoFlow
 from launch.trainer.options import BLOCKS, RunOptions
+from launch.trainer.validation_options import EarlyStop
 from tests.support.optimizers import PACKAGES, Make, is_installed, package_of
 
 DOCS = Path(__file__).resolve().parent
@@ -64,6 +65,7 @@ def tables() -> dict[str, list[Setting]]:
         # The trainer requires model_type, so its own declaration comes last and holds.
         "config": [*settings(Config, RunOptions).values()],
         "memory.stagehand": [*settings(StreamPolicy).values()],
+        "train.early_stop": [*settings(EarlyStop).values()],
     }
     flow = settings(FlowMatching)
     found["objective.flow"] = [*flow.values()]

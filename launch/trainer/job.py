@@ -7,6 +7,7 @@ from pathlib import Path
 
 from dist_layerlr.plan import Plan
 from launch.trainer.data.base import Dataset
+from launch.trainer.ema import Ema
 from launch.trainer.engines.base import Engine
 from launch.trainer.families.base import Family
 from launch.trainer.objectives import Objective
@@ -28,6 +29,8 @@ class Job:
     """What trains."""
     held: Dataset | None = None
     """What is held out, for the validation loss."""
+    ema: Ema | None = None
+    """The average of the trained weights."""
     plan: Plan
     """The learning rates that the engine steps with."""
     options: RunOptions

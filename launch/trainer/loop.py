@@ -148,6 +148,8 @@ def _step(
         first: dict[str, float] | None = {} if watched else None
         watch.cells.before(name, job, step)
         norm = job.engine.step(factor, observed=first)
+        if job.ema is not None:
+            job.ema.after(team.turns.count(name, step + 1))
         reading = watch.cells.after(name)
         watch.observed.update(under(name, first or {}))
     row = {

@@ -16,6 +16,7 @@ from dist_layerlr.optim import Schedule
 from dist_layerlr.plan import OPTIMIZERS_BLOCK, PLAN_BLOCK, Config, load_config
 from launch.trainer.adapter_options import LORA as LORA
 from launch.trainer.adapter_options import AdapterOptions, read_adapter
+from launch.trainer.ema import EmaOptions, read_ema
 from launch.trainer.epochs import check_length, cut_short, schedule_of
 from launch.trainer.families import get_family
 from launch.trainer.families.base import Family, network_folders
@@ -194,6 +195,7 @@ class RunOptions:
     train: TrainOptions
     samples: SampleOptions
     validation: ValidationOptions
+    ema: EmaOptions
     stream: StreamPolicy | None
     """`memory.stagehand`; None: weights stay on the device."""
     plan: Config = field(repr=False)
@@ -208,6 +210,7 @@ BLOCKS: Mapping[str, type] = {
     "train": TrainOptions,
     "samples": SampleOptions,
     "validation": ValidationOptions,
+    "ema": EmaOptions,
     "memory": MemoryOptions,
 }
 """Blocks of the config, by key. `per_layer_lr` is the plan's own, `data` the dataset's."""
@@ -254,7 +257,6 @@ def load_options(
     if outline:
         raw = _filled_in(raw)
     _check_complete(raw, path)
-    check_length(_section(raw, "train"))
     family = get_family(raw["model_type"])
     blocks = {name: fields.read(name, _section(raw, name), cls) for name, cls in BLOCKS.items()}
     train = TrainOptions(**blocks["train"])
@@ -278,6 +280,7 @@ def load_options(
         schedule=schedule_of(blocks["schedule"], train.steps, cut_short=max_steps is not None),
         train=train,
         samples=SampleOptions(**blocks["samples"]),
+        ema=read_ema(blocks["ema"]),
         validation=read_validation(blocks["validation"], train.early_stop),
         stream=stream,
         plan=plan,
@@ -320,6 +323,7 @@ def resolved(options: RunOptions) -> dict[str, Any]:
         "schedule": _filled(options.schedule),
         "train": _filled(options.train, "steps" if options.train.epochs is not None else ""),
         "samples": _filled(options.samples),
+        **({"ema": _filled(options.ema)} if options.ema.on else {}),
         **({"validation": _filled(options.validation)} if options.validation.on else {}),
         "memory": {"stagehand": stream},
     }
@@ -341,8 +345,9 @@ def _section(raw: Mapping[str, Any], name: str) -> Mapping[str, Any]:
 
 
 def _check_complete(raw: Mapping[str, Any], path: str | Path) -> None:
-    """Name everything that is missing at once, and what to add for it."""
+    """Name everything that is missing at once, and what to add for it; refuse two lengths."""
     train = _section(raw, "train")
+    check_length(train)
     train = {**train, "steps": train["epochs"]} if "epochs" in train else train
     missing = [
         key

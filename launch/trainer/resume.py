@@ -24,6 +24,7 @@ from dist_layerlr.export import SAVED_CONFIG, adapter_config
 from dist_layerlr.plan import Plan
 from dist_layerlr.ranks import alike, any_rank, rank_zero
 from launch.trainer.adapters import ADAPTER
+from launch.trainer.ema import in_checkpoint
 from launch.trainer.job import Job
 from launch.trainer.outputs import check_fresh
 from launch.trainer.runtime import Runtime
@@ -180,7 +181,8 @@ def restore(job: Job, path: Path) -> Position:
             last checkpoint and these. Then another adapter than the trained one is refused too.
     """
     options, runtime = job.options, job.runtime
-    restored = job.engine.load(path)
+    with in_checkpoint(job):
+        restored = job.engine.load(path)
     extra = restored.extra
     if not extra.keys() >= {"samples", "observed"}:
         raise CheckpointError(
@@ -246,7 +248,8 @@ class Saver:
         if job.network and train.keep is not None:
             # A run that is killed between two networks' checkpoints goes on from the step before.
             train = replace(train, keep=train.keep + 1)
-        saving = job.engine.save(job.folder / CHECKPOINTS, step, extra, train)
+        with in_checkpoint(job):
+            saving = job.engine.save(job.folder / CHECKPOINTS, step, extra, train)
         self._pending = (saving, step)
         if not job.options.train.background_save:
             self.finish()

@@ -26,6 +26,7 @@ from launch.trainer.batches import check_empty_prompt, order_of
 from launch.trainer.data import fit_dataset, open_dataset
 from launch.trainer.data.base import Dataset
 from launch.trainer.data.held import split
+from launch.trainer.ema import averaged, ema_of
 from launch.trainer.engines import build_engine
 from launch.trainer.engines.base import Engine
 from launch.trainer.epochs import steps_of, with_steps
@@ -133,8 +134,10 @@ def run(request: Request, options: RunOptions, runtime: Runtime) -> None:
     jobs = {}
     for name, one in planned.items():
         _announce(name, one, family, runtime, request.grid)
+        engine = _engine(request, one, runtime, alone=len(planned) == 1)
         jobs[name] = Job(
-            engine=_engine(request, one, runtime, alone=len(planned) == 1),
+            engine=engine,
+            ema=ema_of(options.ema, engine),
             family=family,
             objective=one.objective,
             data=data,
@@ -256,7 +259,8 @@ def _train_and_save(team: Team, stop: StopFlag, checkpoints: Mapping[str, Path])
     for name, one in team.each():
         ends = {"start": proofs[name].to_dict(), "end": after[name].to_dict()}
         seen = {**ends, "first_step_lr": own(name, outcome.observed)}
-        weights.append(outputs.save_result(one, outcome.steps, seen))
+        with averaged([one]):
+            weights.append(outputs.save_result(one, outcome.steps, seen))
     _finish(team, outcome, weights)
 
 

@@ -23,6 +23,7 @@ from dist_layerlr.sharders import sharder_of
 from launch.trainer.data.base import Batch, Dataset, to_device
 from launch.trainer.data.held import digest_of, key_of
 from launch.trainer.data.order import buckets_of
+from launch.trainer.ema import averaged
 from launch.trainer.engines.base import autocast
 from launch.trainer.job import Job
 from launch.trainer.objectives import HasLevels, Objective
@@ -139,7 +140,7 @@ class Validation:
         ranks = 1 if getattr(job.objective, "counts_over_ranks", False) else runtime.world_size
         place = runtime.rank if ranks > 1 else 0
         losses = torch.zeros(len(asked), len(batches), dtype=torch.float64, device=device)
-        with _quiet(job):
+        with averaged([job]), _quiet(job):
             for first in range(0, len(batches), ranks):
                 if first > 0 and any_rank(stop is not None and stop.raised):
                     return None
