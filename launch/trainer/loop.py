@@ -11,10 +11,10 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
-from dist_layerlr.errors import ConfigError
 from dist_layerlr.ranks import alike, any_rank
-from launch.trainer.batches import Batches
+from launch.trainer.batches import Batches, microbatches
 from launch.trainer.engines.base import autocast
 from launch.trainer.job import Job
 from launch.trainer.metrics import MetricsFile, peak_memory_gb
@@ -68,7 +68,7 @@ def train(
     stopped = _told(stop)
     held = Validation(team, begin.validation)
     watch = _Watched(dict(begin.observed), Cells(team), Pace(settings), held)
-    with progress(settings, begin.step, job.runtime) as show:
+    with batches, progress(settings, begin.step, job.runtime) as show:
         while done < settings.steps and not stopped and not held.enough:
             row, stopped = _step(team, done, batches, watch, stop)
             if row is None:
@@ -138,10 +138,10 @@ def _step(
         return None, True
     # Every rank now holds the same loss and flag, so all of them take the same branches below.
     told = float(stop is not None and stop.raised)
-    loss, told, tokens, waited = _add_up([loss, told, *batches.counted()], job.runtime)
+    total, told, tokens, waited = _add_up(loss, [told, *batches.counted()], job.runtime)
     ranks = job.runtime.world_size
-    loss, stopped, norm, reading = loss / ranks, told > 0, math.nan, None
-    if math.isfinite(loss):
+    mean, stopped, norm, reading = total / ranks, told > 0, math.nan, None
+    if math.isfinite(mean):
         # The first step of a network is watched: it proves the effective rates, not only the
         # reported ones.
         watched = team.turns.is_first(step) and job.options.optimizer.observable
@@ -155,7 +155,7 @@ def _step(
     row = {
         "step": step,
         **({"network": name} if name else {}),
-        "loss": loss,
+        "loss": mean,
         "lr_factor": factor,
         "grad_norm": norm,
         **watch.pace.row(step, time.perf_counter() - started, tokens, waited / ranks),
@@ -198,57 +198,44 @@ def _due(done: int, train: TrainOptions) -> bool:
     return train.save_every is not None and (done % train.save_every == 0 or done == train.steps)
 
 
-def micro_batch_size(options: RunOptions, world_size: int) -> int:
-    """Samples per forward on one rank.
-
-    Raises:
-        ConfigError: train.micro_batch does not divide the rank's share of the batch.
-    """
-    share = options.train.global_batch // world_size
-    micro = options.train.micro_batch or share
-    if share % micro:
-        raise ConfigError(
-            f"Invalid train.micro_batch={micro}: must divide {share}, each rank's share of"
-            " train.global_batch."
-        )
-    return micro
-
-
-def _accumulate(job: Job, batches: Batches, step: int, stop: StopFlag | None) -> float | None:
+def _accumulate(job: Job, batches: Batches, step: int, stop: StopFlag | None) -> Tensor | None:
     """Forward and backward over this rank's share of the step's samples.
 
     Returns:
-        Its mean loss; None where a stop came before the last microbatch.
+        Its mean loss, on the device, which may still be at work on it; None where a stop came
+        before the last microbatch.
     """
     settings, runtime = job.options.train, job.runtime
-    micro = micro_batch_size(job.options, runtime.world_size)
-    share = settings.global_batch // runtime.world_size
-    first = batches.begin.samples_at(step, settings.global_batch) + runtime.rank * share
-    parts = share // micro
-    total = 0.0
-    for part in range(parts):
+    parts = microbatches(job.options, runtime, batches.begin, step)
+    # float64, so that the sum is the same however many microbatches there are.
+    total = torch.zeros((), dtype=torch.float64, device=runtime.device)
+    for part, numbers in enumerate(parts):
         # A step of a large model takes longer than launchers wait before they kill.
         if part > 0 and _told(stop):
             return None
-        numbers = list(range(first + part * micro, first + (part + 1) * micro))
         batch = batches.read(numbers)
         # For what the model itself draws, dropout: neither rank nor resume decides it.
         torch.manual_seed(mix_seed(settings.seed, MODEL_STREAM, numbers[0]))
-        with job.engine.micro_step(last=part == parts - 1):
+        with job.engine.micro_step(last=part == len(parts) - 1):
             with autocast(runtime.device, job.options):
                 loss = job.objective.loss(job.engine.model, batch, numbers, settings.seed)
             # Outside autocast: backward runs in the dtypes that forward chose.
-            mean = loss / parts
+            mean = loss / len(parts)
             job.engine.backward(mean)
-        total += mean.item()
+        # Not read: the host would wait for the device in each microbatch, and have nothing ready.
+        total += mean.detach()
     return total
 
 
-def _add_up(values: list[float], runtime: Runtime) -> list[float]:
-    """The sums over ranks of a few numbers: one collective."""
-    if runtime.world_size == 1:
-        return values
+def _add_up(loss: Tensor, values: list[float], runtime: Runtime) -> list[float]:
+    """The sums over ranks of a few numbers, the loss first: one collective.
+
+    The only place of a step where the host reads a loss: one that is not finite must not be stepped
+    with.
+    """
     # float64, so that one rank's loss is the same number after the way through the tensor.
-    table = torch.tensor(values, dtype=torch.float64, device=runtime.device)
-    dist.all_reduce(table)
+    table = torch.tensor([0.0, *values], dtype=torch.float64, device=runtime.device)
+    table[0] = loss
+    if runtime.world_size > 1:
+        dist.all_reduce(table)
     return table.tolist()

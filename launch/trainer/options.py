@@ -64,6 +64,13 @@ class TrainOptions:
         unit="samples",
         doc="Per rank in one forward.",
     )
+    workers: int = setting(
+        fields.integer(0),
+        default=2,
+        unit="threads",
+        doc="Of each rank; they read and collate up to two microbatches each ahead of the step. 0:"
+        " the step reads.",
+    )
     seed: int = setting(fields.integer(0), default=0, doc="Of data order, noise and new weights.")
     caption_dropout: float = setting(
         fields.number(0.0, 1.0),

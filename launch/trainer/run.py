@@ -22,7 +22,7 @@ from dist_layerlr.report import grid
 from dist_layerlr.sharders import unwrap
 from dist_layerlr.weights import check_pretrained
 from launch.trainer import outputs
-from launch.trainer.batches import check_empty_prompt, order_of
+from launch.trainer.batches import check_empty_prompt, micro_batch_size, order_of
 from launch.trainer.data import fit_dataset, open_dataset
 from launch.trainer.data.base import Dataset
 from launch.trainer.data.held import split
@@ -34,7 +34,7 @@ from launch.trainer.estimate import check_cards, estimate
 from launch.trainer.families import get_family
 from launch.trainer.families.base import Family, live_config
 from launch.trainer.job import Job
-from launch.trainer.loop import micro_batch_size, train, write_row
+from launch.trainer.loop import train, write_row
 from launch.trainer.metrics import MetricsFile
 from launch.trainer.objectives import Noted, Objective
 from launch.trainer.options import RunOptions, resolved

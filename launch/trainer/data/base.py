@@ -66,7 +66,8 @@ def pad(sequences: Sequence[Tensor]) -> tuple[Tensor, Tensor | None]:
 def to_device(value: Any, device: torch.device) -> Any:
     """Return a batch, or any part of it, with its tensors on ``device``."""
     if isinstance(value, Tensor):
-        return value.to(device)
+        # From pinned memory the copy goes on beside the host; from other memory it waits by itself.
+        return value.to(device, non_blocking=True)
     if isinstance(value, Mapping):
         return {key: to_device(item, device) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
