@@ -36,6 +36,7 @@ from launch.trainer.objectives.noise import NoisePrediction
 from launch.trainer.objectives.streams import AudioVideoFlow
 from launch.trainer.options import BLOCKS, RunOptions
 from launch.trainer.steering import Orders
+from launch.trainer.validation_options import EarlyStop
 from tests.support.optimizers import PACKAGES, Make, is_installed, package_of
 
 DOCS = Path(__file__).resolve().parent
@@ -70,6 +71,7 @@ def tables() -> dict[str, list[Setting]]:
         "memory.stagehand": [*settings(StreamPolicy).values()],
         "steer": [*settings(Changes, Orders).values()],
         "steer.scale": [*settings(Scaled).values()],
+        "train.early_stop": [*settings(EarlyStop).values()],
     }
     flow = settings(FlowMatching)
     found["objective.flow"] = [*flow.values()]

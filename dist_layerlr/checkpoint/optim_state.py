@@ -17,7 +17,7 @@ from dist_layerlr.checkpoint.index import OPTIM, WEIGHT, Index, dtype_named
 from dist_layerlr.checkpoint.live import Live, piece_span
 from dist_layerlr.checkpoint.manifest import Manifest
 from dist_layerlr.errors import CheckpointError
-from dist_layerlr.optim.groups import OPTIMIZER
+from dist_layerlr.optim.groups import AVERAGE, OPTIMIZER
 from dist_layerlr.optim.segmented import Segmented
 from dist_layerlr.sharders import Piece
 from dist_layerlr.sharders.base import local
@@ -114,10 +114,14 @@ def prepare_state(
         for key in held.keys() - state.keys.keys():
             del held[key]
         for key, dtype in state.keys.items():
+            # Whoever keeps no average of weights leaves it on the disk.
+            if key == AVERAGE and key not in held:
+                continue
             held[key] = _room(held.get(key), owner, dtype)
             # Under flat sharders one tensor holds the state of many names. Where the checkpoint
             # lacks it for some of them, they start with zero moments.
-            if not all(key in source for source in state.sources):
+            # An average goes on from their weights instead, which it holds already.
+            if key != AVERAGE and not all(key in source for source in state.sources):
                 local(held[key]).zero_()
             spans += _state_spans(state, key, held[key], live)
         for key, number in state.numbers.items():

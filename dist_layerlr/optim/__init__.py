@@ -2,6 +2,7 @@
 
 from dist_layerlr.optim.attach import attach as attach
 from dist_layerlr.optim.attach import bind as bind
+from dist_layerlr.optim.average import WeightAverage as WeightAverage
 from dist_layerlr.optim.cells import CellMetrics as CellMetrics
 from dist_layerlr.optim.cells import Reading as Reading
 from dist_layerlr.optim.clip import clip_grad_norm as clip_grad_norm

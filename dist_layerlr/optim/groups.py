@@ -26,6 +26,8 @@ EPS = "eps"
 NAME = "name"
 OPTIMIZER = "optimizer"
 """Which of the plan's optimizers steps a group, where it names several."""
+AVERAGE = "weight_average"
+"""Entry of a tensor's state while a checkpoint is saved or loaded: see ``average.py``."""
 _PLANS: WeakKeyDictionary[Optimizer, Plan] = WeakKeyDictionary()
 """The plan of each optimizer whose groups `attach` made: what its groups are to be, whoever writes
 another ``initial_lr`` into them."""

@@ -16,7 +16,7 @@ from torch.optim import Optimizer
 from dist_layerlr.errors import ConfigError
 from dist_layerlr.optim import fused
 from dist_layerlr.optim.any_whole import AnyWhole
-from dist_layerlr.optim.groups import OPTIMIZER, WEIGHT_DECAY
+from dist_layerlr.optim.groups import AVERAGE, OPTIMIZER, WEIGHT_DECAY
 from dist_layerlr.optim.whole import (
     MOMENTUM,
     MakeOptimizer,
@@ -80,6 +80,8 @@ class Routed(Optimizer):
         Names of several optimizers may share one flat tensor, hence one state.
         """
         part = self.parts[label]
+        if key == AVERAGE:
+            return True
         if isinstance(part, NeedsWhole):
             return key in part.state_keys
         return key != MOMENTUM

@@ -286,13 +286,14 @@ def orthogonalise(asked: Sequence[tuple[Tensor, Sequence[int], ParamGroup]]) -> 
         asked: (matrix, rows of each part, group with the settings).
     """
     found: list[Tensor] = []
-    moved: list[tuple[Tensor, Tensor]] = []
+    moved: list[tuple[nn.Parameter, Tensor]] = []
     groups: dict[int, dict[str, Any]] = {}
     for matrix, parts, group in asked:
         found.append(torch.empty_like(matrix))
         heights = list(parts) or [matrix.shape[0]]
         own = groups.setdefault(id(group), {**_settings(group), "params": []})
-        for rows, into in zip(matrix.split(heights), found[-1].split(heights), strict=True):
+        pairs = zip(torch.split(matrix, heights), torch.split(found[-1], heights), strict=True)
+        for rows, into in pairs:
             # Views, not copies: torch's own transposes so, and the products round alike.
             tall = rows.shape[0] > rows.shape[1]
             wide, place = (rows.T, into.T) if tall else (rows, into)
@@ -303,7 +304,8 @@ def orthogonalise(asked: Sequence[tuple[Tensor, Sequence[int], ParamGroup]]) -> 
     if groups:
         # One instance for all: a constructor takes as long as a small matrix.
         how: Any = {"lr": 1.0, "weight_decay": 0.0, "momentum": 0.0, "nesterov": False}
-        torch.optim.Muon(list(groups.values()), **how, adjust_lr_fn="original").step()
+        muon: Any = torch.optim.Muon(list(groups.values()), **how, adjust_lr_fn="original")
+        muon.step()
     for weight, place in moved:
         torch.neg(weight.detach(), out=place)
     return found

@@ -24,7 +24,7 @@ from dist_layerlr.report.grid import format_lr
 OUTSIDE = "outside blocks"
 FRAMES, POINTS, PICTURES = 60, 1000, 8
 """Most steps of the slider, points of a curve, and pictures: the page stays small."""
-_OF_RUNS = ("names", "frames", "loss", "rates", "speed", "samples", "tables")
+_OF_RUNS = ("names", "frames", "loss", "held", "rates", "speed", "samples", "tables")
 _KNOWN = (*COMPONENTS, "fused", "modulation", "conv", "embed", "head")
 
 
@@ -158,7 +158,10 @@ def run_data(folder: Path, own: Path) -> dict[str, Any]:
         own: Of the network: the same, or the one of its sub-folders that is named after it.
     """
     network = own.name if own != folder else None
-    rows = [row for row in read_metrics(folder / "metrics.jsonl") if row.get("network") == network]
+    all_rows = read_metrics(folder / "metrics.jsonl")
+    all_rows = [row for row in all_rows if row.get("network") == network]
+    rows = [row for row in all_rows if "loss" in row]
+    held = [row for row in all_rows if "val_loss" in row]
     measured = [row for row in rows if "cells" in row]
     names = list(measured[0]["cells"]) if measured else []
     frames = [_frame(row, names) for row in _thinned(measured, FRAMES)]
@@ -168,6 +171,7 @@ def run_data(folder: Path, own: Path) -> dict[str, Any]:
         "names": names,
         "frames": frames,
         "loss": [[row["step"], row["loss"]] for row in some],
+        "held": [[row["step"], row["val_loss"]] for row in _thinned(held, POINTS)],
         "speed": [[row["step"], row.get("samples_per_s")] for row in some],
         "rates": _rates(run_rows(own), some),
         "samples": _samples(folder / "samples"),
@@ -194,7 +198,7 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
 def _is_step(row: Mapping[str, Any]) -> bool:
     cells = row.get("cells", {})
     known = isinstance(cells, dict) and all(isinstance(cell, list) for cell in cells.values())
-    return "loss" in row and isinstance(row.get("step"), int) and known
+    return ("loss" in row or "val_loss" in row) and isinstance(row.get("step"), int) and known
 
 
 def _frame(row: Mapping[str, Any], names: Iterable[str]) -> dict[str, Any]:

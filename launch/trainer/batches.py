@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
+from itertools import chain
 from typing import Any
 
 from dist_layerlr.errors import ConfigError
@@ -14,9 +15,13 @@ from launch.trainer.data.order import Order, buckets_of
 from launch.trainer.families.base import Family, live_config
 from launch.trainer.job import Job
 from launch.trainer.options import RunOptions
+from launch.trainer.prefetch import Prefetch, pinned
+from launch.trainer.runtime import Runtime
 from launch.trainer.seeds import DROPOUT_STREAM, mix_seed
 from launch.trainer.state import Position
 
+Numbers = tuple[int, ...]
+"""Of the samples of a microbatch."""
 _SEEDS = 1 << 63
 """``mix_seed`` returns whole numbers below it."""
 
@@ -32,16 +37,27 @@ class Batches:
         self._empty: Sample = {}
         self._config = live_config(unwrap(job.engine.model))
         self._tokens, self._waited = 0, 0.0
+        device, steps = job.runtime.device, range(begin.step, train.steps)
         if train.caption_dropout > 0:
             self._empty = alike(lambda: empty_prompt(job.data, job.family))
+        parts = (microbatches(job.options, job.runtime, begin, step) for step in steps)
+        self._ahead = Prefetch(self._made, chain.from_iterable(parts), train.workers, device)
 
-    def read(self, numbers: Sequence[int]) -> Batch:
+    def __enter__(self) -> Batches:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._ahead.close()
+
+    def read(self, numbers: Numbers) -> Batch:
         """Read the samples with these numbers onto the device.
 
         Collective: ranks fail together on a broken sample.
         """
         device, started = self._job.runtime.device, time.perf_counter()
-        batch: Batch = to_device(alike(lambda: self._collated(numbers)), device)
+        made, tokens = alike(lambda: self._ahead.get(numbers))
+        batch: Batch = to_device(made, device)
+        self._tokens += tokens
         self._waited += time.perf_counter() - started
         return batch
 
@@ -51,15 +67,42 @@ class Batches:
         self._tokens, self._waited = 0, 0.0
         return found
 
-    def _collated(self, numbers: Sequence[int]) -> Batch:
+    def _made(self, numbers: Numbers) -> tuple[Batch, int]:
+        """Return a microbatch in host memory, and its tokens. Called in threads."""
         train, data = self._job.options.train, self._job.data
         samples: list[Sample] = [data[self._order.index(number)] for number in numbers]
         for i, number in enumerate(numbers):
             if loses_caption(number, train.seed, train.caption_dropout):
                 samples[i] = {**samples[i], **self._empty}
         family = self._job.family
-        self._tokens += sum(family.tokens(self._config, sample) for sample in samples)
-        return self._job.family.collate(samples)
+        tokens = sum(family.tokens(self._config, sample) for sample in samples)
+        return pinned(family.collate(samples), self._job.runtime.device), tokens
+
+
+def micro_batch_size(options: RunOptions, world_size: int) -> int:
+    """Samples per forward on one rank.
+
+    Raises:
+        ConfigError: train.micro_batch does not divide the rank's share of the batch.
+    """
+    share = options.train.global_batch // world_size
+    micro = options.train.micro_batch or share
+    if share % micro:
+        raise ConfigError(
+            f"Invalid train.micro_batch={micro}: must divide {share}, each rank's share of"
+            " train.global_batch."
+        )
+    return micro
+
+
+def microbatches(
+    options: RunOptions, runtime: Runtime, begin: Position, step: int
+) -> list[Numbers]:
+    """Return the numbers of the samples of each microbatch of a step on this rank."""
+    settings, micro = options.train, micro_batch_size(options, runtime.world_size)
+    share = settings.global_batch // runtime.world_size
+    first = begin.samples_at(step, settings.global_batch) + runtime.rank * share
+    return [tuple(range(at, at + micro)) for at in range(first, first + share, micro)]
 
 
 def order_of(job: Job, begin: Position) -> Order:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from dist_layerlr.plan import Plan
 from launch.trainer.data.base import Dataset
+from launch.trainer.ema import Ema
 from launch.trainer.engines.base import Engine
 from launch.trainer.families.base import Family
 from launch.trainer.objectives import Objective
@@ -25,6 +26,11 @@ class Job:
     objective: Objective
     """What a step minimises."""
     data: Dataset
+    """What trains."""
+    held: Dataset | None = None
+    """What is held out, for the validation loss."""
+    ema: Ema | None = None
+    """The average of the trained weights."""
     options: RunOptions
     runtime: Runtime
     """This rank."""

@@ -11,10 +11,10 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
-from dist_layerlr.errors import ConfigError
 from dist_layerlr.ranks import alike, any_rank
-from launch.trainer.batches import Batches
+from launch.trainer.batches import Batches, microbatches
 from launch.trainer.engines.base import autocast
 from launch.trainer.job import Job
 from launch.trainer.metrics import MetricsFile, peak_memory_gb
@@ -26,10 +26,12 @@ from launch.trainer.signals import StopFlag
 from launch.trainer.state import Outcome, Position
 from launch.trainer.steering import Orders
 from launch.trainer.team import Team, alone, under
+from launch.trainer.validation import Validation
 from launch.trainer.watch import Cells, Pace
 
-Save = Callable[[int, int, Mapping[str, float]], None]
-"""(steps done, samples seen, rates observed at the first step) -> a checkpoint."""
+Save = Callable[[int, int, Mapping[str, float], Mapping[str, Any]], None]
+"""(steps done, samples seen, rates observed at the first step, ``Validation.state``) -> a
+checkpoint."""
 Draw = Callable[[int], object]
 """Steps done -> a picture."""
 
@@ -42,7 +44,7 @@ def train(
     save: Save | None = None,
     draw: Draw | None = None,
 ) -> Outcome:
-    """Train until ``train.steps`` optimizer steps are done, or until a signal. Collective.
+    """Train until ``train.steps`` steps are done, an early stop or a signal. Collective.
 
     Args:
         run: What is trained, and on what.
@@ -57,20 +59,18 @@ def train(
     Raises:
         Diverged: The loss is NaN or infinite.
     """
-    # The norms' weights are float32 under bf16 autocast, so torch takes its unfused kernel: slower,
-    # the same numbers.
-    warnings.filterwarnings("ignore", message="Mismatch dtype between input and weight")
+    _hush()
     team = alone(run) if isinstance(run, Job) else run
     job, settings = team.face, team.face.options.train
     begin = begin or Position()
     batches = Batches(job, begin)
     factor, done, saved = 1.0, begin.step, begin.step
-    observed = dict(begin.observed)
     # The signal may have come while the model was loaded.
     stopped = team.steering.begin(team, done) or _told(stop)
-    watch = _Watched(observed, Cells(team), Pace(settings))
-    with progress(settings, begin.step, job.runtime) as show:
-        while done < settings.steps and not stopped:
+    held = Validation(team, begin.validation)
+    watch = _Watched(dict(begin.observed), Cells(team), Pace(settings), held)
+    with batches, progress(settings, begin.step, job.runtime) as show:
+        while done < settings.steps and not stopped and not held.enough:
             row, stopped = _step(team, done, batches, watch, stop)
             if row is None:
                 break
@@ -79,19 +79,35 @@ def train(
             show(row)
             done += 1
             orders = Orders() if stopped else team.steering.take(team, done)
-            stopped = stopped or orders.end
+            stopped = stopped or orders.end or _read_held_out(held, done, metrics, stop)
             # After the row: what is in the checkpoint is then in metrics.jsonl too.
             if save is not None and not stopped and (orders.save or _due(done, settings)):
-                save(done, begin.samples_at(done, settings.global_batch), observed)
-                saved = done
+                saved = _keep(save, begin, done, settings, watch)
                 # Saving may take longer than a step, and a launcher's patience runs.
                 stopped = _told(stop)
             if draw is not None and not stopped and (orders.sample or _draws(done, job.options)):
                 draw(done)
                 stopped = _told(stop)
-        if save is not None and stopped and saved < done:
-            save(done, begin.samples_at(done, settings.global_batch), observed)
-    return Outcome(steps=done, stopped=stopped, last_factor=factor, observed=observed)
+        if save is not None and saved < done and (stopped or held.ends):
+            _keep(save, begin, done, settings, watch)
+    return Outcome(
+        steps=done, stopped=stopped, enough=held.enough, last_factor=factor, observed=watch.observed
+    )
+
+
+def _hush() -> None:
+    # The norms' weights are float32 under bf16 autocast, so torch takes its unfused kernel: slower,
+    # the same numbers.
+    warnings.filterwarnings("ignore", message="Mismatch dtype between input and weight")
+
+
+def _read_held_out(
+    held: Validation, done: int, metrics: MetricsFile | None, stop: StopFlag | None
+) -> bool:
+    """Read the validation loss where it is due. Returns whether any rank was told to stop."""
+    for row in held.rows(done, stop):
+        write_row(metrics, row)
+    return _told(stop)
 
 
 @dataclass(frozen=True)
@@ -102,6 +118,7 @@ class _Watched:
     """Filled with the rates of a network's first step."""
     cells: Cells
     pace: Pace
+    held: Validation
 
 
 def _step(
@@ -120,24 +137,26 @@ def _step(
     # Every rank now holds the same loss and flag, so all of them take the same branches below.
     told = float(stop is not None and stop.raised)
     asked = float(team.steering.waiting(step + 1))
-    sums = _add_up([loss, told, asked, *batches.counted()], job.runtime)
-    loss, told, asked, tokens, waited = sums
+    counted = [told, asked, *batches.counted()]
+    total, told, asked, tokens, waited = _add_up(loss, counted, job.runtime)
     team.steering.told = asked > 0
     ranks = job.runtime.world_size
-    loss, stopped, norm, reading = loss / ranks, told > 0, math.nan, None
-    if math.isfinite(loss):
+    mean, stopped, norm, reading = total / ranks, told > 0, math.nan, None
+    if math.isfinite(mean):
         # The first step of a network is watched: it proves the effective rates, not only the
         # reported ones.
         watched = team.turns.is_first(step) and job.options.optimizer.observable
         first: dict[str, float] | None = {} if watched else None
         watch.cells.before(name, job, step)
         norm = job.engine.step(factor, observed=first)
+        if job.ema is not None:
+            job.ema.after(team.turns.count(name, step + 1))
         reading = watch.cells.after(name)
         watch.observed.update(under(name, first or {}))
     row = {
         "step": step,
         **({"network": name} if name else {}),
-        "loss": loss,
+        "loss": mean,
         "lr_factor": factor,
         "grad_norm": norm,
         **watch.pace.row(step, time.perf_counter() - started, tokens, waited / ranks),
@@ -157,6 +176,12 @@ def _note(
         write_row(metrics, row)
     if not finite:
         raise Diverged(f"loss is {row['loss']} at step {step}; nothing is saved. {LOWER}")
+
+
+def _keep(save: Save, begin: Position, done: int, train: TrainOptions, watch: _Watched) -> int:
+    """Write a checkpoint of ``done`` steps. Returns them."""
+    save(done, begin.samples_at(done, train.global_batch), watch.observed, watch.held.state)
+    return done
 
 
 def _told(stop: StopFlag | None) -> bool:
@@ -185,57 +210,44 @@ def _due(done: int, train: TrainOptions) -> bool:
     return train.save_every is not None and (done % train.save_every == 0 or done == train.steps)
 
 
-def micro_batch_size(options: RunOptions, world_size: int) -> int:
-    """Samples per forward on one rank.
-
-    Raises:
-        ConfigError: train.micro_batch does not divide the rank's share of the batch.
-    """
-    share = options.train.global_batch // world_size
-    micro = options.train.micro_batch or share
-    if share % micro:
-        raise ConfigError(
-            f"Invalid train.micro_batch={micro}: must divide {share}, each rank's share of"
-            " train.global_batch."
-        )
-    return micro
-
-
-def _accumulate(job: Job, batches: Batches, step: int, stop: StopFlag | None) -> float | None:
+def _accumulate(job: Job, batches: Batches, step: int, stop: StopFlag | None) -> Tensor | None:
     """Forward and backward over this rank's share of the step's samples.
 
     Returns:
-        Its mean loss; None where a stop came before the last microbatch.
+        Its mean loss, on the device, which may still be at work on it; None where a stop came
+        before the last microbatch.
     """
     settings, runtime = job.options.train, job.runtime
-    micro = micro_batch_size(job.options, runtime.world_size)
-    share = settings.global_batch // runtime.world_size
-    first = batches.begin.samples_at(step, settings.global_batch) + runtime.rank * share
-    parts = share // micro
-    total = 0.0
-    for part in range(parts):
+    parts = microbatches(job.options, runtime, batches.begin, step)
+    # float64, so that the sum is the same however many microbatches there are.
+    total = torch.zeros((), dtype=torch.float64, device=runtime.device)
+    for part, numbers in enumerate(parts):
         # A step of a large model takes longer than launchers wait before they kill.
         if part > 0 and _told(stop):
             return None
-        numbers = list(range(first + part * micro, first + (part + 1) * micro))
         batch = batches.read(numbers)
         # For what the model itself draws, dropout: neither rank nor resume decides it.
         torch.manual_seed(mix_seed(settings.seed, MODEL_STREAM, numbers[0]))
-        with job.engine.micro_step(last=part == parts - 1):
+        with job.engine.micro_step(last=part == len(parts) - 1):
             with autocast(runtime.device, job.options):
                 loss = job.objective.loss(job.engine.model, batch, numbers, settings.seed)
             # Outside autocast: backward runs in the dtypes that forward chose.
-            mean = loss / parts
+            mean = loss / len(parts)
             job.engine.backward(mean)
-        total += mean.item()
+        # Not read: the host would wait for the device in each microbatch, and have nothing ready.
+        total += mean.detach()
     return total
 
 
-def _add_up(values: list[float], runtime: Runtime) -> list[float]:
-    """The sums over ranks of a few numbers: one collective."""
-    if runtime.world_size == 1:
-        return values
+def _add_up(loss: Tensor, values: list[float], runtime: Runtime) -> list[float]:
+    """The sums over ranks of a few numbers, the loss first: one collective.
+
+    The only place of a step where the host reads a loss: one that is not finite must not be stepped
+    with.
+    """
     # float64, so that one rank's loss is the same number after the way through the tensor.
-    table = torch.tensor(values, dtype=torch.float64, device=runtime.device)
-    dist.all_reduce(table)
+    table = torch.tensor([0.0, *values], dtype=torch.float64, device=runtime.device)
+    table[0] = loss
+    if runtime.world_size > 1:
+        dist.all_reduce(table)
     return table.tolist()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,10 +16,19 @@ from dist_layerlr.optim import Schedule
 from dist_layerlr.plan import OPTIMIZERS_BLOCK, PLAN_BLOCK, Config, load_config
 from launch.trainer.adapter_options import LORA as LORA
 from launch.trainer.adapter_options import AdapterOptions, read_adapter
+from launch.trainer.ema import EmaOptions, read_ema
+from launch.trainer.epochs import check_length, cut_short, schedule_of
 from launch.trainer.families import get_family
 from launch.trainer.families.base import Family, network_folders
 from launch.trainer.optimizers import OptimizerOptions, check_optimizers, read_optimizer
+from launch.trainer.overrides import apply_override
 from launch.trainer.trackers import TRACKERS
+from launch.trainer.validation_options import (
+    EARLY_STOP,
+    EarlyStop,
+    ValidationOptions,
+    read_validation,
+)
 
 FULL = "fine_tune"
 """A value of ``training_method``; the other is LORA."""
@@ -32,7 +40,20 @@ PUBLISHED_MODEL = "(published)"
 class TrainOptions:
     """Size and length of the run."""
 
-    steps: int = setting(fields.integer(1), unit="optimizer steps", doc="Length of the run.")
+    steps: int = setting(
+        fields.integer(1),
+        default=0,
+        shown="from train.epochs",
+        unit="optimizer steps",
+        doc="Length of the run. Exactly one of `steps` and `epochs` is given.",
+    )
+    epochs: float | None = setting(
+        fields.number(0.0, open_low=True),
+        default=None,
+        shown="from train.steps",
+        unit="times through the data set",
+        doc="Length of the run, repeats counted and samples held out not. The schedule follows.",
+    )
     global_batch: int = setting(
         fields.integer(1), unit="samples", doc="Per optimizer step, over all ranks."
     )
@@ -42,6 +63,13 @@ class TrainOptions:
         shown="the rank's whole share",
         unit="samples",
         doc="Per rank in one forward.",
+    )
+    workers: int = setting(
+        fields.integer(0),
+        default=2,
+        unit="threads",
+        doc="Of each rank; they read and collate up to two microbatches each ahead of the step. 0:"
+        " the step reads.",
     )
     seed: int = setting(fields.integer(0), default=0, doc="Of data order, noise and new weights.")
     caption_dropout: float = setting(
@@ -96,6 +124,13 @@ class TrainOptions:
         fields.boolean,
         default=False,
         doc="Train on while a checkpoint is written from a copy in host memory.",
+    )
+    early_stop: EarlyStop | None = setting(
+        EARLY_STOP,
+        default=None,
+        shown="off",
+        doc="Ends the run when the validation loss falls no more: the fields of `train.early_stop`"
+        " below.",
     )
 
     @property
@@ -166,6 +201,8 @@ class RunOptions:
     schedule: Schedule
     train: TrainOptions
     samples: SampleOptions
+    validation: ValidationOptions
+    ema: EmaOptions
     stream: StreamPolicy | None
     """`memory.stagehand`; None: weights stay on the device."""
     plan: Config = field(repr=False)
@@ -179,6 +216,8 @@ BLOCKS: Mapping[str, type] = {
     "schedule": Schedule,
     "train": TrainOptions,
     "samples": SampleOptions,
+    "validation": ValidationOptions,
+    "ema": EmaOptions,
     "memory": MemoryOptions,
 }
 """Blocks of the config, by key. `per_layer_lr` is the plan's own, `data` the dataset's."""
@@ -217,7 +256,7 @@ def load_options(
     raw = read_config(path)
     for assignment in overrides:
         apply_override(raw, assignment)
-    raw |= {} if max_steps is None else _cut_short(raw, max_steps)
+    raw |= {} if max_steps is None else {"train": cut_short(_section(raw, "train"), max_steps)}
     known = fields.settings(RunOptions)
     fields.known_keys("config", raw, [*known, *fields.settings(Config), PLAN_BLOCK, *BLOCKS])
     if "model_type" in raw:
@@ -245,9 +284,11 @@ def load_options(
         adapter=read_adapter(blocks["adapter"]),
         optimizer=optimizer,
         # A run cut short by --max-steps may end within its warmup.
-        schedule=_schedule(blocks["schedule"], train.steps, cut_short=max_steps is not None),
+        schedule=schedule_of(blocks["schedule"], train.steps, cut_short=max_steps is not None),
         train=train,
         samples=SampleOptions(**blocks["samples"]),
+        ema=read_ema(blocks["ema"]),
+        validation=read_validation(blocks["validation"], train.early_stop),
         stream=stream,
         plan=plan,
         raw=raw,
@@ -287,46 +328,23 @@ def resolved(options: RunOptions) -> dict[str, Any]:
         **adapter,
         "optimizer": _filled(options.optimizer),
         "schedule": _filled(options.schedule),
-        "train": _filled(options.train),
+        "train": _filled(options.train, "steps" if options.train.epochs is not None else ""),
         "samples": _filled(options.samples),
+        **({"ema": _filled(options.ema)} if options.ema.on else {}),
+        **({"validation": _filled(options.validation)} if options.validation.on else {}),
         "memory": {"stagehand": stream},
     }
 
 
-def _filled(block: Any) -> dict[str, Any]:
+def _filled(block: Any, without: str = "") -> dict[str, Any]:
     """The settings of a block by key. One that is None is left out: that is its default."""
     found = {}
     for key, known in fields.settings(type(block)).items():
         value = getattr(block, known.name)
-        if value is not None:
+        if value is not None and key != without:
+            value = _filled(value) if isinstance(value, EarlyStop) else value
             found[key] = list(value) if isinstance(value, tuple) else value
     return found
-
-
-def apply_override(raw: dict[str, Any], assignment: str) -> None:
-    """Apply ``a.b.c=value`` in place.
-
-    Raises:
-        ConfigError: no ``=``, or a path through something that is no object.
-    """
-    path, sign, text = assignment.partition("=")
-    if not sign or not path:
-        raise ConfigError(
-            f"Invalid --set {assignment!r}: expected KEY.SUBKEY=VALUE, such as train.steps=100."
-        )
-    try:
-        value = json.loads(text)
-    except json.JSONDecodeError:
-        value = text
-    *parents, last = path.split(".")
-    target: Any = raw
-    for parent in parents:
-        target = target.setdefault(parent, {})
-        if not isinstance(target, dict):
-            raise ConfigError(
-                f"Invalid --set {assignment!r}: {parent!r} is not an object in the config."
-            )
-    target[last] = value
 
 
 def _section(raw: Mapping[str, Any], name: str) -> Mapping[str, Any]:
@@ -334,8 +352,10 @@ def _section(raw: Mapping[str, Any], name: str) -> Mapping[str, Any]:
 
 
 def _check_complete(raw: Mapping[str, Any], path: str | Path) -> None:
-    """Name everything that is missing at once, and what to add for it."""
+    """Name everything that is missing at once, and what to add for it; refuse two lengths."""
     train = _section(raw, "train")
+    check_length(train)
+    train = {**train, "steps": train["epochs"]} if "epochs" in train else train
     missing = [
         key
         for key in _NEEDED
@@ -350,17 +370,14 @@ def _check_complete(raw: Mapping[str, Any], path: str | Path) -> None:
 
 def _filled_in(raw: Mapping[str, Any]) -> dict[str, Any]:
     """Add what only training needs, where it is missing."""
-    train = {"steps": 1, "global_batch": 1, **_section(raw, "train")}
+    given = _section(raw, "train")
+    train = {"global_batch": 1, **({} if "epochs" in given else {"steps": 1}), **given}
     return {"model_path": PUBLISHED_MODEL, "data": {}, **raw, "train": train}
 
 
 def _method(raw: Mapping[str, Any]) -> str:
     """The seed's configs say ``adapter`` and leave training_method out."""
     return LORA if "adapter" in raw else FULL
-
-
-def _cut_short(raw: Mapping[str, Any], steps: int) -> dict[str, Any]:
-    return {"train": {**_section(raw, "train"), "steps": steps}}
 
 
 def _stream_policy(given: Mapping[str, Any]) -> StreamPolicy | None:
@@ -377,11 +394,3 @@ def _stream_policy(given: Mapping[str, Any]) -> StreamPolicy | None:
     except ConfigError as error:
         raise ConfigError(f"memory.stagehand: {error}") from None
     return policy if enabled else None
-
-
-def _schedule(values: dict[str, Any], steps: int, *, cut_short: bool) -> Schedule:
-    warmup = values.get("warmup_steps", 0)
-    if warmup > steps and not cut_short:
-        allowed = f"an integer in [0, train.steps={steps}]"
-        raise fields.invalid("schedule.warmup_steps", warmup, allowed)
-    return Schedule(total_steps=steps, **values)

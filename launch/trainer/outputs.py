@@ -25,6 +25,7 @@ from launch.trainer.batches import empty_prompt
 from launch.trainer.card import metadata, write_card
 from launch.trainer.data.base import LATENTS, Batch, to_device
 from launch.trainer.data.order import one_batch
+from launch.trainer.ema import averaged
 from launch.trainer.engines.base import autocast
 from launch.trainer.families.base import HasFiles, live_config
 from launch.trainer.families.diffusion import Diffusion
@@ -339,7 +340,8 @@ def draw_generated(team: Team, step: int | None = None) -> Path | None:
     # Dropout and the like are for training; generate() runs the forward pass alone.
     for model in models.values():
         model.eval()
-    with torch.no_grad(), autocast(device, options), team.called():
+    # The average, if there is one, comes first: it is put in where the networks are now.
+    with averaged(team.jobs.values()), torch.no_grad(), autocast(device, options), team.called():
         made, real = _generate(job, models, batch)
     for model in models.values():
         model.train()

@@ -24,6 +24,7 @@ from dist_layerlr.export import SAVED_CONFIG, adapter_config
 from dist_layerlr.plan import Plan
 from dist_layerlr.ranks import alike, any_rank, rank_zero
 from launch.trainer.adapters import ADAPTER
+from launch.trainer.ema import in_checkpoint
 from launch.trainer.job import Job
 from launch.trainer.outputs import check_fresh
 from launch.trainer.runtime import Runtime
@@ -126,7 +127,9 @@ class Past:
     run_id: str | None
     """``Job.run_id`` of the start that did the last of them; None: written before there were any,
     or by another program."""
-    kept: Sequence[Kept]
+    samples: int = 0
+    """Samples seen."""
+    kept: Sequence[Kept] = ()
     """What had been changed while it ran."""
 
 
@@ -136,8 +139,12 @@ def look_back(path: Path) -> Past:
     def read() -> Past:
         manifest = read_manifest(path)
         run_id = manifest.extra.get(_RUN)
-        known = run_id if isinstance(run_id, str) else None
-        return Past(step=manifest.step, run_id=known, kept=kept_of(manifest.extra))
+        return Past(
+            step=manifest.step,
+            run_id=run_id if isinstance(run_id, str) else None,
+            samples=manifest.extra.get("samples", 0),
+            kept=kept_of(manifest.extra),
+        )
 
     return rank_zero(read)
 
@@ -178,7 +185,8 @@ def restore(job: Job, path: Path) -> Position:
             last checkpoint and these. Then another adapter than the trained one is refused too.
     """
     options, runtime = job.options, job.runtime
-    restored = job.engine.load(path)
+    with in_checkpoint(job):
+        restored = job.engine.load(path)
     extra = restored.extra
     if not extra.keys() >= {"samples", "observed"}:
         raise CheckpointError(
@@ -193,7 +201,12 @@ def restore(job: Job, path: Path) -> Position:
     for line in _changed(extra.get("config", {}), options.raw):
         runtime.say(f"  config: {line}")
     runtime.say(f"resumed {path} after {restored.step} steps")
-    return Position(step=restored.step, samples=extra["samples"], observed=extra["observed"])
+    return Position(
+        step=restored.step,
+        samples=extra["samples"],
+        observed=extra["observed"],
+        validation=extra.get("validation", {}),
+    )
 
 
 def _check_trained_adapter(job: Job, path: Path, saved: Any) -> None:
@@ -220,7 +233,9 @@ class Saver:
         self._adapter = {} if config is None else {SAVED_CONFIG: config}
         self._pending: tuple[Saving, int] | None = None
 
-    def __call__(self, step: int, samples: int, observed: Mapping[str, float]) -> None:
+    def __call__(
+        self, step: int, samples: int, observed: Mapping[str, float], validation: Mapping[str, Any]
+    ) -> None:
         """Write a checkpoint, or begin to. Collective."""
         # Before the next one, because two share neither memory nor disk well.
         self.finish()
@@ -228,6 +243,7 @@ class Saver:
         extra = {
             "samples": samples,
             "observed": dict(observed),
+            "validation": dict(validation),
             "config": dict(job.options.raw),
             _RUN: job.run_id,
             **self._steering.saved(),
@@ -237,7 +253,8 @@ class Saver:
         if job.network and train.keep is not None:
             # A run that is killed between two networks' checkpoints goes on from the step before.
             train = replace(train, keep=train.keep + 1)
-        saving = job.engine.save(job.folder / CHECKPOINTS, step, extra, train)
+        with in_checkpoint(job):
+            saving = job.engine.save(job.folder / CHECKPOINTS, step, extra, train)
         self._pending = (saving, step)
         if not job.options.train.background_save:
             self.finish()
@@ -258,10 +275,12 @@ class Savers:
         self._team = team
         self._savers = {name: Saver(job, team.steering) for name, job in team.jobs.items()}
 
-    def __call__(self, step: int, samples: int, observed: Mapping[str, float]) -> None:
+    def __call__(
+        self, step: int, samples: int, observed: Mapping[str, float], validation: Mapping[str, Any]
+    ) -> None:
         """Write a checkpoint of each network, or begin to. Collective."""
         for name, _ in self._team.each():
-            self._savers[name](step, samples, own(name, observed))
+            self._savers[name](step, samples, own(name, observed), validation)
 
     def finish(self) -> None:
         """Wait for those that are still being written. Collective."""

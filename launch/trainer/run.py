@@ -22,15 +22,19 @@ from dist_layerlr.report import grid
 from dist_layerlr.sharders import unwrap
 from dist_layerlr.weights import check_pretrained
 from launch.trainer import outputs
-from launch.trainer.batches import check_empty_prompt, order_of
+from launch.trainer.batches import check_empty_prompt, micro_batch_size, order_of
 from launch.trainer.data import fit_dataset, open_dataset
+from launch.trainer.data.base import Dataset
+from launch.trainer.data.held import split
+from launch.trainer.ema import averaged, ema_of
 from launch.trainer.engines import build_engine
 from launch.trainer.engines.base import Engine
+from launch.trainer.epochs import steps_of, with_steps
 from launch.trainer.estimate import check_cards, estimate
 from launch.trainer.families import get_family
 from launch.trainer.families.base import Family, live_config
 from launch.trainer.job import Job
-from launch.trainer.loop import micro_batch_size, train, write_row
+from launch.trainer.loop import train, write_row
 from launch.trainer.metrics import MetricsFile
 from launch.trainer.objectives import Noted, Objective
 from launch.trainer.options import RunOptions, resolved
@@ -52,6 +56,7 @@ from launch.trainer.state import Outcome, Position
 from launch.trainer.steering import Kept, Steering, resteered
 from launch.trainer.team import Team, check_team, options_of_each, own, team_of
 from launch.trainer.trackers import Trackers, check_trackers
+from launch.trainer.validation import check_levels
 from launch.trainer.weights import (
     empty_model,
     fresh_line,
@@ -103,6 +108,7 @@ def run(request: Request, options: RunOptions, runtime: Runtime) -> None:
     shape = live_config(next(iter(planned.values())).model)
     alike(lambda: fit_dataset(data, family, shape))
     alike(lambda: check_empty_prompt(options, data, family))
+    data, held = alike(lambda: split(data, options.validation))
     alike(lambda: micro_batch_size(options, runtime.world_size))
     alike(lambda: check_trackers(options.train.report_to))
     folder = alike(
@@ -111,6 +117,7 @@ def run(request: Request, options: RunOptions, runtime: Runtime) -> None:
         )
     )
     checkpoints = choose_checkpoints(request.resume, folder, runtime, planned)
+    options, planned = _in_steps(options, planned, data, checkpoints)
     run_id = rank_zero(lambda: uuid.uuid4().hex[:16])
     kept: Sequence[Kept] = ()
     for name, checkpoint in checkpoints.items():
@@ -132,11 +139,14 @@ def run(request: Request, options: RunOptions, runtime: Runtime) -> None:
     jobs = {}
     for name, one in planned.items():
         _announce(name, one, family, runtime, request.grid)
+        engine = _engine(request, one, runtime, alone=len(planned) == 1)
         jobs[name] = Job(
-            engine=_engine(request, one, runtime, alone=len(planned) == 1),
+            engine=engine,
+            ema=ema_of(options.ema, engine),
             family=family,
             objective=one.objective,
             data=data,
+            held=held,
             options=one.options,
             runtime=runtime,
             folder=folder / name,
@@ -170,8 +180,28 @@ def _plan_each(family: Family, options: RunOptions) -> dict[str, Planned]:
         anew = alike(partial(fresh_weights, given))
         alike(partial(check_pretrained, model, given.model_path, fresh=True, anew=anew))
         objective = alike(partial(family.objective, given.objective, Path(given.model_path)))
+        alike(partial(check_levels, given.validation, objective))
         found[name] = Planned(options=given, model=model, plan=plan, objective=objective)
     return found
+
+
+def _in_steps(
+    options: RunOptions,
+    planned: dict[str, Planned],
+    data: Dataset,
+    checkpoints: Mapping[str, Path],
+) -> tuple[RunOptions, dict[str, Planned]]:
+    """Turn ``train.epochs`` into steps, now that the data set and the beginning are known."""
+    if options.train.epochs is None:
+        return options, planned
+    past = Past(step=0, run_id=None)
+    for checkpoint in checkpoints.values():
+        past = look_back(checkpoint)
+    steps = alike(lambda: steps_of(options, data, past.step, past.samples))
+    timed = {
+        name: replace(one, options=with_steps(one.options, steps)) for name, one in planned.items()
+    }
+    return with_steps(options, steps), timed
 
 
 def _engine(request: Request, one: Planned, runtime: Runtime, *, alone: bool) -> Engine:
@@ -241,7 +271,8 @@ def _train_and_save(team: Team, stop: StopFlag, checkpoints: Mapping[str, Path])
     for name, one in team.each():
         ends = {"start": proofs[name].to_dict(), "end": after[name].to_dict()}
         seen = {**ends, "first_step_lr": own(name, outcome.observed)}
-        weights.append(outputs.save_result(one, outcome.steps, seen))
+        with averaged([one]):
+            weights.append(outputs.save_result(one, outcome.steps, seen))
     _finish(team, outcome, weights)
 
 
@@ -309,6 +340,8 @@ def _sizes(job: Job, begin: Position) -> str:
 def _samples(job: Job, begin: Position) -> str:
     """How many there are, and of how many sizes."""
     order, text = order_of(job, begin), f"{len(job.data)} samples"
+    if job.held is not None:
+        text = f"{text} ({len(job.held)} held out)"
     if order.buckets == 1:
         return text
     return f"{text} in {order.buckets} buckets ({order.filled} seen again an epoch to fill batches)"
@@ -330,7 +363,8 @@ def _finish(team: Team, outcome: Outcome, weights: Sequence[Path]) -> None:
     """Draw the samples unless a signal hurries, and say where everything is. Collective."""
     job = team.face
     picture = None if outcome.stopped else outputs.draw_generated(team)
-    ended = f"stopped by {team.steering.stopper} after" if outcome.stopped else "finished"
+    ended = "ended early after" if outcome.enough else "finished"
+    ended = f"stopped by {team.steering.stopper} after" if outcome.stopped else ended
     if team.steering.changed:
         main = job.runtime.is_main
         for one in team.jobs.values():

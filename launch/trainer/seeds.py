@@ -4,6 +4,7 @@ from __future__ import annotations
 
 TRAIN_STREAM, SAMPLE_STREAM, ORDER_STREAM, DROPOUT_STREAM = 1, 2, 3, 4
 EXTRA_STREAM, EXPERT_STREAM, FIRST_FRAME_STREAM, MODEL_STREAM = 5, 6, 7, 8
+VALIDATION_STREAM = 9
 """First number of a seed: what it is for. Equal numbers behind it then give unrelated draws."""
 _MASK = (1 << 64) - 1  # splitmix64 computes modulo 2**64; Python's integers have no limit
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -16,6 +17,8 @@ class Position:
     """Samples seen."""
     observed: Mapping[str, float] = field(default_factory=dict)
     """``Outcome.observed`` of the first step, if an earlier process did it."""
+    validation: Mapping[str, Any] = field(default_factory=dict)
+    """``Validation.state``."""
 
     def samples_at(self, step: int, global_batch: int) -> int:
         """Samples seen before a step."""
@@ -30,6 +33,8 @@ class Outcome:
     """Optimizer steps done, by earlier processes too."""
     stopped: bool
     """Whether a signal or ``steer.json`` ended it early."""
+    enough: bool = False
+    """Whether ``train.early_stop`` ended it."""
     last_factor: float
     """Schedule multiplier of the last step."""
     observed: Mapping[str, float]

@@ -14,6 +14,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from dist_layerlr.errors import ConfigError, ModelSourceError
+from dist_layerlr.export.saved import SavedWeights
 from launch.trainer.families.wan22 import Wan22
 from launch.trainer.objectives.experts import ExpertFlow
 from launch.trainer.team import Turns, own, under
@@ -273,6 +274,37 @@ def test_two_ranks_end_in_the_weights_of_one(pipeline: Path, tmp_path: Path, sha
         one, two = (trained(tmp_path / ranks, name) for ranks in ("one", "two"))
         assert largest_difference(one, two) <= 1e-5
         assert largest_difference(one, published(pipeline, name)) > 1e-4
+
+
+def test_each_expert_has_its_average_and_its_reading_in_its_own_range(
+    pipeline: Path, tmp_path: Path
+) -> None:
+    config = config_of(pipeline)
+    # Half of what is trained, after every step of the expert at hand.
+    config["ema"] = {"decay": 0.5, "warmup": False}
+    config["train"] |= {"save_every": 1, "early_stop": {"patience": 99}}
+    config["validation"] = {"count": 1, "every": 3, "levels": [0.5]}
+    succeed(1, call_of(config, tmp_path / "one"))
+    succeed(2, call_of(config, tmp_path / "two", "--sharding", "fsdp2"))
+    one, two = (
+        [row for row in rows(tmp_path / ranks) if "val_loss" in row] for ranks in ("one", "two")
+    )
+    assert [(row["step"], row["network"]) for row in one] == [
+        (2, HIGH),
+        (2, LOW),
+        (5, HIGH),
+        (5, LOW),
+    ]
+    for mine, right in zip(two, one, strict=True):
+        assert mine["val_loss/0.5"] == pytest.approx(right["val_loss/0.5"], rel=1e-4)
+    for name in (HIGH, LOW):
+        found = published(pipeline, name)
+        for step in range(1, STEPS + 1):
+            if TURNS.at(step - 1) == name:
+                saved = SavedWeights(tmp_path / f"one/out/{name}/checkpoints/step_{step:08d}")
+                found = {key: (found[key] + saved.fetch(key)) / 2 for key in found}
+        for ranks in ("one", "two"):
+            assert largest_difference(trained(tmp_path / ranks, name), found) <= 1e-5
 
 
 def test_a_run_goes_on_from_the_newest_step_that_both_have(pipeline: Path, tmp_path: Path) -> None:

@@ -203,7 +203,9 @@ if (data.loss.length) {
   const curves = make("div", { class: "pair" }, section("Curves"));
   let mean = null;
   const smooth = data.loss.map(([x, y]) => [x, (mean = y === null ? mean : mean === null ? y : 0.9 * mean + 0.1 * y)]);
-  chart(curves, "Loss", [{ name: "smoothed", points: smooth }, { name: "each row", points: data.loss, faint: true }], false);
+  const losses = [{ name: "smoothed", points: smooth }, { name: "each row", points: data.loss, faint: true }];
+  if (data.held.length) losses.push({ name: "held out", points: data.held });
+  chart(curves, "Loss", losses, false);
   chart(curves, "Learning rate, median of each component", data.rates, true);
   if (data.frames.length) {
     chart(curves, "Gradient norm, median of each component", perComponent(1), true);

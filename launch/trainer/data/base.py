@@ -34,7 +34,10 @@ class Dataset(Protocol):
         ...
 
     def name(self, index: int) -> str:
-        """Return a short label of sample ``index`` for people: its prompt, class or file."""
+        """Return a short label of sample ``index`` for people: its prompt, class or file.
+
+        Where labels are not different, a method ``key`` says which samples are copies of one.
+        """
         ...
 
 
@@ -63,7 +66,8 @@ def pad(sequences: Sequence[Tensor]) -> tuple[Tensor, Tensor | None]:
 def to_device(value: Any, device: torch.device) -> Any:
     """Return a batch, or any part of it, with its tensors on ``device``."""
     if isinstance(value, Tensor):
-        return value.to(device)
+        # From pinned memory the copy goes on beside the host; from other memory it waits by itself.
+        return value.to(device, non_blocking=True)
     if isinstance(value, Mapping):
         return {key: to_device(item, device) for key, item in value.items()}
     if isinstance(value, (list, tuple)):

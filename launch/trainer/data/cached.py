@@ -117,6 +117,10 @@ class CachedDataset:
         header = self._headers[index]
         return header.metadata.get(CAPTION) or header.path.name
 
+    def key(self, index: int) -> str:
+        """Return the path of a sample within the folder: captions may be equal."""
+        return self._headers[index].path.relative_to(self.folder).as_posix()
+
     def shapes(self, index: int) -> dict[str, tuple[int, ...]]:
         """Shapes of sample ``index`` as ``[index]`` returns them, from its header alone."""
         shapes = self._headers[index].shapes

@@ -112,6 +112,10 @@ class MovingDigits:
         clip = self.clip(index)
         return f"{DIGIT_WORDS[clip.digit]} {clip.path}"
 
+    def key(self, index: int) -> str:
+        """Return everything that a sample shows; several samples show the same."""
+        return repr(self.clip(index))
+
     def clip(self, index: int) -> Clip:
         """Return what sample ``index`` shows.
 

@@ -70,6 +70,11 @@ class Order:
         return self._batches_of(epoch)[position][place]
 
     @property
+    def epoch(self) -> int:
+        """Samples of an epoch."""
+        return sum(map(len, self._buckets)) + self.filled
+
+    @property
     def filled(self) -> int:
         """Samples of an epoch that are seen again to fill up batches."""
         if len(self._buckets) == 1:

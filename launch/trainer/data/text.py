@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -93,6 +94,10 @@ class TextBlocks:
     def name(self, index: int) -> str:
         """Return where the sample begins: file, and line of a .jsonl."""
         return self._samples[index][0]
+
+    def key(self, index: int) -> str:
+        """Return a digest of the sample's tokens: one file may be many samples."""
+        return hashlib.sha256(self._samples[index][1].numpy().tobytes()).hexdigest()
 
     def _texts(self, root: Path) -> Iterator[tuple[str, str]]:
         """All documents in the order of their files' names."""

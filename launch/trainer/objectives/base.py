@@ -57,6 +57,19 @@ class FitsPipeline(Protocol):
 
 
 @runtime_checkable
+class HasLevels(Protocol):
+    """An objective whose samples are trained at random levels of noise."""
+
+    def at_level(self, level: float) -> Objective:
+        """Return the same objective with every sample at one level.
+
+        Args:
+            level: Place in the range of noise that is trained, 0 (least) to 1 (most).
+        """
+        ...
+
+
+@runtime_checkable
 class Noted(Protocol):
     """An objective with something to say once, before training."""
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -25,6 +25,8 @@ class Detection:
     """(model, batch) -> what the criterion takes."""
     criterion: Any
     """(predictions, targets) -> losses by name; ``weight_dict`` has the weights."""
+    counts_over_ranks: ClassVar[bool] = True
+    """The criterion divides by the boxes of all ranks."""
     classes: int | None = setting(
         fields.integer(1),
         default=None,

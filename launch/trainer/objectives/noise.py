@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -44,6 +44,8 @@ class NoisePrediction:
     """Content of ``scheduler_config.json``."""
     note: str | None = None
     """What a user should know of where the scheduler comes from."""
+    level: float | None = None
+    """Place of every sample's timestep among those that are trained; None: drawn."""
     prediction: str | None = setting(
         fields.one_of(lambda: (EPSILON, VELOCITY)),
         default=None,
@@ -134,6 +136,10 @@ class NoisePrediction:
             )
         return torch.as_tensor(alphas, dtype=torch.float32)
 
+    def at_level(self, level: float) -> NoisePrediction:
+        """Return the same objective with every sample at one level; see ``HasLevels``."""
+        return replace(self, level=level)
+
     @property
     def _predicts(self) -> str:
         return self.prediction or self.scheduler.get("prediction_type", EPSILON)
@@ -185,6 +191,9 @@ class NoisePrediction:
         # is the same with and without one.
         generator = torch.Generator().manual_seed(mix_seed(seed, TRAIN_STREAM, number))
         timestep = torch.randint(self.first_timestep, self._last + 1, (), generator=generator)
+        if self.level is not None:
+            span = self._last - self.first_timestep
+            timestep.fill_(self.first_timestep + round(self.level * span))
         noise = torch.randn(shape, generator=generator)
         each = torch.randn((shape[0], *[1] * (len(shape) - 1)), generator=generator)
         return timestep, noise + self.noise_offset * each

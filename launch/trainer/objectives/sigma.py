@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from statistics import NormalDist
+from typing import Any
 
 import torch
 
@@ -53,6 +54,8 @@ class SigmaDistribution:
 
     resolution: Resolution | None = None
     """What ``shift="resolution"`` means for this family; None: it has no such shift."""
+    level: float | None = None
+    """Place in [low, high] of every sample; None: drawn."""
     timesteps: str = setting(
         fields.one_of(lambda: (LOGIT_NORMAL, UNIFORM)),
         default=LOGIT_NORMAL,
@@ -91,6 +94,8 @@ class SigmaDistribution:
 
     def draw_sigma(self, generator: torch.Generator, shape: tuple[int, ...]) -> float:
         """Draw the share of noise of one sample whose latents have this shape."""
+        if self.level is not None:
+            return self.low + (self.high - self.low) * self.level
         shift = self.shift
         if isinstance(shift, str):
             assert self.resolution is not None, "checked when it was made"
@@ -102,6 +107,10 @@ class SigmaDistribution:
             return bend((normal * self.std + self.mean).sigmoid().item(), shift)
         share = self._kept(NormalDist().cdf(normal.item()), shift)
         return bend(_sigmoid(self._logit_at(share)), shift)
+
+    def at_level(self, level: float) -> Any:
+        """Return the same objective with every sample at one level; see ``HasLevels``."""
+        return replace(self, level=level)
 
     def share(self) -> float:
         """Return how much of the whole distribution lies in [low, high].

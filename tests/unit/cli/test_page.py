@@ -169,11 +169,13 @@ def test_what_is_damaged_in_a_runs_folder_is_left_out_of_its_page(tmp_path: Path
         b'{"loss": 1.0}',
         b'{"step": 1, "loss": 1.0, "cells": 5}',
         b'{"step": 2, "loss": NaN}',
+        b'{"step": 2, "val_loss": 1.5, "val_loss/0.1": 1.5}',
     ]
     (tmp_path / "metrics.jsonl").write_bytes(b"\n".join(lines))
     write_page(tmp_path / "page.html", tmp_path, "Run")
     data = data_of(tmp_path / "page.html")
     assert (data["loss"], data["frames"]) == ([[0, 2.0], [2, None]], [])
+    assert data["held"] == [[2, 1.5]]
     assert [title for title, *_ in data["tables"]] == ["Machine and versions"]
     assert "depth factor" not in "".join(data["panels"][0]["cells"][0]["lines"])
 
