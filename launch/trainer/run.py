@@ -104,13 +104,8 @@ def run(request: Request, options: RunOptions, runtime: Runtime) -> None:
     family = get_family(options.model_type, options.objective)
     planned = _plan_each(family, options)
     alike(lambda: check_team(planned, request.sharding, options))
-    data = alike(lambda: open_dataset(options.data))
-    shape = live_config(next(iter(planned.values())).model)
-    alike(lambda: fit_dataset(data, family, shape))
-    alike(lambda: check_empty_prompt(options, data, family))
-    data, held = alike(lambda: split(data, options.validation))
-    alike(lambda: micro_batch_size(options, runtime.world_size))
-    alike(lambda: check_trackers(options.train.report_to))
+    data, held = alike(lambda: _data_of(options, family, planned))
+    alike(lambda: _check_settings(options, runtime))
     folder = alike(
         lambda: outputs.open_output_dir(
             request.output_dir, options.model_path, probe=runtime.is_main, say=runtime.say
@@ -130,12 +125,12 @@ def run(request: Request, options: RunOptions, runtime: Runtime) -> None:
             )
             return
         # What is left to write is the result of the start that trained.
-        run_id = past.run_id or run_id if trained else run_id
+        run_id = (trained and past.run_id) or run_id
         # Before it is compared with the checkpoint's, which holds these changes.
         kept = past.kept
         plan = alike(partial(resteered, planned[name].plan, kept))
-        adapted = adapt_plan(checkpoint, plan, runtime, trained=trained)
-        planned[name] = replace(planned[name], plan=adapted)
+        plan = adapt_plan(checkpoint, plan, runtime, trained=trained)
+        planned[name] = replace(planned[name], plan=plan)
     jobs = {}
     for name, one in planned.items():
         _announce(name, one, family, runtime, request.grid)
@@ -153,9 +148,9 @@ def run(request: Request, options: RunOptions, runtime: Runtime) -> None:
             network=name,
             run_id=run_id,
         )
+    same = request.resume is not None and _all_own(checkpoints, jobs)
     # Until the weights are written: a second signal must not cut the saving short.
     with catch_signals() as stop:
-        same = request.resume is not None and _all_own(checkpoints, jobs)
         steering = Steering(folder, options.schedule, kept, continued=same)
         _train_and_save(team_of(jobs, options, folder, steering), stop, checkpoints)
 
@@ -183,6 +178,22 @@ def _plan_each(family: Family, options: RunOptions) -> dict[str, Planned]:
         alike(partial(check_levels, given.validation, objective))
         found[name] = Planned(options=given, model=model, plan=plan, objective=objective)
     return found
+
+
+def _data_of(
+    options: RunOptions, family: Family, planned: Mapping[str, Planned]
+) -> tuple[Dataset, Dataset | None]:
+    """Open what trains and what is held out, and check that the model can take it."""
+    data = open_dataset(options.data)
+    fit_dataset(data, family, live_config(next(iter(planned.values())).model))
+    check_empty_prompt(options, data, family)
+    return split(data, options.validation)
+
+
+def _check_settings(options: RunOptions, runtime: Runtime) -> None:
+    """Check what needs neither a model nor data."""
+    micro_batch_size(options, runtime.world_size)
+    check_trackers(options.train.report_to)
 
 
 def _in_steps(

@@ -11,74 +11,34 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 from dist_layerlr.errors import ConfigError, ModelSourceError
-from dist_layerlr.export.saved import SavedWeights
 from launch.trainer.families.wan22 import Wan22
 from launch.trainer.objectives.experts import ExpertFlow
 from launch.trainer.team import Turns, own, under
+from tests.support.experts import (
+    ABOVE,
+    BOUNDARY,
+    HIGH,
+    LOW,
+    SHIFT,
+    STEPS,
+    TURNS,
+    config_of,
+    make_pipeline,
+    published,
+    rows,
+    succeed,
+    trained,
+)
 from tests.support.forked import in_fork
-from tests.support.jobs import ROOT, Ended, call_of, largest_difference, run_in_ranks
-from tests.support.oracle import noise
-from tests.support.ranks import run_ranks
-from tests.support.steered import asks, start
-
-HIGH, LOW = "transformer", "transformer_2"
-BOUNDARY, SHIFT = 0.875, 12.0
-ABOVE = 1 - NormalDist().cdf(-0.53900)
-"""Of a logit-normal share bent by 12 that 0.875 is exceeded: 0.875 comes from 7/19, whose logit is
-ln(7/12)."""
-STEPS = 6
-TURNS = Turns(shares={HIGH: ABOVE, LOW: 1 - ABOVE})
+from tests.support.jobs import ROOT, call_of, largest_difference, run_in_ranks
 
 
 @pytest.fixture(scope="module")
 def pipeline(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A tiny pipeline of two experts, and a cache of four samples beside it."""
-    from launch.trainer.tiny import build
-
-    folder = tmp_path_factory.mktemp("wan22")
-    build("wan22").save_pretrained(folder / "pipeline")
-    (folder / "cache").mkdir()
-    for number in range(4):
-        prompt = noise(50 + number, 6, 16)
-        sample = {"latents": noise(number, 4, 3, 2, 4), "prompt_embeds": prompt}
-        save_file(sample, folder / "cache" / f"{number}.safetensors")
-    return folder / "pipeline"
-
-
-def config_of(pipeline: Path, **objective: Any) -> dict[str, Any]:
-    return {
-        "model_type": "wan22",
-        "model_path": str(pipeline),
-        "training_method": "fine_tune",
-        "learning_rate": 1e-3,
-        "per_layer_lr": {"enabled": True, "component_lr": {"self_attn": 2e-3}},
-        "data": {"kind": "cached", "folder": str(pipeline.with_name("cache"))},
-        "objective": objective,
-        "schedule": {"type": "linear", "warmup_steps": 2},
-        "train": {"steps": STEPS, "global_batch": 2, "save_every": 3},
-        "samples": {"count": 0},
-    }
-
-
-def trained(folder: Path, name: str) -> dict[str, torch.Tensor]:
-    return load_file(folder / "out/final" / name / "diffusion_pytorch_model.safetensors")
-
-
-def published(pipeline: Path, name: str) -> dict[str, torch.Tensor]:
-    return load_file(pipeline / name / "diffusion_pytorch_model.safetensors")
-
-
-def succeed(ranks: int, *calls: list[str]) -> list[Ended]:
-    ended = run_in_ranks(ranks, list(calls))
-    assert [one.status for one in ended] == [0] * len(calls), [one.complaint for one in ended]
-    return ended
-
-
-def rows(folder: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (folder / "out/metrics.jsonl").read_text().splitlines()]
+    return make_pipeline(tmp_path_factory.mktemp("wan22"))
 
 
 # Which expert, and which shares of noise
@@ -276,37 +236,6 @@ def test_two_ranks_end_in_the_weights_of_one(pipeline: Path, tmp_path: Path, sha
         assert largest_difference(one, published(pipeline, name)) > 1e-4
 
 
-def test_each_expert_has_its_average_and_its_reading_in_its_own_range(
-    pipeline: Path, tmp_path: Path
-) -> None:
-    config = config_of(pipeline)
-    # Half of what is trained, after every step of the expert at hand.
-    config["ema"] = {"decay": 0.5, "warmup": False}
-    config["train"] |= {"save_every": 1, "early_stop": {"patience": 99}}
-    config["validation"] = {"count": 1, "every": 3, "levels": [0.5]}
-    succeed(1, call_of(config, tmp_path / "one"))
-    succeed(2, call_of(config, tmp_path / "two", "--sharding", "fsdp2"))
-    one, two = (
-        [row for row in rows(tmp_path / ranks) if "val_loss" in row] for ranks in ("one", "two")
-    )
-    assert [(row["step"], row["network"]) for row in one] == [
-        (2, HIGH),
-        (2, LOW),
-        (5, HIGH),
-        (5, LOW),
-    ]
-    for mine, right in zip(two, one, strict=True):
-        assert mine["val_loss/0.5"] == pytest.approx(right["val_loss/0.5"], rel=1e-4)
-    for name in (HIGH, LOW):
-        found = published(pipeline, name)
-        for step in range(1, STEPS + 1):
-            if TURNS.at(step - 1) == name:
-                saved = SavedWeights(tmp_path / f"one/out/{name}/checkpoints/step_{step:08d}")
-                found = {key: (found[key] + saved.fetch(key)) / 2 for key in found}
-        for ranks in ("one", "two"):
-            assert largest_difference(trained(tmp_path / ranks, name), found) <= 1e-5
-
-
 def test_a_run_goes_on_from_the_newest_step_that_both_have(pipeline: Path, tmp_path: Path) -> None:
     whole = call_of(config_of(pipeline), tmp_path / "whole")
     begun = call_of({**config_of(pipeline)}, tmp_path / "cut", "--max-steps", "3")
@@ -326,25 +255,6 @@ def test_a_run_goes_on_from_the_newest_step_that_both_have(pipeline: Path, tmp_p
     assert "nothing to train" in ended[0].said
     ended = run_in_ranks(1, [call_of(config_of(pipeline), tmp_path / "cut")])
     assert ended[0].status == 2 and "checkpoints of an earlier run" in ended[0].complaint
-
-
-def test_a_change_on_the_way_is_in_force_for_both_experts_and_after_a_resume(
-    pipeline: Path, tmp_path: Path
-) -> None:
-    changes = {2: asks(scale=[{"component": "self_attn", "by": 0.25}]), 4: asks(min_ratio=0.5)}
-    told = []
-    for folder, *flags in (("whole",), ("cut", "--max-steps", "3"), ("cut",)):
-        call = call_of(config_of(pipeline), tmp_path / folder, "--resume", "latest", *flags)
-        ((status, said, complaint),) = run_ranks(start, 1, call, changes, None)
-        assert status == 0, complaint
-        told.append((said.count("self_attn: lr 0.00"), said.count("schedule.min_ratio: 0.5")))
-    # Of each expert; the last start begins with it.
-    assert told == [(2, 1), (2, 0), (0, 1)]
-    for name in (HIGH, LOW):
-        gap = largest_difference(trained(tmp_path / "whole", name), trained(tmp_path / "cut", name))
-        assert gap == 0
-        plan = json.loads((tmp_path / "cut/out" / name / "plan.json").read_text())
-        assert len(plan["steered"]) == 1
 
 
 @pytest.mark.parametrize(
