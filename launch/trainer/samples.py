@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from dist_layerlr.files import whole_file
+
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
@@ -75,7 +77,9 @@ def draw_samples(
             title + which if frames > 2 else title, fontsize=10, color=_PALE, pad=8
         )
     Path(path).parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path)
+    # A run that is killed while it draws keeps the picture that was there.
+    with whole_file(Path(path)) as temporary:
+        figure.savefig(temporary, format="png")
 
 
 def _short(label: str) -> str:
