@@ -9,8 +9,11 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from dist_layerlr.files import whole_file
+
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 _FRAME_INCHES, _GAP, _INK, _PALE = 0.82, 0.06, "#222222", "#777777"
 _MOST_FRAMES, _MOST_LETTERS = 8, 30
@@ -74,8 +77,14 @@ def draw_samples(
         axes[0][column].set_title(
             title + which if frames > 2 else title, fontsize=10, color=_PALE, pad=8
         )
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path)
+    _write(Path(path), figure)
+
+
+def _write(path: Path, figure: Figure) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    # A run that is killed while it draws keeps the picture that was there.
+    with whole_file(path) as temporary:
+        figure.savefig(temporary, format="png")
 
 
 def _short(label: str) -> str:

@@ -16,6 +16,7 @@ from typing import Any
 
 import pytest
 import torch
+from matplotlib.figure import Figure
 
 from dist_layerlr.errors import ConfigError
 from launch import train
@@ -23,6 +24,7 @@ from launch.trainer import lock
 from launch.trainer.metrics import MetricsFile
 from launch.trainer.outputs import _check_finite, open_output_dir
 from launch.trainer.runtime import Diverged
+from launch.trainer.samples import draw_samples
 from tests.support.ranks import run_ranks
 
 
@@ -206,3 +208,21 @@ def test_a_swap_that_was_cut_short_is_undone_or_finished_by_the_next_run(
     result = (tmp_path / "final" / "adapter_model.safetensors").read_text()
     assert result == ("new" if named else "earlier")
     assert (tmp_path / "final" / "README.md").read_text() == "mine"
+
+
+def test_a_run_that_ends_while_it_draws_keeps_the_picture_that_was_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, clips = tmp_path / "samples" / "samples.png", torch.zeros(1, 1, 1, 8, 8)
+    draw_samples(path, clips, None, ["one"])
+    before = path.read_bytes()
+    assert before.startswith(b"\x89PNG")
+
+    def cut(figure: Figure, target: Any, **settings: Any) -> None:
+        Path(target).write_bytes(before[:100])
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Figure, "savefig", cut)
+    with pytest.raises(KeyboardInterrupt):
+        draw_samples(path, clips, None, ["one"])
+    assert path.read_bytes() == before

@@ -30,17 +30,22 @@ def with_workers(config: dict[str, Any], workers: int, **train: Any) -> dict[str
 
 def test_what_comes_next_is_made_meanwhile_and_no_more_than_that() -> None:
     made: list[int] = []
-    many = threading.Event()
+    many, second, release = threading.Event(), threading.Event(), threading.Event()
 
     def make(key: int) -> int:
+        if key == 0 and not release.is_set():
+            release.wait(60)
         made.append(key)
+        if key == 1:
+            second.set()
         if len(made) == 1 + AHEAD * 2:
             many.set()
-        # The first of a pair is ready after the second: the order is still that of the keys.
-        time.sleep(0.02 if key % 2 == 0 else 0.0)
         return key * key
 
     ahead = Prefetch(make, iter(range(20)), 2, CPU)
+    # The second is ready before the first: the order is still that of the keys.
+    assert second.wait(60)
+    threading.Timer(0.1, release.set).start()
     assert ahead.get(0) == 0
     # Nobody asks, and yet the next four are made; a fifth would need memory for nothing.
     assert many.wait(60)
