@@ -9,6 +9,7 @@ from dist_layerlr.plan.config import PLAN_BLOCK as PLAN_BLOCK
 from dist_layerlr.plan.config import Config as Config
 from dist_layerlr.plan.config import load_config as load_config
 from dist_layerlr.plan.depth import register_depth as register_depth
+from dist_layerlr.plan.diff import PLAN_FILE as PLAN_FILE
 from dist_layerlr.plan.diff import plan_diff as plan_diff
 from dist_layerlr.plan.entries import ParamInfo as ParamInfo
 from dist_layerlr.plan.entries import Plan as Plan

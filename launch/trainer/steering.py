@@ -13,8 +13,7 @@ from dist_layerlr.errors import ConfigError, LayerLRError, PlanMismatch
 from dist_layerlr.fields import setting
 from dist_layerlr.files import write_text
 from dist_layerlr.optim import Schedule
-from dist_layerlr.plan import Changes, Plan, plan_diff, read_changes, steered
-from dist_layerlr.plan.diff import PLAN_FILE
+from dist_layerlr.plan import PLAN_FILE, Changes, Plan, plan_diff, read_changes, steered
 from dist_layerlr.ranks import alike, any_rank, rank_zero
 from launch.trainer.inbox import READ, STEER, Found, Inbox
 from launch.trainer.runtime import Runtime
