@@ -25,6 +25,18 @@ CPU = Machine(gb_s=0.125, copy_us=500, tflops=SMALL.flops / 1e12)
 """Blocks of 4.2 MB take 34 ms; 192 tokens compute as long."""
 
 
+class _Wait(float):
+    """When compute began to wait, and until when it did."""
+
+    def __new__(cls, begin: float, end: float) -> _Wait:
+        """The number is the begin."""
+        made = super().__new__(cls, begin)
+        made.end = end
+        return made
+
+    end: float
+
+
 class SimulatedLink(Immediate):
     """The CPU, with copies that a worker thread makes in order at the speed of a machine."""
 
@@ -49,21 +61,22 @@ class SimulatedLink(Immediate):
         self._worker.submit(self._copy, target, source, then, self._free_at).add_done_callback(
             lambda _: ready.set()
         )
+        self.last_upload = begin, self._free_at
         if not self._overlap:
             ready.wait()
         return ready
 
-    def wait(self, ready: threading.Event) -> float | None:
-        """Make compute wait. Returns the time, or None if the copy was done."""
+    def wait(self, ready: threading.Event) -> _Wait | None:
+        """Make compute wait. Returns since when, or None if the copy was done."""
         if ready.is_set():
             return None
         reached = time.perf_counter()
         ready.wait()
-        return time.perf_counter() - reached
+        return _Wait(reached, time.perf_counter())
 
-    def waited(self, reached: float, ready: threading.Event) -> float:
+    def waited(self, reached: _Wait, ready: threading.Event) -> float:
         """What ``wait`` measured."""
-        return reached
+        return reached.end - reached
 
     def finish(self, event: threading.Event) -> None:
         """Make the host wait."""

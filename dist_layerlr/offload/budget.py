@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dist_layerlr.errors import OffloadError
 from dist_layerlr.offload.device import Backend
-from dist_layerlr.offload.gradients import STAGING
+from dist_layerlr.offload.grad_memory import STAGING, group_capacity
 from dist_layerlr.offload.masters import payload_bytes, slot_bytes
 from dist_layerlr.offload.policy import AUTO, StreamPolicy
 from dist_layerlr.offload.stats import UnitInfo
@@ -51,12 +51,9 @@ def _kept_bytes(spec: UnitSpec) -> int:
 
 
 def grad_staging_bytes(specs: list[UnitSpec]) -> int:
-    """Bytes of the pinned buffers that gradients pass through."""
-    largest = 0
-    for spec in specs:
-        for weight in spec.trainable:
-            largest = max(largest, weight.param.nbytes)
-    return STAGING * largest
+    """Bytes of the pinned buffers that gradients pass through where pinned memory is limited."""
+    sizes = [[weight.param.nbytes for weight in spec.trainable] for spec in specs]
+    return STAGING * group_capacity(sizes)
 
 
 def master_pool_bytes(policy: StreamPolicy, specs: list[UnitSpec]) -> int | None:

@@ -6,7 +6,6 @@ to slots of device memory, and knows when a copy is outdated or its slot still i
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Sequence
 from typing import NoReturn
 
@@ -15,8 +14,9 @@ from torch import Tensor
 
 from dist_layerlr.errors import OffloadError
 from dist_layerlr.offload.device import Backend, Event
-from dist_layerlr.offload.internals import storage_key, storage_uses
+from dist_layerlr.offload.internals import storage_key, storage_uses, uses_of
 from dist_layerlr.offload.masters import Unit
+from dist_layerlr.offload.meter import WAIT
 from dist_layerlr.offload.ring import Load, Ring, RingFull, State
 from dist_layerlr.offload.transfer import Fetcher, Slot
 
@@ -33,12 +33,11 @@ class DeviceCopies:
         backend: Backend,
     ):
         self.ring, self.fetcher = ring, fetcher
-        self._stalls, self._stall_s = 0, 0.0
-        self._waits: deque[tuple[Event, Event]] = deque()
-        """(where compute was, what it waited for) of waits whose length is not known yet."""
         self._units, self._slots, self._backend = units, slots, backend
-        self._slot_index = {storage_key(slot.memory): i for i, slot in enumerate(slots)}
-        # Counted before any parameter points at a slot: more uses than these are somebody else's.
+        self._keys = [storage_key(slot.memory) for slot in slots]
+        self._slot_index = {key: i for i, key in enumerate(self._keys)}
+        # Counted before any parameter points at a slot: more uses than these, and than the views
+        # that the slot keeps, are somebody else's.
         self._own_uses = [storage_uses(slot.memory) for slot in slots]
         self._ready: dict[int, Event] = {}
         """{unit: event of its copy}, from the fetch until it is known to be over."""
@@ -51,6 +50,11 @@ class DeviceCopies:
         though their copies are worth nothing."""
 
     @property
+    def across_devices(self) -> bool:
+        """Whether a weight that is fetched changes its device."""
+        return self._backend.device.type != "cpu"
+
+    @property
     def closed(self) -> bool:
         """Whether the slots were given up."""
         return not self._slots
@@ -58,6 +62,18 @@ class DeviceCopies:
     def slot_of(self, unit: int) -> Slot:
         """The slot of a unit that holds one."""
         return self._slots[self.ring.slot(unit)]
+
+    def views(self, unit: int) -> list[Tensor]:
+        """The views of its slot that the parameters of a unit point at while it is there."""
+        index = self.ring.slot(unit)
+        slot = self._slots[index]
+        made = slot.views.get(unit)
+        if made is None:
+            # Made once: a unit comes to the same few slots again and again.
+            made = [m.view_in(slot.typed[m.dtype]) for m in self._units[unit].masters]
+            slot.views[unit] = made
+            self._own_uses[index] += len(made)
+        return made
 
     def unit_behind(self, tensor: Tensor) -> int | None:
         """The unit whose slot a tensor lies in; None: it lies elsewhere.
@@ -127,44 +143,30 @@ class DeviceCopies:
         if first:
             self.ring.arrived(unit)
             if reached is not None:
-                self._waits.append((reached, ready))
-        # Every wait that is over is measured now, so that the list stays short.
-        self._measure()
-
-    def _measure(self) -> None:
-        while self._waits:
-            seconds = self._backend.waited(*self._waits[0])
-            if seconds is None:
-                return
-            self._waits.popleft()
-            self._stalls += seconds > 0
-            self._stall_s += seconds
-
-    def stalls(self) -> tuple[int, float]:
-        """Copies that compute waited for, and how many seconds, as far as they are known."""
-        self._measure()
-        return self._stalls, self._stall_s
+                self.fetcher.meter.add(WAIT, self._units[unit].name, (reached, ready))
 
     def _start(self, load: Load) -> None:
         # An event is left here if the unit lost its slot unused. Should this fetch fail, that event
         # must not be taken for its own.
         self._ready.pop(load.unit, None)
         # The stamp comes before the copy: a write during it must make the copy outdated.
-        self._stamps[load.unit] = self._units[load.unit].stamp()
-        self._ready[load.unit] = self.fetcher.fetch(self._units[load.unit], self._slots[load.slot])
+        unit = self._units[load.unit]
+        self._stamps[load.unit] = unit.stamp(unit.versions())
+        self._ready[load.unit] = self.fetcher.fetch(unit, self._slots[load.slot])
 
     def release(self, unit: int) -> None:
         """Note that compute is done with a unit for now. Its copy stays until the slot is taken."""
         # Point 2 of [Note: stream order]: whoever still refers to the slot may use it after this
         # point, so the event is then recorded when the slot is taken.
-        slot, in_use = self.slot_of(unit), unit in self.in_use_elsewhere()
-        slot.free = None if in_use else self._backend.mark(slot.free)
+        index = self.ring.slot(unit)
+        slot = self._slots[index]
+        slot.free = None if self._is_shared(index) else self._backend.mark(slot.free)
 
-    def drop_outdated(self, unit: int) -> None:
-        """Give up a unit's copy if its masters were written to since."""
+    def drop_outdated(self, unit: int, versions: tuple[int, ...]) -> None:
+        """Give up a unit's copy if its masters, whose versions are these, were written to since."""
         if self.ring.state(unit) is State.HOST:
             return
-        if self._stamps[unit] != self._units[unit].stamp():
+        if self._stamps[unit] != self._units[unit].stamp(versions):
             self._drop([unit])
 
     def rest(self) -> None:
@@ -204,7 +206,7 @@ class DeviceCopies:
                 self.ring.take_back(slot)
 
     def _is_shared(self, slot: int) -> bool:
-        return storage_uses(self._slots[slot].memory) > self._own_uses[slot]
+        return uses_of(self._keys[slot]) > self._own_uses[slot]
 
     def in_use_elsewhere(self) -> set[int]:
         """Units whose slot somebody else refers to.

@@ -15,8 +15,9 @@ where a staging buffer is used again, and at point 6.
    slot. A slot that somebody still refers to at that moment gets no such event; it is recorded when
    the slot is taken. Each event lies behind the one before, which may be another stream's.
 3. Copies into one slot need no event between them: the copy stream keeps their order.
-4. Gradients: the gradient stream waits for the compute stream before each copy; the gradient is
-   kept alive until the host has seen its event, so that the allocator cannot hand out its memory.
+4. Gradients: the gradient stream waits for the compute stream before the copies of each group; the
+   gradients are kept alive until the host has seen the event behind them, so that the allocator
+   cannot hand out their memory.
 5. The ring is allocated once, on the compute stream, and never freed while streaming: nothing to
    record with the allocator, and a bound on how far the host can run ahead.
 6. *masters*: the caller may write to them when he has them back. So the host waits for the last
@@ -26,7 +27,8 @@ where a staging buffer is used again, and at point 6.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -40,10 +42,18 @@ Event = Any
 """A point in a queue."""
 
 
+Span = tuple[Event, Event]
+"""Two timed points of one queue: where some work begins, and where it ends."""
+
+
 class Backend(Protocol):
     """A device and its queues."""
 
     device: torch.device
+    last_upload: Span | None
+    """The copy that ``upload`` was asked for last."""
+    last_download: Span | None
+    """The copies that ``download`` was asked for last."""
 
     def allocate(self, nbytes: int) -> Tensor:
         """Device memory, bytes, that compute may use at once."""
@@ -73,8 +83,16 @@ class Backend(Protocol):
         """Where compute is now, and behind another point of it."""
         ...
 
-    def download(self, target: Tensor, source: Tensor) -> Event:
-        """Copy to the host behind all compute so far."""
+    def now(self) -> Event:
+        """A timed point of compute."""
+        ...
+
+    def seconds(self, begin: Event, end: Event) -> float | None:
+        """From one timed point to another; None: not known yet."""
+        ...
+
+    def download(self, targets: Sequence[Tensor], sources: Sequence[Tensor]) -> Event:
+        """Copy several tensors to the host, behind all compute so far."""
         ...
 
     def finish(self, event: Event) -> None:
@@ -111,6 +129,8 @@ class Immediate:
 
     def __init__(self, device: torch.device):
         self.device = device
+        self.last_upload: Span | None = None
+        self.last_download: Span | None = None
 
     def allocate(self, nbytes: int) -> Tensor:
         """Device memory."""
@@ -120,9 +140,11 @@ class Immediate:
         self, target: Tensor, source: Tensor, after: Event, then: Callable[[], None] | None
     ) -> Event:
         """Copy now."""
+        begin = self.now()
         target.copy_(source)
         if then is not None:
             then()
+        self.last_upload = begin, self.now()
 
     def wait(self, ready: Event) -> Event:
         """Nothing to wait for."""
@@ -135,9 +157,20 @@ class Immediate:
         """One queue, so any point will do."""
         return True
 
-    def download(self, target: Tensor, source: Tensor) -> Event:
+    def now(self) -> Event:
+        """By the clock of the host."""
+        return time.perf_counter()
+
+    def seconds(self, begin: Event, end: Event) -> float | None:
+        """By the clock of the host."""
+        return float(end - begin)
+
+    def download(self, targets: Sequence[Tensor], sources: Sequence[Tensor]) -> Event:
         """Copy now."""
-        target.copy_(source)
+        begin = self.now()
+        for target, source in zip(targets, sources, strict=True):
+            target.copy_(source)
+        self.last_download = begin, self.now()
 
     def finish(self, event: Event) -> None:
         """Nothing to wait for."""
@@ -170,6 +203,8 @@ class Accelerator:
         self.device = device
         self._queues, self._pins = queues, pins
         self._copies, self._gradients = queues.new(), queues.new()
+        self.last_upload: Span | None = None
+        self.last_download: Span | None = None
 
     def allocate(self, nbytes: int) -> Tensor:
         """Device memory of the compute stream: point 5 of [Note: stream order]."""
@@ -180,11 +215,15 @@ class Accelerator:
     ) -> Event:
         """Points 1 to 3 of [Note: stream order]."""
         self._copies.wait_event(after)
+        # Behind the wait, so that the time until the slot is free is none of the copy's.
+        begin = self._queues.record(self._copies)
         with self._queues.use(self._copies):
             target.copy_(source, non_blocking=True)
             if then is not None:
                 then()
-        return self._queues.record(self._copies)
+        ready = self._queues.record(self._copies)
+        self.last_upload = begin, ready
+        return ready
 
     def wait(self, ready: Event) -> Event:
         """Point 1 of [Note: stream order]."""
@@ -196,9 +235,18 @@ class Accelerator:
 
     def waited(self, reached: Event, ready: Event) -> float | None:
         """By the clock of the device."""
-        if not (reached.query() and ready.query()):
+        seconds = self.seconds(reached, ready)
+        return None if seconds is None else max(0.0, seconds)
+
+    def now(self) -> Event:
+        """By the clock of the device."""
+        return self._queues.record(self._queues.current())
+
+    def seconds(self, begin: Event, end: Event) -> float | None:
+        """By the clock of the device."""
+        if not (begin.query() and end.query()):
             return None
-        return max(0.0, float(reached.elapsed_time(ready))) / 1e3
+        return float(begin.elapsed_time(end)) / 1e3
 
     def mark(self, behind: Event = None) -> Event:
         """Point 2 of [Note: stream order]."""
@@ -207,12 +255,16 @@ class Accelerator:
             current.wait_event(behind)
         return self._queues.record(current)
 
-    def download(self, target: Tensor, source: Tensor) -> Event:
+    def download(self, targets: Sequence[Tensor], sources: Sequence[Tensor]) -> Event:
         """Point 4 of [Note: stream order]."""
         self._gradients.wait_event(self.mark())
+        begin = self._queues.record(self._gradients)
         with self._queues.use(self._gradients):
-            target.copy_(source, non_blocking=True)
-        return self._queues.record(self._gradients)
+            for target, source in zip(targets, sources, strict=True):
+                target.copy_(source, non_blocking=True)
+        done = self._queues.record(self._gradients)
+        self.last_download = begin, done
+        return done
 
     def finish(self, event: Event) -> None:
         """Block the host."""

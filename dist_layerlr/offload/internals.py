@@ -6,11 +6,14 @@ calls each of them, and fails by that function's name when a new version of torc
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Callable, Iterable
+from operator import attrgetter
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 # Autograd
 
@@ -101,19 +104,36 @@ def storage_uses(tensor: Tensor) -> int:
 
     Read in torch 2.6 to 2.13.
     """
-    count: int = torch._C._storage_Use_Count(tensor.untyped_storage()._cdata)
+    return uses_of(storage_key(tensor))
+
+
+def uses_of(key: int) -> int:
+    """``storage_uses`` of the memory that has this key; some tensor must keep it alive.
+
+    Read in torch 2.6 to 2.13.
+    """
+    count: int = torch._C._storage_Use_Count(key)
     return count
 
 
-def write_count(tensor: Tensor) -> int:
-    """Number of in-place writes to a tensor so far, through it or a view of it.
+write_count: Callable[[Tensor], int] = attrgetter("_version")
+"""Number of in-place writes to a tensor so far, through it or a view of it.
 
-    Autograd's version counter: writes through ``.data`` are not counted. Read in torch 2.13.
-    """
-    return tensor._version
+Autograd's version counter: writes through ``.data`` are not counted. Read in torch 2.13.
+"""
 
 
 # Modules
+
+
+def hook_entry(handle: RemovableHandle) -> tuple[OrderedDict[int, Any], int, Any]:
+    """Where a module keeps a hook that was just registered: (its hooks, the key, the hook).
+
+    Read in torch 2.13.
+    """
+    hooks = handle.hooks_dict_ref()
+    assert hooks is not None
+    return hooks, handle.id, hooks[handle.id]
 
 
 def registered_parameter(module: nn.Module, leaf: str) -> nn.Parameter | None:

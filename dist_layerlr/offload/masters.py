@@ -8,22 +8,31 @@ byte, what the slot holds. Masters that are mapped from safetensors files stand 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from operator import attrgetter, is_
+from typing import TYPE_CHECKING, Any
 
 import torch
+from numpy import add
 from torch import Tensor, nn
 
 from dist_layerlr.offload.codec import decode, encode, encoded_rows
-from dist_layerlr.offload.internals import write_count
+from dist_layerlr.offload.internals import registered_parameter, write_count
 from dist_layerlr.offload.pinning import host_buffer
 from dist_layerlr.offload.units import Streamed, UnitSpec
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
 
 ALIGNMENT = 256
 """Bytes; what copies and kernels like best."""
 _SAMPLES = 64
-"""Words of each master that tell whether it was written to."""
-_WORDS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+"""Least words of each master that tell, between passes, whether it was written to."""
+_FEW, _MOST = 16, 4096
+"""During a pass: least words of each master, and most of a unit."""
+_WORDS = {1: "u1", 2: "i2", 4: "i4", 8: "i8"}
+_address, _kind = Tensor.data_ptr, attrgetter("dtype", "requires_grad")
 Files = Mapping[str, Tensor]
 """{parameter name: tensor mapped from its file}."""
 
@@ -47,8 +56,8 @@ class Master:
     shape and dtype, but NaN for values."""
     stored: Tensor
     """The master's bytes, as the payload holds them."""
-    address: int
-    """Of ``stored`` when it was made."""
+    home: int
+    """Address of ``host`` when it was made."""
     codes: torch.dtype | None = None
     """8-bit dtype of an encoded master, whose scales (float32, one per row) follow the codes."""
     mapped: bool = False
@@ -111,13 +120,59 @@ class Unit:
         """Dtypes of trainable weights."""
         self.steps = 0
         """Optimizer steps on these weights. A fused step changes no version counter."""
+        self.edition = 0
+        """Number of times that ``arrive`` found the weights written to since the time before."""
+        self._arrived_at: tuple[int, ...] | None = None
+        # What every visit reads of each parameter, in lists that it walks without Python's help.
+        self._params = [m.weight.param for m in masters]
+        self._homes = [m.host for m in masters]
+        self._owners = [m.weight.owner for m in masters]
+        self._leaves = [m.weight.leaf for m in masters]
+        self._addresses = [m.home for m in masters]
+        self._kinds = [(m.dtype, m.trainable) for m in masters]
         # Views of the masters, taken once. Nobody can write to an encoded master.
-        self._samples = [_sampled_words(m) for m in masters if m.codes is None]
+        self._words = _words_of_all(masters, arena)
         self._rows = [_words_of_each_row(m) for m in masters if m.codes is None]
+
+    @property
+    def at_rest(self) -> bool:
+        """Whether every parameter is what it was, points at its master, and is not frozen since."""
+        # share_memory() moves the memory under a tensor that stays the same object, so addresses
+        # are compared.
+        return (
+            list(map(_address, self._params)) == self._addresses
+            and list(map(_kind, self._params)) == self._kinds
+            and all(map(is_, map(registered_parameter, self._owners, self._leaves), self._params))
+        )
+
+    def point_at(self, views: Iterable[Tensor]) -> None:
+        """Point the parameters at these views of a slot."""
+        # .data keeps the Parameter object, and with it the optimizer's groups and state.
+        for param, view in zip(self._params, views, strict=True):
+            param.data = view
+
+    def point_at_host(self) -> None:
+        """Point the parameters at their masters."""
+        self.point_at(self._homes)
+
+    def arrive(self, versions: tuple[int, ...]) -> None:
+        """The parameters are about to point at the device: note which edition of the weights it is.
+
+        Args:
+            versions: as they are now.
+        """
+        if versions != self._arrived_at:
+            self.edition += 1
+            self._arrived_at = versions
+
+    @property
+    def written_since_arrival(self) -> bool:
+        """Whether somebody wrote through a parameter while it pointed at the device."""
+        return self.versions() != self._arrived_at
 
     def rest_stamp(self) -> tuple[int, ...]:
         """As ``stamp``, for longer times: it also changes with a write to a single row."""
-        return (*self.stamp(), sum(int(words.sum()) for words in self._rows))
+        return (*self.stamp(self.versions()), sum(map(int, map(add.reduce, self._rows))))
 
     def trained_at(self) -> dict[int, nn.Parameter]:
         """{first byte in the slot: parameter} of those that train."""
@@ -135,15 +190,37 @@ class Unit:
 
     def versions(self) -> tuple[int, ...]:
         """Numbers that change with every write through a parameter, and every optimizer step."""
-        return (self.steps, *(write_count(m.weight.param) for m in self.masters))
+        return (self.steps, *map(write_count, self._params))
 
-    def stamp(self) -> tuple[int, ...]:
+    def stamp(self, versions: tuple[int, ...]) -> tuple[int, ...]:
         """Numbers that tell whether a copy on the device is still what the masters hold.
 
         They change with every write through a parameter, and with one through ``.data`` that
         touches a sampled word.
+
+        Args:
+            versions: as they are now.
         """
-        return (*self.versions(), sum(int(words.sum()) for words in self._samples))
+        # As integers: the sum of floats could lose a small change, or be NaN. By numpy, whose call
+        # takes a quarter of torch's: this runs twice whenever a unit is fetched.
+        words = 0 if self._words is None else int(add.reduce(self._words))
+        return (*versions, words)
+
+
+def _words_of_all(masters: list[Master], arena: Tensor | None) -> NDArray[Any] | None:
+    """Words of an arena, evenly spaced, so that one call reads a few of every master.
+
+    None where that shows nothing: masters that stand alone lie in a file, which a look would read
+    from the disk, or train, so that no copy outlives a pass; encoded ones nobody can write to.
+    """
+    if arena is None or all(m.codes is not None for m in masters):
+        return None
+    # Arenas are not padded, so the length of the last master decides how wide a word may be.
+    size = math.gcd(arena.numel(), 8)
+    words: NDArray[Any] = arena.numpy().view(f"i{size}")
+    apart = min(m.stored.numel() for m in masters) // size // _FEW
+    # A small master among large ones would ask for more words than are read in no time.
+    return words[:: max(1, apart, words.size // _MOST)]
 
 
 def aligned(nbytes: int) -> int:
@@ -195,7 +272,7 @@ def build(
             host = files[weight.name]
             stored, codes = host.view(-1).view(torch.uint8), None
         else:
-            stored = _memory(arena, start, size)
+            stored = part_of(arena, start, size)
             host, codes = _store(stored, weight.param.detach(), host_dtype if frozen else None)
         masters.append(
             Master(
@@ -208,7 +285,7 @@ def build(
                 payload_offset=start,
                 host=host,
                 stored=stored,
-                address=stored.data_ptr(),
+                home=host.data_ptr(),
                 codes=codes,
                 mapped=files is not None and frozen,
             )
@@ -216,8 +293,8 @@ def build(
     return Unit(spec, masters, arena)
 
 
-def _memory(arena: Tensor | None, start: int, nbytes: int) -> Tensor:
-    """Bytes for one master: a run of the arena, or memory of its own."""
+def part_of(arena: Tensor | None, start: int, nbytes: int) -> Tensor:
+    """Bytes for one tensor: a run of the arena, or memory of its own."""
     if arena is None:
         return torch.empty(nbytes, dtype=torch.uint8, device="cpu")
     # Through numpy the run gets a storage of its own. With a slice of the arena, torch.save of one
@@ -266,22 +343,16 @@ def _offsets(sizes: list[int]) -> list[int]:
     return offsets
 
 
-def _sampled_words(master: Master) -> Tensor:
-    # Whole words as integers: the sum of floats could lose a small change, or be NaN.
-    words = master.stored.view(_WORDS.get(master.dtype.itemsize, torch.uint8))
-    return sample(words, _SAMPLES)
-
-
-def _words_of_each_row(master: Master) -> Tensor:
+def _words_of_each_row(master: Master) -> NDArray[Any]:
     """At least one word of every row and of every column."""
-    words = master.stored.view(_WORDS.get(master.dtype.itemsize, torch.uint8))
+    words: NDArray[Any] = master.stored.numpy().view(_WORDS.get(master.dtype.itemsize, "u1"))
     columns = 1
     for size, step in zip(master.shape, master.stride, strict=True):
         if size > 1:
             columns = max(columns, step)
-    apart = words.numel() // _SAMPLES
+    apart = words.size // _SAMPLES
     if columns > 1:
-        apart = min(apart, columns - 1, words.numel() // columns)
+        apart = min(apart, columns - 1, words.size // columns)
     # Steps shorter than a row meet each row; steps without a divisor in common with the row's
     # length meet each place in it before they meet one again, and there are enough of them.
     while math.gcd(apart, columns) > 1:

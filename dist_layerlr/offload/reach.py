@@ -24,7 +24,17 @@ _Gradient = tuple[int, int]
 class Reach:
     """Watches which accumulating nodes a backward pass runs."""
 
-    def __init__(self, units: Sequence[Unit]):
+    def __init__(self, units: Sequence[Unit], across_devices: bool):
+        """Watch nothing yet.
+
+        Args:
+            units: of the model.
+            across_devices: whether their weights change device, and with it their nodes.
+        """
+        self._across = across_devices
+        self.asks = False
+        """Whether ``leaf`` is to be called for the next weight. One of each visit is enough: the
+        others' nodes run in a pass, or do not, as this one's does."""
         self._weights = [unit.trained_at() for unit in units]
         """Per unit {first byte in the slot: the parameter there, if it trains}."""
         # Weak: the engine must not keep a model alive that its user dropped.
@@ -38,23 +48,28 @@ class Reach:
         """The model that the units belong to."""
         self._model = weakref.ref(model)
 
+    def visit(self, unit: int) -> None:
+        """A unit was pointed at the device."""
+        # In recomputation a parameter came back from the host: it has another node there, which
+        # lies in no graph that backward runs through.
+        self.asks = self._across and bool(self._weights[unit]) and graph_task() == -1
+
     def begin(self) -> None:
         """A backward pass begins."""
         self._reached, self._before = False, None
 
     def leaf(self, unit: int, tensor: Tensor) -> Any:
         """The accumulating node of a tensor in a unit's slot that autograd saves, if it has one."""
-        # In recomputation the parameter came back from the host: it has another node there, which
-        # lies in no graph that backward runs through.
-        if graph_task() != -1:
-            return None
         start = int(tensor.storage_offset()) * tensor.dtype.itemsize
         param = self._weights[unit].get(start)
-        return None if param is None or not param.requires_grad else gradient_node(param)
+        if param is None or not param.requires_grad:
+            return None
+        self.asks = False
+        return gradient_node(param)
 
     def read(self, leaf: Any) -> None:
         """Backward asks for a tensor that was saved with this node."""
-        if leaf is None or self._reached:
+        if self._reached:
             return
         if runs_in_this_pass(leaf):
             self._reached = True

@@ -44,6 +44,8 @@ class Ring:
     def __init__(self, *, units: int, slots: int, window: int):
         self._slot: dict[int, int] = {}
         """{unit: slot} of the units that hold one."""
+        self._holder: list[int | None] = [None] * slots
+        """The unit in each slot."""
         self._state = [State.HOST] * units
         self._empty = list(range(slots))
         self._window = window
@@ -72,10 +74,7 @@ class Ring:
 
     def unit_in(self, slot: int) -> int | None:
         """The unit that holds a slot; None: nobody does."""
-        for unit, held in self._slot.items():
-            if held == slot:
-                return unit
-        return None
+        return self._holder[slot]
 
     @property
     def order(self) -> tuple[int, ...]:
@@ -122,7 +121,9 @@ class Ring:
         """Give up the unit's slot: LOADING or READY -> HOST."""
         assert self._state[unit] is not State.HOST, f"unit {unit} holds no slot"
         self._state[unit] = State.HOST
-        self._empty.append(self._slot.pop(unit))
+        slot = self._slot.pop(unit)
+        self._holder[slot] = None
+        self._empty.append(slot)
 
     def set_aside(self, unit: int) -> int:
         """Give up the unit's slot, which no other unit may take until ``take_back``.
@@ -146,6 +147,7 @@ class Ring:
     def _load(self, unit: int, slot: int) -> Load:
         self._state[unit] = State.LOADING
         self._slot[unit] = slot
+        self._holder[slot] = unit
         self._empty.remove(slot)
         self.peak = max(self.peak, len(self._slot))
         return Load(unit, slot)

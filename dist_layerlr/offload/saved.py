@@ -36,7 +36,7 @@ class SavedView(NamedTuple):
     offset: int
     conjugate: bool
     negative: bool
-    versions: tuple[int, ...]
+    edition: int
     """Of the unit's weights when it was saved."""
     leaf: Any
     """The node that is to accumulate the gradient, where the tensor is a weight that trains."""
@@ -47,6 +47,8 @@ class SavedView(NamedTuple):
         if memory is None:  # the model took a view of a weight in another dtype
             memory = slot.memory.view(self.dtype)
         view = memory.as_strided(self.shape, self.stride, self.offset)
+        if not (self.conjugate or self.negative):
+            return view
         # A view of the slot has neither of these two bits, which say that the values are to be
         # conjugated or negated when they are read.
         view = view.conj() if self.conjugate else view
@@ -73,18 +75,18 @@ class SavedTensors:
             need: brings a unit to the device and points its parameters there.
         """
         self._units, self._copies, self._need = units, copies, need
-        self._running: list[torch.autograd.graph.saved_tensors_hooks | None] = []
-        """One entry per unit whose forward is running; None where nothing is saved."""
-        self.reach = Reach(units)
+        self._running: list[tuple[int, torch.autograd.graph.saved_tensors_hooks | None]] = []
+        """(unit, hooks) of each unit whose forward is running; None where nothing is saved."""
+        self.reach = Reach(units, copies.across_devices)
 
     @property
-    def in_unit(self) -> bool:
-        """Whether a unit's forward is running."""
-        return bool(self._running)
+    def running(self) -> int | None:
+        """The unit whose forward began last and is running."""
+        return self._running[-1][0] if self._running else None
 
-    def enter(self) -> None:
+    def enter(self, unit: int) -> None:
         """A unit's forward begins. Nothing is recorded yet."""
-        self._running.append(None)
+        self._running.append((unit, None))
 
     def record(self) -> None:
         """Replace what autograd saves from now on, until the unit that entered last leaves.
@@ -100,43 +102,37 @@ class SavedTensors:
         )
         # Entered by hand: the forward runs between two module hooks, which no ``with`` can span.
         hooks.__enter__()
-        self._running[-1] = hooks
+        self._running[-1] = self._running[-1][0], hooks
 
-    def leave(self) -> None:
-        """The forward of the unit that entered last has ended, or failed."""
-        hooks = self._running.pop()
+    def leave(self) -> int:
+        """The forward of the unit that entered last has ended, or failed: which it was."""
+        unit, hooks = self._running.pop()
         if hooks is not None:
             hooks.__exit__()
-
-    def leave_all(self) -> None:
-        """Leave units whose forward was interrupted.
-
-        torch does not call forward hooks after a KeyboardInterrupt, so nothing else would.
-        """
-        while self._running:
-            self.leave()
+        return unit
 
     def _pack(self, outer: _Pack | None, tensor: Tensor) -> Any:
         index = self._copies.unit_behind(tensor)
         if index is None:
             return tensor if outer is None else _PackedOutside(outer(tensor))
+        # By position: this runs for each weight of each forward.
         return SavedView(
-            unit=index,
-            dtype=tensor.dtype,
-            shape=tensor.shape,
-            stride=tensor.stride(),
-            offset=int(tensor.storage_offset()),
-            conjugate=tensor.is_conj(),
-            negative=tensor.is_neg(),
-            versions=self._units[index].versions(),
-            leaf=self.reach.leaf(index, tensor),
+            index,
+            tensor.dtype,
+            tensor.shape,
+            tensor.stride(),
+            int(tensor.storage_offset()),
+            tensor.is_conj(),
+            tensor.is_neg(),
+            self._units[index].edition,
+            self.reach.leaf(index, tensor) if self.reach.asks else None,
         )
 
     def _unpack(self, outer: _Unpack | None, saved: Any) -> Tensor:
-        if isinstance(saved, _PackedOutside):
-            assert outer is not None
-            return outer(saved.packed)
         if not isinstance(saved, SavedView):
+            if isinstance(saved, _PackedOutside):
+                assert outer is not None
+                return outer(saved.packed)
             as_it_was: Tensor = saved
             return as_it_was
         if self._copies.closed:
@@ -145,10 +141,11 @@ class SavedTensors:
                 " remove()."
             )
         self._need(saved.unit)
-        self.reach.read(saved.leaf)
+        if saved.leaf is not None:
+            self.reach.read(saved.leaf)
         unit = self._units[saved.unit]
         # Autograd compares the versions of tensors that it saved itself; here that falls to us.
-        if unit.versions() != saved.versions:
+        if unit.edition != saved.edition:
             raise OffloadError(
                 f"Weights of {unit.name} were changed in place between forward and backward. "
                 "Step the optimizer after the last backward of a forward."

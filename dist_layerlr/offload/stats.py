@@ -39,6 +39,25 @@ class Traffic:
     behind a synchronisation is complete."""
     stall_s: float = 0.0
     """Seconds that compute waited for them."""
+    h2d_s: float = 0.0
+    """Seconds that copies to the device took, those that are done."""
+    d2h_s: float = 0.0
+    """Seconds that copies of gradients to the host took."""
+
+    @property
+    def h2d_gb_s(self) -> float:
+        """Speed of the link to the device, in 1e9 bytes per second; 0 without a copy."""
+        return self.h2d_bytes / self.h2d_s / 1e9 if self.h2d_s else 0.0
+
+    @property
+    def d2h_gb_s(self) -> float:
+        """Speed of the link to the host, in 1e9 bytes per second; 0 without a copy."""
+        return self.d2h_bytes / self.d2h_s / 1e9 if self.d2h_s else 0.0
+
+    @property
+    def overlap(self) -> float:
+        """Share of the time of copies to the device that compute did not wait; 1 without a copy."""
+        return max(0.0, 1.0 - self.stall_s / self.h2d_s) if self.h2d_s else 1.0
 
     def since(self, before: Traffic) -> Traffic:
         """The difference."""

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from types import TracebackType
@@ -13,23 +14,26 @@ import torch
 from torch import nn
 from torch.nn.modules.module import register_module_parameter_registration_hook
 from torch.optim import Optimizer
-from torch.utils.hooks import RemovableHandle
 
 from dist_layerlr.errors import OffloadError
 from dist_layerlr.offload.budget import check_pool, master_pool_bytes, resident_count, unit_info
 from dist_layerlr.offload.device import Backend, choose
+from dist_layerlr.offload.encoded import state_dict_hooks
 from dist_layerlr.offload.engine import Engine
 from dist_layerlr.offload.internals import ddp_ignored, set_ddp_ignored
 from dist_layerlr.offload.mapped import map_frozen
 from dist_layerlr.offload.masters import Master, Unit, aligned, build, payload_bytes
 from dist_layerlr.offload.measure import predict_live
+from dist_layerlr.offload.meter import DOWNLOAD, UPLOAD, WAIT
 from dist_layerlr.offload.policy import FILE, StreamPolicy
 from dist_layerlr.offload.predict import spread
 from dist_layerlr.offload.prediction import Machine, Prediction, Workload
 from dist_layerlr.offload.residents import Residents, move
 from dist_layerlr.offload.ring import Ring
 from dist_layerlr.offload.stats import Stats, Traffic, UnitInfo
+from dist_layerlr.offload.trace import check_path, write_trace
 from dist_layerlr.offload.transfer import Fetcher, Slot
+from dist_layerlr.offload.triggers import Removable, Triggers
 from dist_layerlr.offload.units import UnitSpec, find_units
 from dist_layerlr.offload.validate import GroupWatch, check_model, check_units
 
@@ -90,19 +94,39 @@ class Handle:
             OffloadError: after ``remove``.
         """
         engine = self._running_engine()
-        copies = engine.copies
-        stalls, stall_s = copies.stalls()
+        copies, meter = engine.copies, engine.copies.fetcher.meter
+        meter.read()
         total = Traffic(
             h2d_bytes=copies.fetcher.nbytes,
             d2h_bytes=engine.sink.nbytes,
             fetches=copies.fetcher.fetches,
-            stalls=stalls,
-            stall_s=stall_s,
+            stalls=meter.counts[WAIT],
+            stall_s=meter.seconds[WAIT],
+            h2d_s=meter.seconds[UPLOAD],
+            d2h_s=meter.seconds[DOWNLOAD],
         )
         recent, self._reported = total.since(self._reported), total
         return Stats(
             total=total, recent=recent, resident_peak=copies.ring.peak, slots=copies.ring.slots
         )
+
+    @contextmanager
+    def trace(self, path: str | Path) -> Iterator[None]:
+        """Write what happens inside the block as a trace for Chrome or ui.perfetto.dev.
+
+        It shows compute, waits and copies each way, per unit. The device is idle when it begins and
+        ends. On CUDA units are also ranges of NVTX, for NVIDIA's profilers.
+
+        Args:
+            path: a .json file.
+
+        Raises:
+            OffloadError: after ``remove``, or the file cannot be written.
+        """
+        check_path(Path(path))
+        with self._running_engine().copies.fetcher.meter.record() as timed:
+            yield
+        write_trace(Path(path), timed)
 
     def predict(
         self,
@@ -248,7 +272,10 @@ class Handle:
                 move(param, torch.device("cpu"), self._optimizer, master.host)
         self._move_residents()
         self._engine = self._make_engine(units, pool)
-        hooks = list(self._engine.hook(self._model, self._before_forward, self._after_forward))
+        triggers = Triggers(self._engine)
+        hooks = list[Removable](
+            triggers.register(self._model, self._before_forward, self._after_forward)
+        )
         # torch keeps this hook in a global list, which must not keep the model alive.
         hooks.append(
             register_module_parameter_registration_hook(partial(_note_growth, weakref.ref(self)))
@@ -256,7 +283,7 @@ class Handle:
         for unit in units:
             for master in unit.masters:
                 if master.codes is not None:
-                    hooks.extend(_state_dict_hooks(master))
+                    hooks.extend(state_dict_hooks(master))
         self._undo.extend(hook.remove for hook in hooks)
 
     def _make_engine(self, units: list[Unit], pool_bytes: int | None) -> Engine:
@@ -356,29 +383,3 @@ def _note_growth(
     live = handle()
     if live is not None:
         live._grown = True
-
-
-def _state_dict_hooks(master: Master) -> Iterable[RemovableHandle]:
-    """Register what makes the state_dict of an encoded parameter's module tell the truth."""
-    owner: Any = master.weight.owner
-    yield owner.register_state_dict_post_hook(partial(_save_value, master))
-    yield owner.register_load_state_dict_pre_hook(partial(_refuse_load, master))
-
-
-def _save_value(
-    master: Master, module: nn.Module, state_dict: dict[str, Any], prefix: str, metadata: Any
-) -> None:
-    """Save what the device sees: an encoded parameter has no values on the host."""
-    key = prefix + master.weight.leaf
-    if key in state_dict:
-        state_dict[key] = master.value()
-
-
-def _refuse_load(
-    master: Master, module: nn.Module, state_dict: dict[str, Any], prefix: str, *rest: Any
-) -> None:
-    if prefix + master.weight.leaf in state_dict:
-        raise OffloadError(
-            f"Parameter {master.name} is stored in 8 bits (host_dtype): it cannot be loaded while"
-            " it is streamed. Call handle.remove() first."
-        )

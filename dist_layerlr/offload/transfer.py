@@ -16,6 +16,7 @@ from torch import Tensor
 
 from dist_layerlr.offload.device import Backend, Event
 from dist_layerlr.offload.masters import Unit, aligned
+from dist_layerlr.offload.meter import UPLOAD, Meter
 
 MOST_STAGING = 3
 """Staging buffers: one that is copied from, one that is filled, and one between them."""
@@ -29,6 +30,8 @@ class Slot:
     """Bytes."""
     typed: dict[torch.dtype, Tensor] = field(default_factory=dict)
     """The same memory as tensors of each dtype that the model's units have."""
+    views: dict[int, list[Tensor]] = field(default_factory=dict)
+    """{unit: its parameters' views of the memory} of units that were in the slot."""
     free: Event = None
     """A point in the compute stream behind the last use of the slot; None: somebody still refers to
     it. Point 2 of [Note: stream order]."""
@@ -48,7 +51,9 @@ class Fetcher:
 
     def __init__(self, backend: Backend, units: list[Unit], pool_bytes: int | None):
         """Pin the masters; allocate staging if they exceed ``pool_bytes`` or stand alone."""
-        self._backend = backend
+        self._backend, self.meter = backend, Meter(backend)
+        self.limited = pool_bytes is not None
+        """Whether host memory may be pinned up to a limit only."""
         self.fetches = self.nbytes = 0
         self._last: Event = None
         """The fetch that was asked for last."""
@@ -145,11 +150,16 @@ class Fetcher:
 
     def _upload(self, unit: Unit, slot: Slot, source: Tensor, after: Event) -> Event:
         if not unit.encoded:
-            return self._backend.upload(slot.memory[: unit.host_bytes], source, after, None)
-        assert self._payload is not None
-        # One buffer is enough: the next copy into it lies behind this expansion in the copy stream.
-        payload = self._payload[: unit.host_bytes]
-        return self._backend.upload(payload, source, after, partial(_expand, unit, payload, slot))
+            target, then = slot.memory[: unit.host_bytes], None
+        else:
+            assert self._payload is not None
+            # One buffer is enough: the next copy into it lies behind this expansion in the copy
+            # stream.
+            target = self._payload[: unit.host_bytes]
+            then = partial(_expand, unit, target, slot)
+        ready = self._backend.upload(target, source, after, then)
+        self.meter.add(UPLOAD, unit.name, self._backend.last_upload, unit.host_bytes)
+        return ready
 
 
 def _expand(unit: Unit, payload: Tensor, slot: Slot) -> None:

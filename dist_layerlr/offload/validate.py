@@ -240,14 +240,11 @@ def check_masters(masters: Iterable[Master]) -> None:
 
 
 def _change_since_stream(master: Master) -> str | None:
-    """What a user did to a parameter that is at rest; None: nothing."""
+    """What a user did to a parameter that is at rest; None: nothing that matters."""
     param = master.weight.param
     if registered_parameter(master.weight.owner, master.weight.leaf) is not param:
         return "was replaced (load_state_dict(assign=True), or a swapped module)"
-    moved = param.data_ptr() != master.host.data_ptr()
-    # share_memory() moves the memory under a tensor that stays the same object.
-    moved = moved or master.stored.data_ptr() != master.address
-    if moved or param.dtype != master.dtype:
+    if param.data_ptr() != master.home or param.dtype != master.dtype:
         return "was moved or cast (.to(), .half(), .share_memory(), ...)"
     if param.requires_grad and not master.trainable:
         return "was unfrozen"

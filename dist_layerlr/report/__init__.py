@@ -9,3 +9,4 @@ from dist_layerlr.report.page import page as page
 from dist_layerlr.report.page import plan_data as plan_data
 from dist_layerlr.report.page import run_data as run_data
 from dist_layerlr.report.page import write_page as write_page
+from dist_layerlr.report.timeline import draw_step as draw_step

@@ -14,6 +14,31 @@ import torch
 from tests.support.forked import DEVICES, in_fork
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line(
+        "markers",
+        "cuda: computes on a CUDA device, skipped without one; `python -m pytest tests/offload -m"
+        " cuda` is the first command on a card",
+    )
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark what runs on a card, before pytest selects by marker.
+
+    The long matrix stays apart: on a card it is run by `-m full`.
+    """
+    for item in items:
+        on_card = isinstance(item, pytest.Function) and device_of(item) == "cuda"
+        if on_card and item.get_closest_marker("full") is None:
+            item.add_marker("cuda")
+
+
+def device_of(item: pytest.Function) -> str:
+    """The device of a test that is run once for each."""
+    return str(item.callspec.params.get("device", "cpu")) if hasattr(item, "callspec") else "cpu"
+
+
 @pytest.fixture(params=DEVICES)
 def device(request: pytest.FixtureRequest) -> str:
     """`cpu` and `sim` with adversarial queues, `cuda` with real ones."""

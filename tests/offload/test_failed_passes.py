@@ -88,7 +88,7 @@ def test_a_backward_that_failed_on_a_device_never_settles_behind_the_callers_bac
     with attach(model, case, device) as handle:
         monkeypatch.setattr(engine_module, "at_end_of_backward", hold)
         assert handle._engine is not None
-        handle._engine._device_type = "cuda"  # as if another thread ran the backward
+        handle._engine.device_type = "cuda"  # as if another thread ran the backward
         assert_equal(script(model, handle), wanted)
 
 

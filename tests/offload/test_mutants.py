@@ -14,9 +14,12 @@ from dist_layerlr.offload import engine as engine_module
 from dist_layerlr.offload import saved as saved_module
 from dist_layerlr.offload.copies import DeviceCopies
 from dist_layerlr.offload.engine import Engine
+from dist_layerlr.offload.grad_memory import GradSum
 from dist_layerlr.offload.gradients import GradSink
 from dist_layerlr.offload.saved import SavedTensors
+from dist_layerlr.offload.triggers import Triggers
 from tests.offload.test_equality import check
+from tests.offload.test_gradients import gradients_that_are_kept, three_uses_in_one_pass
 from tests.offload.test_limits import check_memory_of_a_graph
 from tests.offload.test_semantics import LORA, two_forwards
 from tests.support.adversary import Adversary
@@ -64,26 +67,27 @@ def _evict(self: Any, index: int) -> None:
 
 
 def evict_behind_the_forward() -> None:
-    leave = Engine._leave_unit
+    leave = Triggers._leave_unit
 
     def evicting(self: Any, module: nn.Module, *args: Any) -> None:
         leave(self, module, *args)
-        _evict(self, next(i for i, unit in enumerate(self.units) if unit.module is module))
+        units = self._engine.units
+        _evict(self._engine, next(i for i, unit in enumerate(units) if unit.module is module))
 
-    Engine._leave_unit = evicting  # type: ignore[method-assign]
+    Triggers._leave_unit = evicting  # type: ignore[method-assign]
 
 
 def evict_behind_the_backward_hook() -> None:
-    hook = Engine.hook
+    register = Triggers.register
 
     def hooked(self: Any, *args: Any) -> Any:
-        yield from hook(self, *args)
-        for index, unit in enumerate(self.units):
+        yield from register(self, *args)
+        for index, unit in enumerate(self._engine.units):
             yield unit.module.register_full_backward_hook(
-                lambda m, g, o, index=index: _evict(self, index)
+                lambda m, g, o, index=index: _evict(self._engine, index)
             )
 
-    Engine.hook = hooked  # type: ignore[method-assign]
+    Triggers.register = hooked  # type: ignore[method-assign]
 
 
 def no_saved_tensor_hooks() -> None:
@@ -100,15 +104,40 @@ def saved_tensor_hooks_that_cover_a_checkpoint() -> None:
 
 
 def no_gradient_set_aside() -> None:
-    def keep(self: Any, param: nn.Parameter) -> None:
+    def keep(self: Any, total: Any) -> None:
         self._begin()
-        self._sums.setdefault(param, engine_module.GradSink.__init__.__globals__["_GradSum"]())
+        if not total.touched:
+            total.touched = True
+            self._touched.append(total)
 
-    GradSink._set_aside = keep  # type: ignore[method-assign]
+    GradSink.set_aside = keep  # type: ignore[method-assign]
 
 
 def no_end_of_backward() -> None:
     engine_module.at_end_of_backward = lambda call: KEPT.append(call)  # type: ignore[attr-defined]
+
+
+def gradients_are_given_back_before_they_are_there() -> None:
+    finish = Adversary.finish
+
+    def never_for_gradients(self: Any, event: Any) -> None:
+        if event in self._queue:
+            finish(self, event)
+
+    Adversary.finish = never_for_gradients  # type: ignore[method-assign]
+
+
+def gradients_are_summed_as_they_land() -> None:
+    """As if those of one pass were not to be summed before the old ones are added."""
+
+    def add(self: Any, gradient: Any, task: int) -> None:
+        self.before = gradient if self.before is None else self.before.add_(gradient)
+
+    GradSum.add = add  # type: ignore[method-assign]
+
+
+def memory_of_gradients_is_used_though_somebody_holds_it() -> None:
+    GradSum.free_run = lambda self: self._runs[0].view.data  # type: ignore[method-assign]
 
 
 KEPT: list[Any] = []
@@ -135,7 +164,7 @@ def copies_frozen_weights_back() -> None:
         backend = self.copies._backend
         if self._current is not None:
             for master in self.units[self._current].masters:
-                done = backend.download(master.host, master.weight.param.data)
+                done = backend.download([master.host], [master.weight.param.data])
                 backend.finish(done)
         rest(self)
 
@@ -144,7 +173,7 @@ def copies_frozen_weights_back() -> None:
 
 def stale_copies_are_used() -> None:
     """The copy that a forward without backward left is taken for the stepped weight."""
-    DeviceCopies.drop_outdated = lambda self, unit: None  # type: ignore[method-assign]
+    DeviceCopies.drop_outdated = lambda self, *_: None  # type: ignore[method-assign]
     DeviceCopies.drop_trained = lambda self: None  # type: ignore[method-assign]
     DeviceCopies.wake = lambda self: None  # type: ignore[method-assign]
 
@@ -174,6 +203,13 @@ KILLED_BY: list[tuple[Mutant, str, Callable[[], None]]] = [
     ),
     (no_gradient_set_aside, "device of a gradient", lambda: check(FULL, "sim")),
     (no_end_of_backward, "gradients at rest", lambda: check(FULL, "sim")),
+    (gradients_are_given_back_before_they_are_there, "equality", lambda: check(FULL, "sim")),
+    (gradients_are_summed_as_they_land, "equality", lambda: three_uses_in_one_pass("sim")),
+    (
+        memory_of_gradients_is_used_though_somebody_holds_it,
+        "equality",
+        lambda: gradients_that_are_kept("cpu"),
+    ),
     (rebind_instead_of_data, "identity", lambda: check(FULL, "sim")),
     (copies_frozen_weights_back, "bytes to the host", lambda: check(PLAIN, "sim")),
     (stale_copies_are_used, "equality", lambda: check(FULL, "sim")),

@@ -14,7 +14,6 @@ import torch
 from dist_layerlr.offload import budget, gradients
 from dist_layerlr.offload.copies import DeviceCopies
 from dist_layerlr.offload.device import Accelerator
-from dist_layerlr.offload.gradients import GradSink
 from dist_layerlr.offload.masters import payload_bytes
 from dist_layerlr.offload.streaming import Handle, stream_on
 from dist_layerlr.offload.transfer import Fetcher
@@ -218,9 +217,10 @@ def no_wait_for_a_copy() -> None:
 
 
 def no_wait_for_a_gradient() -> None:
-    def download(self: Any, target: Any, source: Any) -> Any:
+    def download(self: Any, targets: Any, sources: Any) -> Any:
         with self._queues.use(self._gradients):
-            target.copy_(source, non_blocking=True)
+            for target, source in zip(targets, sources, strict=True):
+                target.copy_(source, non_blocking=True)
         return self._queues.record(self._gradients)
 
     Accelerator.download = download  # type: ignore[method-assign]
@@ -271,16 +271,8 @@ def a_slot_is_free_though_a_view_shows_it() -> None:
 
 
 def a_gradient_is_not_kept() -> None:
-    add = GradSink._add_on_host
-    submit = gradients.ThreadPoolExecutor.submit
-
-    def without(self: Any, call: Any, *args: Any) -> Any:
-        if getattr(call, "__func__", None) is add:
-            total, buffer, view, _, done, task = args
-            args = (total, buffer, view, None, done, task)
-        return submit(self, call, *args)
-
-    gradients.ThreadPoolExecutor.submit = without  # type: ignore[method-assign]
+    sent = gradients._Sent
+    gradients._Sent = lambda **known: sent(**{**known, "kept": []})  # type: ignore[misc, assignment]
 
 
 def masters_are_given_back_at_once() -> None:
@@ -337,6 +329,8 @@ def a_thread_leaves_the_device_at_once() -> None:
         self._queues.use(self._copies).__enter__()
 
     Accelerator.enter_thread = enter_thread  # type: ignore[method-assign]
+    specs = find_units(FULL.model(), FULL.policy())
+    budget.MEBIBYTE = payload_bytes(specs[0], None) + budget.grad_staging_bytes(specs)
 
 
 INT8, POOL = {"host_dtype": "int8"}, {"pinned_pool_mb": 1}
@@ -358,7 +352,7 @@ MUTANTS: list[tuple[Callable[[], None], str, Script, Case, dict[str, Any]]] = [
     (only_the_last_use_of_a_slot_counts, "RACE", _preview_on_a_side_queue, LORA, {}),
     (a_copy_is_waited_for_once, "RACE", _preview_on_a_side_queue, LORA, {}),
     (staging_is_reused_in_flight, "HOSTWRITE", _train, FULL, POOL),
-    (a_thread_leaves_the_device_at_once, "DEVICE", _train, FULL, {}),
+    (a_thread_leaves_the_device_at_once, "DEVICE", _train, FULL, POOL),
 ]
 
 

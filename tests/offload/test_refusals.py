@@ -257,3 +257,13 @@ def test_a_failure_half_way_gives_the_model_back(device: str):
     assert backend.locked == []
     assert all(p.untyped_storage().nbytes() == p.nbytes for p in model.parameters())
     attach(model, FULL, device).remove()
+
+
+def test_what_runs_on_a_card_is_marked_so_and_nothing_else(request: pytest.FixtureRequest):
+    items = [item for item in request.session.items if "/offload/test_" in item.nodeid]
+    assert items
+    for item in items:
+        marked = item.get_closest_marker("cuda") is not None
+        full = item.get_closest_marker("full") is not None
+        # The name of a test on a card begins its parameters with the device, or ends them with it.
+        assert marked == (not full and "cuda" in item.name.partition("[")[2])

@@ -8,7 +8,7 @@ still uses is a violation.
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -32,6 +32,7 @@ class Adversary:
     def __init__(self, device: str):
         self.device = torch.device(device, None if device == "cpu" else 0)
         self.uploaded = self.downloaded = 0
+        self.last_upload = self.last_download = None
         self.locked: list[tuple[int, int]] = []
         """(address, bytes) of pinned memory."""
         self.most_locked = 0
@@ -71,6 +72,12 @@ class Adversary:
             self._queue.append(_Copy(run))
             return self._queue[-1]
 
+    def now(self) -> float:
+        return 0.0
+
+    def seconds(self, begin: float, end: float) -> float:
+        return end - begin
+
     def wait(self, ready: _Copy) -> bool | None:
         late = not ready.done
         self.finish(ready)
@@ -88,12 +95,16 @@ class Adversary:
     def mark(self, behind: int | None = None) -> int:
         return 0 if self._clock is None else self._clock.now
 
-    def download(self, target: Tensor, source: Tensor) -> _Copy:
-        self.downloaded += source.nbytes
-        target.view(-1).view(torch.uint8).fill_(POISON) if target.is_contiguous() else target.fill_(
-            float("nan")
-        )
-        return _Copy(lambda: target.copy_(source))
+    def download(self, targets: Sequence[Tensor], sources: Sequence[Tensor]) -> _Copy:
+        for target, source in zip(targets, sources, strict=True):
+            self.downloaded += source.nbytes
+            target.fill_(float("nan"))
+
+        def run() -> None:
+            for target, source in zip(targets, sources, strict=True):
+                target.copy_(source)
+
+        return _Copy(run)
 
     def finish(self, event: _Copy) -> None:
         with self._lock:
