@@ -20,17 +20,22 @@ WIDTH = 84
 """Of a string in the module: with its indent and quotes it stays below the line length."""
 
 
-def quote(analyses: Sequence[Analysis], root: Path = ROOT) -> None:
+def quote(analyses: Sequence[Analysis]) -> None:
     """Write the quotes."""
+    for file, text in quotes(analyses).items():
+        write_whole(ROOT / file, text)
+
+
+def quotes(analyses: Sequence[Analysis]) -> dict[Path, str]:
+    """{file: what it holds with the quotes}."""
     lines = evidence(analyses)
-    write_whole(root / MODULE, quoted(MODULE, _entries(lines), root))
-    write_whole(root / PAGE, quoted(PAGE, _bullets(lines), root))
+    return {MODULE: quoted(MODULE, _entries(lines)), PAGE: quoted(PAGE, _bullets(lines))}
 
 
-def quoted(file: Path, text: str, root: Path = ROOT) -> str:
+def quoted(file: Path, text: str) -> str:
     """A file with new text between its markers."""
     start, end = MARKS[file]
-    whole = (root / file).read_text(encoding="utf-8")
+    whole = (ROOT / file).read_text(encoding="utf-8")
     before, _, rest = whole.partition(start)
     _, found, after = rest.partition(end)
     assert found, f"{file} lacks its markers"

@@ -100,7 +100,7 @@ def section(analysis: Analysis, result: Mapping[str, Any]) -> str:
     rates = f"{min(counts)} to {max(counts)}" if min(counts) != max(counts) else str(counts[0])
     lines += [
         f"{analysis.seeds} seeds, {rates} rates per arm, {len(result['runs'])} runs,"
-        f" {result['seconds'] / 60:.0f} minutes of one CPU thread. {_control_line(analysis)}",
+        f" {result['seconds'] / 60:.0f} minutes in one process. {_control_line(analysis)}",
         "",
     ]
     for metric in study.metrics:
@@ -163,22 +163,30 @@ def findings(name: str, analyses: Sequence[Analysis]) -> list[str]:
     """What was found of one name: a sentence without its full stop for each study."""
     found = []
     for analysis in analyses:
-        said: dict[str, list[str]] = {}
-        for one in analysis.comparisons:
-            arm = analysis.study.arm(one.arm)
-            if one.metric == analysis.study.metrics[0].name and name in arm.measures:
-                phrase = f"{one.arm} {one.word} {_preposition(one.word)}"
-                said.setdefault(one.against, []).append(phrase)
-        for against, phrases in said.items():
-            # A strategy is read off every arm that has it: each is named where there are several.
-            parts = "; ".join(f"{phrase} {against}" for phrase in phrases)
+        parts = []
+        for metric in analysis.study.metrics:
+            said = _said(name, analysis, metric)
+            if said:
+                parts.append(f"{metric.name} {', '.join(said)}")
+        if parts:
             doubt = "" if analysis.valid else " (its control did not lose: this means nothing)"
-            found.append(f"{analysis.study.short}, {analysis.seeds} seeds: {parts}{doubt}")
+            where = f"{analysis.study.short} ({analysis.seeds} seeds)"
+            found.append(f"{where}: {'; '.join(parts)}{doubt}")
     return found
 
 
-def _preposition(word: str) -> str:
-    return "to" if word == NO_DIFFERENCE else "than"
+def _said(name: str, analysis: Analysis, metric: Metric) -> list[str]:
+    """``better than flat (arm, arm)`` for each word that the arms of a name were given."""
+    arms: dict[str, list[str]] = {}
+    for one in analysis.comparisons:
+        if one.metric == metric.name and name in analysis.study.arm(one.arm).measures:
+            than = "to" if one.word == NO_DIFFERENCE else "than"
+            arms.setdefault(f"{one.word} {than} {one.against}", []).append(one.arm)
+    said = []
+    for phrase, names in arms.items():
+        # An arm that is called as the name itself need not be said again.
+        said.append(phrase if names == [name] else f"{phrase} ({', '.join(names)})")
+    return said
 
 
 def evidence(analyses: Sequence[Analysis]) -> dict[str, str]:

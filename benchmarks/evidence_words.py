@@ -5,8 +5,8 @@ rate of an arm is chosen for each seed by the other seeds alone, so an arm with 
 noisier runs, gains nothing by choosing among its own draws. Differences are paired by seed, since
 all arms of a seed share data, order and initial weights. Their interval is Student's, widened since
 the choices of all seeds were made from largely the same runs (Nadeau and Bengio, 2003: without it,
-arms that are alike differed in up to a fifth of simulated studies), at 95 % for all comparisons of a
-study together (Bonferroni). The word is read off it.
+arms that are alike differed in up to a fifth of simulated studies), at 95 % for all comparisons of
+a study together (Bonferroni). The word is read off it.
 """
 
 from __future__ import annotations

@@ -6,6 +6,7 @@ import math
 
 import numpy as np
 import pytest
+
 from evidence_words import (
     BETTER,
     NO_DIFFERENCE,
