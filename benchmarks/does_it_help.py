@@ -56,7 +56,7 @@ def main() -> None:
         parser.error("--quick needs --out FOLDER: a rehearsal must not replace results")
     until = time.time() + 60 * args.minutes
     for name in [] if args.report else args.only or STUDIES:
-        study = STUDIES[name]
+        study = STUDIES[name].sized(args.quick)
         if args.seeds is not None:
             full, quick = (
                 dataclasses.replace(s, seeds=args.seeds) for s in (study.full, study.quick)
@@ -67,7 +67,7 @@ def main() -> None:
         print(f"{name}: {len(rows)} runs", flush=True)
         if rows:
             write(study, result_of(study, rows, args.quick), args)
-    report(args.out)
+    report(args.out, args.quick)
 
 
 def write(study: Study, result: Mapping[str, Any], args: argparse.Namespace) -> None:
@@ -82,11 +82,11 @@ def write(study: Study, result: Mapping[str, Any], args: argparse.Namespace) -> 
         study.picture(best, settings, args.out / RUNS, picture)
 
 
-def report(root: Path) -> list[Analysis]:
+def report(root: Path, quick: bool) -> list[Analysis]:
     """Write page, plots and quotes from all results that there are."""
     analyses, results = [], {}
-    for name, study in STUDIES.items():
-        file = file_of(root, name)
+    for name in STUDIES:
+        study, file = STUDIES[name].sized(quick), file_of(root, name)
         if not file.exists():
             continue
         results[name] = json.loads(file.read_text(encoding="utf-8"))

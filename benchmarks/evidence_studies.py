@@ -14,7 +14,7 @@ import os
 import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -53,6 +53,8 @@ class Size:
     """Rates added beyond an end of a sweep that is its best, at most."""
     settings: Mapping[str, int] = field(default_factory=dict)
     """Steps and the like, for the study's own ``run``."""
+    arms: tuple[str, ...] = ()
+    """Only these; empty: all."""
 
     def __post_init__(self) -> None:
         """Refuse what could not be analysed.
@@ -96,6 +98,15 @@ class Study:
     def arm(self, name: str) -> Arm:
         """An arm by name."""
         return next(arm for arm in self.arms if arm.name == name)
+
+    def sized(self, quick: bool) -> Study:
+        """The study with the arms of that size alone."""
+        names = self.size(quick).arms
+        if not names:
+            return self
+        arms = tuple(arm for arm in self.arms if arm.name in names)
+        pairs = tuple(pair for pair in self.pairs if set(pair) <= set(names))
+        return replace(self, arms=arms, pairs=pairs)
 
     def size(self, quick: bool) -> Size:
         """The one asked for."""
@@ -227,7 +238,7 @@ def _run_seed(
         # In a process of its own: functions of a study cannot be sent to it, its name can.
         from does_it_help import STUDIES
 
-        study = STUDIES[name]
+        study = STUDIES[name].sized(quick)
     torch.set_num_threads(1)
     file, size = file_of(study, folder, quick), study.size(quick)
     for arm, rate, seed in runs:

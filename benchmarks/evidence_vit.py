@@ -36,6 +36,8 @@ QUICK = Size(
     seeds=3,
     rates=(1e-3, 4e-3, 1.6e-2),
     settings={"pretrain_steps": 5, "steps": 2, "every": 20},
+    # A rehearsal has one of each kind.
+    arms=("flat", "layer_decay 0.65", "last block", "blocks.0", "blocks.5", "scratch"),
 )
 
 

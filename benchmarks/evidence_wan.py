@@ -218,7 +218,19 @@ _PRETRAINED = (
     " pretrained on moving digits 0 to 7"
 )
 _QUICK = Size(
-    seeds=3, rates=(1e-3, 4e-3, 1.6e-2), settings={"pretrain_steps": 2, "steps": 2, "test": 14}
+    seeds=3,
+    rates=(1e-3, 4e-3, 1.6e-2),
+    settings={"pretrain_steps": 2, "steps": 2, "test": 14},
+    # A rehearsal has one of each kind.
+    arms=(
+        "flat",
+        "linear",
+        "reversed linear",
+        "full_finetune",
+        "LoRA+ 16",
+        "style_lora",
+        "scratch",
+    ),
 )
 
 
