@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -95,14 +96,13 @@ def _both(study: Study, pair: tuple[str, str]) -> bool:
 def section(analysis: Analysis, result: Mapping[str, Any]) -> str:
     """One study's part of the page."""
     study, lines = analysis.study, []
-    lines += [f"## {study.title}", "", study.question, "", study.setting, ""]
+    setting = textwrap.fill(study.setting, 120, break_on_hyphens=False)
+    lines += [f"## {study.title}", "", study.question, "", setting, ""]
     counts = [len(found.curve) for found in analysis.results.values()]
     rates = f"{min(counts)} to {max(counts)}" if min(counts) != max(counts) else str(counts[0])
-    lines += [
-        f"{analysis.seeds} seeds, {rates} rates per arm, {len(result['runs'])} runs,"
-        f" {result['seconds'] / 60:.0f} minutes in one process. {_control_line(analysis)}",
-        "",
-    ]
+    minutes = f"{result['seconds'] / 60:.0f} minutes in one process"
+    said = f"{analysis.seeds} seeds, {rates} rates per arm, {len(result['runs'])} runs, {minutes}."
+    lines += [textwrap.fill(f"{said} {_control_line(analysis)}", 120), ""]
     for metric in study.metrics:
         lines += _table(analysis, metric)
     edges = [name for name, found in analysis.results.items() if found.at_edge]

