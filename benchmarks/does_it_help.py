@@ -26,7 +26,7 @@ import evidence_quotes
 import evidence_vit
 import evidence_wan
 from evidence_report import Analysis, analyse, evidence, page, plot
-from evidence_studies import Study, complete, measure, result_of, write_whole
+from evidence_studies import Study, measure, result_of, write_whole
 from evidence_words import Runs
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -63,7 +63,6 @@ def main() -> None:
             )
             study = dataclasses.replace(study, full=full, quick=quick)
         rows = measure(study, args.out / RUNS, args.quick, args.workers, until)
-        rows = complete(study, rows, args.quick)
         print(f"{name}: {len(rows)} runs", flush=True)
         if rows:
             write(study, result_of(study, rows, args.quick), args)

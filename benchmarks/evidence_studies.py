@@ -132,7 +132,7 @@ def measure(
         until: ``time.time()`` after which no run is started.
 
     Returns:
-        All rows of the file that belong to this study as it is now.
+        The runs to conclude from, see ``complete``.
     """
     folder.mkdir(parents=True, exist_ok=True)
     size = study.size(quick)
@@ -150,9 +150,11 @@ def measure(
         _run_all(study, folder, quick, workers, todo, until)
         if time.time() > until or extension == size.extensions:
             break
-        for name, rate in _beyond(study, read_rows(study, folder, quick)).items():
+        # Rates that an earlier, smaller study added are not there for every seed yet.
+        rows = complete(study, read_rows(study, folder, quick), quick)
+        for name, rate in _beyond(study, rows).items():
             extra[name].append(rate)
-    return read_rows(study, folder, quick)
+    return complete(study, read_rows(study, folder, quick), quick)
 
 
 def file_of(study: Study, folder: Path, quick: bool) -> Path:
@@ -187,7 +189,8 @@ def complete(study: Study, rows: Sequence[Row], quick: bool) -> list[Row]:
     runs = {_run_of(row) for row in rows}
     rates = study.size(quick).rates
     whole = set()
-    for seed in {seed for *_, seed in runs}:
+    # Seeds beyond those asked for may be of a study that was stopped, or lack the added rates.
+    for seed in range(study.size(quick).seeds):
         if all((arm.name, rate, seed) in runs for arm in study.arms for rate in rates):
             whole.add(seed)
     kept = []

@@ -120,6 +120,19 @@ def test_a_sweep_whose_best_is_an_end_goes_on_beyond_it(tmp_path: Path) -> None:
     assert {(one.best_rate, one.at_edge) for one in found.values()} == {(0.2, False)}
 
 
+def test_more_seeds_later_are_given_the_rates_that_were_added(tmp_path: Path) -> None:
+    size = Size(seeds=3, rates=(0.4, 0.8, 1.6), extensions=3, settings={"steps": 3})
+    few = measure(study(full=size), tmp_path, False, 1)
+    CALLS.clear()
+    more = study(full=dataclasses.replace(size, seeds=5))
+    rows = measure(more, tmp_path, False, 1)
+    rates = {0.1, 0.2, 0.4, 0.8, 1.6}
+    assert {(row["rate"], row["seed"]) for row in rows} == {(r, s) for r in rates for s in range(5)}
+    assert {seed for *_, seed in CALLS} == {3, 4} and len(CALLS) == 4 * 5 * 2
+    # And fewer seeds again are those that were there first.
+    assert runs_of(measure(study(full=size), tmp_path, False, 1)) == runs_of(few)
+
+
 def test_only_seeds_that_every_arm_has_are_kept(tmp_path: Path) -> None:
     rows = measure(study(), tmp_path, False, 1)
     lost = [r for r in rows if (r["arm"], r["rate"], r["seed"]) != ("bad", 0.4, 3)]
@@ -144,7 +157,7 @@ def test_the_page_says_who_won_and_swapped_labels_swap_it(tmp_path: Path) -> Non
         line = f"a toy (4 seeds): score {first} than flat (good), {second} than flat (bad)"
         assert f"| `linear` | depth strategy | {line} |" in text
         assert evidence([found])["linear"] == line
-        assert "is worse than `flat`, as it must be" in text
+        assert "is worse than `flat`, as it must be" in " ".join(text.split())
     assert words == [(BETTER, WORSE), (WORSE, BETTER)]
 
 
