@@ -26,6 +26,7 @@ from dist_layerlr.plan.entries import Plan
 from dist_layerlr.plan.names import canonical_name, parse
 from dist_layerlr.plan.read import read_model
 from dist_layerlr.plan.training_config import check_training_config
+from dist_layerlr.report.evidence import evidence_line
 from dist_layerlr.report.grid import FOLDED, GRIDS, explain, grid, to_csv
 
 
@@ -131,7 +132,10 @@ def _run_plan(args: argparse.Namespace) -> Output:
     plan = _plan(args, args.config)
     if args.format == "json":
         return plan.to_json() + "\n", 0
-    return (to_csv(plan) if args.format == "csv" else grid(plan, args.grid) + "\n"), 0
+    if args.format == "csv":
+        return to_csv(plan), 0
+    lines = filter(None, (grid(plan, args.grid), evidence_line(plan)))
+    return "".join(f"{line}\n" for line in lines), 0
 
 
 def _run_explain(args: argparse.Namespace) -> Output:

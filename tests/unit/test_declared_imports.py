@@ -17,7 +17,7 @@ PROJECT = tomli.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["pr
 FOLDERS = {
     "dist_layerlr": ("plot",),
     "launch": ("train", "plot", "families", "video"),
-    "benchmarks": ("train", "plot"),
+    "benchmarks": ("train", "plot", "families"),
     "tests": ("train", "plot", "families", "dev"),
 }
 """Folder: the extras that its imports may come from, besides the dependencies."""
