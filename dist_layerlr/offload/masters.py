@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from operator import attrgetter, is_
 from typing import TYPE_CHECKING, Any
+from zlib import crc32
 
 import torch
 from numpy import add
@@ -33,6 +34,8 @@ _FEW, _MOST = 16, 4096
 """During a pass: least words of each master, and most of a unit."""
 _WORDS = {1: "u1", 2: "i2", 4: "i4", 8: "i8"}
 _address, _kind = Tensor.data_ptr, attrgetter("dtype", "requires_grad")
+_SMALL = 2**16
+"""Bytes of a unit that is read whole between passes."""
 Files = Mapping[str, Tensor]
 """{parameter name: tensor mapped from its file}."""
 
@@ -132,7 +135,13 @@ class Unit:
         self._kinds = [(m.dtype, m.trainable) for m in masters]
         # Views of the masters, taken once. Nobody can write to an encoded master.
         self._words = _words_of_all(masters, arena)
-        self._rows = [_words_of_each_row(m) for m in masters if m.codes is None]
+        self._rows: list[NDArray[Any]] = []
+        self._bytes: memoryview | None = None
+        if arena is not None and arena.numel() <= _SMALL:
+            # One look at everything takes less than one for each master.
+            self._bytes = arena.numpy().data
+        else:
+            self._rows = [_words_of_each_row(m) for m in masters if m.codes is None]
 
     @property
     def at_rest(self) -> bool:
@@ -172,7 +181,10 @@ class Unit:
 
     def rest_stamp(self) -> tuple[int, ...]:
         """As ``stamp``, for longer times: it also changes with a write to a single row."""
-        return (*self.stamp(self.versions()), sum(map(int, map(add.reduce, self._rows))))
+        versions = self.versions()
+        if self._bytes is not None:
+            return (*versions, crc32(self._bytes))
+        return (*self.stamp(versions), sum(map(int, map(add.reduce, self._rows))))
 
     def trained_at(self) -> dict[int, nn.Parameter]:
         """{first byte in the slot: parameter} of those that train."""

@@ -44,10 +44,23 @@ def _compare(case: Case, device: str, interrupt: Any) -> None:
         assert_equal(_run(model, device), wanted)
 
 
+def another_unit_inside(case: Case, device: str) -> None:
+    """The last block runs in the middle of the third."""
+    _compare(case, device, lambda model, x: x + model.blocks[5](x))
+
+
+def module_alone(device: str) -> None:
+    """An MLP runs without its block, behind a forward of the block."""
+    model, x = LORA.model(), torch.ones(2, WIDTH).to(device)
+    with attach(model, LORA, device), torch.no_grad():
+        model.blocks[1](x)
+        model.blocks[1].mlp(x)
+
+
 @BOTH
 @DEVICES
 def test_a_unit_inside_of_another_ones_forward_takes_its_place_for_a_while(case: Case, device: str):
-    _compare(case, device, lambda model, x: x + model.blocks[5](x))
+    another_unit_inside(case, device)
 
 
 @BOTH

@@ -17,9 +17,10 @@ from dist_layerlr.offload.engine import Engine
 from dist_layerlr.offload.grad_memory import GradSum
 from dist_layerlr.offload.gradients import GradSink
 from dist_layerlr.offload.saved import SavedTensors
-from dist_layerlr.offload.triggers import Triggers
+from dist_layerlr.offload.triggers import OwnerHooks, Triggers
 from tests.offload.test_equality import check
 from tests.offload.test_gradients import gradients_that_are_kept, three_uses_in_one_pass
+from tests.offload.test_inside_units import another_unit_inside, module_alone
 from tests.offload.test_limits import check_memory_of_a_graph
 from tests.offload.test_semantics import LORA, two_forwards
 from tests.support.adversary import Adversary
@@ -140,6 +141,14 @@ def memory_of_gradients_is_used_though_somebody_holds_it() -> None:
     GradSum.free_run = lambda self: self._runs[0].view.data  # type: ignore[method-assign]
 
 
+def hooks_inside_a_unit_rest_though_another_takes_its_place() -> None:
+    Triggers._wake_running = lambda self: None  # type: ignore[method-assign]
+
+
+def hooks_inside_a_unit_rest_for_ever() -> None:
+    OwnerHooks.wake = lambda self: None  # type: ignore[method-assign]
+
+
 KEPT: list[Any] = []
 
 
@@ -203,6 +212,12 @@ KILLED_BY: list[tuple[Mutant, str, Callable[[], None]]] = [
     ),
     (no_gradient_set_aside, "device of a gradient", lambda: check(FULL, "sim")),
     (no_end_of_backward, "gradients at rest", lambda: check(FULL, "sim")),
+    (
+        hooks_inside_a_unit_rest_though_another_takes_its_place,
+        "device of a weight",
+        lambda: another_unit_inside(LORA, "sim"),
+    ),
+    (hooks_inside_a_unit_rest_for_ever, "device of a weight", lambda: module_alone("sim")),
     (gradients_are_given_back_before_they_are_there, "equality", lambda: check(FULL, "sim")),
     (gradients_are_summed_as_they_land, "equality", lambda: three_uses_in_one_pass("sim")),
     (
@@ -221,6 +236,7 @@ SIGNS = {
     "no slot": ("No slot for",),
     "memory of a graph": ("streamed == alive",),
     "device of a gradient": ("same device", "the process died", "device"),
+    "device of a weight": ("same device",),
     "gradients at rest": ("differ", "device", "losses"),
     "identity": ("before", "was replaced", "No slot for"),
     "bytes to the host": ("downloaded",),
