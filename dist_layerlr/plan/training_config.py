@@ -23,6 +23,8 @@ TRAINER_KEYS = (
     "schedule",
     "train",
     "samples",
+    "validation",
+    "ema",
     "memory",
 )
 """Keys of ``launch/train.py``'s own, beside those that a plan is made from."""
