@@ -16,6 +16,10 @@ MEASURED: Mapping[str, str] = {
         "difference to scratch (scratch, layer_decay 0.65); forgetting better than flat "
         "(layer_decay 0.9, layer_decay 0.75, layer_decay 0.65, layer_decay 0.5)"
     ),
+    "component_lr": (
+        "a small Llama from scratch (4 seeds): loss no difference to uniform (paper, "
+        "reverse), better than reverse (paper)"
+    ),
     # End.
 }
 """Name -> where it was measured, and how it went there."""
