@@ -225,3 +225,28 @@ def test_a_pass_knows_whether_it_runs_the_node_of_a_leaf(device: str):
     loss.backward(inputs=[other])
     assert seen == [True, True, False, True]
     assert internals.gradient_node(weight) is nodes[0]
+
+
+def test_a_hook_can_be_taken_off_for_a_while(device: str):
+    layer = nn.Linear(3, 3, device=device)
+    calls: list[str] = []
+    handle = layer.register_forward_pre_hook(lambda m, args: calls.append("hook"))
+    hooks, key, hook = internals.hook_entry(handle)
+    x = torch.ones(1, 3, device=device)
+    del hooks[key]
+    layer(x)
+    assert calls == []
+    hooks[key] = hook
+    layer(x)
+    assert calls == ["hook"]
+    handle.remove()
+    layer(x)
+    assert calls == ["hook"]
+
+
+def test_uses_are_counted_by_key(device: str):
+    memory = torch.zeros(16, device=device)
+    key = internals.storage_key(memory)
+    assert internals.uses_of(key) == internals.storage_uses(memory)
+    view = memory.data
+    assert internals.uses_of(key) == internals.storage_uses(view)
