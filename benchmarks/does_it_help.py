@@ -92,12 +92,17 @@ def report(root: Path, quick: bool) -> list[Analysis]:
         found = analyse(study, read(results[name]))
         plot(found, file.with_suffix(".png"))
         analyses.append(found)
-    write_whole(root / PAGE, page(analyses, results))
+    write_whole(root / PAGE, page(analyses, results, waiting(results)))
     if root == ROOT:
         evidence_quotes.quote(analyses)
     for name, line in evidence(analyses).items():
         print(f"{name}: {line}")
     return analyses
+
+
+def waiting(results: Mapping[str, Any]) -> list[Study]:
+    """Studies of which there are no results."""
+    return [study for name, study in STUDIES.items() if name not in results]
 
 
 def file_of(root: Path, name: str) -> Path:

@@ -250,10 +250,16 @@ run's own update ratios.
 """
 
 
-def page(analyses: Sequence[Analysis], results: Mapping[str, Mapping[str, Any]]) -> str:
-    """The whole of docs/evidence.md."""
+def page(
+    analyses: Sequence[Analysis],
+    results: Mapping[str, Mapping[str, Any]],
+    waiting: Sequence[Study] = (),
+) -> str:
+    """The whole of docs/evidence.md; ``waiting`` are studies without runs."""
     parts = [INTRODUCTION, "## What is known of each choice\n", overview(analyses)]
     parts.append(LEFT_OUT)
+    for study in waiting:
+        parts.append(f"Written, but not run yet: {study.title} (`--only {study.name}`).\n")
     for analysis in analyses:
         parts.append(section(analysis, results[analysis.study.name]))
     return "\n".join(parts).rstrip() + "\n"
