@@ -12,7 +12,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from math import prod
 from typing import Any
@@ -22,8 +22,11 @@ from dist_layerlr.plan.config import Config
 from dist_layerlr.plan.depth import DepthSettings
 from dist_layerlr.plan.layer_decay import ModelLayer
 from dist_layerlr.plan.names import natural_key
+from dist_layerlr.plan.timing import Timing
 
 Shape = tuple[int, ...]
+_Key = tuple[str | None, float, float | None, Timing | None]
+"""What the entries of a group share."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -85,6 +88,12 @@ class PlanEntry:
     """lr_multiplier of that optimizer."""
     parts: tuple[int, ...] = ()
     """Rows of each matrix in a fused one that is stepped part by part."""
+    timing: Timing | None = None
+    """When it trains; None: always, at the run's schedule."""
+
+    def lr_at(self, step: int, factor: float = 1.0) -> float:
+        """Its rate at an optimizer step, where the run's schedule is at ``factor``."""
+        return self.lr * (factor if self.timing is None else self.timing.factor(step, factor))
 
     @property
     def numel(self) -> int:
@@ -106,6 +115,7 @@ class GroupSpec:
     weight_decay: float | None
     names: tuple[str, ...]
     optimizer: str | None = None
+    timing: Timing | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -129,21 +139,31 @@ class Plan:
         return hashlib.sha256("\n".join(rows).encode()).hexdigest()[:16]
 
     @cached_property
+    def timed(self) -> bool:
+        """Whether any name trains at some steps only, or has a schedule of its own."""
+        return any(entry.timing is not None for entry in self.entries.values())
+
+    def at_step(self, step: int) -> Plan:
+        """The plan with the rates of one optimizer step in it, before the run's schedule."""
+        now = {name: replace(e, lr=e.lr_at(step)) for name, e in self.entries.items()}
+        return replace(self, entries=now)
+
+    @cached_property
     def groups(self) -> tuple[GroupSpec, ...]:
-        """Optimizer groups: entries of equal (optimizer, lr, weight decay), in a stable order.
+        """Optimizer groups: entries of equal (optimizer, lr, weight decay, timing), in order.
 
         Names are unique and no group is empty.
 
         Entries with LR 0 are a group too: they are held still, not dropped.
         """
-        merged: dict[tuple[str | None, float, float | None], list[PlanEntry]] = {}
+        merged: dict[_Key, list[PlanEntry]] = {}
 
         def place(entry: PlanEntry) -> tuple[object, int, str, str]:
             return natural_key(entry.stack or ""), entry.block or 0, entry.component, entry.name
 
         # The order must not depend on the order of names: ranks and resumes compare groups by it.
         for entry in sorted(self.entries.values(), key=place):
-            key = (entry.optimizer, entry.lr, entry.weight_decay)
+            key = (entry.optimizer, entry.lr, entry.weight_decay, entry.timing)
             merged.setdefault(key, []).append(entry)
         taken: dict[str, int] = {}
         return tuple(_group(key, members, taken) for key, members in merged.items())
@@ -207,9 +227,7 @@ class Plan:
         return foreign.kohya_settings(self, sdxl=sdxl)
 
 
-def _group(
-    key: tuple[str | None, float, float | None], members: list[PlanEntry], taken: dict[str, int]
-) -> GroupSpec:
+def _group(key: _Key, members: list[PlanEntry], taken: dict[str, int]) -> GroupSpec:
     cells = list(dict.fromkeys(e.cell for e in members))
     name = cell_name(cells[0]) + (f"+{len(cells) - 1}" if len(cells) > 1 else "")
     taken[name] = taken.get(name, 0) + 1
@@ -222,6 +240,7 @@ def _group(
         weight_decay=key[2],
         names=tuple(e.name for e in members),
         optimizer=key[0],
+        timing=key[3],
     )
 
 
@@ -238,12 +257,16 @@ def total_numel(entries: Iterable[PlanEntry]) -> int:
 
 def _digested(entry: PlanEntry) -> str:
     row = f"{entry.name}\t{entry.shape}\t{entry.lr!r}\t{entry.weight_decay!r}"
-    # Plans without a choice keep the digest that older checkpoints have of them.
+    # Plans without a choice or a timing keep the digest that older checkpoints have of them.
+    if entry.timing is not None:
+        row = f"{row}\t{entry.timing.row!r}"
     return row if entry.optimizer is None else f"{row}\t{entry.optimizer}\t{entry.parts}"
 
 
 def _row(entry: PlanEntry) -> dict[str, Any]:
     chosen: dict[str, Any] = {} if entry.optimizer is None else {"optimizer": entry.optimizer}
+    if entry.timing is not None:
+        chosen["timing"] = str(entry.timing)
     if entry.parts:
         chosen["parts"] = list(entry.parts)
     return {
