@@ -326,7 +326,7 @@ def _multiplier(given: Iterable[Any], manifest: Manifest, factor: float | None) 
 
 
 def _step(given: Iterable[Any], manifest: Manifest) -> int:
-    """The optimizer step that comes next, which timings look at: the live schedule's, else saved."""
+    """The optimizer step that comes next, for timings: the live schedule's, else the saved one."""
     for schedule in given:
         if isinstance(schedule, (PlanSchedule, Follower)):
             return schedule.last_step

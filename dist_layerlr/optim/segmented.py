@@ -330,7 +330,10 @@ class Segmented(Optimizer):
         """The state of a piece's owner, with the step counter that is the piece's own."""
         own = dict(held)
         row = self.row_of(piece)
-        if row is not None and fused.STEP in own:
+        if row is not None and row.apart and not piece.numel:
+            # Its name is counted where it has elements.
+            own.pop(fused.STEP, None)
+        elif row is not None and fused.STEP in own:
             own[fused.STEP] = row.counter_at(piece.offset, own[fused.STEP])
         return own
 

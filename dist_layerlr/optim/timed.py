@@ -90,7 +90,7 @@ def hold(plan: Plan, model: nn.Module, optimizer: Optimizer, slices: Iterable[Sl
     for name, param in live_parameters(model).items():
         entry = plan.entries.get(name)
         if entry is not None and entry.timing is not None and param.requires_grad:
-            param.register_hook(_Muted(known, entry.timing))
+            param.register_hook(_Muted(known, entry.timing))  # type: ignore[no-untyped-call]
 
     def drop() -> None:
         live = known()
@@ -158,7 +158,7 @@ def _holds(plan: Plan, name: str, step: int) -> bool:
 
 
 def _refuse_dampening(optimizer: Any) -> None:
-    """SGD's first step takes a gradient undamped; after a load, nobody tells which step is first."""
+    """SGD's first step takes a gradient undamped; after a load nobody tells which one is first."""
     inner = getattr(optimizer, "inner", None) or optimizer
     for group in inner.param_groups:
         if group.get("dampening"):

@@ -177,8 +177,7 @@ class OwnerViews:
         for run, counter in zip(self.runs, value, strict=True):
             if run.offset <= offset < run.offset + run.numel:
                 return counter
-        # Padding, and an empty piece, are stepped with nothing.
-        return value[0]
+        raise ValueError(f"no name begins at element {offset}")
 
     def counters(self, at: Mapping[int, float], like: Any) -> Tensor:
         """Step counters from those of pieces, {offset in the owner: steps}, as a load gives them.
@@ -188,12 +187,11 @@ class OwnerViews:
         """
         found: list[float] = []
         for run in self.runs:
-            inside = [
-                n for offset, n in at.items() if run.offset <= offset < run.offset + run.numel
-            ]
-            if len(set(inside)) > 1:
+            end = run.offset + run.numel
+            inside = sorted({at[place] for place in at if run.offset <= place < end})
+            if len(inside) > 1:
                 raise ConfigError(
-                    f"{run.names[0]} and {run.names[-1]} were stepped {sorted(set(inside))} times,"
+                    f"{run.names[0]} and {run.names[-1]} were stepped {inside} times,"
                     " but this sharder steps them as one, with one counter. Resume under DDP or"
                     " FSDP2, or with the timing that they were saved with."
                 )
@@ -253,10 +251,11 @@ class OwnerViews:
         if self.apart and isinstance(held.get(STEP), Tensor) and held[STEP].ndim == 0:
             # A counter of another layout or plan, which holds for all.
             held[STEP] = held[STEP].repeat(len(self.views))
+        parts: Sequence[Any]
         for key, value in held.items():
             if self.apart and key == STEP and isinstance(value, Tensor):
                 counted = value.tolist()
-                parts = [int(n) for n in counted] if self.plain_counters else value.unbind()
+                parts = list(map(int, counted)) if self.plain_counters else list(value.unbind())
             elif _elementwise(value, self.owner):
                 parts = self.cut(local(value))
             else:

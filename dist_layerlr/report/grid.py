@@ -208,6 +208,7 @@ def explain(plan: Plan, name: str) -> str:
             f"  LoRA+         {entry.lora_plus:g}",
             f"  lr            {entry.lr:.6g}",
             f"  weight decay  {decay}",
+            *([] if entry.timing is None else [f"  trains        {entry.timing}"]),
             *_stepper(entry),
         ]
     )
