@@ -31,6 +31,10 @@ CAUSES = {
         "a scheduler raises rates above the plan, or was not stepped on all ranks alike; a"
         " schedule's multiplier lies in [0, 1]. If yours does not, pass verify(..., factor=...)"
     ),
+    "timing": (
+        "nobody stepped PlanSchedule once after each optimizer step, on all ranks alike; or the"
+        " optimizer was not built by attach, or a load put other groups there (call reapply)"
+    ),
     "weight decay": (
         "a checkpoint or an optimizer block overwrote the groups' settings; call reapply after"
         " every load"

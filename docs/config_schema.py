@@ -18,6 +18,7 @@ from dist_layerlr.offload import StreamPolicy
 from dist_layerlr.plan.config import PLAN_BLOCK, PRESET, Config, PerLayerLR, Region
 from dist_layerlr.plan.depth import DepthSettings
 from dist_layerlr.plan.presets import PRESET_CLASSES, RfdetrPreset
+from dist_layerlr.plan.timing import TimingSettings
 from dist_layerlr.plan.training_config import SCHEMA_FILE
 from launch.trainer.families import FAMILIES, get_family
 from launch.trainer.options import BLOCKS, FULL, RunOptions
@@ -78,7 +79,7 @@ def _plan_block() -> Schema:
     table = {"required": ["depth_strategy"], "properties": {"depth_strategy": {"const": "table"}}}
     block |= {"if": table, "then": {"required": ["depth_table"]}}
     regions = block["properties"]["regions"]
-    regions["items"] = object_schema(Region, DepthSettings)
+    regions["items"] = object_schema(Region, DepthSettings, TimingSettings)
     regions["items"]["not"] = {"required": ["lr", "lr_multiplier"]}
     return {**block, "type": ["object", "null"]}
 

@@ -25,6 +25,7 @@ from dist_layerlr.plan.depth import DepthSettings
 from dist_layerlr.plan.optimizers import OptimizerRule
 from dist_layerlr.plan.presets import RfdetrPreset
 from dist_layerlr.plan.steer import Changes, Scaled
+from dist_layerlr.plan.timing import OwnSchedule, TimingRule, TimingSettings, Unfreeze
 from dist_layerlr.plan.width import WidthScaling
 from dist_layerlr.sharders import Layout
 from launch.trainer.objectives.causal_lm import NextToken
@@ -61,7 +62,10 @@ def tables() -> dict[str, list[Setting]]:
     """Every table by the name that its marker gives."""
     found = {
         "per_layer_lr": [*settings(PerLayerLR, DepthSettings).values(), PRESET],
-        "regions": [*settings(Region, DepthSettings).values()],
+        "regions": [*settings(Region, DepthSettings, TimingSettings).values()],
+        "timing": [*settings(TimingRule, TimingSettings).values()],
+        "timing.schedule": [*settings(OwnSchedule).values()],
+        "timing.unfreeze": [*settings(Unfreeze).values()],
         "patterns": [*settings(PatternRule).values()],
         "optimizers": [*settings(OptimizerRule).values()],
         "width_scaling": [*settings(WidthScaling).values()],

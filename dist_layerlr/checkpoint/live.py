@@ -20,10 +20,12 @@ from dist_layerlr.checkpoint.rng import read_rng
 from dist_layerlr.checkpoint.samples import sample_of
 from dist_layerlr.errors import CheckpointError
 from dist_layerlr.optim.any_whole import AnyWhole
+from dist_layerlr.optim.fused import STEP
 from dist_layerlr.optim.groups import OPTIMIZER
-from dist_layerlr.optim.readback import factor_in_force, live_pieces
+from dist_layerlr.optim.readback import factor_in_force, live_pieces, state_of
 from dist_layerlr.optim.routed import Routed, parts_of
 from dist_layerlr.optim.segmented import Segmented
+from dist_layerlr.optim.timed import step_of
 from dist_layerlr.plan.names import of_rank, parse, without_rank
 from dist_layerlr.sharders import Piece, Pieces, Sharder, Weight, sharder_of
 from dist_layerlr.sharders.base import local
@@ -212,13 +214,18 @@ def saved_spans(
     # An owner has many pieces: names that share a flat tensor, or runs of one DTensor.
     # Its state is read once: each counter on a device is waited for.
     states: dict[int, tuple[dict[str, Tensor], Counters]] = {}
+    apart = step_of(live.found.optimizer) is not None
     for piece in live.found.pieces:
         if not piece.numel:
             continue
         owner = id(piece.owner)
-        if owner not in states:
+        # Under a plan with timings names that share a tensor have counters of their own.
+        if owner not in states or apart:
             states[owner] = _read_state(piece, live.found.optimizer)
         tensors, counters = states[owner]
+        if apart and counters.get(STEP, (1.0, None))[0] == 0.0:
+            # What has not been stepped yet only has room for state.
+            tensors, counters = {"": tensors[""]}, {}
         size = live.size(piece.name)
         for key, tensor in tensors.items():
             # Several optimizers may share a flat tensor, whose state then has the keys of all of
@@ -237,7 +244,7 @@ def _read_state(piece: Piece, optimizer: Any) -> tuple[dict[str, Tensor], Counte
     """({state key: elementwise state, local}, counters) of a piece's owner; itself under ``""``."""
     tensors = {"": local(piece.owner)}
     counters: Counters = {}
-    for key, value in optimizer.state.get(piece.owner, {}).items():
+    for key, value in state_of(optimizer, piece).items():
         if _is_counter(key, value, piece.owner):
             counters[key] = (value.item(), str(value.dtype).removeprefix("torch."))
         elif isinstance(value, Tensor) and _elementwise(local(value), tensors[""]):

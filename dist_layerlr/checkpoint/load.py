@@ -132,7 +132,8 @@ def load_checkpoint(
         multiplier = alike(lambda: _multiplier(given.values(), job.manifest, factor))
         # ``reapply`` walks the live optimizer again, because an object of the caller may have put
         # new group dicts into it in step 2 (optimizer.load_state_dict does).
-        alike(lambda: reapply(job.plan, model, optimizer, factor=multiplier))
+        at = _step(given.values(), job.manifest)
+        alike(lambda: reapply(job.plan, model, optimizer, factor=multiplier, step=at))
         # 5. Last what the steps above could disturb: schedulers read the rates, and nothing must
         #    draw from the generators once they are back.
         fresh = alike(lambda: _finish(job, model, given.values(), random.tensor))
@@ -322,6 +323,14 @@ def _multiplier(given: Iterable[Any], manifest: Manifest, factor: float | None) 
         if isinstance(schedule, (PlanSchedule, Follower)):
             return schedule.factor
     return manifest.factor
+
+
+def _step(given: Iterable[Any], manifest: Manifest) -> int:
+    """The optimizer step that comes next, for timings: the live schedule's, else the saved one."""
+    for schedule in given:
+        if isinstance(schedule, (PlanSchedule, Follower)):
+            return schedule.last_step
+    return manifest.step
 
 
 def _finish(

@@ -16,7 +16,8 @@ from dist_layerlr.checkpoint.dcp import Scalars, StoredSpan, sizes
 from dist_layerlr.checkpoint.index import OPTIM, WEIGHT, Index, dtype_named
 from dist_layerlr.checkpoint.live import Live, piece_span
 from dist_layerlr.checkpoint.manifest import Manifest
-from dist_layerlr.errors import CheckpointError
+from dist_layerlr.errors import CheckpointError, ConfigError
+from dist_layerlr.optim.fused import STEP
 from dist_layerlr.optim.groups import AVERAGE, OPTIMIZER
 from dist_layerlr.optim.segmented import Segmented
 from dist_layerlr.sharders import Piece
@@ -44,6 +45,8 @@ class OwnerState:
     saved_names: list[str | None]
     numbers: Mapping[str, Number]
     """Step counters."""
+    apart: Mapping[int, float] | None = None
+    """{first element of a piece in the owner: its steps}, where each name counts its own."""
 
     @property
     def keys(self) -> Dtypes:
@@ -89,10 +92,18 @@ def plan_state(live: Live, manifest: Manifest, index: Index) -> list[OwnerState]
                 counters[name] = numbers[name]
             if name is not None and not manifest.parameters[name].trainable:
                 frozen.append(name)
-        _check_unfrozen(frozen, counters)
-        _check_restarted(restarted, counters, live)
+        apart = _apart(pieces, saved, counters, live)
+        if apart is None:
+            _check_unfrozen(frozen, counters)
+            _check_restarted(restarted, counters, live)
         planned.append(
-            OwnerState(pieces=pieces, sources=sources, saved_names=saved, numbers=_agreed(counters))
+            OwnerState(
+                pieces=pieces,
+                sources=sources,
+                saved_names=saved,
+                numbers=_agreed(counters) if apart is None else _any_of(counters),
+                apart=apart,
+            )
         )
     return planned
 
@@ -127,6 +138,9 @@ def prepare_state(
         for key, number in state.numbers.items():
             piece = next(piece for piece in state.pieces if live.is_own(piece, key))
             held[key] = _number(key, number, piece, live, same_class)
+            if state.apart is not None and key == STEP:
+                row = live.found.optimizer.row_of(piece)
+                held[key] = row.counters(state.apart, held[key])
     return spans
 
 
@@ -257,6 +271,38 @@ def _agreed(numbers: Mapping[str, Mapping[str, Number]]) -> Mapping[str, Number]
                 " that saved them."
             )
     return numbers[first]
+
+
+def _apart(
+    pieces: list[Piece],
+    saved: list[str | None],
+    counters: Mapping[str, Mapping[str, Number]],
+    live: Live,
+) -> Mapping[int, float] | None:
+    """{offset of a piece: its steps}, where the live tensor counts for each name; else None.
+
+    Raises:
+        CheckpointError: names that are stepped as one have counted differently.
+    """
+    optimizer = live.found.optimizer
+    row = optimizer.row_of(pieces[0]) if isinstance(optimizer, Segmented) else None
+    if row is None or not row.apart or not any(STEP in own for own in counters.values()):
+        return None
+    at: dict[int, float] = {}
+    for piece, name in zip(pieces, saved, strict=True):
+        if piece.numel:
+            own = counters.get(name or "", {})
+            at[piece.offset] = own[STEP][0] if STEP in own else 0.0
+    try:
+        row.counters(at, None)
+    except ConfigError as error:
+        raise CheckpointError(str(error)) from None
+    return at
+
+
+def _any_of(numbers: Mapping[str, Mapping[str, Number]]) -> Mapping[str, Number]:
+    """The kinds of counters that there are; their values are set name by name."""
+    return next(iter(numbers.values()))
 
 
 def _values(numbers: Mapping[str, Number]) -> dict[str, float]:

@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from dist_layerlr import fields
 from dist_layerlr.checkpoint.folders import latest
 from dist_layerlr.cli.command import (
     BASE_HELP,
@@ -50,6 +51,9 @@ def add_to(commands: Any) -> None:
     shape.add_argument("--csv", dest="format", action="store_const", const="csv", help="as CSV")
     shape.add_argument(
         "--grid", choices=GRIDS, default=FOLDED, help="blocks as ranges (default), or each"
+    )
+    plan.add_argument(
+        "--at-step", type=int, metavar="N", help="rates of one optimizer step (timings)"
     )
     explain = add_command(
         commands,
@@ -130,6 +134,8 @@ def _say_if_adapter(plan: Plan, config: str) -> None:
 
 def _run_plan(args: argparse.Namespace) -> Output:
     plan = _plan(args, args.config)
+    if args.at_step is not None:
+        plan = plan.at_step(fields.integer(0)("--at-step", args.at_step))
     if args.format == "json":
         return plan.to_json() + "\n", 0
     if args.format == "csv":

@@ -23,6 +23,7 @@ from dist_layerlr.optim.routed import (
     takes_matrices,
 )
 from dist_layerlr.optim.segmented import MakeOptimizer, Segmented
+from dist_layerlr.optim.timed import hold
 from dist_layerlr.optim.trial import Verdict, remember, try_out, try_parts
 from dist_layerlr.optim.validate import refuse
 from dist_layerlr.plan.entries import Plan, Shape
@@ -216,4 +217,5 @@ def _build(plan: Plan, sharder: Sharder, make: MakeOptimizer, in_segments: bool)
         optimizer = built(make, [part for group in groups for part in split_by_mesh(group)])
         adopt(plan, optimizer)
     remember(optimizer, make)
+    hold(plan, sharder.model, optimizer, slices)
     return optimizer

@@ -9,12 +9,14 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from dist_layerlr.errors import ConfigError
+from dist_layerlr.optim.timed import drop_held
 from dist_layerlr.sharders import sharder_of
 
 
 def clip_grad_norm(model: nn.Module, max_norm: float) -> float:
     """Scale all gradients so that their global norm is at most ``max_norm``. Collective.
 
+    What a plan's timing holds has no part in it, as a parameter that needs no gradient has none.
     ``torch.nn.utils.clip_grad_norm_`` on an FSDP1 model uses each rank's own norm, silently; this
     does not.
 
@@ -30,6 +32,7 @@ def clip_grad_norm(model: nn.Module, max_norm: float) -> float:
     """
     sharder = sharder_of(model)
     layout = sharder.layout
+    drop_held(model)
     if layout.engine_steps:
         raise ConfigError(
             "Invalid clip_grad_norm on a DeepSpeed engine: set 'gradient_clipping' in its config"

@@ -45,6 +45,7 @@ class Follower(RateDriver):
         """Advance the scheduler by one optimizer step; it is given the arguments (a metric ...)."""
         if self._counts():
             self._scheduler.step(*args, **kwargs)
+            self.last_step += 1
             self._put()
 
     def state_dict(self) -> dict[str, Any]:
@@ -55,6 +56,7 @@ class Follower(RateDriver):
         group = {k: v for k, v in self._scratch.param_groups[0].items() if k != "params"}
         return {
             "base_lr": self.base_lr,
+            "last_step": self.last_step,
             "group": group,
             "scheduler": self._scheduler.state_dict(),
         }
@@ -64,6 +66,8 @@ class Follower(RateDriver):
         self.base_lr = float(state_dict["base_lr"])
         self._scratch.param_groups[0].update(state_dict["group"])
         self._scheduler.load_state_dict(state_dict["scheduler"])
+        # States of earlier releases are of plans without timings, which need no step.
+        self.last_step = int(state_dict.get("last_step", 0))
         self._put()
 
 

@@ -14,6 +14,8 @@ from torch.optim import Optimizer
 
 from dist_layerlr.errors import ConfigError, PlanMismatch
 from dist_layerlr.plan.entries import GroupSpec, Plan, PlanEntry
+from dist_layerlr.plan.foreign import untimed
+from dist_layerlr.plan.timing import Timing
 from dist_layerlr.sharders.base import ParamGroup, live_optimizer
 from dist_layerlr.sharders.model import live_parameters
 
@@ -28,6 +30,12 @@ OPTIMIZER = "optimizer"
 """Which of the plan's optimizers steps a group, where it names several."""
 AVERAGE = "weight_average"
 """Entry of a tensor's state while a checkpoint is saved or loaded: see ``average.py``."""
+TIMING = "timing"
+"""When a group trains, as plain values (``Timing.row``); absent where it always does."""
+STEP = "plan_step"
+"""The optimizer step that a timed plan's groups are at; absent where no name has a timing."""
+UNKNOWN = -1
+"""Nobody has said yet which step it is."""
 _PLANS: WeakKeyDictionary[Optimizer, Plan] = WeakKeyDictionary()
 """The plan of each optimizer whose groups `attach` made: what its groups are to be, whoever writes
 another ``initial_lr`` into them."""
@@ -46,7 +54,9 @@ def param_groups(plan: Plan, model: nn.Module) -> list[ParamGroup]:
 
     Raises:
         PlanMismatch: the model's trainable parameters are not those of the plan.
+        ConfigError: the plan has timings, which no group can keep on its own.
     """
+    untimed(plan, "A list of parameter groups")
     return build_groups(plan, {n: p for n, p in live_parameters(model).items() if p.requires_grad})
 
 
@@ -57,7 +67,10 @@ def build_groups(plan: Plan, live: Mapping[str, Tensor]) -> list[ParamGroup]:
         PlanMismatch: the names are not those of the plan.
     """
     _check_same_names(plan, live)
-    return [_group(spec, live) for spec in plan.groups]
+    groups = [_group(spec, live) for spec in plan.groups]
+    for group in groups if plan.timed else ():
+        group[STEP] = UNKNOWN
+    return groups
 
 
 def split_by_mesh(group: ParamGroup) -> list[ParamGroup]:
@@ -189,22 +202,52 @@ def put_back(optimizer: Any, settings: list[dict[str, Any]]) -> bool:
     return changed
 
 
-def scale_lrs(optimizer: Any, factor: float) -> None:
-    """Set every group to ``initial_lr * factor``.
+def scale_lrs(optimizer: Any, factor: float, step: int | None = None) -> None:
+    """Set every group to ``initial_lr * factor``, times what its timing says of the step.
 
     Reads the live groups each time: their dicts may be replaced.
+
+    Args:
+        optimizer: whose groups the plan made.
+        factor: what the run's schedule multiplies all rates by.
+        step: the optimizer step that comes next, which only a plan with timings needs. None: the
+            one that the groups are at.
     """
     for group in optimizer.param_groups:
-        _put_lr(group, group[INITIAL_LR] * factor)
+        if step is not None and STEP in group:
+            group[STEP] = step
+        _put_lr(group, group[INITIAL_LR] * multiplier(group, factor))
 
 
-def write_group(group: ParamGroup, entry: PlanEntry, factor: float) -> None:
+def multiplier(group: ParamGroup, factor: float) -> float:
+    """What a group's planned rate is multiplied by, where the run's schedule is at ``factor``."""
+    timing, step = group.get(TIMING), group.get(STEP, UNKNOWN)
+    # Before anybody has said which step it is, nothing is stepped: rates show the plan.
+    if timing is None or step == UNKNOWN:
+        return factor
+    return Timing.of(timing).factor(step, factor)
+
+
+def is_held(group: ParamGroup) -> bool:
+    """Whether a group must not move at the step that it is at."""
+    return TIMING in group and Timing.of(group[TIMING]).held(group[STEP])
+
+
+def write_group(group: ParamGroup, entry: PlanEntry, factor: float, step: int | None) -> None:
     """Put a planned rate into a live group, at ``factor`` of a schedule.
 
-    Weight decay and epsilon of None leave the group's own.
+    Weight decay and epsilon of None leave the group's own. ``step`` is that of a timed plan; None:
+    no name of the plan has a timing.
     """
+    # A load may have put the timing of another plan there.
+    for key in (TIMING, STEP):
+        group.pop(key, None)
+    if step is not None:
+        group[STEP] = step
+    if entry.timing is not None:
+        group[TIMING] = entry.timing.row
     group[INITIAL_LR] = entry.lr
-    _put_lr(group, entry.lr * factor)
+    _put_lr(group, entry.lr * multiplier(group, factor))
     if entry.weight_decay is not None:
         group[WEIGHT_DECAY] = entry.weight_decay
     if entry.eps is not None:
@@ -234,6 +277,8 @@ def _group(spec: GroupSpec, live: Mapping[str, Tensor]) -> ParamGroup:
         group[EPS] = spec.eps
     if spec.optimizer is not None:
         group[OPTIMIZER] = spec.optimizer
+    if spec.timing is not None:
+        group[TIMING] = spec.timing.row
     return group
 
 

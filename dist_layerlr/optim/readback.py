@@ -10,10 +10,20 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from dist_layerlr.optim.groups import EPS, INITIAL_LR, LR, OPTIMIZER, WEIGHT_DECAY
+from dist_layerlr.optim.groups import (
+    EPS,
+    INITIAL_LR,
+    LR,
+    OPTIMIZER,
+    STEP,
+    TIMING,
+    UNKNOWN,
+    WEIGHT_DECAY,
+)
 from dist_layerlr.optim.routed import parts_of
 from dist_layerlr.optim.segmented import Segmented
-from dist_layerlr.sharders import Pieces, Sharder, sharder_of
+from dist_layerlr.optim.timed import step_of
+from dist_layerlr.sharders import Piece, Pieces, Sharder, sharder_of
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -77,16 +87,21 @@ def optimizer_state(model: nn.Module, optimizer: Any = None) -> dict[str, list[S
     routed = parts_of(found.optimizer)
     result: dict[str, list[StateSpan]] = {}
     for piece in found.pieces:
-        held = found.optimizer.state.get(piece.owner, {}) if found.optimizer is not None else {}
         tensors = {
             key: value if value.ndim == 0 else piece.of(value)
-            for key, value in held.items()
+            for key, value in state_of(found.optimizer, piece).items()
             if isinstance(value, Tensor)
             and (routed is None or routed.takes(piece.group[OPTIMIZER], key))
         }
         if tensors:
             result.setdefault(piece.name, []).append(StateSpan(start=piece.start, tensors=tensors))
     return result
+
+
+def state_of(optimizer: Any, piece: Piece) -> dict[str, Any]:
+    """The state of a piece's owner, with the step counter that is the piece's own."""
+    held: dict[str, Any] = {} if optimizer is None else optimizer.state.get(piece.owner, {})
+    return optimizer.counters_of(piece, held) if isinstance(optimizer, Segmented) else held
 
 
 def live_params(found: Pieces) -> dict[str, LiveParam]:
@@ -123,12 +138,18 @@ def factor_in_force(found: Pieces) -> float:
     count as 1. Where groups disagree, which one multiplier cannot explain, this is the multiplier
     of most names; a comparison with the plan then names the others.
     """
+    if isinstance(found.optimizer, Segmented) and step_of(found.optimizer) is not None:
+        # Rates of a plan with timings are at several multiples; the outer group's is the run's.
+        return found.optimizer.factor
     votes: Counter[str] = Counter()
     exact: dict[str, float] = {}
     # A name has one vote, in however many pieces this rank holds it.
     for piece in {piece.name: piece for piece in found.pieces}.values():
         initial = piece.group.get(INITIAL_LR)
         if initial is not None and float(initial) <= 0.0:
+            continue
+        # Timings multiply rates besides: only what has none tells of the run's schedule.
+        if TIMING in piece.group and piece.group.get(STEP, UNKNOWN) != UNKNOWN:
             continue
         factor = 1.0 if initial is None else float(piece.group[LR]) / float(initial)
         # Some optimizers keep their rate as a float32 tensor: six equal digits are the same vote.

@@ -7,7 +7,6 @@ absolute rate.
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,8 +16,7 @@ from dist_layerlr.errors import ConfigError
 from dist_layerlr.fields import check_all, integer, number, one_of, setting
 from dist_layerlr.optim.groups import INITIAL_LR, LR, scale_lrs
 from dist_layerlr.optim.pace import Pace
-
-KINDS = ("constant", "linear", "cosine")
+from dist_layerlr.plan.timing import KINDS, curve
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -51,14 +49,7 @@ class Schedule:
 
     def factor(self, step: int) -> float:
         """Multiplier of optimizer step ``step``, counted from 0."""
-        if step < self.warmup_steps:
-            return (step + 1) / self.warmup_steps
-        if self.kind == "constant":
-            return 1.0
-        span = max(1, self.total_steps - 1 - self.warmup_steps)
-        x = min(1.0, (step - self.warmup_steps) / span)
-        shape = 1.0 - x if self.kind == "linear" else 0.5 * (1.0 + math.cos(math.pi * x))
-        return self.min_ratio + (1.0 - self.min_ratio) * shape
+        return curve(self.kind, step, self.warmup_steps, self.total_steps, self.min_ratio)
 
 
 class RateDriver(LRScheduler):
@@ -88,6 +79,8 @@ class RateDriver(LRScheduler):
                     " its groups with param_groups."
                 )
         self._pace = Pace(self.optimizer)
+        self.last_step = 0
+        """The optimizer step whose rates are in force, counted from 0."""
         self._step_count = 1  # Accelerate counts it up in micro-steps
 
     @property
@@ -113,7 +106,7 @@ class RateDriver(LRScheduler):
         return self._pace.counts()
 
     def _put(self) -> None:
-        scale_lrs(self.optimizer, self.factor)
+        scale_lrs(self.optimizer, self.factor, self.last_step)
 
 
 class PlanSchedule(RateDriver):
@@ -133,7 +126,6 @@ class PlanSchedule(RateDriver):
         """
         super().__init__(optimizer)
         self._schedule = schedule
-        self.last_step = 0
         self._put()
 
     @property

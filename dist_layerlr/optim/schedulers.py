@@ -17,6 +17,7 @@ from dist_layerlr.errors import ConfigError
 from dist_layerlr.optim.groups import (
     INITIAL_LR,
     LR,
+    STEP,
     default_lr,
     planned_rates,
     put_back,
@@ -99,6 +100,8 @@ def problem_of(scheduler: Any, steps: int | None = None, base: float | None = No
     optimizer = optimizer_of(scheduler)
     if optimizer is None:
         return "it shows no optimizer whose rates it writes, and cannot be simulated"
+    if any(STEP in group for group in optimizer.param_groups):
+        return _untold(scheduler)
     before = settings_of(optimizer)
     try:
         with warnings.catch_warnings():
@@ -113,6 +116,13 @@ def problem_of(scheduler: Any, steps: int | None = None, base: float | None = No
             " copied), and cannot be simulated"
         )
     return found
+
+
+def _untold(scheduler: Any) -> str | None:
+    """Of a plan with timings: ours say which step it is, others write one factor for all names."""
+    if isinstance(getattr(scheduler, "scheduler", scheduler), RateDriver):
+        return None
+    return "the plan has timings, and it does not say which step the optimizer is at"
 
 
 def _judged(scheduler: Any, optimizer: Any, steps: int | None, base: float | None) -> str | None:

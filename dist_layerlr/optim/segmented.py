@@ -36,6 +36,8 @@ from dist_layerlr.optim.groups import (
     INITIAL_LR,
     LR,
     NAME,
+    STEP,
+    UNKNOWN,
     base_lr,
     build_groups,
     built,
@@ -43,6 +45,7 @@ from dist_layerlr.optim.groups import (
     scale_lrs,
 )
 from dist_layerlr.optim.routed import Routed
+from dist_layerlr.optim.timed import known_step, step_of, without_held
 from dist_layerlr.optim.views import OwnerViews, merge_slices
 from dist_layerlr.optim.whole import Located, NeedsWhole
 from dist_layerlr.plan.entries import Plan
@@ -89,6 +92,8 @@ class Segmented(Optimizer):
             {"params": members, LR: base, INITIAL_LR: base, NAME: name}
             for name, members in _outer_groups(plan, owners, slices or ()).items()
         ]
+        for group in groups if plan.timed else ():
+            group[STEP] = UNKNOWN
         # Schedulers take an absolute end relative to the default rate: it must be the group's.
         super().__init__(groups, {LR: base})
         if slices is not None:
@@ -141,6 +146,7 @@ class Segmented(Optimizer):
         self._fused = fused.handles(self.inner)
         for row in self._rows:
             row.share_counters = self._fused
+            row.plain_counters = not type(self.inner).__module__.startswith("torch.")
             if isinstance(self.inner, Routed):
                 row.keys_of = _keys_of(self.inner, self._plan, row)
         self._view_of = {name: id(view) for name, view in views.items()}
@@ -148,7 +154,11 @@ class Segmented(Optimizer):
         for piece in slices:
             self._bound[_whose(piece)].append((piece.offset, piece.offset + piece.numel))
         self.defaults = {**self.inner.defaults, LR: base_lr(self._plan)}
-        scale_lrs(self.inner, self.factor)
+        self._follow()
+
+    def _follow(self) -> None:
+        """Put the outer groups' multiplier and step on the inner groups."""
+        scale_lrs(self.inner, self.factor, step_of(self))
 
     def __getstate__(self) -> dict[str, Any]:
         """What a copy is made of, without the views: copied, they would share no storage."""
@@ -208,7 +218,11 @@ class Segmented(Optimizer):
         # it now: only what is held already may share its state with the inner optimizer.
         held = groups_by_tensor(self)
         return [
-            OwnerViews(merge_slices(found, group_number), may_share_state=owner in held)
+            OwnerViews(
+                merge_slices(found, group_number),
+                may_share_state=owner in held,
+                may_start_apart=self._plan.timed,
+            )
             for owner, found in by_owner.items()
         ]
 
@@ -232,7 +246,7 @@ class Segmented(Optimizer):
         if self.inner is None:
             return {}
         # Inner rates follow the outer group at each step only; a reader wants those of the next.
-        scale_lrs(self.inner, self.factor)
+        self._follow()
         group_of = groups_by_tensor(self.inner)
         return {name: group_of[view] for name, view in self._view_of.items() if view in group_of}
 
@@ -265,6 +279,17 @@ class Segmented(Optimizer):
                 loss = closure()
         if not self._knows_all() or self.inner is None:
             return loss
+        if self._plan.timed:
+            known_step(self)
+        self._follow()
+        with without_held(self.inner) as any_left:
+            if any_left:
+                self._step_inner()
+        return loss
+
+    def _step_inner(self) -> None:
+        """Step the groups that the inner optimizer holds now."""
+        assert self.inner is not None
         rows: list[OwnerViews] = []
         if self._one_state:
             # A load replaces the outer mapping, so the inner optimizer is given it at every step.
@@ -276,14 +301,12 @@ class Segmented(Optimizer):
             rows = self._rows_to_step()
         for row in rows:
             row.prepare(self.inner.state, self.state)
-        scale_lrs(self.inner, self.factor)
         if self._fused:
             fused.step(self.inner)
         else:
             self.inner.step()
         for row in rows:
             row.publish(self.inner.state, self.state)
-        return loss
 
     def _rows_to_step(self) -> list[OwnerViews]:
         """Rows whose owner has a gradient and is in the outer group.
@@ -292,7 +315,27 @@ class Segmented(Optimizer):
         not in the group at that moment.
         """
         held = groups_by_tensor(self)
-        return [row for row in self._rows if id(row.owner) in held and row.owner.grad is not None]
+        rows = [row for row in self._rows if id(row.owner) in held and row.owner.grad is not None]
+        if not self._plan.timed:
+            return rows
+        # What the inner optimizer does not step now gets no state either.
+        stepped = groups_by_tensor(self.inner)
+        return list(filter(lambda row: any(id(view) in stepped for view in row.views), rows))
+
+    def row_of(self, piece: Slice) -> OwnerViews | None:
+        """How the owner of a piece is cut; None: nothing of it is stepped here."""
+        return next((row for row in self._rows if row.owner is piece.owner), None)
+
+    def counters_of(self, piece: Slice, held: Mapping[str, Any]) -> dict[str, Any]:
+        """The state of a piece's owner, with the step counter that is the piece's own."""
+        own = dict(held)
+        row = self.row_of(piece)
+        if row is not None and row.apart and not piece.numel:
+            # Its name is counted where it has elements.
+            own.pop(fused.STEP, None)
+        elif row is not None and fused.STEP in own:
+            own[fused.STEP] = row.counter_at(piece.offset, own[fused.STEP])
+        return own
 
     def _knows_all(self) -> bool:
         """Whether ``bind`` was told of every tensor that has a gradient.

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from dist_layerlr.errors import ConfigError
+from dist_layerlr.optim.fused import STEP
 from dist_layerlr.sharders.base import Slice, local, local_gradient
 
 State = dict[Any, dict[str, Any]]
@@ -49,6 +50,13 @@ class OwnerViews:
     padding and frozen parameters."""
     used: list[int] = field(init=False)
     """Positions in ``sizes`` of the parts that are views."""
+    may_start_apart: bool = False
+    """Whether names may start at different steps (a plan with timings)."""
+    apart: bool = field(init=False)
+    """True if each view counts its own steps: the owner's ``step`` then has one element for each
+    view, and what has not been stepped has no state in the inner optimizer."""
+    plain_counters: bool = False
+    """Whether the inner optimizer counts in plain numbers, as DeepSpeed's do."""
     share_counters: bool = False
     """Whether all views may count steps in one tensor: the fused call advances it once a step."""
     keys_of: Sequence[Callable[[str], bool]] | None = None
@@ -65,6 +73,7 @@ class OwnerViews:
         # shard does not.
         whole = len(self.sizes) == 1 and not isinstance(self.owner, DTensor)
         self.shares_state = self.may_share_state and whole
+        self.apart = self.may_start_apart and len(self.used) > 1
         if self.shares_state:
             self.views = [self.owner]
         else:
@@ -113,8 +122,11 @@ class OwnerViews:
             return
         for view in self.views:
             view.grad = None  # The gradient belongs to the owner; a second reference would keep it.
-        first = self._entries(inner)
         held = outer[self.owner]
+        if self.apart:
+            self._publish_apart(inner, held)
+            return
+        first = self._entries(inner)
         if not self.published:
             # The first step has just created the views' state. It is laid out as the owner once;
             # from then on the views' state are slices of it, and a step changes both.
@@ -125,6 +137,67 @@ class OwnerViews:
             # A plain number, or a tensor that the optimizer replaces at every step, is no view.
             if not _elementwise(value, view) and held[key] is not value:
                 held[key] = self.published[key] = value
+
+    def _publish_apart(self, inner: State, held: dict[str, Any]) -> None:
+        """As ``publish``, where a view has state from its own first step on."""
+        for number, view in enumerate(self.views):
+            state = inner.get(view, {})
+            for key, value in state.items():
+                if key == STEP:
+                    slot = self._counters(held, value)[number]
+                    # Counters are replaced where each view must have one of its own (fused.py).
+                    if not isinstance(value, Tensor) or value.data_ptr() != slot.data_ptr():
+                        slot.fill_(float(value))
+                    if not self.plain_counters:
+                        state[key] = slot
+                elif _elementwise(value, view):
+                    if key not in held:
+                        held[key] = torch.zeros_like(self.owner.detach(), dtype=value.dtype)
+                    part = self.cut(local(held[key]))[number]
+                    # The view has made it in this very step, its first; from now on it is a slice.
+                    if value.data_ptr() != part.data_ptr():
+                        part.copy_(value)
+                        state[key] = part
+                else:
+                    held[key] = self._first_state(inner, key, view, value)
+        self.published = dict(held)
+
+    def _counters(self, held: dict[str, Any], like: Any) -> Tensor:
+        """The owner's step counters, one for each view; 0 for what has not been stepped."""
+        if STEP not in held:
+            device = like.device if isinstance(like, Tensor) else "cpu"
+            held[STEP] = torch.zeros(len(self.views), dtype=torch.float32, device=device)
+        counters: Tensor = held[STEP]
+        return counters
+
+    def counter_at(self, offset: int, value: Any) -> Any:
+        """Of the owner's step counter, the one that counts for the element at ``offset``."""
+        if not self.apart or not isinstance(value, Tensor) or value.ndim == 0:
+            return value
+        for run, counter in zip(self.runs, value, strict=True):
+            if run.offset <= offset < run.offset + run.numel:
+                return counter
+        raise ValueError(f"no name begins at element {offset}")
+
+    def counters(self, at: Mapping[int, float], like: Any) -> Tensor:
+        """Step counters from those of pieces, {offset in the owner: steps}, as a load gives them.
+
+        Raises:
+            ConfigError: two names in one view that have counted differently.
+        """
+        found: list[float] = []
+        for run in self.runs:
+            end = run.offset + run.numel
+            inside = sorted({at[place] for place in at if run.offset <= place < end})
+            if len(inside) > 1:
+                raise ConfigError(
+                    f"{run.names[0]} and {run.names[-1]} were stepped {inside} times,"
+                    " but this sharder steps them as one, with one counter. Resume under DDP or"
+                    " FSDP2, or with the timing that they were saved with."
+                )
+            found.append(inside[0] if inside else 0.0)
+        device = like.device if isinstance(like, Tensor) else "cpu"
+        return torch.tensor(found, dtype=torch.float32, device=device)
 
     def _entries(self, inner: State) -> dict[str, tuple[Tensor, Any]]:
         """{key: (the first view that has it, its value)}."""
@@ -175,8 +248,15 @@ class OwnerViews:
         """Make the inner state views of the outer state: after the first step, and after a load."""
         for view in self.views:
             inner[view] = {}
+        if self.apart and isinstance(held.get(STEP), Tensor) and held[STEP].ndim == 0:
+            # A counter of another layout or plan, which holds for all.
+            held[STEP] = held[STEP].repeat(len(self.views))
+        parts: Sequence[Any]
         for key, value in held.items():
-            if _elementwise(value, self.owner):
+            if self.apart and key == STEP and isinstance(value, Tensor):
+                counted = value.tolist()
+                parts = list(map(int, counted)) if self.plain_counters else list(value.unbind())
+            elif _elementwise(value, self.owner):
                 parts = self.cut(local(value))
             else:
                 # Torch counts up each view's own counter, so each view needs its own tensor; the
@@ -187,6 +267,11 @@ class OwnerViews:
             for number, (view, part) in enumerate(zip(self.views, parts, strict=True)):
                 if self.keys_of is None or self.keys_of[number](key):
                     inner[view][key] = part
+        if self.apart and isinstance(held.get(STEP), Tensor):
+            for view, counter in zip(self.views, held[STEP].tolist(), strict=True):
+                if counter == 0:
+                    # It starts later, with whatever its optimizer starts with.
+                    inner[view] = {}
         self.published = dict(held)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,32 +16,22 @@ from dist_layerlr.plan.config import (
     Config,
     PatternRule,
     PerLayerLR,
-    Region,
     load_config,
 )
+from dist_layerlr.plan.decay import weight_decays
 from dist_layerlr.plan.depth import LAYER_DECAY, DepthSettings, depth_factor
 from dist_layerlr.plan.entries import ParamInfo, Plan, PlanEntry, Shape
 from dist_layerlr.plan.layer_decay import layer_decay_factors, note_by_name
 from dist_layerlr.plan.name_rules import DEFAULT
 from dist_layerlr.plan.names import ParamPath, canonical_name, module_index, parse
 from dist_layerlr.plan.optimizers import Candidate, Choice, Optimizers, choose
+from dist_layerlr.plan.placed import Placed
 from dist_layerlr.plan.rules import Rules
 from dist_layerlr.plan.scaling import scaled
 from dist_layerlr.plan.stacks import Location, StackMap
+from dist_layerlr.plan.timings import timings
 
 Params = Iterable[ParamInfo] | Mapping[str, Shape] | Iterable[tuple[str, Shape]]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Placed:
-    """A parameter with everything that does not depend on the rates."""
-
-    info: ParamInfo
-    path: ParamPath
-    location: Location | None
-    label: Label
-    region: Region | None
-    choice: Choice = Choice()
 
 
 def build_plan(
@@ -146,7 +136,7 @@ def _flat_plan(infos: list[ParamInfo], base: list[ParamInfo] | None, config: Con
 
 def _place(
     infos: list[ParamInfo], base: list[ParamInfo] | None, config: Config
-) -> tuple[list[_Placed], list[float | None], list[str]]:
+) -> tuple[list[Placed], list[float | None], list[str]]:
     """Locate and label every parameter and give it its weight decay.
 
     The first matching region and pattern win.
@@ -169,20 +159,21 @@ def _place(
     patterns = rules.first_match(block.patterns, f"{PLAN_BLOCK}.patterns")
     regions = rules.first_match(block.regions, f"{PLAN_BLOCK}.regions")
     label, chosen = _Labeller(siblings), _chooser(config.optimizers, infos, paths, rules)
-    placed: list[_Placed] = []
+    placed: list[Placed] = []
     for info, path, loc, pattern, region in zip(
         infos, paths, locations, patterns, regions, strict=True
     ):
-        found = _Placed(
+        found = Placed(
             info=info, path=path, location=loc, label=label(info, path, loc, pattern), region=region
         )
         placed.append(replace(found, choice=chosen(found)))
-    return placed, _weight_decays(placed, rules, block), rules.notes
+    placed = timings(placed, rules, block)
+    return placed, weight_decays(placed, rules, block), rules.notes
 
 
 def _chooser(
     given: Optimizers | None, infos: list[ParamInfo], paths: list[ParamPath], rules: Rules
-) -> Callable[[_Placed], Choice]:
+) -> Callable[[Placed], Choice]:
     """Which optimizer steps a parameter. A pattern that matches nothing is refused."""
     # The parts of a fused matrix are told from the matrices beside it; an adapter's pair is none.
     shapes = {p.base_name: i.shape for i, p in zip(infos, paths, strict=True) if not p.is_adapter}
@@ -190,7 +181,7 @@ def _chooser(
         for number, pattern in enumerate(rule.match):
             rules.matching(pattern, f"optimizers.{name}.match[{number}]")
 
-    def chosen(p: _Placed) -> Choice:
+    def chosen(p: Placed) -> Choice:
         asked = Candidate(
             name=p.info.name,
             shape=p.info.shape,
@@ -265,7 +256,7 @@ class _Labeller:
         return label
 
 
-def _depth_factors(placed: list[_Placed], block: PerLayerLR, notes: list[str]) -> list[float]:
+def _depth_factors(placed: list[Placed], block: PerLayerLR, notes: list[str]) -> list[float]:
     """One factor per parameter; layer decay numbers the whole scope (model or region) at once."""
     scopes: dict[int, list[int]] = defaultdict(list)
     settings: dict[int, DepthSettings] = {}
@@ -290,7 +281,7 @@ def _depth_factors(placed: list[_Placed], block: PerLayerLR, notes: list[str]) -
     return factors
 
 
-def _decayed(members: list[_Placed], settings: DepthSettings, notes: list[str]) -> list[float]:
+def _decayed(members: list[Placed], settings: DepthSettings, notes: list[str]) -> list[float]:
     """Layer decay of one scope; what names alone could not tell is noted."""
     places = [(p.path, p.location) for p in members]
     own = [p.info.layer for p in members]
@@ -308,7 +299,7 @@ def _decayed(members: list[_Placed], settings: DepthSettings, notes: list[str]) 
     )
 
 
-def _depth_of(p: _Placed, block: PerLayerLR) -> DepthSettings:
+def _depth_of(p: Placed, block: PerLayerLR) -> DepthSettings:
     """The depth settings in force for a parameter."""
     return p.region.depth if p.region is not None and p.region.depth is not None else block.depth
 
@@ -322,44 +313,7 @@ def _curve_factor(loc: Location | None, settings: DepthSettings, *, asked: bool)
     return depth_factor(loc.block, loc.blocks, settings)
 
 
-def _weight_decays(placed: list[_Placed], rules: Rules, block: PerLayerLR) -> list[float | None]:
-    """Weight decay of each parameter: 0 where a no_decay rule hits, else the region's or block's.
-
-    None: the optimizer's own.
-    """
-    # The block's list is applied even if every region has its own: a rule in it that matches
-    # nothing must be refused all the same.
-    outer = _exempt(placed, rules, block.no_decay, f"{PLAN_BLOCK}.no_decay")
-    exempt: dict[int, set[int]] = {}
-    for number, region in enumerate(block.regions):
-        if region.no_decay is not None:
-            exempt[id(region)] = _exempt(
-                placed, rules, region.no_decay, f"{PLAN_BLOCK}.regions[{number}].no_decay"
-            )
-    values: list[float | None] = []
-    for i, p in enumerate(placed):
-        own = block.weight_decay if p.choice.weight_decay is None else p.choice.weight_decay
-        if p.region is not None and p.region.weight_decay is not None:
-            own = p.region.weight_decay
-        # A region's list takes the place of the block's, an empty one too.
-        values.append(0.0 if i in exempt.get(id(p.region), outer) else own)
-    return values
-
-
-def _exempt(placed: list[_Placed], rules: Rules, no_decay: tuple[str, ...], field: str) -> set[int]:
-    """Indices of the parameters that any rule of a no_decay list hits."""
-    hits: set[int] = set()
-    for rule in no_decay:
-        if rule == "ndim<=1":
-            hits.update(i for i, p in enumerate(placed) if len(p.info.shape) <= 1)
-        elif rule == "norm":
-            hits.update(i for i, p in enumerate(placed) if p.label.is_norm)
-        else:
-            hits.update(rules.matching(rule, field))
-    return hits
-
-
-def _entry(p: _Placed, factor: float, weight_decay: float | None, block: PerLayerLR) -> PlanEntry:
+def _entry(p: Placed, factor: float, weight_decay: float | None, block: PerLayerLR) -> PlanEntry:
     rates, fallback = block.component_lr, block.default_lr
     multiplier = 1.0
     if p.region is not None:
@@ -397,4 +351,5 @@ def _entry(p: _Placed, factor: float, weight_decay: float | None, block: PerLaye
         optimizer_why=p.choice.why,
         optimizer_multiplier=p.choice.multiplier,
         parts=p.choice.parts,
+        timing=p.timing,
     )

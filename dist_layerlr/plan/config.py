@@ -20,6 +20,7 @@ from dist_layerlr.plan.depth import LAYER_DECAY, DepthSettings
 from dist_layerlr.plan.optimizers import OPTIMIZERS, OPTIMIZERS_BLOCK, Optimizers
 from dist_layerlr.plan.patterns import compile_pattern
 from dist_layerlr.plan.presets import PRESET_CLASSES, PRESETS
+from dist_layerlr.plan.timing import RULES, TimingRule, TimingSettings, pop_settings, settle
 from dist_layerlr.plan.width import WIDTH, WIDTH_BLOCK, WidthScaling
 
 # Every config without a table shares this one, so nobody may write into it.
@@ -100,6 +101,8 @@ class Region:
     no_decay: tuple[str, ...] | None = setting(
         _NO_DECAY, default=None, shown="the block's", doc="As the block's, for this region."
     )
+    timing: TimingSettings = TimingSettings()
+    """Its fields stand in the region itself."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -129,9 +132,14 @@ class PerLayerLR:
         doc="Components of your own, {match, component}; section 5.",
     )
     regions: tuple[Region, ...] = setting(
-        fields.list_of(Region, DepthSettings),
+        fields.list_of(Region, DepthSettings, TimingSettings),
         default=(),
         doc="Parts of the model with rules of their own, {match, ...}; section 6.",
+    )
+    timing: tuple[TimingRule, ...] = setting(
+        RULES,
+        default=(),
+        doc="When parameters train, {match, components, depth, from, until ...}; section 11.",
     )
     weight_decay: float | None = setting(
         _LR, default=None, shown="the optimizer's", doc="Of every planned parameter."
@@ -294,16 +302,18 @@ def _region(index: int, raw: dict[str, Any], outer: DepthSettings) -> Region:
     if own.get("depth_strategy") == LAYER_DECAY:
         # A floor and a scope that were meant for a curve do not carry over to layer decay.
         own = {"min_depth_factor": None, "depth_scope": "stack", **own}
+    timing = pop_settings(raw)
     # What the region does not say of its curve is the block's. None is no copy of the block's
     # depth: by that object a region is numbered together with the block.
     depth = replace(outer, **own) if own else None
     path = f"{PLAN_BLOCK}.regions[{index}]"
     if depth is not None:
         _check_depth(path, depth)
+    settle(timing, 0, path)
     # Asked of what was written: the parsed multiplier has a default, which would look given.
     if raw.get("lr") is not None and "lr_multiplier" in raw:
         raise ConfigError(f"Invalid {path}: 'lr' and 'lr_multiplier' exclude each other. Keep one.")
-    return Region(depth=depth, **raw)
+    return Region(depth=depth, timing=timing, **raw)
 
 
 def _check_depth(path: str, depth: DepthSettings) -> None:

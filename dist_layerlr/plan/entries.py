@@ -12,7 +12,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from math import prod
 from typing import TYPE_CHECKING, Any
@@ -22,14 +22,15 @@ from dist_layerlr.plan.config import Config
 from dist_layerlr.plan.depth import DepthSettings
 from dist_layerlr.plan.layer_decay import ModelLayer
 from dist_layerlr.plan.names import natural_key
+from dist_layerlr.plan.timing import Timing
 from dist_layerlr.plan.width import WidthScales
 
 if TYPE_CHECKING:
     from dist_layerlr.plan.steer import Changes
 
 Shape = tuple[int, ...]
-GroupKey = tuple[str | None, float, float | None, float | None]
-"""(optimizer, lr, weight decay, epsilon)."""
+GroupKey = tuple[str | None, float, float | None, float | None, Timing | None]
+"""What the entries of a group share: optimizer, lr, weight decay, epsilon, timing."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -95,6 +96,12 @@ class PlanEntry:
     """None: the rates are not scaled by shapes."""
     eps: float | None = None
     """Adam's epsilon; None: the optimizer's own."""
+    timing: Timing | None = None
+    """When it trains; None: always, at the run's schedule."""
+
+    def lr_at(self, step: int, factor: float = 1.0) -> float:
+        """Its rate at an optimizer step, where the run's schedule is at ``factor``."""
+        return self.lr * (factor if self.timing is None else self.timing.factor(step, factor))
 
     @property
     def numel(self) -> int:
@@ -117,6 +124,7 @@ class GroupSpec:
     names: tuple[str, ...]
     optimizer: str | None = None
     eps: float | None = None
+    timing: Timing | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -144,6 +152,16 @@ class Plan:
         return hashlib.sha256("\n".join(rows).encode()).hexdigest()[:16]
 
     @cached_property
+    def timed(self) -> bool:
+        """Whether any name trains at some steps only, or has a schedule of its own."""
+        return any(entry.timing is not None for entry in self.entries.values())
+
+    def at_step(self, step: int) -> Plan:
+        """The plan with the rates of one optimizer step in it, before the run's schedule."""
+        now = {name: replace(e, lr=e.lr_at(step)) for name, e in self.entries.items()}
+        return replace(self, entries=now)
+
+    @cached_property
     def groups(self) -> tuple[GroupSpec, ...]:
         """Optimizer groups: entries of equal settings (``GroupKey``), in a stable order.
 
@@ -158,7 +176,7 @@ class Plan:
 
         # The order must not depend on the order of names: ranks and resumes compare groups by it.
         for entry in sorted(self.entries.values(), key=place):
-            key = (entry.optimizer, entry.lr, entry.weight_decay, entry.eps)
+            key = (entry.optimizer, entry.lr, entry.weight_decay, entry.eps, entry.timing)
             merged.setdefault(key, []).append(entry)
         taken: dict[str, int] = {}
         return tuple(_group(key, members, taken) for key, members in merged.items())
@@ -237,6 +255,7 @@ def _group(key: GroupKey, members: list[PlanEntry], taken: dict[str, int]) -> Gr
         names=tuple(e.name for e in members),
         optimizer=key[0],
         eps=key[3],
+        timing=key[4],
     )
 
 
@@ -253,9 +272,11 @@ def total_numel(entries: Iterable[PlanEntry]) -> int:
 
 def _digested(entry: PlanEntry) -> str:
     row = f"{entry.name}\t{entry.shape}\t{entry.lr!r}\t{entry.weight_decay!r}"
-    # Plans without a choice keep the digest that older checkpoints have of them.
+    # Plans without a choice, an epsilon or a timing keep the digest that older checkpoints have.
     if entry.eps is not None:
         row = f"{row}\teps {entry.eps!r}"
+    if entry.timing is not None:
+        row = f"{row}\t{entry.timing.row!r}"
     return row if entry.optimizer is None else f"{row}\t{entry.optimizer}\t{entry.parts}"
 
 
@@ -265,6 +286,8 @@ def _written(changes: Changes) -> dict[str, Any]:
 
 def _row(entry: PlanEntry) -> dict[str, Any]:
     chosen: dict[str, Any] = {} if entry.optimizer is None else {"optimizer": entry.optimizer}
+    if entry.timing is not None:
+        chosen["timing"] = str(entry.timing)
     if entry.parts:
         chosen["parts"] = list(entry.parts)
     if entry.eps is not None:

@@ -15,8 +15,23 @@ if TYPE_CHECKING:
 Group = dict[str, Any]
 
 
+def untimed(plan: Plan, form: str) -> None:
+    """Refuse a plan with timings: others would train every name from the first step on.
+
+    Raises:
+        ConfigError: the plan has timings.
+    """
+    timed = next((e for e in plan.entries.values() if e.timing is not None), None)
+    if timed is not None:
+        raise ConfigError(
+            f"{form} cannot say when a name trains, and {timed.name} trains {timed.timing}. Build"
+            " the optimizer with attach(plan, model, make), or plan without timings."
+        )
+
+
 def param_groups(plan: Plan, params: Mapping[str, Any] | None) -> list[Group]:
     """See ``Plan.to_param_groups``."""
+    untimed(plan, "A list of parameter groups")
     groups: list[Group] = []
     for spec in plan.groups:
         group: Group = {
@@ -62,6 +77,7 @@ def _of(params: Mapping[str, Any] | None, names: tuple[str, ...]) -> list[Any]:
 
 def kohya_settings(plan: Plan, *, sdxl: bool) -> dict[str, Any]:
     """See ``Plan.to_kohya``."""
+    untimed(plan, "A config of kohya's")
     slots = SDXL if sdxl else SD
     lowered: dict[tuple[str, int], PlanEntry] = {}
     outside: PlanEntry | None = None

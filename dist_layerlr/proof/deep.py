@@ -8,6 +8,8 @@ from typing import Any
 from torch import Tensor, nn
 
 from dist_layerlr.errors import LayerLRError
+from dist_layerlr.optim.readback import state_of
+from dist_layerlr.optim.timed import step_of
 from dist_layerlr.ranks import Problem, alike, everyone
 from dist_layerlr.sharders import Pieces, Sharder
 from dist_layerlr.sharders.base import HeldSpan
@@ -89,11 +91,15 @@ def _counters(found: Pieces) -> dict[str, float]:
     """{name: steps that the optimizer has counted for it on this rank}."""
     counters: dict[str, float] = {}
     state: Any = getattr(found.optimizer, "state", {})
-    # One owner may have many pieces; a counter on the device is read once.
+    apart = step_of(found.optimizer) is not None
+    # One owner may have many pieces; a counter on the device is read once, unless names start at
+    # steps of their own.
     of_owner: dict[int, float | None] = {}
     for piece in found.pieces:
         owner = id(piece.owner)
-        if owner not in of_owner:
+        if apart:
+            of_owner[owner] = _counter(state_of(found.optimizer, piece))
+        elif owner not in of_owner:
             of_owner[owner] = _counter(state.get(piece.owner, {}))
         count = of_owner[owner]
         if count is not None and piece.numel:

@@ -15,9 +15,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dist_layerlr.optim.groups import OPTIMIZER, WEIGHT_DECAY
-from dist_layerlr.optim.readback import factor_in_force, live_pieces
+from dist_layerlr.optim.groups import OPTIMIZER, WEIGHT_DECAY, is_held
+from dist_layerlr.optim.readback import factor_in_force, live_pieces, state_of
 from dist_layerlr.optim.routed import parts_of
+from dist_layerlr.optim.timed import step_of
 from dist_layerlr.plan.entries import Plan
 from dist_layerlr.proof.matrices import MatrixCheck
 from dist_layerlr.ranks import Problem, any_rank, mismatch, together
@@ -59,7 +60,7 @@ def effect_check(
     before = live_pieces(sharder, optimizer)
     multiplier = factor_in_force(before) if factor is None else factor
     matrices = MatrixCheck.of(plan, before, multiplier, alone_names(sharder, plan.entries))
-    skipped = _skipped(model)
+    skipped, step = _skipped(model), step_of(before.optimizer)
     observed: dict[str, float] = {}
     with watched(sharder, optimizer, before, matrices) as look:
         yield observed
@@ -74,7 +75,7 @@ def effect_check(
             entry = plan.entries.get(sight.name)
             if entry is None or sight.rate is None:
                 continue
-            wanted = entry.lr * multiplier
+            wanted = entry.lr * multiplier if step is None else entry.lr_at(step, multiplier)
             if not sight.shows(wanted):
                 continue  # Rounding of the weights hides the update.
             observed[sight.name] = sight.rate
@@ -245,9 +246,12 @@ def _direction(piece: Piece, optimizer: Any, old: Tensor, gradient: Tensor | Non
     if routed is not None:
         formula = routed.parts[group[OPTIMIZER]]
     kinds = {c.__name__ for c in type(formula).__mro__}
-    state = optimizer.state.get(piece.owner, {}) if optimizer is not None else {}
+    state = state_of(optimizer, piece)
     if group.get("maximize"):
         return None
+    if is_held(group):
+        # Any movement is one too many, whatever its direction.
+        return torch.ones_like(old)
     if kinds & _ADAMS and "exp_avg_sq" in state:
         return _adam_direction(piece, optimizer, state, old)
     return _sgd_direction(piece, state, old, gradient) if "SGD" in kinds else None

@@ -6,10 +6,11 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from dist_layerlr.optim.groups import scale_lrs, write_group
+from dist_layerlr.optim.groups import STEP, UNKNOWN, scale_lrs, write_group
 from dist_layerlr.optim.readback import live_pieces
 from dist_layerlr.optim.schedulers import check_scheduler, rebase
 from dist_layerlr.optim.segmented import Segmented
+from dist_layerlr.optim.timed import step_of
 from dist_layerlr.plan.entries import Plan, PlanEntry
 from dist_layerlr.ranks import Problem, alike, together
 from dist_layerlr.sharders import Pieces, sharder_of
@@ -21,6 +22,7 @@ def reapply(
     optimizer: Any = None,
     *,
     factor: float = 1.0,
+    step: int | None = None,
     scheduler: Any = None,
 ) -> None:
     """Write the plan's lr, initial_lr and weight decay into the live groups, by name. Collective.
@@ -32,6 +34,8 @@ def reapply(
         model: as it is trained.
         optimizer: the one that is stepped; a DeepSpeed engine brings its own.
         factor: the schedule's multiplier to put in force.
+        step: the optimizer step that comes next, where the plan has timings. None: the one that the
+            groups are at.
         scheduler: a torch scheduler that drives the groups. It keeps base rates of its own, and
             its next step would bring the old plan's back: it is given the plan's, and refused if it
             does not take them. PlanSchedule keeps none.
@@ -55,18 +59,28 @@ def reapply(
                 problems.append(("layout", text))
     # Only now, when no rank has a problem, is anything written.
     _unshare_steps(found)
+    at = _step_to_put(plan, found, step)
     for group, entry in chosen.values():
-        write_group(group, entry, factor)
+        write_group(group, entry, factor, at)
     if isinstance(found.optimizer, Segmented):
         # The outer group's multiplier is put on the inner groups again at every step.
+        for group in found.optimizer.param_groups if at is not None else ():
+            group[STEP] = at
         scale_lrs(found.optimizer, factor)
     if scheduler is not None:
         rebase(scheduler)
         alike(lambda: check_scheduler(scheduler))
 
 
-def _settings(entry: PlanEntry) -> tuple[float, float | None, float | None]:
-    return entry.lr, entry.weight_decay, entry.eps
+def _settings(entry: PlanEntry) -> tuple[object, ...]:
+    return entry.lr, entry.weight_decay, entry.eps, entry.timing
+
+
+def _step_to_put(plan: Plan, found: Pieces, step: int | None) -> int | None:
+    if not plan.timed:
+        return None
+    live = step_of(found.optimizer) if step is None else step
+    return UNKNOWN if live is None else live
 
 
 def _unshare_steps(found: Pieces) -> None:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from typing import Any
 
 from torch import nn
 
-from dist_layerlr.optim.groups import WEIGHT_DECAY
+from dist_layerlr.optim.groups import UNKNOWN, WEIGHT_DECAY
 from dist_layerlr.optim.readback import (
     LiveParam,
     factor_in_force,
@@ -19,6 +20,7 @@ from dist_layerlr.optim.readback import (
     repeated,
 )
 from dist_layerlr.optim.routed import parts_of
+from dist_layerlr.optim.timed import step_of
 from dist_layerlr.optim.trial import Verdict, try_out
 from dist_layerlr.plan.entries import Plan, PlanEntry, total_numel
 from dist_layerlr.proof.current import current_problems
@@ -36,6 +38,8 @@ from dist_layerlr.ranks import (
 from dist_layerlr.sharders import Layout, Pieces, sharder_of
 from dist_layerlr.sharders.distinct import distinct_names
 
+Rate = Callable[[PlanEntry], float]
+"""The rate that must be in force for a name."""
 _ROUNDING = 1e-7
 """Relative; some optimizers keep their rate as a float32 tensor."""
 
@@ -52,6 +56,8 @@ class Proof:
     digest: str
     step_factor: float
     """The schedule's multiplier at which the rates were compared."""
+    step: int | None = None
+    """The optimizer step at which they were, where the plan has timings."""
     trial: str = ""
     """What the trial of the optimizer has shown, in words."""
     optimizers: Mapping[str, int] = field(default_factory=dict)
@@ -62,6 +68,7 @@ class Proof:
     def line(self) -> str:
         """One line for the log."""
         scaled = "" if self.step_factor == 1.0 else f" x {self.step_factor:.6g} (schedule)"
+        scaled += "" if self.step is None else f" at step {self.step}"
         return (
             f"[per_layer_lr] verified on {self.ranks} rank{'s' if self.ranks > 1 else ''}"
             f" ({self.sharder}): {self.parameters} parameters, {self.elements:,} elements, each"
@@ -89,6 +96,7 @@ def verify(
     optimizer: Any = None,
     *,
     factor: float | None = None,
+    step: int | None = None,
     deep: bool = False,
     steps: int | None = None,
 ) -> Proof:
@@ -103,6 +111,8 @@ def verify(
         factor: the schedule's multiplier that must be in force. None: the one that the live groups
             are at (``lr / initial_lr``), which must be one for all names and ranks and lie in
             [0, 1]; the proof and its log line say which it was.
+        step: the optimizer step whose rates must be in force, where the plan has timings. None: the
+            one that the optimizer has been told of.
         deep: read values, too: what several ranks hold must be equal on them, bit by bit (see
             ``mark_distinct`` for what is meant to differ), and no step may have been counted twice.
             It reads every parameter once; do it at the start and after a load.
@@ -120,11 +130,15 @@ def verify(
         found = live_pieces(sharder, optimizer)
         live = live_params(found)
         expected = _expected_factor(plan, found, live, problems) if factor is None else factor
+        at = _expected_step(plan, found, step, problems)
         # What changed in the model comes first: it is the cause of what follows.
         problems += current_problems(plan, found) + stepper_problems(plan, found)
-        problems += _local_problems(plan, found, live, expected, _default_decay(model, optimizer))
+        own = _default_decay(model, optimizer)
+        problems += _local_problems(plan, found, live, partial(_rate, expected, at), own)
     if factor is None:
         _check_one_factor(expected)
+    if plan.timed:
+        _check_one_step(at)
     anyhow = plan.entries.keys() if sharder.layout.meshes else distinct_names(model, plan.entries)
     _refuse(element_problems(plan, found, live, anyhow))
     _refuse(deep_problems(model, sharder, found, steps) if deep else [])
@@ -137,6 +151,7 @@ def verify(
         groups=len(plan.groups),
         digest=plan.digest,
         step_factor=expected,
+        step=at,
         trial=verdict.line,
         **_steppers(found),
     )
@@ -145,6 +160,28 @@ def verify(
 def _steppers(found: Pieces) -> dict[str, Any]:
     """Who steps what, and in which precision its state is."""
     return {"optimizers": by_algorithm(found), "state_precision": state_precision(found)}
+
+
+def _expected_step(
+    plan: Plan, found: Pieces, step: int | None, problems: list[Problem]
+) -> int | None:
+    """The step whose rates must be live; None: no timing is in force, or nobody has begun.
+
+    Rates show the plan until a schedule says which step it is, and no step is done before it has.
+    """
+    if not plan.timed:
+        return None
+    live = step_of(found.optimizer)
+    if live is None:
+        problems.append(("timing", "the plan has timings, which the optimizer's groups do not"))
+    elif step is not None and step != live:
+        problems.append(("timing", f"the optimizer is at step {live}, not {step}"))
+    return live if live != UNKNOWN else step
+
+
+def _rate(factor: float, step: int | None, entry: PlanEntry) -> float:
+    """The rate that must be in force."""
+    return entry.lr * factor if step is None else entry.lr_at(step, factor)
 
 
 def _expected_factor(
@@ -201,6 +238,15 @@ def _check_one_factor(factor: float) -> None:
             raise mismatch(failing, [("factor", text)], 1)
 
 
+def _check_one_step(step: int | None) -> None:
+    """Every rank must be at the same step, of which all rates are functions."""
+    heard = everyone(step)
+    for failing, other in enumerate(heard):
+        if other != heard[0]:
+            text = f"the optimizer is at step {other}, on rank 0 at {heard[0]}"
+            raise mismatch(failing, [("timing", text)], 1)
+
+
 def _default_decay(model: nn.Module, optimizer: Any) -> float:
     """The optimizer's own weight decay, for entries that the plan leaves to it."""
     live = getattr(model, "optimizer", None) if optimizer is None else optimizer
@@ -215,7 +261,7 @@ def _default_decay(model: nn.Module, optimizer: Any) -> float:
 
 
 def _local_problems(
-    plan: Plan, found: Pieces, live: Mapping[str, LiveParam], factor: float, default_decay: float
+    plan: Plan, found: Pieces, live: Mapping[str, LiveParam], rate: Rate, default_decay: float
 ) -> list[Problem]:
     problems: list[Problem] = []
     routed = parts_of(found.optimizer)
@@ -226,7 +272,7 @@ def _local_problems(
         if name not in live:
             problems.append(("not stepped", f"{name}: not stepped by the optimizer"))
         else:
-            problems += _compare(entry, live[name], factor, own)
+            problems += _compare(entry, live[name], rate(entry), own)
     problems += [
         ("unplanned", f"{n}: stepped at lr {p.lr:g}, not in the plan")
         for n, p in live.items()
@@ -244,10 +290,9 @@ def _local_problems(
 
 
 def _compare(
-    entry: PlanEntry, live: LiveParam, factor: float, default_decay: float
+    entry: PlanEntry, live: LiveParam, wanted: float, default_decay: float
 ) -> list[Problem]:
     problems: list[Problem] = []
-    wanted = entry.lr * factor
     # No absolute tolerance: a rate of 0 is held still, and 1e-12 would not be.
     if not math.isclose(live.lr, wanted, rel_tol=_ROUNDING, abs_tol=0.0):
         problems.append(("lr", f"{entry.name}: planned lr {wanted:.6g}, live {live.lr:.6g}"))

@@ -209,6 +209,7 @@ def explain(plan: Plan, name: str) -> str:
             *_steered(plan, entry),
             f"  lr            {entry.lr:.6g}",
             f"  weight decay  {decay}",
+            *([] if entry.timing is None else [f"  trains        {entry.timing}"]),
             *_stepper(entry),
             *_width(entry),
         ]

@@ -131,6 +131,8 @@ def _step(
     """
     started, name, job = time.perf_counter(), team.turns.at(step), team.at(step)
     factor = team.steering.factor(step)
+    # What a timing holds at this step has no gradient, so it comes before the backward passes.
+    job.engine.begin(factor, step)
     loss = _accumulate(job, batches, step, stop)
     if loss is None:
         return None, True

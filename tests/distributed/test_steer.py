@@ -143,7 +143,7 @@ OTHERS = {
 @pytest.fixture(scope="module")
 def outcomes(request: pytest.FixtureRequest) -> Iterator[Outcomes]:
     chosen = {
-        item.callspec.params["cell"] for item in items_of(request) if hasattr(item, "callspec")
+        item.callspec.params.get("cell") for item in items_of(request) if hasattr(item, "callspec")
     }
     bodies = {cell: functools.partial(ends_as_by_hand, cell) for cell in CELLS if cell in chosen}
     yield run_bodies({**bodies, **OTHERS}, 2, start_deepspeed)

@@ -39,6 +39,15 @@ class Engine(Protocol):
         """Accumulate gradients of ``loss``, already divided by the number of micro steps."""
         ...
 
+    def begin(self, factor: float, step: int) -> None:
+        """Put the rates of an optimizer step in force, before its backward passes.
+
+        Args:
+            factor: The schedule's multiplier.
+            step: Counted from 0; a plan with timings looks at it.
+        """
+        ...
+
     def step(self, factor: float, *, observed: dict[str, float] | None = None) -> float:
         """Step at plan x ``factor`` and clear gradients.
 

@@ -105,6 +105,10 @@ class NativeEngine:
         """Accumulate gradients."""
         torch.autograd.backward(loss)
 
+    def begin(self, factor: float, step: int) -> None:
+        """Put the rates of optimizer step ``step`` in force, before its backward passes."""
+        scale_lrs(self.optimizer, factor, step)
+
     def step(self, factor: float, *, observed: dict[str, float] | None = None) -> float:
         """Clip, step at plan x ``factor``, clear gradients."""
         # A bound of infinity only measures the norm.

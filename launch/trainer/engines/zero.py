@@ -91,6 +91,10 @@ class ZeroEngine:
         # Otherwise DeepSpeed divides by gradient_accumulation_steps once more.
         self.model.backward(loss, scale_wrt_gas=False)
 
+    def begin(self, factor: float, step: int) -> None:
+        """Put the rates of optimizer step ``step`` in force, before its backward passes."""
+        scale_lrs(self.model.optimizer, factor, step)
+
     def step(self, factor: float, *, observed: dict[str, float] | None = None) -> float:
         """Step at plan x ``factor``."""
         scale_lrs(self.model.optimizer, factor)

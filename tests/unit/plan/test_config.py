@@ -67,6 +67,7 @@ BAD_VALUES = {
     "log_grad_norms": ((1, "yes"), "true or false"),
     "patterns": (LIST, "a list of JSON objects|a JSON object"),
     "regions": (LIST, "a list of JSON objects|a JSON object"),
+    "timing": (LIST, "a list of JSON objects|a JSON object"),
     "weight_decay": (LR, "a finite number >= 0"),
     "no_decay": (("ndim<=1", {}, [1], [""]), "a list of strings|a non-empty string"),
     "lora_plus_ratio": ((0.5, -1, NAN, "16"), "a finite number >= 1"),
