@@ -139,7 +139,7 @@ class PerLayerLR:
     timing: tuple[TimingRule, ...] = setting(
         RULES,
         default=(),
-        doc="When parameters train, {match, components, depth, from, until ...}; section 11.",
+        doc="When parameters train, {match, components, depth, from, until ...}; section 12.",
     )
     weight_decay: float | None = setting(
         _LR, default=None, shown="the optimizer's", doc="Of every planned parameter."

@@ -111,8 +111,7 @@ def verify(
         factor: the schedule's multiplier that must be in force. None: the one that the live groups
             are at (``lr / initial_lr``), which must be one for all names and ranks and lie in
             [0, 1]; the proof and its log line say which it was.
-        step: the optimizer step whose rates must be in force, where the plan has timings. None: the
-            one that the optimizer has been told of.
+        step: whose rates must be in force, under timings. None: the one the optimizer is told of.
         deep: read values, too: what several ranks hold must be equal on them, bit by bit (see
             ``mark_distinct`` for what is meant to differ), and no step may have been counted twice.
             It reads every parameter once; do it at the start and after a load.
@@ -125,20 +124,16 @@ def verify(
     """
     sharder = sharder_of(model)
     with together(plan.digest) as problems:
-        # Nothing in this block is collective: a rank whose reading fails still meets the others at
-        # its end, where all hear of it.
+        # Nothing here is collective: a rank that fails meets the others at the end of the block.
         found = live_pieces(sharder, optimizer)
         live = live_params(found)
         expected = _expected_factor(plan, found, live, problems) if factor is None else factor
         at = _expected_step(plan, found, step, problems)
         # What changed in the model comes first: it is the cause of what follows.
         problems += current_problems(plan, found) + stepper_problems(plan, found)
-        own = _default_decay(model, optimizer)
-        problems += _local_problems(plan, found, live, partial(_rate, expected, at), own)
-    if factor is None:
-        _check_one_factor(expected)
-    if plan.timed:
-        _check_one_step(at)
+        rate = partial(_rate, expected, at)
+        problems += _local_problems(plan, found, live, rate, _default_decay(model, optimizer))
+    _check_agreed(expected if factor is None else None, at)
     anyhow = plan.entries.keys() if sharder.layout.meshes else distinct_names(model, plan.entries)
     _refuse(element_problems(plan, found, live, anyhow))
     _refuse(deep_problems(model, sharder, found, steps) if deep else [])
@@ -236,6 +231,13 @@ def _check_one_factor(factor: float) -> None:
         if not math.isclose(other, heard[0], rel_tol=_ROUNDING):
             text = f"the schedule is at {other:g} x the plan, on rank 0 at {heard[0]:g} x"
             raise mismatch(failing, [("factor", text)], 1)
+
+
+def _check_agreed(factor: float | None, step: int | None) -> None:
+    """What every rank has read for itself must be one for all; None was not read."""
+    if factor is not None:
+        _check_one_factor(factor)
+    _check_one_step(step)
 
 
 def _check_one_step(step: int | None) -> None:

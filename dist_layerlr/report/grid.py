@@ -117,7 +117,17 @@ def _rates(run: Run) -> str:
     rates = first if first == last else f"{first} .. {last}"
     params = sum(len(rows) for _, rows in run)
     blocks = f"  blocks={len(run)}" if len(run) > 1 else ""
-    return f"lr={rates}{blocks}  params={params}"
+    return f"lr={rates}{blocks}  params={params}{_windows(run)}"
+
+
+def _windows(run: Run) -> str:
+    """When the first cell trains, and the last one where that differs; nothing if always."""
+    known = list(dict.fromkeys(_window(rows) for _, rows in (run[0], run[-1])))
+    return f"  ({' .. '.join(known)})" if any(known) else ""
+
+
+def _window(rows: list[PlanEntry]) -> str:
+    return " / ".join(sorted({str(entry.timing) for entry in rows if entry.timing is not None}))
 
 
 def _shape(depth: DepthSettings) -> str:
