@@ -11,12 +11,11 @@ from typing import Any
 
 import accelerate
 import pytest
-import timm
 import trl
-from timm.optim import param_groups_layer_decay
 
 from dist_layerlr.audit.run import audit
 from dist_layerlr.errors import ConfigError
+from tests.support.extras import needs_families
 from tests.support.jobs import BIN, free_port
 
 SCRIPTS = Path(__file__).resolve().parents[1] / "support" / "audited"
@@ -143,8 +142,12 @@ def test_a_lightning_module_is_compared_with_a_plan(tmp_path: Path):
     assert set(found.json["frozen"]) == {"unused.weight", "unused.bias"}
 
 
+@needs_families
 @pytest.mark.parametrize("schedule", ["timm", "torch"])
 def test_timms_lr_scale_is_read_by_timms_schedule_only(schedule: str, tmp_path: Path):
+    import timm
+    from timm.optim import param_groups_layer_decay
+
     found = Report(tmp_path, *script("timm_layer_decay", schedule))
     model = timm.create_model(
         "vit_tiny_patch16_224", img_size=32, embed_dim=24, depth=3, num_heads=2, num_classes=4

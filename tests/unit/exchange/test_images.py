@@ -8,10 +8,7 @@ import re
 from typing import Any
 
 import pytest
-import timm
 import torch
-from timm.optim import param_groups_layer_decay
-from timm.scheduler import CosineLRScheduler
 from torch import nn
 
 from dist_layerlr.errors import ConfigError
@@ -20,6 +17,7 @@ from dist_layerlr.plan import build_plan, read_model
 from dist_layerlr.plan.kohya import SD, SDXL, weights
 from dist_layerlr.sharders import plan_model
 from tests.support import census
+from tests.support.extras import needs_families
 
 README = {"down_lr_weight": "sine+.5", "mid_lr_weight": "1.5", "up_lr_weight": "cosine+.5"}
 """The example of sd-scripts' README."""
@@ -120,6 +118,8 @@ def test_the_first_regex_that_fits_a_whole_module_path_gives_its_rate():
 
 def vit() -> nn.Module:
     torch.manual_seed(0)
+    import timm
+
     return timm.create_model(
         "vit_tiny_patch16_224", img_size=32, embed_dim=24, depth=3, num_heads=2, num_classes=4
     )
@@ -131,7 +131,10 @@ def timm_config(model: Any) -> dict[str, Any]:
     return dict(convert("timm", settings, [name for name, _ in model.named_parameters()]).config)
 
 
+@needs_families
 def test_timms_groups_and_the_converted_plan_give_each_name_one_rate_and_decay():
+    from timm.optim import param_groups_layer_decay
+
     model = vit()
     plan = plan_model(model, timm_config(model))
     names = {id(param): name for name, param in model.named_parameters()}
@@ -144,8 +147,11 @@ def test_timms_groups_and_the_converted_plan_give_each_name_one_rate_and_decay()
     assert not names
 
 
+@needs_families
 @pytest.mark.parametrize("form", ["timm", "torch"])
 def test_a_schedule_scales_exported_groups_once(form: str):
+    from timm.scheduler import CosineLRScheduler
+
     model = vit()
     plan = plan_model(model, timm_config(model))
     live = dict(model.named_parameters())
