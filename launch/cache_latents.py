@@ -357,9 +357,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     sizes = f"in {buckets} buckets, the first with {shown}" if buckets > 1 else shown
     print(
         f"cache_latents: {len(dataset)} samples in {args.output} ({written} written now), {sizes};"
-        f" next: python launch/train.py --config launch/configs/MODEL.json {data}"
+        f" next: python launch/train.py {_config(args)} {data}"
     )
     return 0
+
+
+def _config(args: argparse.Namespace) -> str:
+    """What the trainer is told of the model, as far as it was said here."""
+    if args.model is None:
+        return "--config launch/configs/MODEL.json"
+    return f"--config launch/configs/{args.model_type}.json --set model_path={args.model}"
 
 
 if __name__ == "__main__":
