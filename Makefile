@@ -38,4 +38,5 @@ docs:
 	bash requirements/install.sh requirements/test.txt $(VENV)
 	$(VENV)/bin/python docs/tables.py
 	$(VENV)/bin/python docs/config_schema.py
+	$(VENV)/bin/python docs/errors.py
 	PYTHON=$(PYTHON) VENV=$(VENV) bash tests/run.sh tests/docs
