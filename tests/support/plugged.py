@@ -203,7 +203,10 @@ def run_script(
     project.__dict__.update(mine)
     printed, space = io.StringIO(), {"__name__": "script"}
     with in_folder(folder), contextlib.redirect_stdout(printed):
-        Path("rates.json").write_text(json.dumps(config))
+        # Ranks share the folder: one must not read what another has only begun to write.
+        whole = Path(f"rates.{os.getpid()}.json")
+        whole.write_text(json.dumps(config))
+        whole.replace("rates.json")
         sys.modules["my_project"] = project
         try:
             exec(compile(text, title, "exec"), space)
