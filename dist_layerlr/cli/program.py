@@ -9,6 +9,7 @@ import argparse
 import sys
 import traceback
 from collections.abc import Sequence
+from typing import NoReturn
 
 from dist_layerlr.cli import checks, exchange, outputs, plans, runs
 from dist_layerlr.cli.command import PROGRAM
@@ -43,8 +44,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     return status
 
 
+class _Parser(argparse.ArgumentParser):
+    """Reports a bad argument as every other error: in one line, without the usage around it."""
+
+    def error(self, message: str) -> NoReturn:
+        """Say what is wrong with the arguments and exit with status 2."""
+        # The commands are of this class too: subparsers take that of their parent.
+        print(error_line(PROGRAM, f"{message}; see {self.prog} --help."), file=sys.stderr)
+        self.exit(2)
+
+
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         prog=PROGRAM,
         description=__doc__,
         epilog=f"{PROGRAM} COMMAND --help has examples and exit statuses.",

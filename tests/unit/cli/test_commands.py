@@ -44,6 +44,25 @@ def test_help_has_examples_and_every_exit_status(command: str, capsys):
     assert "--json" in said
 
 
+@pytest.mark.parametrize(
+    ("words", "program"),
+    [
+        (["plna", "model"], "dist-layerlr"),
+        (["plan", "model", "--grid", "wide"], "dist-layerlr plan"),
+        (["explain"], "dist-layerlr explain"),
+        ([], "dist-layerlr"),
+    ],
+    ids=str,
+)
+def test_bad_arguments_are_said_in_one_line(words: list[str], program: str, capsys):
+    with pytest.raises(SystemExit) as ended:
+        main(words)
+    said = capsys.readouterr()
+    assert (ended.value.code, said.out) == (2, "")
+    assert said.err.startswith("dist-layerlr: error: ") and said.err.count("\n") == 1
+    assert said.err.endswith(f"; see {program} --help.\n")
+
+
 def test_no_command_is_without_a_row_above(capsys):
     with pytest.raises(SystemExit):
         main(["--help"])
