@@ -32,7 +32,12 @@ def check_length(train: Mapping[str, Any]) -> None:
 
 
 def cut_short(train: Mapping[str, Any], steps: int) -> dict[str, Any]:
-    """Return a ``train`` block of this many steps, whatever length it had."""
+    """Return a ``train`` block of this many steps, whatever length it had.
+
+    Raises:
+        ConfigError: it has two.
+    """
+    check_length(train)
     return {**{key: value for key, value in train.items() if key != "epochs"}, "steps": steps}
 
 

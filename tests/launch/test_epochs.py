@@ -91,6 +91,8 @@ def test_a_length_given_twice_or_not_at_all_or_shorter_than_its_warmup_is_refuse
     ):
         config = {**run_config, "train": {"global_batch": 8, **length}}
         calls.append(call_of(config, tmp_path / name))
+    both = {**run_config, "train": {"global_batch": 8, "steps": 3, "epochs": 1}}
+    calls.append(call_of(both, tmp_path / "cut", "--max-steps", "1"))
     short = {**run_config, "data": {"kind": "digits", "clips": 20}, "train": EPOCHS}
     short["schedule"] = {"type": "linear", "warmup_steps": 5}
     calls.append(call_of(short, tmp_path / "short"))
@@ -98,6 +100,7 @@ def test_a_length_given_twice_or_not_at_all_or_shorter_than_its_warmup_is_refuse
         "Invalid train.steps=3 with train.epochs=1: each says how long the run is",
         "train.steps",
         "train.epochs=0.0: must be a finite number > 0",
+        "Invalid train.steps=3 with train.epochs=1",
         "schedule.warmup_steps=5: must be an integer in [0, 4], the steps of train.epochs=1.5",
     )
     for ended, words in zip(run_in_ranks(1, calls), wanted, strict=True):
