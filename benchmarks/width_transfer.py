@@ -99,7 +99,7 @@ def run(one: Run) -> Row:
     generator = torch.Generator().manual_seed(seed)
     for _ in range(STEPS):
         starts = torch.randint(len(training) - LENGTH - 1, (BATCH,), generator=generator)
-        loss_of(model, training, starts).backward()
+        torch.autograd.backward(loss_of(model, training, starts))
         optimizer.step()
         optimizer.zero_grad()
         schedule.step()
