@@ -18,7 +18,7 @@ from dist_layerlr.files import read_config
 from dist_layerlr.plan.components import known_components
 from dist_layerlr.plan.depth import LAYER_DECAY, DepthSettings
 from dist_layerlr.plan.optimizers import OPTIMIZERS, OPTIMIZERS_BLOCK, Optimizers
-from dist_layerlr.plan.patterns import compile_pattern
+from dist_layerlr.plan.patterns import PATTERN
 from dist_layerlr.plan.presets import PRESET_CLASSES, PRESETS
 from dist_layerlr.plan.timing import RULES, TimingRule, TimingSettings, pop_settings, settle
 from dist_layerlr.plan.width import WIDTH, WIDTH_BLOCK, WidthScaling
@@ -36,26 +36,16 @@ PLAN_BLOCK = "per_layer_lr"
 _LR = fields.number(0.0)
 
 
-def _parse_pattern(path: str, value: object) -> str:
-    pattern = fields.text(path, value)
-    try:
-        compile_pattern(pattern)
-    except ConfigError as error:
-        raise ConfigError(f"Invalid {path}: {error}") from None
-    return pattern
-
-
 def _parse_no_decay(path: str, value: object) -> tuple[str, ...]:
     rules = fields.strings(path, value)
     for rule in rules:
         # The two words are rules of their own; all else must compile as a pattern here, before a
         # model is read.
         if rule not in ("ndim<=1", "norm"):
-            _parse_pattern(path, rule)
+            PATTERN(path, rule)
     return rules
 
 
-_PATTERN = fields.Check(_parse_pattern, "a name pattern, section 5", fields.text.schema)
 _NO_DECAY = fields.Check(
     _parse_no_decay,
     "a list of name patterns, `ndim<=1` (true shape) or `norm` (owner is a norm)",
@@ -67,7 +57,7 @@ _NO_DECAY = fields.Check(
 class PatternRule:
     """A user rule that names the component of the parameters it matches."""
 
-    match: str = setting(_PATTERN, doc="Which parameters.")
+    match: str = setting(PATTERN, doc="Which parameters.")
     component: str = setting(fields.text, doc="Their component.")
 
 
@@ -78,7 +68,7 @@ class Region:
     What it does not give, it takes from the block around it.
     """
 
-    match: str = setting(_PATTERN, doc="Which parameters.")
+    match: str = setting(PATTERN, doc="Which parameters.")
     lr: float | None = setting(
         _LR,
         default=None,

@@ -11,12 +11,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from dist_layerlr import fields
-from dist_layerlr.errors import ConfigError
 from dist_layerlr.fields import setting
 from dist_layerlr.plan.components import Label
 from dist_layerlr.plan.name_rules import CROSS_ATTN, FFN, FUSED, SELF_ATTN
 from dist_layerlr.plan.names import ParamPath
-from dist_layerlr.plan.patterns import compile_pattern
+from dist_layerlr.plan.patterns import PATTERN, compile_pattern
 
 OPTIMIZERS_BLOCK = "optimizers"
 """Key of the config, beside ``per_layer_lr``."""
@@ -29,10 +28,7 @@ Shape = tuple[int, ...]
 def _parse_patterns(path: str, value: object) -> tuple[str, ...]:
     patterns = fields.strings(path, value)
     for number, pattern in enumerate(patterns):
-        try:
-            compile_pattern(pattern)
-        except ConfigError as error:
-            raise ConfigError(f"Invalid {path}[{number}]: {error}") from None
+        PATTERN(f"{path}[{number}]", pattern)
     return patterns
 
 

@@ -7,6 +7,7 @@ import re
 from collections.abc import Callable, Iterable
 from functools import lru_cache
 
+from dist_layerlr import fields
 from dist_layerlr.errors import ConfigError
 
 Matcher = Callable[[str], bool]
@@ -68,3 +69,16 @@ def _segment_to_regex(segment: str) -> str:
         or (part.replace("[!", "[^") if part.startswith("[") else re.escape(part))
         for part in parts
     )
+
+
+def _parse_pattern(path: str, value: object) -> str:
+    pattern = fields.text(path, value)
+    try:
+        compile_pattern(pattern)
+    except ConfigError as error:
+        raise ConfigError(f"Invalid {path}: {error}") from None
+    return pattern
+
+
+PATTERN = fields.Check(_parse_pattern, "a name pattern, section 5", fields.text.schema)
+"""A field of a config that is one."""

@@ -13,7 +13,7 @@ from typing import Any
 from dist_layerlr import fields
 from dist_layerlr.errors import ConfigError
 from dist_layerlr.fields import setting
-from dist_layerlr.plan.patterns import compile_pattern
+from dist_layerlr.plan.patterns import PATTERN
 
 KINDS = ("constant", "linear", "cosine")
 LAST, FIRST = "last", "first"
@@ -120,21 +120,12 @@ def _parse_depth(path: str, value: object) -> tuple[float, float]:
     return found[0], found[1]
 
 
-def _parse_pattern(path: str, value: object) -> str:
-    pattern = fields.text(path, value)
-    try:
-        compile_pattern(pattern)
-    except ConfigError as error:
-        raise ConfigError(f"Invalid {path}: {error}") from None
-    return pattern
-
-
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TimingRule:
     """Which parameters a timing is for; all that is given must hold."""
 
     match: str = setting(
-        fields.Check(_parse_pattern, "a name pattern, section 5", fields.text.schema),
+        PATTERN,
         default="**",
         doc="A name pattern.",
     )
