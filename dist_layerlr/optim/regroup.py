@@ -7,15 +7,13 @@ from torch import Tensor
 from dist_layerlr.optim.groups import INITIAL_LR, LR, NAME, OPTIMIZER, WEIGHT_DECAY, adopt
 from dist_layerlr.optim.routed import rerouted
 from dist_layerlr.optim.segmented import Segmented
-from dist_layerlr.plan.entries import Plan
+from dist_layerlr.plan.entries import GroupKey, Plan
 from dist_layerlr.ranks import Problem
 from dist_layerlr.sharders import Pieces, Sharder
 from dist_layerlr.sharders.base import ParamGroup
 
 _OF_PLAN = frozenset(("params", LR, INITIAL_LR, NAME, OPTIMIZER, WEIGHT_DECAY))
 """What of a group is the plan's; the rest is the optimizer's own."""
-Key = tuple[str | None, float, float | None]
-"""What the names of one group have in common."""
 
 
 def regroup_problems(plan: Plan, sharder: Sharder, found: Pieces) -> list[Problem]:
@@ -30,7 +28,7 @@ def regroup_problems(plan: Plan, sharder: Sharder, found: Pieces) -> list[Proble
         # An engine has laid its groups out flat: there the whole group is one tensor.
         place = id(piece.group) if sharder.layout.engine_steps else id(piece.owner)
         other = first.setdefault(place, piece.name)
-        if _key(plan, other) != _key(plan, piece.name):
+        if plan.entries[other].settings != plan.entries[piece.name].settings:
             text = (
                 f"{piece.name} and {other} are stepped in one piece, and are to have different"
                 " rates: build the optimizer with attach(..., emission='segmented')"
@@ -47,10 +45,10 @@ def regroup(plan: Plan, found: Pieces) -> None:
     if isinstance(found.optimizer, Segmented):
         _bind_anew(plan, found.optimizer)
         return
-    key_of: dict[int, Key] = {}
+    key_of: dict[int, GroupKey] = {}
     for piece in found.pieces:
         if piece.name in plan.entries:
-            key_of[id(piece.owner)] = _key(plan, piece.name)
+            key_of[id(piece.owner)] = plan.entries[piece.name].settings
     groups: list[ParamGroup] = []
     for group in found.optimizer.param_groups:
         groups += _parted(group, key_of)
@@ -60,14 +58,9 @@ def regroup(plan: Plan, found: Pieces) -> None:
     adopt(plan, found.optimizer)
 
 
-def _key(plan: Plan, name: str) -> Key:
-    entry = plan.entries[name]
-    return entry.optimizer, entry.lr, entry.weight_decay
-
-
-def _parted(group: ParamGroup, key_of: dict[int, Key]) -> list[ParamGroup]:
+def _parted(group: ParamGroup, key_of: dict[int, GroupKey]) -> list[ParamGroup]:
     """A group as one for each planned rate in it; the first is the group itself."""
-    parts: dict[Key | None, list[Tensor]] = {}
+    parts: dict[GroupKey | None, list[Tensor]] = {}
     for param in group["params"]:
         parts.setdefault(key_of.get(id(param)), []).append(param)
     first, *others = parts.values() if parts else [[]]
@@ -83,9 +76,9 @@ def _parted(group: ParamGroup, key_of: dict[int, Key]) -> list[ParamGroup]:
     return found
 
 
-def _rename(plan: Plan, groups: list[ParamGroup], key_of: dict[int, Key]) -> None:
+def _rename(plan: Plan, groups: list[ParamGroup], key_of: dict[int, GroupKey]) -> None:
     """Call each group what the plan calls it: planned rates are looked up by these names."""
-    names = {(spec.optimizer, spec.lr, spec.weight_decay): spec.name for spec in plan.groups}
+    names = {plan.entries[spec.names[0]].settings: spec.name for spec in plan.groups}
     taken: dict[str, int] = {}
     for group in groups:
         key = key_of.get(id(group["params"][0])) if group["params"] else None

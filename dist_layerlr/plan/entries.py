@@ -99,6 +99,11 @@ class PlanEntry:
     timing: Timing | None = None
     """When it trains; None: always, at the run's schedule."""
 
+    @property
+    def settings(self) -> GroupKey:
+        """What it shares with the other names of its group."""
+        return self.optimizer, self.lr, self.weight_decay, self.eps, self.timing
+
     def lr_at(self, step: int, factor: float = 1.0) -> float:
         """Its rate at an optimizer step, where the run's schedule is at ``factor``."""
         return self.lr * (factor if self.timing is None else self.timing.factor(step, factor))
@@ -176,8 +181,7 @@ class Plan:
 
         # The order must not depend on the order of names: ranks and resumes compare groups by it.
         for entry in sorted(self.entries.values(), key=place):
-            key = (entry.optimizer, entry.lr, entry.weight_decay, entry.eps, entry.timing)
-            merged.setdefault(key, []).append(entry)
+            merged.setdefault(entry.settings, []).append(entry)
         taken: dict[str, int] = {}
         return tuple(_group(key, members, taken) for key, members in merged.items())
 

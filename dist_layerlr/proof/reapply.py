@@ -11,7 +11,7 @@ from dist_layerlr.optim.readback import live_pieces
 from dist_layerlr.optim.schedulers import check_scheduler, rebase
 from dist_layerlr.optim.segmented import Segmented
 from dist_layerlr.optim.timed import step_of
-from dist_layerlr.plan.entries import Plan, PlanEntry
+from dist_layerlr.plan.entries import Plan
 from dist_layerlr.ranks import Problem, alike, together
 from dist_layerlr.sharders import Pieces, sharder_of
 
@@ -52,7 +52,7 @@ def reapply(
             if entry is None:
                 continue
             _, first = chosen.setdefault(id(piece.group), (piece.group, entry))
-            if _settings(first) != _settings(entry):
+            if first.settings != entry.settings:
                 text = (
                     f"{piece.name} and {first.name} share a group but have different planned rates"
                 )
@@ -70,10 +70,6 @@ def reapply(
     if scheduler is not None:
         rebase(scheduler)
         alike(lambda: check_scheduler(scheduler))
-
-
-def _settings(entry: PlanEntry) -> tuple[object, ...]:
-    return entry.lr, entry.weight_decay, entry.eps, entry.timing
 
 
 def _step_to_put(plan: Plan, found: Pieces, step: int | None) -> int | None:
