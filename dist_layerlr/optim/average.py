@@ -7,7 +7,7 @@ optimizer's state: it is saved by name, and loaded into any layout.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -22,6 +22,8 @@ from dist_layerlr.sharders import sharder_of
 from dist_layerlr.sharders.base import local
 
 _DECAY = number(0.0, 1.0)
+_Place = tuple[int, str, int]
+"""(offset, name, first element) of the first run in a tensor that is stepped."""
 
 
 class WeightAverage:
@@ -39,11 +41,11 @@ class WeightAverage:
                 weights at every update.
         """
         self._sharder, self._given, self._device = sharder_of(model), optimizer, device
-        self._owners: list[Tensor] = []
-        self._averages: list[Tensor] = []
+        self._owners: dict[_Place, Tensor] = {}
+        self._averages: dict[_Place, Tensor] = {}
         self._look()
-        for owner in self._owners:
-            self._averages.append(self._copy(owner))
+        for place, owner in self._owners.items():
+            self._averages[place] = self._copy(owner)
 
     @torch.no_grad()
     def update(self, decay: float) -> None:
@@ -53,12 +55,12 @@ class WeightAverage:
             ConfigError: a decay outside [0, 1].
         """
         merge: Any = get_ema_multi_avg_fn(_DECAY("decay", decay))  # type: ignore[no-untyped-call]
-        now = [
-            local(owner).detach().to(average.device, average.dtype).reshape(average.shape)
-            for owner, average in zip(self._owners, self._averages, strict=True)
-        ]
+        now: list[Tensor] = []
+        for place, average in self._averages.items():
+            weights = local(self._owners[place]).detach()
+            now.append(weights.to(average.device, average.dtype).reshape(average.shape))
         if now:
-            merge(self._averages, now, 0)
+            merge(list(self._averages.values()), now, 0)
 
     @contextmanager
     def swapped(self) -> Iterator[None]:
@@ -67,7 +69,7 @@ class WeightAverage:
         Collective. Costs the memory of the weights that this rank steps.
         """
         self._look()
-        kept = [local(owner).detach().clone() for owner in self._owners]
+        kept = {place: local(owner).detach().clone() for place, owner in self._owners.items()}
         self._write(self._averages)
         try:
             yield
@@ -84,12 +86,12 @@ class WeightAverage:
         empty one. Where a load finds no average, it begins anew with the weights.
         """
         state = self._look()
-        for owner, average in zip(self._owners, self._averages, strict=True):
-            state[owner][AVERAGE] = average
+        for place, average in self._averages.items():
+            state[self._owners[place]][AVERAGE] = average
         try:
             yield
         finally:
-            for place, owner in enumerate(self._owners):
+            for place, owner in self._owners.items():
                 found = state[owner].pop(AVERAGE, None)
                 if found is None:
                     self._averages[place].copy_(local(owner).detach())
@@ -101,7 +103,12 @@ class WeightAverage:
         # A unit that is gathered shows tensors that nobody steps.
         self._sharder.reshard()
         found = live_pieces(self._sharder, self._given)
-        self._owners = list({id(piece.owner): piece.owner for piece in found.pieces}.values())
+        first: dict[int, tuple[int, str, int]] = {}
+        for piece in found.pieces:
+            known = first.setdefault(id(piece.owner), (piece.offset, piece.name, piece.start))
+            first[id(piece.owner)] = min(known, (piece.offset, piece.name, piece.start))
+        # By what a tensor holds, not by its turn: groups that part change the order.
+        self._owners = {first[id(piece.owner)]: piece.owner for piece in found.pieces}
         return found.optimizer.state
 
     def _copy(self, owner: Tensor) -> Tensor:
@@ -112,7 +119,8 @@ class WeightAverage:
         return copy.copy_(here)
 
     @torch.no_grad()
-    def _write(self, values: list[Tensor]) -> None:
-        for owner, value in zip(self._owners, values, strict=True):
-            local(owner).detach().copy_(value.view(local(owner).shape))
+    def _write(self, values: Mapping[_Place, Tensor]) -> None:
+        for place, value in values.items():
+            here = local(self._owners[place])
+            here.detach().copy_(value.view(here.shape))
         self._sharder.refresh()
