@@ -1,4 +1,4 @@
-"""Write docs/troubleshooting.md: every error text that the code raises, by where it comes from.
+"""Write docs/troubleshooting.md: the error texts of the code's raises, by where they come from.
 
     python docs/errors.py
 
@@ -38,9 +38,9 @@ HEAD = """\
 # Troubleshooting
 
 Every error of the library and the trainer is one line that says which field or parameter, its
-value, what is allowed, and what to do next. This page lists them all, so that a line that you met
-can be searched: by its first words, since what is filled in stands in angle brackets here. It is
-written by `python docs/errors.py` from the code itself.
+value, what is allowed, and what to do next. This page lists those whose text stands where they are
+raised, so that a line that you met can be searched: by its first words, since what is filled in
+stands in angle brackets here. It is written by `python docs/errors.py` from the code itself.
 
 Most errors of a config have one form: `Invalid <field>=<value>: must be <what is allowed>.`, or
 `Unknown key <key> in <block>. Did you mean <key>?`; the fields are those of `docs/config.md` and
