@@ -1,5 +1,5 @@
-"""Every diffusion family from a pipeline folder to an adapter: cached, trained alone, under one of
-three sharders in turn (under all by `-m full`) and while streaming, sampled, exported.
+"""Every diffusion family from a pipeline folder to an adapter: cached, trained alone, under three
+sharders and while streaming, sampled, exported.
 """
 
 from __future__ import annotations
@@ -49,14 +49,11 @@ SHARED = [sharder for sharder in SHARDERS if sharder != "none"]
 
 
 def cells(sharders: list[str]) -> list[Any]:
-    """One case for each run and sharder; of those that share, each run has one by default."""
+    """One case for each run and sharder."""
     found = []
-    for place, (name, method) in enumerate(RUNS):
-        for sharder in sharders:
-            usual = sharder == "none" or sharder == SHARED[place % len(SHARED)]
-            marks = () if usual else pytest.mark.full
-            label = f"{sharder}-{name}-{method}"
-            found.append(pytest.param((name, method, sharder), marks=marks, id=label))
+    for sharder in sharders:
+        for name, method in RUNS:
+            found.append(pytest.param((name, method, sharder), id=f"{sharder}-{name}-{method}"))
     return found
 
 
