@@ -44,6 +44,9 @@ def in_fork(body: Callable[[], Any], device: str) -> tuple[str, str]:
 
 
 def _body(body: Callable[[], Any], device: str) -> None:
+    # First, by one thread: a fork's first call makes torch's pool of threads anew, and two calls at
+    # once (this thread's and autograd's) would find it half made and end the process.
+    torch.set_num_threads(1)
     torch.manual_seed(0)
     if device == "sim":
         from tests.support import sim_device  # noqa: F401  registers the device

@@ -101,7 +101,6 @@ def test_page_and_quotes_are_those_of_the_committed_runs() -> None:
 
 
 @needs_families
-@needs_families
 def test_every_arm_plans_rates_that_its_base_rate_scales() -> None:
     """Twice the base rate is twice every rate: else a sweep would sweep something else."""
     import does_it_help
@@ -124,7 +123,6 @@ def test_every_arm_plans_rates_that_its_base_rate_scales() -> None:
             load_config(arm.config(1e-3))
 
 
-@needs_families
 @needs_families
 def test_the_rehearsal_of_all_studies_writes_results_plots_and_page(tmp_path: Path) -> None:
     command = [sys.executable, "benchmarks/does_it_help.py", "--quick", "--out", str(tmp_path)]
