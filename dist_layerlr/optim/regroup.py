@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from dist_layerlr.errors import ConfigError
+from dist_layerlr.optim.fused import STEP
 from dist_layerlr.optim.groups import INITIAL_LR, LR, NAME, OPTIMIZER, WEIGHT_DECAY, adopt
 from dist_layerlr.optim.routed import rerouted
 from dist_layerlr.optim.segmented import Segmented
+from dist_layerlr.optim.views import counters_of_runs, merge_slices
 from dist_layerlr.plan.entries import GroupKey, Plan
 from dist_layerlr.ranks import Problem
 from dist_layerlr.sharders import Pieces, Sharder
-from dist_layerlr.sharders.base import ParamGroup
+from dist_layerlr.sharders.base import ParamGroup, Slice
 
 _OF_PLAN = frozenset(("params", LR, INITIAL_LR, NAME, OPTIMIZER, WEIGHT_DECAY))
 """What of a group is the plan's; the rest is the optimizer's own."""
@@ -19,7 +22,7 @@ _OF_PLAN = frozenset(("params", LR, INITIAL_LR, NAME, OPTIMIZER, WEIGHT_DECAY))
 def regroup_problems(plan: Plan, sharder: Sharder, found: Pieces) -> list[Problem]:
     """Why the groups of an optimizer cannot take the plan; nothing is changed, no rank is asked."""
     if isinstance(found.optimizer, Segmented):
-        return []
+        return _counter_problems(plan, found.optimizer)
     first: dict[int, str] = {}
     problems: list[Problem] = []
     for piece in found.pieces:
@@ -90,11 +93,15 @@ def _rename(plan: Plan, groups: list[ParamGroup], key_of: dict[int, GroupKey]) -
 
 def _bind_anew(plan: Plan, optimizer: Segmented) -> None:
     """Cut a segmented optimizer's tensors anew, at the plan's groups."""
-    before = optimizer.groups_by_name()
+    before, counted = optimizer.groups_by_name(), _counted(optimizer)
     make = rerouted(optimizer._make, plan)
     # As a copy of it is brought to life: views and inner groups are made anew on the same tensors,
     # and find their state where it lies, on the outer ones.
     optimizer.__setstate__({**optimizer.__getstate__(), "_plan": plan, "_make": make})
+    for row in optimizer._rows:
+        if id(row.owner) in counted:
+            # Counters alone are laid out by the views; all other state is by element.
+            row.recount(counted[id(row.owner)], optimizer.state[row.owner])
     if optimizer.inner is None:
         return
     live: dict[int, ParamGroup] = {}
@@ -105,3 +112,35 @@ def _bind_anew(plan: Plan, optimizer: Segmented) -> None:
             for key, value in before[name].items():
                 if key not in _OF_PLAN:
                     group[key] = value.clone() if isinstance(value, Tensor) else value
+
+
+def _counted(optimizer: Segmented) -> dict[int, dict[int, float]]:
+    """{id of an owner whose views count apart: {offset of a piece: how often it was stepped}}."""
+    apart = {id(row.owner): row for row in optimizer._rows if row.apart}
+    found: dict[int, dict[int, float]] = {}
+    for piece in optimizer._slices or ():
+        row = apart.get(id(piece.owner))
+        held = optimizer.state.get(piece.owner, {}) if row is not None else {}
+        if row is not None and piece.numel and STEP in held:
+            steps = float(row.counter_at(piece.offset, held[STEP]))
+            found.setdefault(id(piece.owner), {})[piece.offset] = steps
+    return found
+
+
+def _counter_problems(plan: Plan, optimizer: Segmented) -> list[Problem]:
+    """Views that the plan would make of names that were not stepped equally often."""
+    number: dict[str, int] = {}
+    for place, spec in enumerate(plan.groups):
+        number.update(dict.fromkeys(spec.names, place))
+    pieces: dict[int, list[Slice]] = {}
+    counted = _counted(optimizer)
+    for piece in optimizer._slices or ():
+        if piece.numel and id(piece.owner) in counted:
+            pieces.setdefault(id(piece.owner), []).append(piece)
+    problems: list[Problem] = []
+    for owner, found in pieces.items():
+        try:
+            counters_of_runs(merge_slices(found, number), counted[owner])
+        except ConfigError as error:
+            problems.append(("layout", str(error)))
+    return problems

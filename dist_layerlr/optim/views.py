@@ -180,24 +180,23 @@ class OwnerViews:
         raise ValueError(f"no name begins at element {offset}")
 
     def counters(self, at: Mapping[int, float], like: Any) -> Tensor:
-        """Step counters from those of pieces, {offset in the owner: steps}, as a load gives them.
-
-        Raises:
-            ConfigError: two names in one view that have counted differently.
-        """
-        found: list[float] = []
-        for run in self.runs:
-            end = run.offset + run.numel
-            inside = sorted({at[place] for place in at if run.offset <= place < end})
-            if len(inside) > 1:
-                raise ConfigError(
-                    f"{run.names[0]} and {run.names[-1]} were stepped {inside} times,"
-                    " but this sharder steps them as one, with one counter. Resume under DDP or"
-                    " FSDP2, or with the timing that they were saved with."
-                )
-            found.append(inside[0] if inside else 0.0)
+        """As ``counters_of_runs``, of the runs of this owner, on the device of ``like``."""
         device = like.device if isinstance(like, Tensor) else "cpu"
-        return torch.tensor(found, dtype=torch.float32, device=device)
+        return torch.tensor(counters_of_runs(self.runs, at), dtype=torch.float32, device=device)
+
+    def recount(self, at: Mapping[int, float], held: dict[str, Any]) -> None:
+        """Lay the step counters of the owner's state out as these views, which were cut anew.
+
+        Args:
+            at: {offset of a piece in the owner: how often it was stepped}.
+            held: the owner's state, whose counters are laid out by the views before.
+        """
+        like = held.get(STEP)
+        if self.apart and like is not None:
+            held[STEP] = self.counters(at, like)
+        elif isinstance(like, Tensor) and like.ndim:
+            (counted,) = self.counters(at, like).unbind()
+            held[STEP] = int(counted) if self.plain_counters else counted.clone()
 
     def _entries(self, inner: State) -> dict[str, tuple[Tensor, Any]]:
         """{key: (the first view that has it, its value)}."""
@@ -293,6 +292,30 @@ def merge_slices(slices: Iterable[Slice], group_number: Mapping[str, int]) -> li
             names, numel, offset = (piece.name,), piece.numel, piece.offset
         runs.append(Run(owner=piece.owner, offset=offset, numel=numel, names=names))
     return runs
+
+
+def counters_of_runs(runs: Iterable[Run], at: Mapping[int, float]) -> list[float]:
+    """How often each run was stepped, from what its pieces tell; 0 where none tells.
+
+    Args:
+        runs: of one owner.
+        at: {offset of a piece in the owner: how often it was stepped}.
+
+    Raises:
+        ConfigError: two pieces of one run that have counted differently.
+    """
+    found: list[float] = []
+    for run in runs:
+        end = run.offset + run.numel
+        inside = sorted({at[place] for place in at if run.offset <= place < end})
+        if len(inside) > 1:
+            raise ConfigError(
+                f"{run.names[0]} and {run.names[-1]} were stepped {inside} times,"
+                " but this sharder steps them as one, with one counter. Resume under DDP or"
+                " FSDP2, or with the timing that they were saved with."
+            )
+        found.append(inside[0] if inside else 0.0)
+    return found
 
 
 def _continues(run: Run, piece: Slice, group_number: Mapping[str, int]) -> bool:

@@ -26,7 +26,8 @@ from dist_layerlr import (
 )
 from dist_layerlr.optim import optimizer_state
 from dist_layerlr.plan import canonical_name
-from tests.support.cases import At, Outcomes, run_bodies
+from dist_layerlr.proof import steer
+from tests.support.cases import At, Outcomes, items_of, run_bodies
 from tests.support.drivers import SHARDERS, Native, Zero, start_deepspeed
 from tests.support.parity import Driver, Recipe, Weights, micro_batches
 
@@ -63,7 +64,11 @@ def by_hand(name: str, step: int) -> float | None:
     return None if since < 0 else run * min(1.0, (since + 1) / RAMP)
 
 
-def reference(recipe: Recipe) -> Weights:
+def unchanged(name: str, step: int) -> float:
+    return 1.0
+
+
+def reference(recipe: Recipe, times: Callable[[str, int], float] = unchanged) -> Weights:
     model = recipe.model()
     trained = {n: p for n, p in model.named_parameters() if p.requires_grad}
     state: dict[Any, Any] = {}
@@ -84,7 +89,7 @@ def reference(recipe: Recipe) -> Weights:
         for group, name in zip(optimizer.param_groups, names, strict=True):
             factor = by_hand(name, step)
             assert factor is not None
-            group["lr"] = group["rate"] * factor
+            group["lr"] = group["rate"] * times(name, step) * factor
         for x, y in micro_batches(step, 1):
             F.mse_loss(model(x), y).backward()
         for name in names:
@@ -133,8 +138,10 @@ def advance(driver: Driver, schedule: PlanSchedule, steps: int) -> None:
         schedule.step()
 
 
-def distance(driver: Driver, recipe: Recipe) -> tuple[float, str]:
-    full, wanted = driver.full(), reference(recipe)
+def distance(
+    driver: Driver, recipe: Recipe, times: Callable[[str, int], float] = unchanged
+) -> tuple[float, str]:
+    full, wanted = driver.full(), reference(recipe, times)
     return max((float((full[n] - wanted[n]).abs().max()), n) for n in wanted)
 
 
@@ -177,11 +184,42 @@ def resumes(source: str, target: str) -> Callable[[At], Any]:
     return body
 
 
+STEERED = re.compile(r"blocks\.\d\.(ffn\.0|norm1)\.")
+"""What is at half its rate from step 4 to step 8: also inside a ramp, and held.
+
+Norms lie beside norms in a flat tensor, so that it is cut into more views than before."""
+
+
+def halved(name: str, step: int) -> float:
+    return 0.5 if STEERED.match(name) and 4 <= step < 8 else 1.0
+
+
+def is_steered(name: str) -> Callable[[At], Any]:
+    def body(at: At) -> tuple[float, str]:
+        recipe = Timed()
+        driver, schedule = begin(name, recipe)
+        parts = [{"match": "blocks.*.ffn.0"}, {"match": "blocks.*.norm1"}]
+        for steps, by in ((4, 0.5), (4, 2.0)):
+            advance(driver, schedule, steps)
+            changes = {"scale": [{**part, "by": by} for part in parts]}
+            driver.plan = steer(driver.plan, driver.model, driver.optimizer, changes=changes)
+        advance(driver, schedule, STEPS - 8)
+        for held, steps in counted(driver).items():
+            assert steps in (0, sum(by_hand(held, s) is not None for s in range(STEPS))), held
+        return distance(driver, recipe, halved)
+
+    return body
+
+
 BODIES: dict[str, Callable[[At], Any]] = {
     **{f"{name}, AdamW": trains(name, Timed()) for name in DRIVERS},
     **{f"{name}, SGD": trains(name, Timed(optimizer="sgd")) for name in DRIVERS},
     **{
         f"{name}, clipped": trains(name, Timed(clip=0.01))
+        for name in ("ddp", "fsdp1_flat", "fsdp2", "zero 2, segmented", "zero 3, segmented")
+    },
+    **{
+        f"{name}, steered": is_steered(name)
         for name in ("ddp", "fsdp1_flat", "fsdp2", "zero 2, segmented", "zero 3, segmented")
     },
     "fsdp2 -> fsdp2": resumes("fsdp2", "fsdp2"),
@@ -193,8 +231,10 @@ BODIES: dict[str, Callable[[At], Any]] = {
 
 
 @pytest.fixture(scope="module")
-def outcomes() -> Outcomes:
-    return run_bodies(BODIES, 2, start_deepspeed)
+def outcomes(request: pytest.FixtureRequest) -> Outcomes:
+    chosen = {item.callspec.params["case"] for item in items_of(request)}
+    bodies = {case: body for case, body in BODIES.items() if case in chosen}
+    return run_bodies(bodies, 2, start_deepspeed)
 
 
 @pytest.mark.parametrize("case", BODIES)
