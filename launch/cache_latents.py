@@ -113,7 +113,7 @@ def check_written(
 
 def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     """Read the command line; a bad one ends the program with status 2."""
-    parser = _parser()
+    parser = make_parser()
     args = parser.parse_args(argv)
     if (args.height is None) != (args.width is None):
         parser.error(f"--height={args.height} and --width={args.width} must be given together")
@@ -131,7 +131,7 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     return args
 
 
-def _parser() -> Parser:
+def make_parser() -> Parser:
     parser = Parser(
         prog="cache_latents", description="Encode captioned images and clips for training."
     )

@@ -32,7 +32,7 @@ _PROGRAM = "make_tiny_wan.py"
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Write the checkpoint and say what was written; return the exit status."""
-    options = _parser().parse_args(arguments)
+    options = make_parser().parse_args(arguments)
     out = Path(options.out_dir)
     try:
         out.mkdir(parents=True, exist_ok=True)
@@ -102,7 +102,7 @@ def _initialise(model: nn.Module) -> None:
             nn.init.zeros_(module.bias)
 
 
-def _parser() -> argparse.ArgumentParser:
+def make_parser() -> argparse.ArgumentParser:
     parser = Parser(prog=_PROGRAM, description="Write a small random Wan checkpoint.")
     parser.add_argument("out_dir", metavar="OUT_DIR", help="folder to write; made if missing")
     for flag, default, meaning in (

@@ -30,7 +30,7 @@ _PROGRAM = "tiny.py"
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Write the pipeline and say what was written; return the exit status."""
-    options = _parser().parse_args(arguments)
+    options = make_parser().parse_args(arguments)
     try:
         parts = write(options.family, options.out)
     except LayerLRError as error:
@@ -75,7 +75,7 @@ def _described(name: str, part: object) -> str:
     return text
 
 
-def _parser() -> Parser:
+def make_parser() -> Parser:
     parser = Parser(prog=_PROGRAM, description="Write a tiny random pipeline.")
     parser.add_argument("family", metavar="FAMILY", help=f"one of {', '.join(known())}")
     parser.add_argument("out", type=Path, metavar="OUT", help="folder to write; made if missing")

@@ -38,10 +38,9 @@ def _add_audit(commands: Any) -> None:
             1: "a fault was found",
             4: "no optimizer step was seen",
         },
+        more="other: the script's own status, wherever that is not 0",
         takes_json=False,
     )
-    assert audit.epilog is not None
-    audit.epilog += "\n  other: the script's own status, wherever that is not 0"
     add = audit.add_argument
     plan_help = "a plan.json, a folder with one, or a training config: what is to train"
     add("--plan", metavar="FILE", help=plan_help)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import logging
 import platform
 import shutil
 from collections.abc import Callable
@@ -149,7 +150,13 @@ def _sharding() -> list[Row]:
         return "FSDP1, FSDP2 and DDP"
 
     def deepspeed() -> str:
-        importlib.import_module("deepspeed")
+        # While it is imported DeepSpeed logs to stdout which accelerator it chose: that line would
+        # stand before the report, and break its JSON.
+        logging.disable(logging.WARNING)
+        try:
+            importlib.import_module("deepspeed")
+        finally:
+            logging.disable(logging.NOTSET)
         compiler = shutil.which("c++") or shutil.which("g++")
         built = "its CPU optimizers can be compiled" if compiler else "no C++ compiler: no CPU Adam"
         return f"ZeRO 0 to 3; {built}"

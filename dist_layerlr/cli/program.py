@@ -1,6 +1,7 @@
 """``dist-layerlr``: what a config, streaming, a checkpoint or a training script does to a model.
 
-Commands: plan, explain, plot, predict, diff, export, audit, convert, schema, doctor, advise.
+Commands: plan, explain, plot, predict, diff, export, audit, convert, schema, doctor, advise,
+completion.
 """
 
 from __future__ import annotations
@@ -11,8 +12,8 @@ import traceback
 from collections.abc import Sequence
 from typing import NoReturn
 
-from dist_layerlr.cli import checks, exchange, outputs, plans, runs
-from dist_layerlr.cli.command import PROGRAM
+from dist_layerlr.cli import checks, completion, exchange, outputs, plans, runs
+from dist_layerlr.cli.command import OWN_STATUSES, PROGRAM, STATUSES, help_tail
 from dist_layerlr.errors import LayerLRError, error_line
 
 
@@ -23,7 +24,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     change; 2 after a one-line error; 3 after a traceback; for ``advise`` and ``audit`` also 4; for
     ``audit`` also the script's own status.
     """
-    args = _parser().parse_args(argv)
+    args = make_parser().parse_args(argv)
     status = 0
     try:
         output, status = args.run(args)
@@ -54,11 +55,16 @@ class _Parser(argparse.ArgumentParser):
         self.exit(2)
 
 
-def _parser() -> argparse.ArgumentParser:
+def make_parser() -> argparse.ArgumentParser:
+    """Every command with its flags: what ``main`` reads, and docs/cli.md and completions list."""
     parser = _Parser(
         prog=PROGRAM,
         description=__doc__,
-        epilog=f"{PROGRAM} COMMAND --help has examples and exit statuses.",
+        epilog=help_tail(
+            examples=["plan model.safetensors --config config.json", "plan --help"],
+            statuses={**STATUSES, **OWN_STATUSES},
+            more="COMMAND --help says which of them a command ends with.",
+        ),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     # Here, since the package's own module is no part of what the commands load.
@@ -67,6 +73,6 @@ def _parser() -> argparse.ArgumentParser:
     version = f"{PROGRAM} {__version__}"
     parser.add_argument("--version", action="version", version=version)
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    for module in (plans, outputs, checks, exchange, runs):
+    for module in (plans, outputs, checks, exchange, runs, completion):
         module.add_to(commands)
     return parser

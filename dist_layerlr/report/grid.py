@@ -114,7 +114,13 @@ def _name(run: Run) -> str:
 def _rates(run: Run) -> str:
     """The first cell's rates, the last one's where they differ, and what is counted."""
     first, last = _lrs(run[0][1]), _lrs(run[-1][1])
-    rates = first if first == last else f"{first} .. {last}"
+    if first == last:
+        rates = first
+    elif " .. " in first:
+        # Cells with several rates each: without brackets nobody could tell which two dots join what.
+        rates = f"({first}) .. ({last})"
+    else:
+        rates = f"{first} .. {last}"
     params = sum(len(rows) for _, rows in run)
     blocks = f"  blocks={len(run)}" if len(run) > 1 else ""
     return f"lr={rates}{blocks}  params={params}{_windows(run)}"
@@ -145,7 +151,7 @@ def format_lr(lr: float) -> str:
 
 def _lrs(rows: list[PlanEntry]) -> str:
     low, high = _bounds(rows)
-    return format_lr(low) if low == high else f"{format_lr(low)}..{format_lr(high)}"
+    return format_lr(low) if low == high else f"{format_lr(low)} .. {format_lr(high)}"
 
 
 def to_csv(plan: Plan) -> str:

@@ -15,7 +15,7 @@ from tests.support.imports import ROOT, imported, trees
 
 PROJECT = tomli.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
 FOLDERS = {
-    "dist_layerlr": ("plot",),
+    "dist_layerlr": ("plot", "completion"),
     "launch": ("train", "plot", "families", "video"),
     "benchmarks": ("train", "plot", "families"),
     "tests": ("train", "plot", "families", "dev"),

@@ -3,17 +3,23 @@
 from __future__ import annotations
 
 import json
+import os
+import re
+import shlex
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
 from dist_layerlr.cli import doctor, main
 from dist_layerlr.cli.doctor import BAD, Examination, Row
+from dist_layerlr.cli.program import make_parser
 from dist_layerlr.plan.training_config import SCHEMA_FILE
 
 COMMANDS = (
     *("plan", "explain", "plot", "predict", "diff", "export"),
-    *("audit", "convert", "schema", "doctor", "advise"),
+    *("audit", "convert", "schema", "doctor", "advise", "completion"),
 )
 CONFIG = {"per_layer_lr": {"enabled": True, "component_lr": {"self_attn": 4e-4}}}
 NAME = "blocks.0.attn1.to_q.weight"
@@ -39,9 +45,67 @@ def test_help_has_examples_and_every_exit_status(command: str, capsys):
         main([command, "--help"])
     said = capsys.readouterr().out
     assert ended.value.code == 0
-    assert f"examples:\n  dist-layerlr {command}" in said
     assert "exit status:\n  0  " in said and "  2  an error, said in one line" in said
-    assert "--json" in said
+    assert ("--json" in said) is (command != "completion")  # which prints no table
+    examples = said.partition("\nexamples:\n")[2].splitlines()
+    assert examples and all(line.startswith(f"  dist-layerlr {command}") for line in examples)
+    for line in examples:
+        words = shlex.split(line.partition(" > ")[0])
+        assert make_parser().parse_args(words[1:]).run is not None, line
+
+
+def test_the_programs_own_help_ends_with_examples_and_names_each_status_that_a_command_has(capsys):
+    def help_of(*words: str) -> str:
+        with pytest.raises(SystemExit):
+            main([*words, "--help"])
+        return capsys.readouterr().out
+
+    def statuses(text: str) -> set[str]:
+        return set(re.findall(r"^  (\d)  ", text.partition("exit status:")[2], re.MULTILINE))
+
+    own = help_of()
+    assert set().union(*(statuses(help_of(name)) for name in COMMANDS)) == statuses(own)
+    for status in "14":
+        (line,) = re.findall(rf"^  {status}  (.*)$", own, re.MULTILINE)
+        named = set(re.findall(r"(\w+): ", line))
+        assert named == {c for c in COMMANDS if status in statuses(help_of(c))}
+    assert re.search(r"\nexamples:\n(  dist-layerlr .*\n)+\Z", own)
+
+
+def test_the_process_ends_with_the_statuses_that_the_help_names(
+    model: str, config: str, tmp_path: Path
+):
+    other = tmp_path / "other.yaml"
+    other.write_text("per_layer_lr: {enabled: true, component_lr: {self_attn: 1e-3}}")
+    cases = {
+        0: ["diff", config, config, "--model", model],
+        1: ["diff", config, str(other), "--model", model],
+        2: ["plan", model, "--config", "absent.json"],
+    }
+    for status, words in cases.items():
+        done = subprocess.run(
+            [sys.executable, "-m", "dist_layerlr.cli", *words], capture_output=True, text=True
+        )
+        assert done.returncode == status, done.stderr
+        assert (done.stderr.count("\n") == 1) is (status == 2)
+
+
+def test_completion_is_refused_with_the_line_that_installs_what_it_needs(monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "shtab", None)
+    assert main(["completion", "bash"]) == 2
+    said = capsys.readouterr().err
+    assert said.endswith("Run: pip install 'dist_layerlr[completion]'\n") and "shtab" in said
+
+
+def test_doctor_prints_its_report_first_whatever_deepspeed_logs(monkeypatch):
+    environment = {k: v for k, v in os.environ.items() if k != "DS_ACCELERATOR"}
+    done = subprocess.run(
+        [sys.executable, "-m", "dist_layerlr.cli", "doctor", "--json"],
+        capture_output=True,
+        text=True,
+        env=environment,
+    )
+    assert json.loads(done.stdout)["rows"][0]["what"] == "python"
 
 
 @pytest.mark.parametrize(
@@ -67,7 +131,7 @@ def test_no_command_is_without_a_row_above(capsys):
     with pytest.raises(SystemExit):
         main(["--help"])
     listed = capsys.readouterr().out.partition("Commands: ")[2].partition(".")[0]
-    assert set(listed.split(", ")) == set(COMMANDS)
+    assert set(listed.replace("\n", " ").split(", ")) == set(COMMANDS)
 
 
 def test_each_command_writes_json(model: str, config: str, tmp_path: Path, capsys):

@@ -107,8 +107,17 @@ def test_a_fold_ends_where_blocks_are_missing_or_rates_of_a_cell_part():
     lines = folded(apart, **flat, regions=[{"match": "layers.2.ffn.a", "lr_multiplier": 2}])
     assert lines == [
         "layers.000-001.ffn lr=0.000100 blocks=2 params=4",
-        "layers.002.ffn lr=0.000100..0.000200 params=2",
+        "layers.002.ffn lr=0.000100 .. 0.000200 params=2",
         "layers.003-004.ffn lr=0.000100 blocks=2 params=4",
+    ]
+
+
+def test_a_fold_of_cells_with_several_rates_keeps_first_and_last_block_apart():
+    apart = {f"layers.{i}.ffn.{n}.weight": (8, 8) for i in range(3) for n in "ab"}
+    twice = [{"match": "re:ffn.a", "lr_multiplier": 2}]
+    lines = folded(apart, component_lr={"ffn": 4e-4}, depth_strategy="linear", regions=twice)
+    assert lines == [
+        "layers.000-002.ffn lr=(0.000400 .. 0.000800) .. (0.000120 .. 0.000240) blocks=3 params=6"
     ]
 
 
