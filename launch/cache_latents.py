@@ -31,7 +31,7 @@ try:
 
     from dist_layerlr.errors import ConfigError, LayerLRError, ModelSourceError
     from dist_layerlr.files import write_text
-    from launch.trainer.cli import Parser, blame, complain, integer
+    from launch.trainer.cli import Parser, blame, complain, example, integer
     from launch.trainer.data.base import LATENTS, PROMPT_EMBEDS
     from launch.trainer.data.cached import CAPTION, CachedDataset, read_header
     from launch.trainer.data.caching import cache, write_sample
@@ -133,7 +133,12 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
 
 def make_parser() -> Parser:
     parser = Parser(
-        prog="cache_latents", description="Encode captioned images and clips for training."
+        prog="cache_latents",
+        description="Encode captioned images and clips for training.",
+        **example(
+            "python launch/cache_latents.py --model MODEL --model-type sd15 --input photos"
+            " --output cache"
+        ),
     )
     number = integer(1)
     add = parser.add_argument

@@ -21,7 +21,7 @@ try:
     from safetensors import SafetensorError
     from torch import nn
 
-    from launch.trainer.cli import Parser, complain, integer
+    from launch.trainer.cli import Parser, complain, example, integer
 except ModuleNotFoundError as error:
     # Nothing of the project can be imported, so this line cannot come from the project.
     print(f'make_tiny_wan.py: error: {error}. Run: pip install -e ".[train]"', file=sys.stderr)
@@ -103,7 +103,7 @@ def _initialise(model: nn.Module) -> None:
 
 
 def make_parser() -> argparse.ArgumentParser:
-    parser = Parser(prog=_PROGRAM, description="Write a small random Wan checkpoint.")
+    parser = Parser(prog=_PROGRAM, description="Write a small random Wan checkpoint.", **example("python launch/make_tiny_wan.py runs/tiny_wan --layers 2"))
     parser.add_argument("out_dir", metavar="OUT_DIR", help="folder to write; made if missing")
     for flag, default, meaning in (
         ("--layers", 4, "transformer blocks"),

@@ -18,7 +18,7 @@ try:
     from torch import nn
 
     from dist_layerlr.errors import ConfigError, LayerLRError
-    from launch.trainer.cli import Parser, blame, complain
+    from launch.trainer.cli import Parser, blame, complain, example
     from launch.trainer.tiny import build, known
 except ModuleNotFoundError as error:
     # Nothing of the project can be imported, so this line cannot come from the project.
@@ -76,7 +76,7 @@ def _described(name: str, part: object) -> str:
 
 
 def make_parser() -> Parser:
-    parser = Parser(prog=_PROGRAM, description="Write a tiny random pipeline.")
+    parser = Parser(prog=_PROGRAM, description="Write a tiny random pipeline.", **example("python launch/tiny.py sd15 MODEL"))
     parser.add_argument("family", metavar="FAMILY", help=f"one of {', '.join(known())}")
     parser.add_argument("out", type=Path, metavar="OUT", help="folder to write; made if missing")
     return parser

@@ -16,6 +16,7 @@ microbatch at hand is finished, a checkpoint and the weights are saved, status 0
 
 from __future__ import annotations
 
+import argparse
 import os
 import sys
 import traceback
@@ -32,7 +33,8 @@ try:
     from dist_layerlr.ranks import RankFailure, is_shared
     from launch.trainer.cli import complain
     from launch.trainer.options import load_options
-    from launch.trainer.request import make_request, parse_args
+    from launch.trainer.request import make_parser as parser_of
+    from launch.trainer.request import make_request
     from launch.trainer.runlog import RunLog
     from launch.trainer.runtime import Diverged, start, stop
 except ModuleNotFoundError as error:
@@ -41,9 +43,14 @@ except ModuleNotFoundError as error:
     sys.exit(2)
 
 
+def make_parser() -> argparse.ArgumentParser:
+    """What this program reads its command line with."""
+    return parser_of(__doc__)
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the job. Returns the exit status."""
-    args = parse_args(argv, __doc__)
+    args = make_parser().parse_args(argv)
     log = RunLog()
     try:
         outline = args.plan_only or args.estimate

@@ -7,7 +7,7 @@ import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from dist_layerlr.errors import ModelSourceError, error_line
 from launch.trainer.launcher import say_once
@@ -20,6 +20,13 @@ class Parser(argparse.ArgumentParser):
         """Say what is wrong with the arguments and exit with status 2."""
         complain(self.prog, f"{message}; see --help.")
         self.exit(2)
+
+
+def example(line: str) -> dict[str, Any]:
+    """What a parser is made with so that its ``--help`` ends with an example."""
+    # Shown as it stands: argparse would fill it into a paragraph.
+    form = argparse.RawDescriptionHelpFormatter
+    return {"epilog": f"examples:\n  {line}", "formatter_class": form}
 
 
 def complain(program: str, message: object, *, everywhere: bool = False) -> None:

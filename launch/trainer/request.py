@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from dist_layerlr.errors import ConfigError
 from dist_layerlr.report import FOLDED, GRIDS
-from launch.trainer.cli import Parser
+from launch.trainer.cli import Parser, example
 from launch.trainer.engines.sharding import (
     NONE,
     SHARDINGS,
@@ -45,10 +45,10 @@ class Request:
         check_streaming(options, self.sharding)
 
 
-def parse_args(argv: Sequence[str] | None, description: str | None) -> argparse.Namespace:
-    """Read the command line; a bad one ends the program with status 2."""
-    form = argparse.RawDescriptionHelpFormatter
-    parser = Parser(prog="train.py", description=description, formatter_class=form)
+def make_parser(description: str | None) -> Parser:
+    """The command line, as ``train.py`` reads it and docs/cli.md lists it."""
+    line = "python launch/train.py --config launch/configs/sd15.json --plan-only"
+    parser = Parser(prog="train.py", description=description, **example(line))
     add = parser.add_argument
     add("--config", required=True, metavar="FILE", help="training config (JSON, YAML or TOML)")
     names = [name for name, row in SHARDINGS.items() if not row.by_deepspeed]
@@ -69,7 +69,7 @@ def parse_args(argv: Sequence[str] | None, description: str | None) -> argparse.
     add("--card-gb", type=float, default=80.0, metavar="GB", help="of --estimate (default: 80)")
     # The deepspeed launcher adds it; ranks read LOCAL_RANK instead.
     add("--local_rank", type=int, default=0, help=argparse.SUPPRESS)
-    return parser.parse_args(argv)
+    return parser
 
 
 def make_request(args: argparse.Namespace) -> Request:
