@@ -26,6 +26,7 @@ from dist_layerlr.plan.layer_decay import CONVENTIONS
 from dist_layerlr.plan.presets import PRESET_CLASSES, PRESETS, RfdetrPreset
 from launch import cache_latents, make_tiny_wan, tiny, train
 from tests.support.extras import needs_families
+from tests.support.pages import block, blocks, lines, read
 from tests.support.ranks import run_ranks
 
 ROOT = Path(__file__).resolve().parent.parent.parent
@@ -35,22 +36,16 @@ WRAPPED = ["ddp", "fsdp2", "fsdp1", "fsdp1_flat", "zero 2", "zero 3", "ddp"]
 """What the blocks of own_trainer.md that need ranks say they verified, in order."""
 
 
-def python_blocks(page: str) -> list[str]:
-    return re.findall(
-        r"^```python\n(.*?)^```$", (DOCS / page).read_text(), re.MULTILINE | re.DOTALL
-    )
-
-
-def run_block(shared: str, block: str) -> str:
+def run_block(shared: str, code: str) -> str:
     """Run a block after the shared part. Returns what it printed."""
     space: dict[str, Any] = {"__name__": "docs"}
     printed = io.StringIO()
     with contextlib.redirect_stdout(printed):
-        exec(compile(shared + block, "docs", "exec"), space)
+        exec(compile(shared + code, "docs", "exec"), space)
     return printed.getvalue()
 
 
-def on_ranks(rank: int, world_size: int, shared: str, blocks: list[str]) -> list[str]:
+def on_ranks(rank: int, world_size: int, shared: str, codes: list[str]) -> list[str]:
     import deepspeed
     import torch.distributed as dist
 
@@ -60,13 +55,13 @@ def on_ranks(rank: int, world_size: int, shared: str, blocks: list[str]) -> list
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # compiled on first use
     dist.init_process_group = lambda *_, **__: None  # type: ignore[assignment]  # these ranks have one already
     printed = []
-    for block in blocks:
-        printed.append(run_block(shared, block))
+    for code in codes:
+        printed.append(run_block(shared, code))
         dist.barrier()
     return printed
 
 
-SHARED, *BLOCKS = python_blocks("own_trainer.md")
+SHARED, *BLOCKS = blocks("docs/own_trainer.md", "python")
 ALONE = [b for b in BLOCKS if not NEEDS_RANKS.search(b)]
 TOGETHER = [b for b in BLOCKS if NEEDS_RANKS.search(b)]
 
@@ -78,11 +73,11 @@ def test_own_trainer_snippets_verify_on_two_ranks_under_every_sharder() -> None:
     ]
 
 
-def one_process(rank: int, world_size: int, shared: str, blocks: list[str]) -> list[str]:
+def one_process(rank: int, world_size: int, shared: str, codes: list[str]) -> list[str]:
     import torch.distributed as dist
 
     dist.destroy_process_group()
-    return [run_block(shared, block) for block in blocks]
+    return [run_block(shared, code) for code in codes]
 
 
 def test_own_trainer_snippets_run_in_one_process() -> None:
@@ -104,8 +99,7 @@ def test_own_trainer_diff_adds_four_lines_to_a_trainer_that_then_verifies_twice(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    text = (DOCS / "own_trainer.md").read_text()
-    (diff,) = re.findall(r"^```diff\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
+    (diff,) = blocks("docs/own_trainer.md", "diff")
     marks = [line[:1] for line in diff.splitlines()]
     assert marks.count("+") == 4
     after = "\n".join(line[1:] for line in diff.splitlines() if line[:1] != "-")
@@ -118,7 +112,7 @@ def test_own_trainer_diff_adds_four_lines_to_a_trainer_that_then_verifies_twice(
     assert row["lr"] == 2e-4
 
 
-STREAMED_SHARED, *STREAMED = python_blocks("offload.md")
+STREAMED_SHARED, *STREAMED = blocks("docs/offload.md", "python")
 
 
 def test_offload_snippets_run_alone_and_under_ddp() -> None:
@@ -138,11 +132,16 @@ def test_offload_snippets_run_alone_and_under_ddp() -> None:
 def test_offload_page_prints_what_its_predict_commands_print(
     capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
-    text = (DOCS / "offload.md").read_text()
-    listing = re.search(r"<<'END' > wan_14b.tsv\n(.*?)^END$", text, re.MULTILINE | re.DOTALL)
+    text = read("docs/offload.md")
+    shown = [
+        block("docs/offload.md", "bash", "<<'END' > wan_14b.tsv"),
+        block("docs/offload.md", "bash", "--tokens 768 --gb-s"),
+        block("docs/offload.md", "bash", "--resident 10"),
+    ]
+    listing = re.search(r"<<'END' > wan_14b.tsv\n(.*?)^END$", shown[0], re.MULTILINE | re.DOTALL)
     assert listing is not None
     (tmp_path / "wan_14b.tsv").write_text(run_block("", listing[1]))
-    commands = re.findall(r"^dist-layerlr (predict .*)$", text, re.MULTILINE)
+    commands = re.findall(r"^dist-layerlr (predict .*)$", "".join(shown), re.MULTILINE)
     assert len(commands) == 4
     for command in commands:
         name, file, *flags = command.split()
@@ -172,34 +171,7 @@ def test_pages_name_files_that_exist() -> None:
             assert (ROOT / path).exists(), f"{page.name}: {path}"
 
 
-README = (ROOT / "README.md").read_text()
-FENCED = re.findall(r"^```(\w*)\n(.*?)^```$", README, re.MULTILINE | re.DOTALL)
-
-
-def readme(language: str, holds: str) -> str:
-    """The one block of README in a language that holds a piece of text."""
-    (block,) = (block for found, block in FENCED if found == language and holds in block)
-    return block
-
-
-BLOCKS_RUN_BELOW = {
-    ("text", "verified on 2 ranks"),
-    ("bash", "bash tests/run.sh"),
-    ("python", "plan_model(model, config)"),
-    ("bash", "dist-layerlr plan"),
-    ("json", "per_layer_lr"),
-    ("python", "StreamPolicy"),
-    ("bash", "python launch/train.py --config FILE\n"),
-    ("bash", "launch/cache_latents.py"),
-}
-"""(language, piece of text) of the README blocks that the tests below take by `readme`."""
-
-
-def test_every_readme_block_is_run_below() -> None:
-    for language, block in FENCED:
-        ways = [holds for found, holds in BLOCKS_RUN_BELOW if found == language and holds in block]
-        assert len(ways) == 1, f"{len(ways)} tests run this block of README:\n{block}"
-    assert len(FENCED) == len(BLOCKS_RUN_BELOW)
+README = read("README.md")
 
 
 @pytest.fixture
@@ -236,7 +208,7 @@ def quickstart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
 def test_readmes_first_command_starts_training_with_the_grid_that_readme_shows(
     quickstart: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert "bash launch/quickstart.sh " in readme("bash", "bash tests/run.sh")
+    assert "bash launch/quickstart.sh " in block("README.md", "bash", "bash tests/run.sh")
     making, training = map(shlex.split, quickstart)
     assert making[:2] == ["python", "launch/make_tiny_wan.py"]
     assert make_tiny_wan.main(making[2:]) == 0
@@ -245,7 +217,7 @@ def test_readmes_first_command_starts_training_with_the_grid_that_readme_shows(
     capsys.readouterr()
     assert train.main([*training[start + 1 :], "--plan-only"]) == 0
     printed = capsys.readouterr().out
-    *grid, verified = readme("text", "verified on 2 ranks").splitlines()
+    *grid, verified = block("README.md", "text", "verified on 2 ranks").splitlines()
     assert [line for line in grid if line.strip() != "..." and f"{line}\n" not in printed] == []
     files = ["runs/quickstart/tiny_wan", "--config", "launch/configs/quickstart.json", "--json"]
     assert cli.main(["plan", *files]) == 0
@@ -254,20 +226,23 @@ def test_readmes_first_command_starts_training_with_the_grid_that_readme_shows(
 
 def test_readmes_second_command_is_the_one_that_ci_runs() -> None:
     """It runs this test, so nothing else needs to run it."""
-    assert "bash tests/run.sh " in readme("bash", "bash tests/run.sh")
+    assert "bash tests/run.sh " in block("README.md", "bash", "bash tests/run.sh")
     assert (ROOT / ".ci" / "run").read_text().splitlines()[-1] == "bash tests/run.sh"
 
 
 def test_readmes_python_blocks_run() -> None:
-    blocks = [readme("python", "plan_model(model, config)"), readme("python", "StreamPolicy")]
-    four_lines, streamed = run_ranks(one_process, 1, "", blocks)[0]
+    codes = [
+        block("README.md", "python", "plan_model(model, config)"),
+        block("README.md", "python", "StreamPolicy"),
+    ]
+    four_lines, streamed = run_ranks(one_process, 1, "", codes)[0]
     assert four_lines.count("verified on 1 rank (unsharded)") == 1
     assert streamed.count("verified on 1 rank (unsharded)") == 1
     assert "fetches=20" in streamed  # 2 * 12 blocks - 4 slots
 
 
 def test_readmes_json_is_a_config() -> None:
-    config = json.loads(readme("json", "per_layer_lr"))
+    config = json.loads(block("README.md", "json", "per_layer_lr"))
     names = ("blocks.0.attn1.to_q.weight", "blocks.1.attn1.to_q.weight", "unknown.weight")
     plan = build_plan([ParamInfo(name=name, shape=(4, 4)) for name in names], config)
     assert [round(plan.entries[name].lr, 12) for name in names] == [1.5e-5, 4.5e-6, 1e-5]
@@ -324,7 +299,7 @@ def test_readmes_dist_layerlr_commands_run(
         "diff": "self_attn",
         "export": "adapter_model.safetensors",
     }
-    for line in readme("bash", "dist-layerlr plan").splitlines():
+    for line in block("README.md", "bash", "dist-layerlr plan").splitlines():
         program, name, *rest = shlex.split(line, comments=True)
         assert program == "dist-layerlr"
         assert cli.main([name, *(words.get(word, word) for word in rest)]) == (name == "diff"), line
@@ -340,7 +315,7 @@ def test_readmes_train_commands_take_their_arguments(
     """What they start is trained for real in test_world_size_invariance.py and
     test_ds_configs.py."""
     config = str(write_config(run_config))
-    lines = readme("bash", "python launch/train.py --config FILE\n").splitlines()
+    lines = block("README.md", "bash", "python launch/train.py --config FILE\n").splitlines()
     assert [line.split()[0] for line in lines] == ["python", "torchrun", "deepspeed"]
     for line in lines:
         words = [config if word == "FILE" else word for word in shlex.split(line, comments=True)]
@@ -363,8 +338,8 @@ def test_readmes_way_from_a_pipeline_folder_to_an_adapter_runs(
     for number, size in enumerate([(64, 64), (96, 64), (64, 64), (96, 64)]):
         Image.new("RGB", size, (40 * number, 99, 200)).save(f"photos/{number}.png")
         Path(f"photos/{number}.txt").write_text("a red square")
-    block = readme("bash", "launch/cache_latents.py").replace("\\\n", " ")
-    encode, training, asking = (shlex.split(one, comments=True) for one in block.splitlines())
+    commands = lines(block("README.md", "bash", "launch/cache_latents.py"))
+    encode, training, asking = (shlex.split(one, comments=True) for one in commands)
     # Pictures of a million pixels and a thousand steps would take as long as they say.
     assert cache_latents.main([*encode[2:], "--pixels", "4096"]) == 0
     assert training[1] == asking[1] == "launch/train.py"

@@ -12,10 +12,12 @@ from pathlib import Path
 import pytest
 
 from launch import cache_latents, tiny, train
+from tests.support.pages import blocks, fenced, read
 
 ROOT = Path(__file__).resolve().parents[2]
-PAGE = (ROOT / "docs" / "start.md").read_text()
-BLOCKS = re.findall(r"^```(bash|python)\n(.*?)^```$", PAGE, re.MULTILINE | re.DOTALL)
+PAGE = read("docs/start.md")
+TAKEN = {*blocks("docs/start.md", "bash"), *blocks("docs/start.md", "python")}
+BLOCKS = [(b.language, b.text) for b in fenced("docs/start.md") if b.text in TAKEN]
 PROGRAMS: dict[str, Callable[[Sequence[str]], int]] = {
     "launch/tiny.py": tiny.main,
     "launch/cache_latents.py": cache_latents.main,

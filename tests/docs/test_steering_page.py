@@ -6,22 +6,14 @@ import contextlib
 import io
 import json
 import re
-from pathlib import Path
 
 from dist_layerlr.plan import build_plan, load_config, steered
 from launch.trainer.steering import read_orders
+from tests.support.pages import blocks
 from tests.support.ranks import run_ranks
 
-PAGE = (Path(__file__).resolve().parents[2] / "docs" / "steering.md").read_text(encoding="utf-8")
-FENCED = re.findall(r"^```(\w+)\n(.*?)^```$", PAGE, re.MULTILINE | re.DOTALL)
-
-
-def blocks(language: str) -> list[str]:
-    return [block for found, block in FENCED if found == language]
-
-
 def test_the_file_that_the_page_shows_is_one_that_is_read() -> None:
-    (shown,) = blocks("json")
+    (shown,) = blocks("docs/steering.md", "json")
     changes, orders = read_orders(json.loads(shown))
     names = {f"blocks.{i}.{part}.to_q.weight": (4, 4) for i in range(2) for part in ("attn1", "ff")}
     plan = build_plan(names, {"per_layer_lr": {"enabled": True, "depth_strategy": "flat"}})
@@ -31,20 +23,20 @@ def test_the_file_that_the_page_shows_is_one_that_is_read() -> None:
 
 
 def test_the_advice_that_the_page_shows_is_taken_as_it_stands() -> None:
-    advice = blocks("text")[-1]
+    advice = blocks("docs/steering.md", "text")[-1]
     config, steer = re.findall(r"^\{\n.*?^\}$", advice, re.MULTILINE | re.DOTALL)
     assert load_config(json.loads(config)).per_layer_lr.component_lr["self_attn"] == 7.5e-4
     changes, _ = read_orders(json.loads(steer))
     assert changes.scale[0].by == 0.25
 
 
-def run_block(rank: int, world_size: int, block: str) -> str:
+def run_block(rank: int, world_size: int, code: str) -> str:
     printed = io.StringIO()
     with contextlib.redirect_stdout(printed):
-        exec(compile(block, "steering.md", "exec"), {})
+        exec(compile(code, "steering.md", "exec"), {})
     return printed.getvalue()
 
 
 def test_the_loop_of_the_page_runs() -> None:
-    (block,) = blocks("python")
-    assert run_ranks(run_block, 1, block) == ["True 0.0\n"]
+    (code,) = blocks("docs/steering.md", "python")
+    assert run_ranks(run_block, 1, code) == ["True 0.0\n"]

@@ -11,7 +11,6 @@ import copy
 import io
 import json
 import os
-import re
 import sys
 import types
 from collections.abc import Callable, Iterator
@@ -27,9 +26,9 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_
 
 from dist_layerlr.plan import canonical_name
 from tests.support.drivers import whole
+from tests.support.pages import blocks, read
 
 Weights = dict[str, torch.Tensor]
-DOCS = Path(__file__).resolve().parents[2] / "docs"
 RATES = {"attn": 4e-3, "mlp": 2e-3, "norm": 5e-4}
 CONFIG: dict[str, Any] = {
     "learning_rate": 1e-3,
@@ -169,9 +168,8 @@ def full(model: Any) -> Weights:
 
 def after(title: str) -> tuple[str, int]:
     """The script that a diff of docs/integrations.md ends in, and how many lines it adds."""
-    page = (DOCS / "integrations.md").read_text(encoding="utf-8")
-    section = page.split(f"\n## {title}\n")[1].split("\n## ")[0]
-    (diff,) = re.findall(r"^```diff\n(.*?)^```$", section, re.MULTILINE | re.DOTALL)
+    section = read("docs/integrations.md").split(f"\n## {title}\n")[1].split("\n## ")[0]
+    (diff,) = (diff for diff in blocks("docs/integrations.md", "diff") if diff in section)
     lines = diff.splitlines()
     added = sum(line.startswith("+") for line in lines)
     return "\n".join(line[1:] for line in lines if not line.startswith("-")) + "\n", added
