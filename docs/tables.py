@@ -3,7 +3,7 @@
     python docs/tables.py
 
 A table stands between ``<!-- fields: NAME -->``, ``<!-- optimizers -->`` or ``<!-- kinds -->``, and
-``<!-- end -->``.
+``<!-- end -->``; what the evidence page knows, in docs/guides.md, after ``<!-- known: NAMES -->``.
 Optimizers of packages that are not installed keep the row that was written where they were.
 """
 
@@ -27,6 +27,7 @@ from dist_layerlr.plan.presets import RfdetrPreset
 from dist_layerlr.plan.steer import Changes, Scaled
 from dist_layerlr.plan.timing import OwnSchedule, TimingRule, TimingSettings, Unfreeze
 from dist_layerlr.plan.width import WidthScaling
+from dist_layerlr.report.evidence import MEASURED
 from dist_layerlr.sharders import Layout
 from launch.trainer.objectives.causal_lm import NextToken
 from launch.trainer.objectives.classes import Classification
@@ -44,6 +45,8 @@ DOCS = Path(__file__).resolve().parent
 PAGES = ("names.md", "config.md", "offload.md", "steering.md")
 PROOF = DOCS / "proof.md"
 AUDIT = DOCS / "audit.md"
+GUIDES = DOCS / "guides.md"
+KNOWN = re.compile(r"(<!-- known: ([^>]*?) -->\n)(?:.*?)(<!-- end -->)", re.DOTALL)
 FOUND = re.compile(r"(<!-- kinds -->\n)(.*?)(<!-- end -->)", re.DOTALL)
 OPTIMIZERS = re.compile(r"(<!-- optimizers -->\n)(.*?)(<!-- end -->)", re.DOTALL)
 WAYS = {
@@ -164,7 +167,19 @@ def filled_audit() -> str:
     return FOUND.sub(lambda found: found[1] + rows + found[3], AUDIT.read_text(encoding="utf-8"))
 
 
+def filled_guides() -> str:
+    """docs/guides.md with what is known of each choice that it names."""
+
+    def known(found: re.Match[str]) -> str:
+        names = found[2].split(", ")
+        rows = [f"- `{name}`: {MEASURED.get(name, 'not measured')}.\n" for name in names]
+        return found[1] + "".join(rows) + found[3]
+
+    return KNOWN.sub(known, GUIDES.read_text(encoding="utf-8"))
+
+
 if __name__ == "__main__":
+    GUIDES.write_text(filled_guides(), encoding="utf-8")
     AUDIT.write_text(filled_audit(), encoding="utf-8")
     PROOF.write_text(filled_proof(), encoding="utf-8")
     for name in PAGES:

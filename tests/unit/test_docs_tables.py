@@ -29,6 +29,13 @@ def test_the_page_of_the_audit_lists_every_kind_of_finding():
     assert "| `dead` | fault | trainable, in no optimizer |" in committed
 
 
+def test_the_guides_say_what_the_evidence_page_knows():
+    committed = tables.GUIDES.read_text(encoding="utf-8")
+    assert committed == tables.filled_guides(), "run `python docs/tables.py` and commit the page"
+    assert "- `style_lora`: not measured.\n" in committed
+    assert "forgetting better than flat" in committed
+
+
 def test_every_table_stands_on_a_page():
     pages = "".join((tables.DOCS / page).read_text(encoding="utf-8") for page in tables.PAGES)
     missing = [name for name in tables.tables() if f"<!-- fields: {name} -->" not in pages]
