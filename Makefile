@@ -19,7 +19,7 @@ lint:
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/mypy
-	$(VENV)/bin/mypy benchmarks .ci/shape.py docs/tables.py docs/config_schema.py requirements/torchvision_ops.py
+	$(VENV)/bin/mypy benchmarks .ci/shape.py docs/*.py requirements/torchvision_ops.py
 
 shape:
 	bash requirements/install.sh requirements/test.txt $(VENV)
@@ -39,4 +39,6 @@ docs:
 	$(VENV)/bin/python docs/tables.py
 	$(VENV)/bin/python docs/config_schema.py
 	$(VENV)/bin/python docs/errors.py
+	$(VENV)/bin/python docs/api.py
+	$(VENV)/bin/python docs/cli.py
 	PYTHON=$(PYTHON) VENV=$(VENV) bash tests/run.sh tests/docs

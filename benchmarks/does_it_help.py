@@ -21,7 +21,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import evidence_advise
 import evidence_lm
+import evidence_prompt
 import evidence_quotes
 import evidence_vit
 import evidence_wan
@@ -39,13 +41,14 @@ STUDIES: dict[str, Study] = {
         evidence_vit.LAYER_DECAY,
         evidence_wan.DEPTH,
         evidence_wan.LORA_STYLE,
+        evidence_prompt.WORD,
         evidence_lm.BLOCKWISE,
         evidence_vit.SURGICAL_INPUT,
         evidence_vit.SURGICAL_LABELS,
+        evidence_advise.ADVISE_DECAY,
+        evidence_advise.ADVISE_DEPTH,
     )
 }
-"""Rates proposed from a run's own update ratios would be a study here: one more arm, whose config
-is what was proposed."""
 
 
 def main() -> None:

@@ -36,6 +36,7 @@ NAMES: Mapping[str, str] = {
     "rfdetr": "preset",
     "component_lr": "rates by component",
     "lora_plus_ratio": "LoRA+",
+    "advise": "proposed rates",
 }
 """What a config can choose, and the kind of it."""
 NOT_MEASURED = "not measured"
@@ -244,9 +245,8 @@ verdict is about its own setting, and a hint elsewhere.
 - Every study has a control that must lose. If it does not, the study says so and proves nothing.
 """
 LEFT_OUT = """Not measured at all: anything at the size of a published model; the presets' absolute
-rates (their ratios are, scaled together); a new prompt word; `inverted_u` at other peaks than the
-middle; decay to an absolute floor, which the library's schedules do not have; rates proposed from a
-run's own update ratios.
+rates (their ratios are, scaled together); decay to an absolute floor, which the library's schedules
+do not have.
 """
 
 

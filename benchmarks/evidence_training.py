@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 import dist_layerlr
+from dist_layerlr.optim import CellMetrics
 
 Config = dict[str, Any]
 WARMUP_SHARE = 0.1
@@ -48,6 +50,9 @@ def train(
     schedule = dist_layerlr.PlanSchedule(optimizer, cosine)
     dist_layerlr.verify(plan, model, optimizer, factor=schedule.factor)
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    watch = _WATCHES[-1] if _WATCHES else None
+    if watch is not None:
+        watch.begin(plan, model, optimizer)
     model.train()
     for step in range(steps):
         optimizer.zero_grad()
@@ -55,8 +60,46 @@ def train(
         loss.backward()  # type: ignore[no-untyped-call]
         nn.utils.clip_grad_norm_(trained, 1.0)
         optimizer.step()
+        if watch is not None:
+            watch.see(step, float(loss.detach()), schedule.factor)
         schedule.step()
     model.eval()
+
+
+class Watch:
+    """What the metrics of a run would hold, for ``advise``."""
+
+    plan: dist_layerlr.Plan
+
+    def __init__(self, every: int):
+        """Measure one in so many steps."""
+        self.rows: list[dict[str, Any]] = []
+        self._every = every
+
+    def begin(self, plan: dist_layerlr.Plan, model: nn.Module, optimizer: Any) -> None:
+        """Watch the optimizer of a run, in place of an earlier one's."""
+        self.plan, self.rows = plan, []
+        self._cells = CellMetrics(plan, model, optimizer, every=self._every)
+
+    def see(self, step: int, loss: float, factor: float) -> None:
+        """Keep what a step was measured as, if it was."""
+        reading = self._cells.read()
+        if reading is not None:
+            row = {"step": step, "loss": loss, "lr_factor": factor, "cells": reading.rows()}
+            self.rows.append(row)
+
+
+_WATCHES: list[Watch] = []
+
+
+@contextmanager
+def watched(every: int) -> Iterator[Watch]:
+    """Watch the last training of what is done in here: pretraining comes before it."""
+    _WATCHES.append(Watch(every))
+    try:
+        yield _WATCHES[-1]
+    finally:
+        _WATCHES.pop()
 
 
 def pretrained(file: Path, model: nn.Module, pretrain: Callable[[], None]) -> None:

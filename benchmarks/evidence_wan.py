@@ -30,6 +30,7 @@ BLOCKS, BATCH, FEW = 6, 32, 12
 """Blocks of the network, clips of a step of pretraining, clips to finetune on."""
 PRETRAIN_RATE = 3e-3
 FLOOR = 0.3
+RAISED = 3.0
 OLD, NEW = tuple(range(8)), (8, 9)
 SIZES = {"layers": BLOCKS, "heads": 2, "head_dim": 32, "ffn_mult": 4, "channels": 1, "patch": 6}
 LORA = ("to_q", "to_k", "to_v", "to_out.0", "net.0.proj", "net.2")
@@ -194,30 +195,52 @@ def _preset_arms(names: Sequence[str]) -> list[Arm]:
     return arms
 
 
-def _curve_arms() -> list[Arm]:
+def curve_arms() -> list[Arm]:
+    """Arms of one rate times a curve over the depth."""
     rising = [FLOOR + (1 - FLOOR) * i / (BLOCKS - 1) for i in range(BLOCKS)]
     curves: dict[str, tuple[str, dict[str, Any]]] = {
         "linear": ("linear", {"min_depth_factor": FLOOR}),
         "cosine": ("cosine", {"min_depth_factor": FLOOR}),
         "inverted_u": ("inverted_u", {"min_depth_factor": FLOOR}),
+        "inverted_u, early": ("inverted_u", {"min_depth_factor": FLOOR, "peak_position": 0.2}),
+        "inverted_u, late": ("inverted_u", {"min_depth_factor": FLOOR, "peak_position": 0.8}),
         "reversed linear": ("table", {"depth_table": rising}),
         "layer_decay 0.8": ("layer_decay", {"layer_decay": 0.8}),
     }
     arms = []
     for name, (strategy, more) in curves.items():
         what = f"`{strategy}`" + (f", floor {FLOOR}" if "min_depth_factor" in more else "")
+        what += f", peak {more['peak_position']}" if "peak_position" in more else ""
         config = partial(curve, strategy=strategy, **more)
         arms.append(Arm(name=name, what=what, config=config, measures=(strategy,)))
     return arms
 
 
-_FLAT = Arm(name="flat", what="one rate", config=block, measures=("flat",))
-_SCRATCH = Arm(name="scratch", what="one rate, random weights", config=block, pretrained=False)
-_PRETRAINED = (
+def raised(rate: float, components: Sequence[str]) -> dict[str, Any]:
+    """Some components three times as fast as the rest."""
+    return block(rate, component_lr={name: RAISED * rate for name in components})
+
+
+def component_arms() -> list[Arm]:
+    """Arms that raise a part of every block, which lowers the rest as the base rate is swept."""
+    arms = []
+    parts = {"attention": ("self_attn", "cross_attn"), "ffn": ("ffn",)}
+    for name, components in parts.items():
+        what = f"{', '.join(f'`{one}`' for one in components)} at {RAISED:g} times the rest"
+        config = partial(raised, components=components)
+        arms.append(
+            Arm(name=f"{name} x{RAISED:g}", what=what, config=config, measures=("component_lr",))
+        )
+    return arms
+
+
+FLAT = Arm(name="flat", what="one rate", config=block, measures=("flat",))
+SCRATCH = Arm(name="scratch", what="one rate, random weights", config=block, pretrained=False)
+PRETRAINED = (
     "diffusers WanTransformer3DModel as the quickstart builds it (6 blocks, width 64, patch 6),"
     " pretrained on moving digits 0 to 7"
 )
-_QUICK = Size(
+QUICK = Size(
     seeds=3,
     rates=(1e-3, 4e-3, 1.6e-2),
     settings={"pretrain_steps": 2, "steps": 2, "test": 14},
@@ -227,8 +250,10 @@ _QUICK = Size(
         "linear",
         "reversed linear",
         "full_finetune",
+        "attention x3",
         "LoRA+ 16",
         "style_lora",
+        "advised",
         "scratch",
     ),
 )
@@ -265,10 +290,10 @@ DEPTH = Study(
     short="a small Wan, few clips of two new digits",
     question="Should the first or the last blocks be fast, when few clips teach something new?",
     setting=(
-        f"{_PRETRAINED}, finetuned in full on {FEW} clips of 8 and 9; loss on 64 unseen clips of"
+        f"{PRETRAINED}, finetuned in full on {FEW} clips of 8 and 9; loss on 64 unseen clips of"
         " 8 and 9, forgetting on 64 clips of the old digits."
     ),
-    arms=(_FLAT, *_curve_arms(), *_preset_arms(["full_finetune"]), _SCRATCH),
+    arms=(FLAT, *curve_arms(), *component_arms(), *_preset_arms(["full_finetune"]), SCRATCH),
     baseline="flat",
     control="scratch",
     pairs=(("linear", "reversed linear"),),
@@ -279,7 +304,7 @@ DEPTH = Study(
         extensions=2,
         settings={"pretrain_steps": 600, "steps": 60, "test": TEST},
     ),
-    quick=_QUICK,
+    quick=QUICK,
     run=run_depth,
     picture=draw_samples,
 )
@@ -298,16 +323,17 @@ LORA_STYLE = Study(
     short="a LoRA of a small Wan, a new style",
     question="Do LoRA+ or the presets for LoRA beat one rate?",
     setting=(
-        f"{_PRETRAINED}; a LoRA of rank 8 on {FEW} clips of inverted contrast; loss on 52 unseen"
+        f"{PRETRAINED}; a LoRA of rank 8 on {FEW} clips of inverted contrast; loss on 52 unseen"
         " clips of inverted contrast."
     ),
     arms=(
-        _FLAT,
+        FLAT,
         *_PLUS,
+        *(arm for arm in curve_arms() if arm.name in ("reversed linear", "layer_decay 0.8")),
         *_preset_arms(
             ["style_lora", "subject_lora", "concept_lora", "component_only", "conservative"]
         ),
-        _SCRATCH,
+        SCRATCH,
     ),
     baseline="flat",
     control="scratch",
@@ -318,6 +344,6 @@ LORA_STYLE = Study(
         extensions=2,
         settings={"pretrain_steps": 600, "steps": 60, "test": TEST},
     ),
-    quick=_QUICK,
+    quick=QUICK,
     run=run_lora,
 )

@@ -43,9 +43,9 @@ raised, so that a line that you met can be searched: by its first words, since w
 stands in angle brackets here. It is written by `python docs/errors.py` from the code itself.
 
 Most errors of a config have one form: `Invalid <field>=<value>: must be <what is allowed>.`, or
-`Unknown key <key> in <block>. Did you mean <key>?`; the fields are those of [config.md](config.md) and
-[names.md](names.md). A program ends with status 2 before it trains; `dist-layerlr doctor` says what
-works on this machine.
+`Unknown key <key> in <block>. Did you mean <key>?`; the fields are those of [config.md](config.md)
+and [names.md](names.md). A program ends with status 2 before it trains; `dist-layerlr doctor` says
+what works on this machine.
 
 ## A plan that the live optimizer does not follow
 

@@ -15,7 +15,7 @@ FOLDER = Path(__file__).resolve().parent.parent / INSIDE
 
 def on_files(files: Any, config: Any) -> Any:
     """Add the pictures to what is copied."""
-    from mkdocs.structure.files import File
+    from mkdocs.structure.files import File  # type: ignore[import-not-found, unused-ignore]
 
     for path in sorted(FOLDER.glob("*.png")):
         files.append(File.generated(config, INSIDE + path.name, abs_src_path=str(path)))

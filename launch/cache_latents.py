@@ -132,6 +132,7 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
 
 
 def make_parser() -> Parser:
+    """The command line, which docs/cli.md shows."""
     parser = Parser(
         prog="cache_latents",
         description="Encode captioned images and clips for training.",

@@ -103,7 +103,12 @@ def _initialise(model: nn.Module) -> None:
 
 
 def make_parser() -> argparse.ArgumentParser:
-    parser = Parser(prog=_PROGRAM, description="Write a small random Wan checkpoint.", **example("python launch/make_tiny_wan.py runs/tiny_wan --layers 2"))
+    """The command line, which docs/cli.md shows."""
+    parser = Parser(
+        prog=_PROGRAM,
+        description="Write a small random Wan checkpoint.",
+        **example("python launch/make_tiny_wan.py runs/tiny_wan --layers 2"),
+    )
     parser.add_argument("out_dir", metavar="OUT_DIR", help="folder to write; made if missing")
     for flag, default, meaning in (
         ("--layers", 4, "transformer blocks"),

@@ -76,7 +76,12 @@ def _described(name: str, part: object) -> str:
 
 
 def make_parser() -> Parser:
-    parser = Parser(prog=_PROGRAM, description="Write a tiny random pipeline.", **example("python launch/tiny.py sd15 MODEL"))
+    """The command line, which docs/cli.md shows."""
+    parser = Parser(
+        prog=_PROGRAM,
+        description="Write a tiny random pipeline.",
+        **example("python launch/tiny.py sd15 MODEL"),
+    )
     parser.add_argument("family", metavar="FAMILY", help=f"one of {', '.join(known())}")
     parser.add_argument("out", type=Path, metavar="OUT", help="folder to write; made if missing")
     return parser

@@ -117,7 +117,7 @@ def _rates(run: Run) -> str:
     if first == last:
         rates = first
     elif " .. " in first:
-        # Cells with several rates each: without brackets nobody could tell which two dots join what.
+        # Cells with several rates each: brackets tell which two dots join what.
         rates = f"({first}) .. ({last})"
     else:
         rates = f"{first} .. {last}"

@@ -7,7 +7,6 @@ import json
 import re
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -63,7 +62,9 @@ def test_every_block_is_run_read_or_excused() -> None:
             for page, language, holds in calls
             if (page, language) == (block.page, block.language) and holds in block.text
         }
-        excuses = [w for (p, piece), w in NOT_RUN.items() if p == block.page and piece in block.text]
+        excuses = [
+            w for (p, piece), w in NOT_RUN.items() if p == block.page and piece in block.text
+        ]
         if block.language in RUN and block.page not in GENERATED:
             assert ways or excuses, f"{block}: no test takes this block:\n{block.text}"
         else:
@@ -81,7 +82,9 @@ def test_no_excuse_and_no_call_is_about_a_block_that_is_gone() -> None:
 @pytest.mark.parametrize("block", [b for b in EVERY if b.language == "text"], ids=str)
 def test_what_is_shown_as_text_is_no_code(block: Block) -> None:
     first = block.text.lstrip().splitlines()[0]
-    assert not re.match(r"(\$|dist-layerlr|python|torchrun|deepspeed|bash|pip|import|from)\b", first)
+    assert not re.match(
+        r"(\$|dist-layerlr|python|torchrun|deepspeed|bash|pip|import|from)\b", first
+    )
     with pytest.raises(ValueError):
         json.loads(block.text)
 

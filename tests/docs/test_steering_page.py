@@ -12,6 +12,7 @@ from launch.trainer.steering import read_orders
 from tests.support.pages import blocks
 from tests.support.ranks import run_ranks
 
+
 def test_the_file_that_the_page_shows_is_one_that_is_read() -> None:
     (shown,) = blocks("docs/steering.md", "json")
     changes, orders = read_orders(json.loads(shown))

@@ -12,6 +12,7 @@ from launch.trainer.data.cached import CachedDataset
 from tests.support.latents import write_image
 from tests.support.pages import blocks
 
+
 def test_the_commands_of_the_page_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     (commands,) = blocks("docs/data.md", "bash")
     monkeypatch.chdir(tmp_path)

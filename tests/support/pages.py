@@ -1,7 +1,7 @@
 """The blocks of README and of the documentation, as the tests that run them take them.
 
-``test_blocks.py`` finds every call of ``block`` and ``blocks`` in the tests: what no test takes, and
-no table excuses, fails there. So both are called with words that stand in the call itself.
+``test_blocks.py`` finds every call of ``block`` and ``blocks`` in the tests: what no test takes,
+and no table excuses, fails there. So both are called with words that stand in the call itself.
 """
 
 from __future__ import annotations

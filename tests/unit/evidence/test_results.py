@@ -64,7 +64,7 @@ def test_a_region_of_another_strategy_is_named_too() -> None:
 
 def test_quotes_have_the_names_of_strategies_presets_and_fields() -> None:
     known = {*DEPTH_FUNCTIONS, "layer_decay", *PRESETS, *PRESET_CLASSES}
-    known |= {"component_lr", "lora_plus_ratio"}
+    known |= {"component_lr", "lora_plus_ratio", "advise"}
     assert MEASURED.keys() <= known
 
 
@@ -73,7 +73,7 @@ def test_every_choice_of_a_config_has_a_row_in_the_table() -> None:
     from evidence_report import NAMES
 
     known = {*DEPTH_FUNCTIONS, "layer_decay", *PRESETS, *PRESET_CLASSES} - {"flat"}
-    assert NAMES.keys() == known | {"component_lr", "lora_plus_ratio"}
+    assert NAMES.keys() == known | {"component_lr", "lora_plus_ratio", "advise"}
 
 
 @needs_families
@@ -111,7 +111,7 @@ def test_every_arm_plans_rates_that_its_base_rate_scales() -> None:
 
     models = {"vit": evidence_vit.make_vit(0), "wan": evidence_wan.make_wan(0)}
     models["lm"] = evidence_lm.make_llama(0)
-    of = {"depth": "wan", "lora": "wan", "blockwise": "lm"}
+    of = dict.fromkeys(("depth", "lora", "word", "advise_depth"), "wan") | {"blockwise": "lm"}
     for study in does_it_help.STUDIES.values():
         model = models[of.get(study.name, "vit")]
         for arm in study.arms:
@@ -123,21 +123,39 @@ def test_every_arm_plans_rates_that_its_base_rate_scales() -> None:
             load_config(arm.config(1e-3))
 
 
+def rehearse(out: Path, *arguments: str) -> Path:
+    """Run the rehearsal; return the folder of its results."""
+    command = [sys.executable, "benchmarks/does_it_help.py", "--quick", "--out", str(out)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(
+        [*command, *arguments], cwd=ROOT, env=environment, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    return out / "benchmarks" / "results"
+
+
+@needs_families
+def test_seeds_are_shared_out_among_processes(tmp_path: Path) -> None:
+    results = rehearse(tmp_path, "--only", "surgical_labels", "--workers", "2")
+    result = json.loads((results / "evidence_surgical_labels.json").read_text())
+    assert result["seeds"] == [0, 1, 2]
+
+
 @needs_families
 def test_the_rehearsal_of_all_studies_writes_results_plots_and_page(tmp_path: Path) -> None:
-    command = [sys.executable, "benchmarks/does_it_help.py", "--quick", "--out", str(tmp_path)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-2000:]
-    results = tmp_path / "benchmarks" / "results"
+    # In one process: each worker would import torch and diffusers anew for every study.
+    results = rehearse(tmp_path, "--workers", "1")
     names = sorted(path.stem.removeprefix("evidence_") for path in results.glob("*.json"))
     assert names == [
+        "advise_depth",
+        "advise_layer_decay",
         "blockwise",
         "depth",
         "layer_decay",
         "lora",
         "surgical_input",
         "surgical_labels",
+        "word",
     ]
     for name in names:
         # A picture of some hundred pixels each way, and not an empty frame.
@@ -146,4 +164,4 @@ def test_the_rehearsal_of_all_studies_writes_results_plots_and_page(tmp_path: Pa
         assert result["seeds"] == [0, 1, 2]
     assert (results / "evidence_depth_samples.png").stat().st_size > 10_000
     text = (tmp_path / "docs" / "evidence.md").read_text()
-    assert text.count("3 seeds, 3 rates per arm") == 6
+    assert text.count("3 seeds, 3 rates per arm") == 9
