@@ -18,7 +18,7 @@ def check_path(path: Path) -> None:
     """Refuse a file that cannot be written, before anything is recorded.
 
     Raises:
-        OffloadError: no .json, or no folder to write it in.
+        OffloadError: no .json, no folder to write it in, or no rights.
     """
     if path.suffix != ".json":
         raise OffloadError(f"Invalid trace file {str(path)!r}: must end in .json.")
@@ -26,6 +26,16 @@ def check_path(path: Path) -> None:
         raise OffloadError(
             f"Invalid trace file {str(path)!r}: there is no folder {str(path.parent)!r}. Make it."
         )
+    new = not path.exists()
+    try:
+        # The only question that rights, full disks and read-only mounts all answer.
+        path.open("a").close()
+        if new:
+            path.unlink(missing_ok=True)
+    except OSError as error:
+        raise OffloadError(
+            f"Invalid trace file {str(path)!r}: {error.strerror}. Choose another place."
+        ) from None
 
 
 def write_trace(path: Path, timed: Iterable[Any]) -> None:

@@ -12,7 +12,7 @@ from dist_layerlr.files import write_text
 from dist_layerlr.proof import Proof
 from dist_layerlr.report import FOLDED, grid
 from launch.trainer.job import Job
-from launch.trainer.options import LORA
+from launch.trainer.options import LORA, RunOptions
 from launch.trainer.record import versions
 
 CARD = "README.md"
@@ -95,7 +95,7 @@ tags:
 
 {what} of `{Path(options.model_path).name}` ({options.model_type}): {step} steps of
 {options.train.global_batch} samples, {seen:,} samples of a data set of {len(job.data):,}
-(`{options.data.get("kind")}`), with a learning rate for every parameter by name.
+(`{options.data.get("kind")}`), with a learning rate for every parameter by name.{_average(options)}
 
 ## Learning rates
 
@@ -121,6 +121,16 @@ Go on from the newest checkpoint, if the run kept some (`train.save_every`):
 |---|---|
 {packages}
 """
+
+
+def _average(options: RunOptions) -> str:
+    """What the weights are, where they are an average."""
+    if not options.ema.on:
+        return ""
+    return (
+        f"\nThe weights are their exponential moving average over the steps (decay"
+        f" {options.ema.decay:g})."
+    )
 
 
 def _proven(proof: dict[str, Any]) -> str:

@@ -66,12 +66,17 @@ def read_ema(values: Mapping[str, Any]) -> EmaOptions:
     """Make the block of what a config gives, checked field by field already.
 
     Raises:
-        ConfigError: settings of an average that is not there.
+        ConfigError: settings of an average that is not there, or one that never moves.
     """
     found = EmaOptions(**values)
     if values and not found.on:
         raise ConfigError(
             f"Invalid ema.{next(iter(values))} without an average: add ema.decay, or remove it."
+        )
+    if found.decay == 1.0 and not found.warmup:
+        raise ConfigError(
+            "Invalid ema.decay=1 with ema.warmup=false: the average would never move from the"
+            " weights that the run begins with. Use a decay below 1, such as 0.999."
         )
     return found
 

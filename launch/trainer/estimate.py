@@ -19,6 +19,7 @@ from dist_layerlr import fields
 from dist_layerlr.offload import StreamPolicy, layout_from_names
 from dist_layerlr.plan import ParamInfo, Plan, base_name, canonical_name, parse
 from launch.trainer.activations import count_saved
+from launch.trainer.ema import DEVICE
 from launch.trainer.engines.wrap import blocks_of
 from launch.trainer.families import get_family
 from launch.trainer.families.base import Family, HasExample, live_config
@@ -47,7 +48,7 @@ class Sizes:
     frozen_bytes: int
     """Of one frozen element: 2 beside a LoRA under bf16, whose base files hold 16 bits."""
     state_bytes: float
-    """Optimizer state per trained element."""
+    """Optimizer state per trained element, with the average of ``ema`` where the device has it."""
     largest_block: int
     """Bytes of the weights of the largest block."""
     largest_trained: int
@@ -116,6 +117,8 @@ def measure(model: nn.Module, plan: Plan, options: RunOptions) -> Sizes:
     trained = _numel(p for p in parameters if p.requires_grad)
     half = options.training_method == LORA and options.train.dtype == "bf16"
     frozen_bytes = BF16 if half else FP32
+    # An average lies on each rank like the state of an optimizer.
+    averaged = FP32 if options.ema.on and options.ema.device == DEVICE else 0
     weights, trainable = [0], [0]
     for block in blocks_of(model, plan):
         moving = _numel(p for p in block.parameters() if p.requires_grad)
@@ -126,7 +129,7 @@ def measure(model: nn.Module, plan: Plan, options: RunOptions) -> Sizes:
         trained=trained,
         frozen=_numel(parameters) - trained,
         frozen_bytes=frozen_bytes,
-        state_bytes=state_bytes(options.optimizer),
+        state_bytes=state_bytes(options.optimizer) + averaged,
         largest_block=max(weights),
         largest_trained=max(trainable),
     )

@@ -64,7 +64,7 @@ class Inbox:
                 if path.exists():
                     self._say(f"{path} was there before the run: moved, not read")
                     self._read.mkdir(exist_ok=True)
-                    path.rename(self._read / "unread.json")
+                    path.rename(_free(self._read, "unread"))
         except OSError as error:
             self._stop_reading(error)
 
@@ -100,10 +100,7 @@ class Inbox:
         """
         if found.again:
             return Path(found.path).name
-        name, number = f"step_{done:08d}.json", 0
-        while (self._read / name).exists():
-            number += 1
-            name = f"step_{done:08d}.{number}.json"
+        name = _free(self._read, f"step_{done:08d}").name
         try:
             os.rename(found.path, self._read / name)
             # A checkpoint that knows it must not get onto the disk before its name does.
@@ -116,7 +113,7 @@ class Inbox:
     def refuse(self, found: Found, done: int) -> None:
         """Put a bad file aside, so that it is refused once."""
         try:
-            os.replace(found.path, self._read / f"refused_{done:08d}.json")
+            os.replace(found.path, _free(self._read, f"refused_{done:08d}"))
         except OSError as error:
             self._stop_reading(error)
 
@@ -127,6 +124,15 @@ class Inbox:
     def _stop_reading(self, error: OSError) -> None:
         self._deaf = True
         self._say(f"{STEER} is not read any more: {error.strerror}: {str(error.filename)!r}")
+
+
+def _free(folder: Path, stem: str) -> Path:
+    """The first of ``stem.json``, ``stem.1.json``, ... that is not there."""
+    path, number = folder / f"{stem}.json", 0
+    while path.exists():
+        number += 1
+        path = folder / f"{stem}.{number}.json"
+    return path
 
 
 def _place(path: Path) -> tuple[int, int]:

@@ -79,7 +79,8 @@ def train(
             show(row)
             done += 1
             orders = Orders() if stopped else team.steering.take(team, done)
-            stopped = stopped or orders.end or _read_held_out(held, done, metrics, stop)
+            # Also where an order ends the run: this is then its last reading.
+            stopped = stopped or _read_held_out(held, done, metrics, stop) or orders.end
             # After the row: what is in the checkpoint is then in metrics.jsonl too.
             if save is not None and not stopped and (orders.save or _due(done, settings)):
                 saved = _keep(save, begin, done, settings, watch)

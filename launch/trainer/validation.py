@@ -30,7 +30,7 @@ from launch.trainer.objectives import HasLevels, Objective
 from launch.trainer.seeds import VALIDATION_STREAM, mix_seed
 from launch.trainer.signals import StopFlag
 from launch.trainer.team import Team
-from launch.trainer.validation_options import ValidationOptions
+from launch.trainer.validation_options import ValidationOptions, level_name
 
 LEVELS = (0.1, 0.3, 0.5, 0.7, 0.9)
 """Where ``validation.levels`` does not say."""
@@ -128,9 +128,9 @@ class Validation:
                 f"{shown}, {held} samples held out"
             )
         if self.enough:
-            self._runtime.say(
-                f"train.early_stop: {self._worse} readings are no better than {self._best:.4f}"
-            )
+            # There is no best one where no reading was a number.
+            than = "no number" if self._best is None else f"no better than {self._best:.4f}"
+            self._runtime.say(f"train.early_stop: {self._worse} readings are {than}")
 
     def _read(self, job: Job, held: Dataset, stop: StopFlag | None) -> dict[str, float] | None:
         """Return the loss of one network, by key of the metrics; None if a stop came."""
@@ -175,7 +175,7 @@ def _objectives(objective: Objective, options: ValidationOptions) -> list[tuple[
     if not isinstance(objective, HasLevels):
         return [(LOSS, objective)]
     levels = options.levels or LEVELS
-    return [(f"{LOSS}/{level:g}", objective.at_level(level)) for level in levels]
+    return [(f"{LOSS}/{level_name(level)}", objective.at_level(level)) for level in levels]
 
 
 def _batches(held: Dataset, size: int) -> list[list[int]]:

@@ -82,11 +82,17 @@ EARLY_STOP = fields.Check(
 """Parses ``train.early_stop``."""
 
 
+def level_name(level: float) -> str:
+    """How metrics and logs call a level."""
+    return f"{level:g}"
+
+
 def read_validation(values: Mapping[str, Any], early_stop: EarlyStop | None) -> ValidationOptions:
     """Make the block of what a config gives, checked field by field already.
 
     Raises:
-        ConfigError: a share and a count, settings of nothing, or an early stop that nothing tells.
+        ConfigError: a share and a count, a level twice, settings of nothing, or an early stop that
+            nothing tells.
     """
     found = ValidationOptions(**values)
     if found.share is not None and found.count is not None:
@@ -94,6 +100,13 @@ def read_validation(values: Mapping[str, Any], early_stop: EarlyStop | None) -> 
             f"Invalid validation.share={found.share:g} with validation.count={found.count}: each"
             " says how much is held out; remove one of them."
         )
+    shown = [level_name(level) for level in found.levels or ()]
+    for name in shown:
+        if shown.count(name) > 1:
+            raise ConfigError(
+                f"Invalid validation.levels={list(found.levels or ())}: {name} is there twice, to"
+                " the six digits that metrics are named with. Give each level once."
+            )
     if values and not found.on:
         key = next(iter(values))
         raise ConfigError(

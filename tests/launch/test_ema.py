@@ -116,6 +116,8 @@ def test_an_average_changes_no_training_and_is_resumed_to_the_last_bit(
     for name, ended in zip(calls, run_in_ranks(1, list(calls.values())), strict=True):
         assert ended.status == 0, f"{name}:\n{ended.said}\n{ended.complaint}"
     check(tmp_path / "ema", begin, "ema")
+    card = (tmp_path / "ema" / "out" / "final" / "README.md").read_text()
+    assert "The weights are their exponential moving average over the steps (decay" in card
     one, other = weights(tmp_path / "ema"), weights(tmp_path / "resumed")
     assert all(torch.equal(one[name], other[name]) for name in one)
     trained = saved(tmp_path / "plain", STEPS)
@@ -147,6 +149,9 @@ def test_settings_without_an_average_are_refused(
         ("ema.every=2", r"ema\.every without an average: add ema\.decay"),
         ("ema.decay=1.5", r"ema\.decay=1\.5: must be a number in \[0, 1\]"),
         ("ema.device=disk", r"ema\.device='disk': must be one of device, host"),
+        ("ema.decay=1.0 ema.warmup=false", r"ema\.warmup=false: the average would never move"),
     ):
         with pytest.raises(ConfigError, match=words):
-            load_options(tmp_path / "config.json", [told])
+            load_options(tmp_path / "config.json", told.split())
+    # With warmup it is the plain mean of all steps.
+    assert load_options(tmp_path / "config.json", ["ema.decay=1.0"]).ema.kept(90) == 0.91

@@ -13,6 +13,7 @@ import torch
 from dist_layerlr import plan_model
 from launch import train
 from launch.trainer.activations import count_saved
+from launch.trainer.ema import ema_of
 from launch.trainer.engines import build_engine
 from launch.trainer.engines.sharding import SHARDINGS
 from launch.trainer.estimate import BUCKET, measure, rows_of
@@ -94,12 +95,15 @@ def held_after_a_step(
         config = str(ROOT / "ds_configs" / f"zero{stage}.json") if stage != sharder else None
         row = SHARDINGS["zero" if config else sharder]
         engine = build_engine(row, model, plan, options, runtime, config)
+        average = ema_of(options.ema, engine)
         for step in range(2):
             with engine.micro_step(last=True):
                 loss = objective.loss(engine.model, batch, [step], 0)
                 engine.backward(loss)
             del loss
             engine.step(1.0)
+            if average is not None:
+                average.after(step + 1)
         expected = rows[sharder].weights + rows[sharder].optimizer
         if sharder == "zero 3":
             # It keeps its bucket and its share of the gradients for the next step.
@@ -123,9 +127,10 @@ def test_weights_and_optimizer_states_are_what_lives_after_a_step(
 ) -> None:
     batch = {"latents": torch.randn(1, 4, 1, 4, 4), "prompt_embeds": torch.randn(1, 3, 16)}
     files = []
-    for config in (run_config, as_lora(run_config)):
+    averaged = {**run_config, "ema": {"decay": 0.9}}
+    for number, config in enumerate((run_config, as_lora(run_config), averaged)):
         config = {**config, "model_path": str(big_wan)}
-        files.append(str(write_config(config, f"{config['training_method']}.json")))
+        files.append(str(write_config(config, f"{number}_{config['training_method']}.json")))
     for of_rank in run_ranks(held_after_steps, 2, files, batch):
         for case, (held, estimate) in of_rank.items():
             assert held == pytest.approx(estimate, rel=0.05, abs=1.5e6), case

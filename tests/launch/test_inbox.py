@@ -95,6 +95,17 @@ def test_another_run_in_the_folder_has_none_of_the_files(tmp_path: Path) -> None
     assert said == [f"{tmp_path / STEER} was there before the run: moved, not read"]
 
 
+def test_what_a_killed_run_had_taken_up_is_kept_beside_what_came_later(tmp_path: Path) -> None:
+    inbox, _ = begun(tmp_path)
+    put(tmp_path, '{"save": true}')
+    assert inbox.take(1) is not None
+    put(tmp_path, '{"end": true}')
+    _, said = begun(tmp_path, continued=False)
+    assert len(said) == 2
+    assert names(tmp_path) == [f"{READ}/unread.1.json", f"{READ}/unread.json"]
+    assert (tmp_path / READ / "unread.json").read_text() == '{"save": true}'
+
+
 def test_a_folder_that_takes_no_file_is_said_once_and_does_not_end_the_run(tmp_path: Path) -> None:
     (tmp_path / READ).write_text("in the way")
     inbox, said = begun(tmp_path)

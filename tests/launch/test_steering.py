@@ -162,11 +162,14 @@ def test_a_run_that_is_told_to_end_saves_all_and_a_later_start_goes_on(
     run_config: dict[str, Any], tmp_path: Path
 ) -> None:
     run_config["samples"] = {"count": 2, "steps": 2}
+    run_config["validation"] = {"count": 2, "every": 3, "levels": [0.5]}
     asked = asks(end=True, scale=[{"component": "ffn", "by": 0.5}])
     changes = {2: asks(sample=True), 3: asked}
     said, out = once(run_config, tmp_path, changes, "--resume", "latest")
     assert "stopped by steer.json after 3 steps" in said
     assert "saved checkpoint" in said and "step_00000003 after 3 steps" in said
+    # A reading that is due at the end is its last one.
+    assert "step 3 of 5: validation loss" in said
     assert (out / "samples" / "step_000002.png").exists()
     assert not (out / "samples" / "samples.png").exists()
     plan = json.loads((out / "final" / "plan.json").read_text())

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 import torch
@@ -19,8 +21,9 @@ from launch.trainer.data.held import split
 from launch.trainer.objectives.classes import Classification
 from launch.trainer.options import load_options
 from launch.trainer.seeds import TRAIN_STREAM, VALIDATION_STREAM, mix_seed
-from launch.trainer.validation import check_levels
-from launch.trainer.validation_options import ValidationOptions
+from launch.trainer.team import Team
+from launch.trainer.validation import Validation, check_levels
+from launch.trainer.validation_options import EarlyStop, ValidationOptions
 from tests.support.jobs import ROOT, as_lora, call_of, run_in_ranks, weights
 from tests.support.latents import write_sample
 
@@ -185,6 +188,23 @@ def test_a_run_ends_early_on_all_ranks_with_a_whole_result_and_resumes_to_that_e
     assert (out / "page.html").exists() and (out / "checkpoints" / "step_00000003").is_dir()
 
 
+def test_a_run_without_one_finite_reading_ends_early_too() -> None:
+    train = SimpleNamespace(early_stop=EarlyStop(patience=2), steps=9, save_every=None)
+    said: list[str] = []
+    job = SimpleNamespace(
+        options=SimpleNamespace(train=train, validation=ValidationOptions()),
+        runtime=SimpleNamespace(say=said.append),
+        held=None,
+    )
+    held = Validation(cast(Team, SimpleNamespace(face=job)), {})
+    for done in (1, 2):
+        rows = [{"step": done - 1, "val_loss": math.nan}]
+        held._judge(rows)
+        held._say(done, rows)
+    assert held.enough
+    assert said[-1] == "train.early_stop: 2 readings are no number"
+
+
 def test_what_cannot_be_read_is_refused_before_training(
     run_config: dict[str, Any], tmp_path: Path
 ) -> None:
@@ -196,6 +216,7 @@ def test_what_cannot_be_read_is_refused_before_training(
         (["validation.share=0.1", "validation.count=3"], "remove one of them"),
         (["validation.share=1.5"], r"validation\.share=1\.5: must be a number in \(0, 1\]"),
         (["validation.count=3", "validation.levels=[2]"], r"validation\.levels"),
+        (["validation.count=3", "validation.levels=[0.3,0.5,0.3000001]"], "0.3 is there twice"),
     ):
         with pytest.raises(ConfigError, match=words):
             load_options(tmp_path / "config.json", told)

@@ -70,10 +70,14 @@ def test_a_trace_has_each_copy_and_each_visit_of_a_unit(case: Case, device: str,
         backend.races.check()
 
 
-@pytest.mark.parametrize("name, wrong", [("trace.txt", "must end in .json"), ("no/x.json", "Make")])
+@pytest.mark.parametrize(
+    "name, wrong",
+    [("trace.txt", "must end in .json"), ("no/x.json", "Make"), ("folder.json", "Is a directory")],
+)
 def test_a_trace_that_cannot_be_written_is_refused_before_the_step(
     name: str, wrong: str, tmp_path: Path
 ):
+    (tmp_path / "folder.json").mkdir()
     with attach(LORA.model(), LORA, "cpu") as handle:
         with pytest.raises(OffloadError, match=wrong):
             with handle.trace(tmp_path / name):
