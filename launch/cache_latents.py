@@ -34,7 +34,7 @@ try:
     from launch.trainer.cli import Parser, blame, complain, example, integer
     from launch.trainer.data.base import LATENTS, PROMPT_EMBEDS
     from launch.trainer.data.cached import CAPTION, CachedDataset, read_header
-    from launch.trainer.data.caching import cache, write_sample
+    from launch.trainer.data.caching import begin_writing, cache, end_writing, write_sample
     from launch.trainer.data.encode import (
         check_size,
         check_tokens,
@@ -280,12 +280,14 @@ def encode_all(args: argparse.Namespace) -> int:
 
     missing = _missing(samples, args, layout.latent_size(size), max_tokens)
     if not missing:
+        end_writing(args.output)
         return 0
     # After the check of what is there: a second call with nothing to do loads no text encoder.
     encoder = load_text_encoder(args.text_encoder, DTYPES[args.dtype], args.device)
     check_tokens(max_tokens, encoder)
     # Counted before encoding and said after it, below the progress bar.
     cut = [sample for sample in missing if count_tokens(tokenizer, sample.caption) > max_tokens]
+    begin_writing(args.output)
     for sample in tqdm(missing, unit="sample", disable=None):
         tensors = {
             LATENTS: encode_latents(vae, layout, load_clip(sample.frames, size.height, size.width)),
@@ -294,6 +296,7 @@ def encode_all(args: argparse.Namespace) -> int:
         # The models' own dtype need not be the stored one: image VAEs may force float32.
         tensors = {field: tensor.to(DTYPES[args.dtype]) for field, tensor in tensors.items()}
         write_sample(_output_file(args, sample), tensors, _metadata(args, sample))
+    end_writing(args.output)
     _warn_cut(cut, max_tokens)
     return len(missing)
 

@@ -9,13 +9,14 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from PIL import Image
 from safetensors import safe_open
 
-from dist_layerlr.errors import ConfigError
+from dist_layerlr.errors import ConfigError, ModelSourceError
 from launch import cache_latents
 from launch.trainer.data.cached import CachedDataset, read_header
 from launch.trainer.data.images import image_size
@@ -61,6 +62,29 @@ def test_images_become_normalised_latents_that_the_dataset_reads_back(
     torch.testing.assert_close(dataset[1]["latents"], expected)
     shown = capsys.readouterr().out
     assert "2 samples" in shown and "(4, 1, 8, 8)" in shown and "--set data.kind=cached" in shown
+
+
+def test_a_cache_that_was_cut_off_is_refused_until_it_is_whole(models: Models, tmp_path: Path):
+    source, out = write_clips(tmp_path / "in"), tmp_path / "out"
+    write = cache_latents.write_sample
+
+    def killed(path: Path, *rest: Any) -> None:
+        write(path, *rest)
+        raise KeyboardInterrupt
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(cache_latents, "write_sample", killed)
+        with pytest.raises(KeyboardInterrupt):
+            run_program(source, out, models.video_vae, models)
+    refused = "it is not complete, 1 samples are there and the program that writes them did not end"
+    with pytest.raises(ModelSourceError, match=refused):
+        CachedDataset(str(out))
+    assert run_program(source, out, models.video_vae, models) == 0
+    assert len(CachedDataset(str(out))) == 2 and not list(out.glob("_unfinished*"))
+    # One that was killed between its last sample and its end has nothing left to write.
+    (out / "_unfinished.3").touch()
+    assert run_program(source, out, models.video_vae, models) == 0
+    assert len(CachedDataset(str(out))) == 2
 
 
 def test_clips_become_wan_latents_normalised_per_channel(models: Models, tmp_path: Path):

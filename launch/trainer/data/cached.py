@@ -24,6 +24,9 @@ CAPTION = "caption"  # metadata
 EMPTY_PROMPT = "_empty_prompt.safetensors"
 """Reserved name: what an empty caption is encoded to. It is no sample."""
 
+UNFINISHED = "_unfinished"
+"""Stem of a file that is there while a process writes samples, and stays where one was cut off."""
+
 _ALLOWED_DIMS = {LATENTS: (3, 4), PROMPT_EMBEDS: (2,)}
 """Of the fields that every family takes in the same form; the others are the family's to check."""
 _AXES = {LATENTS: "(C, F, H, W) or (C, H, W)", PROMPT_EMBEDS: "(L, D)"}
@@ -84,8 +87,8 @@ class CachedDataset:
             repeats: sub-folder -> how often each of its samples is seen in an epoch.
 
         Raises:
-            ModelSourceError: the folder is missing or empty, a file is damaged or lacks
-                ``latents``.
+            ModelSourceError: the folder is missing, empty or not complete, a file is damaged or
+                lacks ``latents``.
             ConfigError: ``repeats`` names no sub-folder of samples.
         """
         self.folder = Path(folder)
@@ -164,6 +167,12 @@ def _sample_files(folder: Path) -> list[Path]:
         raise ModelSourceError(
             f"Invalid data folder {str(folder)!r}: found 0 .safetensors files, need at least 1; "
             "make them with `python launch/cache_latents.py`."
+        )
+    for mark in folder.rglob(f"{UNFINISHED}.*"):
+        raise ModelSourceError(
+            f"Invalid data folder {str(folder)!r}: it is not complete, {len(files)} samples are"
+            f" there and the program that writes them did not end. Run it again as before, or"
+            f" remove {str(mark)!r} to train on these."
         )
     # The order must not depend on the file system: sample numbers decide noise and batches.
     return sorted(files, key=lambda path: path.relative_to(folder).as_posix())

@@ -20,7 +20,7 @@ from dist_layerlr import fields
 from dist_layerlr.errors import ModelSourceError
 from dist_layerlr.files import whole_file
 from launch.trainer.cli import blame
-from launch.trainer.data.cached import CAPTION, EMPTY_PROMPT, read_header
+from launch.trainer.data.cached import CAPTION, EMPTY_PROMPT, UNFINISHED, read_header
 from launch.trainer.data.clips import load_placed, load_sound
 from launch.trainer.data.images import Source
 from launch.trainer.data.pipelines import (
@@ -68,8 +68,11 @@ def cache(wish: Wish) -> Report:
     missing = [work for work in works if is_missing(work, wish.overwrite)]
     report.enlarged = [work.sample.source for work in missing if work.placement.enlarged]
     report.shortened = [work.sample.source for work in missing if work.frames < work.of_frames]
+    if missing:
+        begin_writing(wish.output, wish.shard)
     _encode_prompts(wish, family, missing, report)
     _encode_pixels(wish, family, config, pixels, missing, report)
+    end_writing(wish.output, wish.shard)
     remove_empty(wish.output / PROMPTS)
     return report
 
@@ -221,6 +224,28 @@ def write_sample(path: Path, tensors: dict[str, Tensor], metadata: Mapping[str, 
         # Several of these programs may fill one folder.
         with whole_file(path, shared=True) as partial:
             save_file(tensors, partial, metadata=dict(metadata))
+
+
+def begin_writing(folder: Path, shard: tuple[int, int] = (0, 1)) -> None:
+    """Mark a folder as incomplete until ``end_writing``.
+
+    A process that is killed in between tells nobody, and fewer samples would be trained silently.
+
+    Raises:
+        ModelSourceError: the folder cannot be written to.
+    """
+    mark = folder / f"{UNFINISHED}.{shard[0]}"
+    with blame(f"{mark}: cannot be written", "free space or choose another --output"):
+        folder.mkdir(parents=True, exist_ok=True)
+        mark.touch()
+
+
+def end_writing(folder: Path, shard: tuple[int, int] = (0, 1)) -> None:
+    """Remove the mark of a process whose samples are all there, or that of an earlier one."""
+    # One process alone has written what several may have left unfinished.
+    mine = [folder / f"{UNFINISHED}.{shard[0]}"] if shard[1] > 1 else folder.glob(f"{UNFINISHED}.*")
+    for mark in list(mine):
+        mark.unlink(missing_ok=True)
 
 
 def remove_empty(folder: Path) -> None:
