@@ -256,7 +256,10 @@ def load_options(
     raw = read_config(path)
     for assignment in overrides:
         apply_override(raw, assignment)
-    raw |= {} if max_steps is None else {"train": cut_short(_section(raw, "train"), max_steps)}
+    if max_steps is not None:
+        # What it takes the place of must be right too: the config will be trained without it.
+        fields.read("train", _section(raw, "train"), TrainOptions)
+        raw |= {"train": cut_short(_section(raw, "train"), max_steps)}
     known = fields.settings(RunOptions)
     fields.known_keys("config", raw, [*known, *fields.settings(Config), PLAN_BLOCK, *BLOCKS])
     if "model_type" in raw:

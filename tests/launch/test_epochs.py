@@ -111,6 +111,8 @@ def test_a_length_given_twice_or_not_at_all_or_shorter_than_its_warmup_is_refuse
 def test_max_steps_cuts_epochs_short(run_config: dict[str, Any], tmp_path: Path) -> None:
     config = {**run_config, "train": EPOCHS}
     (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ConfigError, match="train.epochs=-1"):
+        load_options(tmp_path / "config.json", ["train.epochs=-1"], max_steps=2)
     options = load_options(tmp_path / "config.json", max_steps=2)
     assert (options.train.steps, options.train.epochs) == (2, None)
     with pytest.raises(ConfigError, match=r"train\.epochs='two'"):
