@@ -24,6 +24,7 @@ from torch.optim import Optimizer
 from dist_layerlr.errors import PlanMismatch
 from dist_layerlr.optim.exchange import Exchange, Held, Schedule, Segment
 from dist_layerlr.optim.groups import LR, NAME, WEIGHT_DECAY
+from dist_layerlr.optim.orthogonal import orthogonalise
 from dist_layerlr.plan.entries import Plan, PlanEntry
 from dist_layerlr.sharders.base import ParamGroup
 
@@ -182,7 +183,11 @@ class MuonSlices(NeedsWhole):
             torch._foreach_lerp_(momenta, [v.grad for v in views], 1.0 - group["momentum"])
             # torch's Muon decays before it adds the update, by the rate of the group and not the
             # one adjusted to the shape.
-            torch._foreach_mul_(views, 1.0 - float(group[LR]) * float(group[WEIGHT_DECAY]))
+            kept = 1.0 - float(group[LR]) * float(group[WEIGHT_DECAY])
+            for view in views:
+                # One by one: on CPUs torch's call for many rounds the number to bf16 first, in
+                # which 0.998 is 0.996, twice the decay.
+                view.mul_(kept)
 
     def _round(
         self,
@@ -195,7 +200,8 @@ class MuonSlices(NeedsWhole):
         for name in schedule.sizes:
             for piece in stepped.get(name, ()):
                 group = group_of[id(piece.view)]
-                update = self.direction(piece, group).to(_TRAVELS).reshape(-1)
+                # A copy in any case: it is used up, and may be the momentum of a bf16 weight.
+                update = self.direction(piece, group).to(_TRAVELS, copy=True).reshape(-1)
                 sent.setdefault(name, []).append((piece.start, update))
         whole = exchange.gather(schedule, sent, _TRAVELS)
         asked = []
@@ -273,46 +279,6 @@ def rows_of(entry: PlanEntry) -> list[tuple[int, int, tuple[int, ...]]]:
         found.append((first, first + rows * width, (rows, width)))
         first += rows * width
     return found
-
-
-def orthogonalise(asked: Sequence[tuple[Tensor, Sequence[int], ParamGroup]]) -> list[Tensor]:
-    """What torch.optim.Muon makes of matrices, before any rate; each part of a fused one alone.
-
-    Momentum, decay and rate are left out of torch's step: it moves a weight of 0 by the orthogonal
-    factor, exactly. A tall matrix is given as a wide one, which is what torch does inside; the
-    factor by which `original` scales tall ones is then 1.
-
-    Args:
-        asked: (matrix, rows of each part, group with the settings).
-    """
-    found: list[Tensor] = []
-    moved: list[tuple[nn.Parameter, Tensor]] = []
-    groups: dict[int, dict[str, Any]] = {}
-    for matrix, parts, group in asked:
-        found.append(torch.empty_like(matrix))
-        heights = list(parts) or [matrix.shape[0]]
-        own = groups.setdefault(id(group), {**_settings(group), "params": []})
-        pairs = zip(torch.split(matrix, heights), torch.split(found[-1], heights), strict=True)
-        for rows, into in pairs:
-            # Views, not copies: torch's own transposes so, and the products round alike.
-            tall = rows.shape[0] > rows.shape[1]
-            wide, place = (rows.T, into.T) if tall else (rows, into)
-            weight = nn.Parameter(torch.zeros_like(wide))
-            weight.grad = wide
-            own["params"].append(weight)
-            moved.append((weight, place))
-    if groups:
-        # One instance for all: a constructor takes as long as a small matrix.
-        how: Any = {"lr": 1.0, "weight_decay": 0.0, "momentum": 0.0, "nesterov": False}
-        muon: Any = torch.optim.Muon(list(groups.values()), **how, adjust_lr_fn="original")
-        muon.step()
-    for weight, place in moved:
-        torch.neg(weight.detach(), out=place)
-    return found
-
-
-def _settings(group: ParamGroup) -> dict[str, Any]:
-    return {key: group[key] for key in ("ns_coefficients", "eps", "ns_steps")}
 
 
 def adjusted(shape: Sequence[int], rule: str | None) -> float:

@@ -15,8 +15,9 @@ from torch import Tensor
 
 from dist_layerlr.optim.exchange import Exchange, Held, Schedule
 from dist_layerlr.optim.groups import WEIGHT_DECAY
+from dist_layerlr.optim.orthogonal import orthogonalise
 from dist_layerlr.optim.routed import Routed, parts_of
-from dist_layerlr.optim.whole import MOMENTUM, MuonSlices, adjusted, orthogonalise, rows_of
+from dist_layerlr.optim.whole import MOMENTUM, MuonSlices, adjusted, rows_of
 from dist_layerlr.plan.entries import Plan, PlanEntry
 from dist_layerlr.ranks import Problem, alike, everyone, rank
 from dist_layerlr.sharders import Piece, Pieces
@@ -28,6 +29,8 @@ ROWS = 512
 """Of the short side that singular values are computed of. Those of some rows of a matrix lie
 between its smallest and its largest."""
 _TOLERANCE = 0.02
+ROUNDING = "rounding"
+"""Key of the settings: by how much a stored weight of a matrix is rounded, on average."""
 
 
 @dataclass(kw_only=True)
@@ -86,8 +89,9 @@ class MatrixCheck:
         moves, directions = alike(lambda: self._parts(found))
         # A rank may put a matrix together of which it holds nothing: it needs the settings, too.
         groups: dict[str, ParamGroup] = {}
-        for row in everyone({p.name: _settings(p.group) for p in found.pieces}):
-            groups.update(row)
+        for row in everyone({p.name: _settings(p) for p in found.pieces if p.numel}):
+            for name, told in row.items():
+                groups[name] = {**told, ROUNDING: max(told[ROUNDING], _rounding(groups, name))}
         observed: dict[str, float] = {}
         problems: list[Problem] = []
         # Two tensors of one name must never meet.
@@ -124,9 +128,11 @@ class MatrixCheck:
                 entry, group = self.entries[name], groups[name]
                 problems += self._singular(entry, move, group)
                 if name in factors:
-                    rate = _rate(entry, move, factors[name], group)
-                    problems += self._off(entry, rate)
-                    observed[name] = rate
+                    rate, slack = _rate(entry, move, factors[name], group)
+                    # Of weights of 16 bits a small step may be nothing but rounding.
+                    if slack <= 0.5 * entry.lr * self.factor or not entry.lr:
+                        problems += self._off(entry, rate, slack)
+                        observed[name] = rate
         return problems
 
     def _parts(self, found: Pieces) -> tuple[_Flat, _Flat]:
@@ -147,7 +153,8 @@ class MatrixCheck:
                 now = piece.of(momentum)
                 if piece.group["nesterov"]:
                     now = gradient.lerp(now, piece.group["momentum"])
-                row = (piece.start, now.to(torch.bfloat16))
+                # A copy: what is orthogonalised is used up, and this may be the momentum itself.
+                row = (piece.start, now.to(torch.bfloat16, copy=True))
                 directions.setdefault(piece.name, []).append(row)
         return moves, directions
 
@@ -176,9 +183,9 @@ class MatrixCheck:
                 return [("effect", text)]
         return []
 
-    def _off(self, entry: PlanEntry, rate: float) -> list[Problem]:
+    def _off(self, entry: PlanEntry, rate: float, slack: float) -> list[Problem]:
         wanted = entry.lr * self.factor
-        if abs(rate - wanted) <= _TOLERANCE * wanted + 1e-12:
+        if abs(rate - wanted) <= _TOLERANCE * wanted + slack + 1e-12:
             return []
         text = f"{entry.name}: planned lr {wanted:.6g}, the step moved it at {rate:.6g}"
         return [("effect", text)]
@@ -201,17 +208,30 @@ def _only(schedule: Schedule, names: set[str]) -> Schedule:
     return replace(schedule, sizes=sizes)
 
 
-def _settings(group: ParamGroup) -> ParamGroup:
+def _settings(piece: Piece) -> ParamGroup:
+    """What the others need to know of a matrix, of which they may hold nothing."""
     kept = ("adjust_lr_fn", "ns_coefficients", "eps", "ns_steps")
-    return {key: group[key] for key in kept if key in group}
+    found = {key: piece.group[key] for key in kept if key in piece.group}
+    weight = piece.of(piece.owner)
+    rounding = torch.finfo(weight.dtype).eps * float(weight.detach().abs().mean())
+    return {**found, ROUNDING: rounding}
 
 
-def _rate(entry: PlanEntry, move: Tensor, direction: Tensor, group: ParamGroup) -> float:
-    """Least-squares rate at which a matrix moved along its orthogonal factor."""
+def _rounding(groups: Mapping[str, ParamGroup], name: str) -> float:
+    return float(groups[name][ROUNDING]) if name in groups else 0.0
+
+
+def _rate(
+    entry: PlanEntry, move: Tensor, direction: Tensor, group: ParamGroup
+) -> tuple[float, float]:
+    """Least-squares rate of a matrix along its orthogonal factor, and how far rounding moves it."""
     (found,) = orthogonalise([(direction.view(entry.shape), entry.parts, group)])
     factor = found.reshape(-1).double()
     for first, last, shape in rows_of(entry):
         factor[first:last] *= adjusted(shape, group.get("adjust_lr_fn"))
     # In double: a million products of bf16 factors lose more digits than the bar has.
     power = float(factor.square().sum())
-    return float((move.double() * factor).sum()) / power if power else 0.0
+    if not power:
+        return 0.0, 0.0
+    slack = float(group[ROUNDING]) * float(factor.abs().sum()) / power
+    return float((move.double() * factor).sum()) / power, slack
