@@ -28,14 +28,15 @@ def ends_as_alone(cell: str) -> float:
         return distance(run.weights(), reference_of(case))
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="module", params=[2, pytest.param(4, marks=pytest.mark.full)])
 def outcomes(request: pytest.FixtureRequest) -> Iterator[Outcomes]:
     chosen = {item.callspec.params["cell"] for item in items_of(request)}
 
     def body(cell: str) -> object:
         return lambda at: ends_as_alone(cell)
 
-    yield run_bodies({cell: body(cell) for cell in CELLS if cell in chosen}, 2, start_deepspeed)
+    bodies = {cell: body(cell) for cell in CELLS if cell in chosen}
+    yield run_bodies(bodies, request.param, start_deepspeed)
 
 
 @pytest.mark.parametrize("cell", CELLS)
