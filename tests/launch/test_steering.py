@@ -183,6 +183,34 @@ def test_a_run_that_is_told_to_end_saves_all_and_a_later_start_goes_on(
     assert json.loads((out / "plan.json").read_text())["digest"] == plan["digest"]
 
 
+def test_a_run_that_is_killed_inside_a_ramp_ends_where_an_undisturbed_one_ends(
+    run_config: dict[str, Any], tmp_path: Path
+) -> None:
+    rules = [
+        {"components": ["norm"], "until": 5},
+        {"match": "blocks", "ramp": 4, "unfreeze": {"every": 2, "start": "last"}},
+    ]
+    run_config["per_layer_lr"]["timing"] = rules
+    run_config["train"] |= {"steps": 8, "save_every": 2}
+    alone = call_of(run_config, tmp_path / "alone")
+    ((status, _, complaint),) = run_ranks(start, 1, alone, {}, None)
+    assert status == 0, complaint
+    # After 3 steps the last block is inside its ramp, the one before has begun it; the newest
+    # checkpoint has 2 steps. The order itself changes no rate.
+    killed = tmp_path / "killed"
+    for sharding, kill in (("fsdp2", ("kept", 3)), ("ddp", None)):
+        call = call_of(run_config, killed, "--sharding", sharding, "--resume", "latest")
+        given = (call, {3: asks(save=True)}, kill)
+        if kill is not None:
+            with pytest.raises(AssertionError, match="died with|closed by peer|reset by peer"):
+                run_ranks(start, 2, *given)
+            assert (killed / "out" / "checkpoints" / "step_00000002").is_dir()
+        else:
+            (status, _, complaint), _ = run_ranks(start, 2, *given)
+            assert status == 0, complaint
+    assert largest_difference(weights(killed), weights(tmp_path / "alone")) < CLOSE
+
+
 def test_another_run_in_the_folder_is_not_steered_by_the_files_of_the_last(
     run_config: dict[str, Any], tmp_path: Path
 ) -> None:
