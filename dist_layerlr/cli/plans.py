@@ -62,20 +62,7 @@ def add_to(commands: Any) -> None:
         text="say how one parameter came to its learning rate",
         examples=["explain model.safetensors blocks.0.attn.to_q.weight --config config.json"],
     )
-    plot = add_command(
-        commands,
-        "plot",
-        _run_plot,
-        text="draw the grid as a heat map, or a run as a page",
-        examples=[
-            "plot model.safetensors --config config.json --output rates.png",
-            "plot runs/latest --html",
-        ],
-    )
-    plot.add_argument("--html", action="store_true", help="write one HTML page, not a PNG")
-    plot.add_argument(
-        "--output", metavar="FILE", help="to write (default: lr_grid.png, or page.html)"
-    )
+    plot = _add_plot(commands)
     for command in (plan, explain, plot):
         what = ("MODEL", MODEL_HELP) if command is not plot else ("RUN|MODEL", RUN_HELP)
         command.add_argument("model", metavar=what[0], help=what[1])
@@ -85,6 +72,31 @@ def add_to(commands: Any) -> None:
         command.add_argument("--config", required=needed, metavar="FILE", help=CONFIG_HELP)
         command.add_argument("--base", metavar="MODEL", help=BASE_HELP)
     _add_diff(commands)
+
+
+def _add_plot(commands: Any) -> argparse.ArgumentParser:
+    plot = add_command(
+        commands,
+        "plot",
+        _run_plot,
+        text="draw the grid as a heat map, or a run as a page",
+        examples=[
+            "plot model.safetensors --config config.json --output rates.png",
+            "plot model.safetensors --config config.json --over-time 5000",
+            "plot runs/latest --html",
+        ],
+    )
+    shape = plot.add_mutually_exclusive_group()
+    shape.add_argument("--html", action="store_true", help="write one HTML page, not a PNG")
+    shape.add_argument(
+        "--over-time", type=int, metavar="STEPS", help="draw the rates over a run of these steps"
+    )
+    plot.add_argument(
+        "--output",
+        metavar="FILE",
+        help="to write (default: lr_grid.png, lr_over_time.png or page.html)",
+    )
+    return plot
 
 
 def _add_diff(commands: Any) -> None:
@@ -156,9 +168,11 @@ def _run_explain(args: argparse.Namespace) -> Output:
 
 def _run_plot(args: argparse.Namespace) -> Output:
     from dist_layerlr.report.heatmap import draw_grid
+    from dist_layerlr.report.over_time import draw_over_time
     from dist_layerlr.report.page import write_page
 
-    output = Path(args.output or ("page.html" if args.html else "lr_grid.png"))
+    picture = "lr_grid.png" if args.over_time is None else "lr_over_time.png"
+    output = Path(args.output or ("page.html" if args.html else picture))
     if args.html and args.config is None:
         write_page(output, Path(args.model), f"Run {Path(args.model).resolve().name}")
     elif args.config is None:
@@ -169,6 +183,9 @@ def _run_plot(args: argparse.Namespace) -> Output:
     elif args.html:
         plan = _plan(args, args.config)
         write_page(output, plan, f"Learning rates of {plan.config.model_type}")
+    elif args.over_time is not None:
+        steps = fields.integer(1)("--over-time", args.over_time)
+        draw_over_time(_plan(args, args.config), output, steps)
     else:
         draw_grid(_plan(args, args.config), output)
     return as_json({"wrote": [str(output)]}) if args.json else f"wrote {output}\n", 0

@@ -256,10 +256,7 @@ def load_options(
     raw = read_config(path)
     for assignment in overrides:
         apply_override(raw, assignment)
-    if max_steps is not None:
-        # What it takes the place of must be right too: the config will be trained without it.
-        fields.read("train", _section(raw, "train"), TrainOptions)
-        raw |= {"train": cut_short(_section(raw, "train"), max_steps)}
+    raw |= {} if max_steps is None else {"train": _cut_short(raw, max_steps)}
     known = fields.settings(RunOptions)
     fields.known_keys("config", raw, [*known, *fields.settings(Config), PLAN_BLOCK, *BLOCKS])
     if "model_type" in raw:
@@ -296,6 +293,12 @@ def load_options(
         plan=plan,
         raw=raw,
     )
+
+
+def _cut_short(raw: Mapping[str, Any], steps: int) -> dict[str, Any]:
+    """The ``train`` block of this many steps; what they take the place of must be right too."""
+    fields.read("train", _section(raw, "train"), TrainOptions)
+    return cut_short(_section(raw, "train"), steps)
 
 
 def _first_network(family: Family, values: Mapping[str, Any]) -> str:
@@ -384,10 +387,7 @@ def _method(raw: Mapping[str, Any]) -> str:
 
 
 def _stream_policy(given: Mapping[str, Any]) -> StreamPolicy | None:
-    """The policy that ``memory.stagehand`` asks for, whose keys are the policy's own.
-
-    None unless enabled.
-    """
+    """The policy that ``memory.stagehand`` asks for, by its own keys; None unless enabled."""
     values = dict(given)
     fields.known_keys("memory.stagehand", values, ["enabled", *fields.settings(StreamPolicy)])
     enabled = fields.boolean("memory.stagehand.enabled", values.pop("enabled", False))
