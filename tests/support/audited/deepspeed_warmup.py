@@ -37,6 +37,9 @@ def main(stage: int, kind: str) -> None:
         features, labels = torch.randn(4, 8), torch.randint(0, 3, (4,))
         engine.backward(nn.functional.cross_entropy(engine(features), labels))
         engine.step()
+    # Without it a rank may leave while another still sends to it, which ends that one with SIGABRT.
+    torch.distributed.barrier()
+    torch.distributed.destroy_process_group()
 
 
 if __name__ == "__main__":
