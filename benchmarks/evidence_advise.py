@@ -1,6 +1,6 @@
 """Studies of ``dist-layerlr advise``: do rates proposed from a run's own updates beat tuned flat?
 
-The advised arm first trains flat, at the same base rate, and measures every other step; what is
+An advised arm first trains flat, at the same base rate, and measures every other step; what is
 proposed from that run trains anew from the same start. It is asked at every rate of the sweep.
 """
 
@@ -16,7 +16,7 @@ from typing import Any
 import evidence_vit
 import evidence_wan
 from dist_layerlr.plan import PLAN_FILE
-from dist_layerlr.report.advise import METRICS, gather
+from dist_layerlr.report.advise import FAR, METRICS, gather
 from dist_layerlr.report.proposal import RESOLVED, propose
 from evidence_studies import Arm, Study
 from evidence_training import Config, block, watched
@@ -30,19 +30,20 @@ Run = Callable[[Arm, float, int, Settings, Path], dict[str, float]]
 def run_advised(
     run: Run, arm: Arm, rate: float, seed: int, settings: Settings, folder: Path
 ) -> dict[str, float]:
-    """Do a run of another study; the advised arm does it twice."""
-    if arm.name != ADVISED.name:
+    """Do a run of another study; an advised arm does it twice."""
+    far = FARS.get(arm.name)
+    if far is None:
         return run(arm, rate, seed, settings, folder)
     probe = block(rate)
     # Named after what it is: processes of other seeds write beside it.
-    place = folder / "probes" / f"{run.__name__}_{seed}_{rate:g}"
+    place = folder / "probes" / f"{run.__name__}_{seed}_{rate:g}_{far:g}"
     with watched(EVERY) as seen:
         run(arm, rate, seed, settings, folder)
     place.mkdir(parents=True, exist_ok=True)
     (place / METRICS).write_text("".join(json.dumps(row) + "\n" for row in seen.rows))
     (place / PLAN_FILE).write_text(json.dumps(seen.plan.to_dict()))
     (place / RESOLVED).write_text(json.dumps(probe))
-    proposed = propose(gather(place), place)
+    proposed = propose(gather(place, far=far), place)
     found = run(
         replace(arm, config=partial(_as_proposed, proposed.config)), rate, seed, settings, folder
     )
@@ -55,12 +56,18 @@ def _as_proposed(config: Mapping[str, Any] | None, rate: float) -> Config:
     return block(rate) if config is None else dict(config)
 
 
-ADVISED = Arm(
-    name="advised",
-    what="what `dist-layerlr advise` proposes after a flat run at the same rate",
-    config=block,
-    measures=("advise",),
-)
+FARS = {"advised": FAR, "advised from 1.5": 1.5}
+"""Arm -> how many times the rest is far enough for another rate. The first is the program's own."""
+ADVISED = [
+    Arm(
+        name=name,
+        what="what `dist-layerlr advise` proposes after a flat run at the same rate"
+        + ("" if far == FAR else f", if {far:g} times the rest were far"),
+        config=block,
+        measures=("advise",),
+    )
+    for name, far in FARS.items()
+]
 
 
 def _study(of: Study, name: str, seeds: int) -> Study:
@@ -71,7 +78,7 @@ def _study(of: Study, name: str, seeds: int) -> Study:
         name=name,
         title=f"Rates proposed by advise: {of.title[0].lower()}{of.title[1:]}",
         question="Do rates proposed from a run's own update ratios beat one tuned rate?",
-        arms=(flat, ADVISED, scratch),
+        arms=(flat, *ADVISED, scratch),
         pairs=(),
         full=replace(of.full, seeds=seeds),
         quick=replace(of.quick, arms=()),

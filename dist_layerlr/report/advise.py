@@ -124,12 +124,13 @@ class _Members:
     blocks: dict[str, set[int]]
 
 
-def gather(folder: Path, network: str | None = None) -> Evidence:
+def gather(folder: Path, network: str | None = None, *, far: float = FAR) -> Evidence:
     """Read a run, and compare its pools.
 
     Args:
         folder: of the run.
         network: of a run that trains several: which one.
+        far: how many times the rest, or which part of it, is far.
 
     Raises:
         ConfigError: no run there, several networks and none named, or nothing measured per cell.
@@ -161,15 +162,16 @@ def gather(folder: Path, network: str | None = None) -> Evidence:
             " Train with --set per_layer_lr.enabled=true, all rates of component_lr equal to"
             " learning_rate, and depth_strategy=flat, which trains the same."
         )
-    return compare(measured, plan)
+    return compare(measured, plan, far=far)
 
 
-def compare(measured: Sequence[Mapping[str, Any]], plan: Rows) -> Evidence:
+def compare(measured: Sequence[Mapping[str, Any]], plan: Rows, *, far: float = FAR) -> Evidence:
     """Compare the pools of measured rows.
 
     Args:
         measured: rows of metrics.jsonl with cells, in order.
         plan: the rows of the run's plan.json.
+        far: how many times the rest, or which part of it, is far.
     """
     # The last step of many schedules moves nothing.
     measured = [row for row in measured if row.get("lr_factor") != 0]
@@ -190,7 +192,7 @@ def compare(measured: Sequence[Mapping[str, Any]], plan: Rows) -> Evidence:
         if not others:
             left_out.append(f"{key[0]}, {key[1]}: nothing to compare it with")
             continue
-        pools.append(_pool(key, members[key], used, others))
+        pools.append(_pool(key, members[key], used, others, far))
     return Evidence(
         pools=tuple(pools),
         steps=steps,
@@ -285,7 +287,11 @@ def _others(key: Key, used: Sequence[Mapping[Key, _Point]]) -> list[Key]:
 
 
 def _pool(
-    key: Key, members: _Members, used: Sequence[Mapping[Key, _Point]], others: Sequence[Key]
+    key: Key,
+    members: _Members,
+    used: Sequence[Mapping[Key, _Point]],
+    others: Sequence[Key],
+    far: float,
 ) -> Pool:
     moves = _compared(
         (row[key].ratio, statistics.median(row[o].ratio for o in others)) for row in used
@@ -304,17 +310,17 @@ def _pool(
         moves=moves,
         gradient=gradient,
         rows=len(used),
-        verdict=_verdict(moves),
+        verdict=_verdict(moves, far),
         blocks=blocks,
     )
 
 
-def _verdict(moves: Compared) -> str:
-    if moves.low >= FAR:
+def _verdict(moves: Compared, far: float) -> str:
+    if moves.low >= far:
         return MORE
-    if moves.high <= 1 / FAR:
+    if moves.high <= 1 / far:
         return LESS
-    return UNSURE if moves.times >= FAR or moves.times <= 1 / FAR else ALIKE
+    return UNSURE if moves.times >= far or moves.times <= 1 / far else ALIKE
 
 
 def _compared(pairs: Iterable[tuple[float, float]]) -> Compared | None:
