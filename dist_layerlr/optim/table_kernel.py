@@ -27,6 +27,18 @@ ALIGNMENT = 16
 """Bytes that a thread reads at once. Triton cannot know it of an address in a table."""
 
 
+def _rounded(x: tl.tensor, TYPE: tl.constexpr, BY_HAND: tl.constexpr) -> tl.tensor:
+    """To the nearest number of a type. Triton's interpreter cuts bfloat16's digits off."""
+    if BY_HAND and TYPE == tl.bfloat16:
+        bits = x.to(tl.int32, bitcast=True)
+        bits = (bits + 0x7FFF + ((bits >> 16) & 1)) & -0x10000
+        x = tl.where(x == x, bits.to(tl.float32, bitcast=True), x)
+    return x.to(TYPE)
+
+
+rounded: Any = triton.jit(_rounded)
+
+
 def _move(
     param: tl.tensor,
     gradient: tl.tensor,
@@ -40,6 +52,7 @@ def _move(
     BLOCK: tl.constexpr,
     MASKED: tl.constexpr,
     ALIGNED: tl.constexpr,
+    BY_HAND: tl.constexpr,
 ) -> None:
     """Step one block; ``rates`` points at the segment's column in the table of rates."""
     places = start + tl.arange(0, BLOCK)
@@ -65,9 +78,9 @@ def _move(
         root = tl.sqrt(v) / tl.load(rates + 5 * segments)
         move = m / (root + tl.load(rates + 6 * segments))
     p = p * tl.load(rates + segments) - tl.load(rates) * move
-    tl.store(params, p.to(param.dtype.element_ty), mask=inside)
-    tl.store(firsts, m.to(first.dtype.element_ty), mask=inside)
-    tl.store(seconds, v.to(second.dtype.element_ty), mask=inside)
+    tl.store(params, rounded(p, param.dtype.element_ty, BY_HAND), mask=inside)
+    tl.store(firsts, rounded(m, first.dtype.element_ty, BY_HAND), mask=inside)
+    tl.store(seconds, rounded(v, second.dtype.element_ty, BY_HAND), mask=inside)
 
 
 move: Any = triton.jit(_move)
@@ -85,6 +98,7 @@ def _adamw(
     WORK: tl.constexpr,
     BLOCK: tl.constexpr,
     ALIGNED: tl.constexpr,
+    BY_HAND: tl.constexpr,
 ) -> None:
     """Step the block that ``chunks`` gives this program.
 
@@ -93,9 +107,14 @@ def _adamw(
         chunks: int32 (programs, 2): segment, and number of the block in it.
         rates: (7, segments), as ``table_adamw`` computes them.
         segments: how many there are.
-        P: type of parameters; G, M, V of gradients and of both moments, WORK of the arithmetic.
+        P: type of parameters.
+        G: type of gradients.
+        M: type of first moments.
+        V: type of second moments.
+        WORK: type of the arithmetic.
         BLOCK: elements of a block.
         ALIGNED: whether all addresses are multiples of ``ALIGNMENT``.
+        BY_HAND: whether the kernel must round by itself, as it does in the interpreter.
     """
     chunk = tl.program_id(0)
     segment = tl.load(chunks + 2 * chunk)
@@ -110,10 +129,36 @@ def _adamw(
     # Two ways, as a mask of unknown length keeps a thread from reading several elements at once.
     if start + BLOCK <= size:
         move(
-            param, gradient, first, second, own, segments, start, size, WORK, BLOCK, False, ALIGNED
+            param,
+            gradient,
+            first,
+            second,
+            own,
+            segments,
+            start,
+            size,
+            WORK,
+            BLOCK,
+            False,
+            ALIGNED,
+            BY_HAND,
         )
     else:
-        move(param, gradient, first, second, own, segments, start, size, WORK, BLOCK, True, False)
+        move(
+            param,
+            gradient,
+            first,
+            second,
+            own,
+            segments,
+            start,
+            size,
+            WORK,
+            BLOCK,
+            True,
+            False,
+            BY_HAND,
+        )
 
 
 adamw: Any = triton.jit(_adamw)
