@@ -3,6 +3,7 @@
     python benchmarks/step_cost.py            # 2 gloo ranks; about 25 minutes on 2 cores
     python benchmarks/step_cost.py --only "zero 1" --rounds 40
     python benchmarks/step_cost.py --upkeep   # what is not a step: attach, verify, trial; 2 minutes
+    python benchmarks/step_cost.py --device cuda   # one card, TableAdamW included: step_card.py
 
 Each arm of step_arms.py has a model and an optimizer of its own. Arms take turns in rotating order,
 and a ratio is the median of the rounds' ratios, so that a slow moment of the machine hits all arms
@@ -33,6 +34,7 @@ from torch.multiprocessing.spawn import spawn
 from torch.optim import AdamW
 
 import dist_layerlr
+import step_card
 from step_arms import (
     CONFIG,
     FLAT,
@@ -87,8 +89,17 @@ def main() -> None:
     )
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=METHODS)
     parser.add_argument("--rounds", type=int, default=20, help="measured steps (default 20)")
-    parser.add_argument("--out", type=Path, default=RESULT, help="JSON file")
+    parser.add_argument("--out", type=Path, help="JSON file (default below benchmarks/results)")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument(
+        "--width", type=int, default=step_card.WIDTH, help="of the model on a card (2048: 18 GB)"
+    )
     args = parser.parse_args()
+    if args.device == "cuda":
+        args.out = args.out or step_card.RESULT
+        step_card.main(args)
+        return
+    args.out = args.out or RESULT
     if not args.upkeep:
         print(HEADER)
     with tempfile.TemporaryDirectory() as folder:

@@ -16,6 +16,7 @@ from dist_layerlr.optim.schedule import PlanSchedule as PlanSchedule
 from dist_layerlr.optim.schedule import Schedule as Schedule
 from dist_layerlr.optim.schedulers import check_scheduler as check_scheduler
 from dist_layerlr.optim.segmented import MakeOptimizer as MakeOptimizer
+from dist_layerlr.optim.table_adamw import TableAdamW as TableAdamW
 from dist_layerlr.optim.validate import check_ds_config as check_ds_config
 from dist_layerlr.optim.validate import check_optimizer as check_optimizer
 from dist_layerlr.optim.validate import check_sharding as check_sharding

@@ -30,7 +30,7 @@ SAMPLES = 64
 """Elements looked at per piece: the check costs O(names), not O(elements)."""
 TOLERANCE = 0.02
 """Relative error of an observed rate that is still rounding, in fp32."""
-_ADAMS = frozenset({"Adam", "AdamW", "DeepSpeedCPUAdam", "FusedAdam"})
+_ADAMS = frozenset({"Adam", "AdamW", "DeepSpeedCPUAdam", "FusedAdam", "TableAdamW"})
 """Optimizers, and their subclasses, that move by Adam's formula; others (NAdam, RAdam) share its
 state but not that."""
 

@@ -7,6 +7,7 @@ import importlib
 import inspect
 from collections.abc import Mapping
 from dataclasses import dataclass
+from os import environ as environment
 from typing import Any
 
 import torch
@@ -227,11 +228,19 @@ def _try(options: OptimizerOptions) -> None:
 
 
 def _scratch(options: OptimizerOptions) -> tuple[torch.optim.Optimizer, torch.nn.Parameter]:
-    parameter = torch.nn.Parameter(torch.ones(_SIDE, _SIDE))
+    parameter = torch.nn.Parameter(torch.ones(_SIDE, _SIDE, device=_scratch_device(options)))
     # Some announce themselves on standard output.
     with contextlib.redirect_stdout(None):
         optimizer = make_optimizer([{"params": [parameter], "lr": 1e-3}], options)
     return optimizer, parameter
+
+
+def _scratch_device(options: OptimizerOptions) -> str:
+    """The CPU, where a config is read without a card; TableAdamW runs on cards alone."""
+    runs_on = None if options.observable else getattr(_class_of(options.kind), "runs_on", None)
+    if callable(runs_on) and runs_on() == "cuda" and torch.cuda.is_available():
+        return f"cuda:{environment.get('LOCAL_RANK', 0)}"
+    return "cpu"
 
 
 def _made(groups: list[dict[str, Any]], options: OptimizerOptions) -> torch.optim.Optimizer:
