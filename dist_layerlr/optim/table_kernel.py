@@ -128,37 +128,11 @@ def _adamw(
     own = rates + segment
     # Two ways, as a mask of unknown length keeps a thread from reading several elements at once.
     if start + BLOCK <= size:
-        move(
-            param,
-            gradient,
-            first,
-            second,
-            own,
-            segments,
-            start,
-            size,
-            WORK,
-            BLOCK,
-            False,
-            ALIGNED,
-            BY_HAND,
-        )
+        move(param, gradient, first, second, own, segments, start, size,
+             WORK, BLOCK, False, ALIGNED, BY_HAND)  # fmt: skip
     else:
-        move(
-            param,
-            gradient,
-            first,
-            second,
-            own,
-            segments,
-            start,
-            size,
-            WORK,
-            BLOCK,
-            True,
-            False,
-            BY_HAND,
-        )
+        move(param, gradient, first, second, own, segments, start, size,
+             WORK, BLOCK, True, False, BY_HAND)  # fmt: skip
 
 
 adamw: Any = triton.jit(_adamw)

@@ -25,8 +25,10 @@ OPTIONAL = {
     ("benchmarks", "ramtorch"),
     ("dist_layerlr", "timm"),
     ("dist_layerlr", "transformers"),
+    ("dist_layerlr", "triton"),
 }
-"""Imported only where someone installed it: to be compared with, or since the model is its own."""
+"""Imported only where it is there: to be compared with, since the model is its own, or because a
+CUDA build of torch brings it, at the one release that it works with."""
 TOOLS = {"ruff", "mypy", "pre-commit", "pytest-xdist"}
 """Declared to be run, not imported."""
 OF_DIFFUSERS = {"ftfy", "beautifulsoup4"}

@@ -3,86 +3,32 @@
 from __future__ import annotations
 
 import copy
-import os
-import subprocess
-import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 from torch.optim import AdamW
-from torch.utils._python_dispatch import TorchDispatchMode
 
 import dist_layerlr as dl
-from dist_layerlr.optim import TableAdamW, table_adamw, tables
+from dist_layerlr.optim import TableAdamW, tables
 from dist_layerlr.optim.segmented import Segmented
 from dist_layerlr.optim.trial import remember, try_out
 from dist_layerlr.sharders import Layout
 from dist_layerlr.sharders.base import Slice
 from launch.trainer.optimizers import make_optimizer, read_optimizer
 from tests.support.naive import CONFIG, fill_grads, make_model
-
-pytest.importorskip("triton", reason="triton is not installed: pip install triton")
-with pytest.MonkeyPatch.context() as patch:
-    # What runs the kernel is decided when its module is imported, which nothing else here does.
-    patch.setenv("TRITON_INTERPRET", "1")
-    from dist_layerlr.optim import table_kernel
-if table_kernel.IS_COMPILED:
-    pytest.skip("the kernel was compiled for a card in this process", allow_module_level=True)
-
-ROOT = Path(__file__).resolve().parents[3]
-SHAPES = [(3,), (5000,), (17, 33), (0,), (), (64, 128), (8193,)]
-COMPILE = """
-import sys, triton, triton.language as tl
-from triton.backends.compiler import GPUTarget
-from dist_layerlr.optim import table_kernel as kernel
-assert kernel.IS_COMPILED
-P, M = tl.bfloat16, tl.float32
-constant = {"P": P, "G": P, "M": M, "V": M, "WORK": tl.float32}
-constant |= {"BLOCK": kernel.BLOCK, "ALIGNED": True, "BY_HAND": False}
-types = {"addresses": "*i64", "chunks": "*i32", "rates": "*fp32", "segments": "i32"}
-types |= dict.fromkeys(constant, "constexpr")
-source = triton.compiler.ASTSource(fn=kernel.adamw, signature=types, constexprs=constant)
-options = {"num_warps": kernel.WARPS}
-print(triton.compile(source, target=GPUTarget("cuda", 80, 32), options=options).asm["ptx"])
-"""
-
-
-def tensors(dtype: torch.dtype = torch.float32) -> list[nn.Parameter]:
-    generator = torch.Generator().manual_seed(0)
-    return [nn.Parameter(torch.randn(shape, generator=generator).to(dtype)) for shape in SHAPES]
-
-
-def groups(params: Sequence[Tensor]) -> list[dict[str, Any]]:
-    """A rate and a decay for each tensor."""
-    return [
-        {"params": [p], "lr": 1e-3 * (number + 1), "weight_decay": 0.05 * number}
-        for number, p in enumerate(params)
-    ]
-
-
-def give_gradients(params: Sequence[Tensor], step: int) -> None:
-    generator = torch.Generator().manual_seed(step)
-    for p in params:
-        p.grad = torch.randn(p.shape, generator=generator).to(p.dtype)
-
-
-def train(optimizer: torch.optim.Optimizer, steps: Sequence[int] = range(10)) -> list[Tensor]:
-    params = [p for group in optimizer.param_groups for p in group["params"]]
-    for step in steps:
-        give_gradients(params, step)
-        optimizer.step()
-    return [p.detach() for p in params]
-
-
-def assert_close(found: Sequence[Tensor], wanted: Sequence[Tensor]) -> None:
-    """Within 1e-6 of the largest weight."""
-    for a, b in zip(found, wanted, strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-6)
+from tests.support.table_adamw import (
+    SHAPES,
+    assert_close,
+    give_gradients,
+    groups,
+    table_kernel,
+    tensors,
+    train,
+)
 
 
 @pytest.fixture
@@ -302,85 +248,6 @@ def test_slices_of_a_flat_tensor_train_at_their_own_rates_in_one_launch(
     assert len(launches) == 8
 
 
-class NoWaiting(TorchDispatchMode):
-    """Refuses to hand a number to the host."""
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        assert func is not torch.ops.aten._local_scalar_dense.default, "waits for the device"
-        return func(*args, **(kwargs or {}))
-
-
-def without_waiting(monkeypatch: pytest.MonkeyPatch, optimizer: TableAdamW) -> None:
-    def refuse(*_: Any) -> None:
-        raise AssertionError("waits for the device")
-
-    with monkeypatch.context() as patched:
-        # The interpreter reads numbers as it likes; the launch is no part of this.
-        patched.setattr(table_kernel, "adamw", {(n,): lambda *_, **__: None for n in range(99)})
-        patched.setattr(Tensor, "tolist", refuse)
-        patched.setattr(Tensor, "numpy", refuse)
-        with NoWaiting():
-            optimizer.step()
-
-
-def test_a_capturable_step_never_waits_for_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
-    optimizer = TableAdamW(groups(tensors()), capturable=True)
-    train(optimizer, range(2))
-    give_gradients([p for g in optimizer.param_groups for p in g["params"]], 2)
-    optimizer.param_groups[0]["lr"] = 0.5
-    without_waiting(monkeypatch, optimizer)
-    assert float(optimizer.state[optimizer.param_groups[0]["params"][0]]["step"]) == 3
-
-
-@pytest.fixture
-def capturing(monkeypatch: pytest.MonkeyPatch) -> Callable[[bool], None]:
-    """Pretends that a CUDA graph is being captured."""
-
-    def begin(on: bool) -> None:
-        for module in (tables, table_adamw):
-            monkeypatch.setattr(module, "is_capturing", lambda: on)
-
-    return begin
-
-
-def test_a_captured_step_takes_new_gradients_and_write_rates_changes_what_it_reads(
-    capturing: Callable[[bool], None],
-) -> None:
-    params = tensors()
-    optimizer = TableAdamW(groups(params), capturable=True)
-    train(optimizer, range(2))
-    (table,) = optimizer._tables.values()
-    rates = table.write_settings([table_adamw._settings(g) for g in optimizer.param_groups])
-    capturing(True)
-    train(optimizer, range(2, 3))
-    capturing(False)
-    optimizer.param_groups[0]["lr"] = 0.5
-    optimizer.write_rates()
-    assert float(rates[0, 0]) == 0.5  # in place: a graph reads that memory
-    reference = AdamW(groups(tensors()))
-    train(reference, range(3))
-    reference.param_groups[0]["lr"] = 0.5
-    assert_close(train(optimizer, range(3, 5)), train(reference, range(3, 5)))
-
-
-def test_what_a_graph_could_not_follow_is_refused_in_its_capture(
-    capturing: Callable[[bool], None],
-) -> None:
-    params = tensors()
-    fixed = TableAdamW(groups(params))
-    optimizer = TableAdamW(groups(params), capturable=True)
-    train(optimizer, range(1))
-    capturing(True)
-    with pytest.raises(dl.ConfigError, match="capturable=False in the capture"):
-        fixed.step()
-    optimizer.param_groups[0]["lr"] = 0.5
-    with pytest.raises(dl.ConfigError, match="learning rates .* changed.*write_rates"):
-        optimizer.step()
-    params[0].grad = None
-    with pytest.raises(dl.ConfigError, match="which tensors have gradients.*ordinary step"):
-        optimizer.step()
-
-
 def test_the_trainer_takes_it_by_its_path() -> None:
     options = read_optimizer(
         {
@@ -434,13 +301,3 @@ def test_a_sparse_gradient_is_refused() -> None:
     table(torch.tensor([1])).sum().backward()
     with pytest.raises(dl.ConfigError, match="it is sparse.*sparse=False"):
         TableAdamW(table.parameters()).step()
-
-
-def test_the_kernel_compiles_for_a_card_and_reads_16_bytes_at_once(tmp_path: Path) -> None:
-    env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    env |= {"TRITON_CACHE_DIR": str(tmp_path), "PYTHONPATH": str(ROOT)}
-    script = tmp_path / "compile_it.py"
-    script.write_text(COMPILE)
-    ran = subprocess.run([sys.executable, script], env=env, capture_output=True, text=True)
-    assert ran.returncode == 0, ran.stderr
-    assert "ld.global.v4.b32" in ran.stdout and "st.global.v4.b32" in ran.stdout
