@@ -1,14 +1,14 @@
 """What Muon for matrices costs under every sharder, beside torch.optim.Muon on whole parameters.
 
-    python benchmarks/muon_cost.py            # 2 gloo ranks; about 5 minutes on 2 cores
+    python benchmarks/muon_cost.py            # 2 gloo ranks; about a minute on 2 cores
     python benchmarks/muon_cost.py --only fsdp2 --rounds 20
 
 Matrices of 4 blocks go to Muon, the rest to AdamW. Arms take turns in rotating order; the time is
-the median of ``optimizer.step()`` (ZeRO: of ``engine.step()``), and the bytes are those that one
-rank sends for it, without the sharder's own. Beside ``ours``: ``torch``, its Muon and AdamW,
-where they take the sharder's parameters as they are (whole ones, DTensors); ``deepspeed``, its own
-Muon, not compiled. microsoft/dion is named in the result, not measured: it is no dependency. Writes
-benchmarks/results/muon_cost.json.
+the median of ``optimizer.step()`` (ZeRO: of a backward and ``engine.step()``, since DeepSpeed's
+Muon works in both), and the bytes are those that one rank sends for it, without the sharder's own.
+Beside ``ours``: ``torch``, its Muon and AdamW, where they take the sharder's parameters as they are
+(whole ones, DTensors); ``deepspeed``, its own Muon, not compiled. microsoft/dion is named in the
+result, not measured: it is no dependency. Writes benchmarks/results/muon_cost.json.
 """
 
 from __future__ import annotations
@@ -184,8 +184,9 @@ def _zero_arm(model: Any, plan: Plan, stage: int, name: str) -> tuple[Arm, Calla
         )[0]
 
     def step() -> float:
-        _backward(engine, engine)
+        # DeepSpeed's Muon orthogonalises at the end of the backward: the step alone lacks its work.
         start = time.perf_counter()
+        _backward(engine, engine)
         engine.step()
         return time.perf_counter() - start
 
