@@ -23,7 +23,7 @@ from dist_layerlr.optim.segmented import Segmented
 from dist_layerlr.sharders import Piece
 from dist_layerlr.sharders.base import local
 
-_SAME = {"Adam": "AdamW", "DeepSpeedCPUAdam": "AdamW", "FusedAdam": "AdamW"}
+_SAME = dict.fromkeys(("Adam", "DeepSpeedCPUAdam", "FusedAdam", "TableAdamW"), "AdamW")
 """Optimizers whose state means the same."""
 _FLAGS = {"amsgrad": "max_exp_avg_sq", "centered": "grad_avg"}
 """Settings of a group that need a state tensor of their own, which torch makes in a parameter's

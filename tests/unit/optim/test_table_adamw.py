@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterator
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -301,3 +302,25 @@ def test_a_sparse_gradient_is_refused() -> None:
     table(torch.tensor([1])).sum().backward()
     with pytest.raises(dl.ConfigError, match="it is sparse.*sparse=False"):
         TableAdamW(table.parameters()).step()
+
+
+@pytest.mark.parametrize("emission", ["groups", "segmented"])
+def test_a_checkpoint_by_name_passes_between_it_and_torchs(emission: str, tmp_path: Path) -> None:
+    results = []
+    pairs = [(AdamW, AdamW), (AdamW, TableAdamW), (TableAdamW, AdamW)]
+    for number, makes in enumerate(pairs):
+        folder = tmp_path / str(number)
+        for make in makes:
+            model = make_model()
+            plan = dl.plan_model(model, CONFIG)
+            optimizer = dl.attach(plan, model, make, emission=emission)
+            if folder.exists():
+                dl.load_checkpoint(folder, plan, model, optimizer)
+            for _ in range(3):
+                fill_grads(model)
+                optimizer.step()
+            dl.save_checkpoint(folder, plan, model, optimizer, step=3)
+        results.append([p.detach() for p in model.parameters()])
+        assert {int(state["step"]) for state in optimizer.state.values()} == {6}
+    assert_close(results[1], results[0])
+    assert_close(results[2], results[0])

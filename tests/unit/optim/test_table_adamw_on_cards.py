@@ -104,6 +104,26 @@ def test_a_captured_step_takes_new_gradients_and_write_rates_changes_what_it_rea
     assert_close(train(optimizer, range(3, 5)), train(reference, range(3, 5)))
 
 
+def test_an_ordinary_step_after_a_capture_writes_its_own_addresses_again(
+    capturing: Callable[[bool], None],
+) -> None:
+    params = tensors()
+    optimizer = TableAdamW(groups(params), capturable=True)
+    train(optimizer, range(1))
+    capturing(True)
+    optimizer.step()
+    with pytest.raises(dl.ConfigError, match="no ordinary step since the last capture"):
+        optimizer.step()
+    capturing(False)
+    optimizer.step()
+    (table,) = optimizer._tables.values()
+    assert table._addresses is not None
+    # What a replay of the graph does: it writes the addresses of gradients of its own.
+    table._addresses[1][1].copy_(table._addresses[1][0].clone())
+    optimizer.step()
+    assert int(table._addresses[1][1][0]) == params[0].grad.data_ptr()  # type: ignore[union-attr]
+
+
 def test_what_a_graph_could_not_follow_is_refused_in_its_capture(
     capturing: Callable[[bool], None],
 ) -> None:
