@@ -274,6 +274,9 @@ def plot(analysis: Analysis, file: Path) -> None:
 
     metric = analysis.study.metrics[0]
     figure, axis = pyplot.subplots(figsize=(8, 4.5))
+    low, high = _scale(analysis)
+    # Of the usual ten colours the eleventh arm would have the first one's.
+    colours = pyplot.get_cmap("tab20" if len(analysis.results) > 10 else "tab10")
     for number, (name, found) in enumerate(analysis.results.items()):
         rates = list(found.curve)
         means = [one.mean for one in found.curve.values()]
@@ -281,9 +284,37 @@ def plot(analysis: Analysis, file: Path) -> None:
         style = "--" if not analysis.study.arm(name).pretrained else "-"
         # Points of several arms lie at one rate: moved apart, their bars can be told apart.
         places = [rate * 1.03 ** (number - len(analysis.results) / 2) for rate in rates]
-        axis.errorbar(places, means, yerr=lows, label=name, capsize=2, linestyle=style)
+        label = name if any(low <= mean <= high for mean in means) else f"{name} (off the scale)"
+        shape = {"label": label, "capsize": 2, "linestyle": style, "color": colours(number)}
+        axis.errorbar(places, means, yerr=lows, **shape)
     axis.set(xscale="log", xlabel="base rate", ylabel=f"{metric.name} ({metric.unit})")
+    axis.set_ylim(low, high)
+    ticks = _ticks(analysis)
+    axis.set_xticks(ticks, labels=[f"{rate:g}" for rate in ticks])
+    axis.minorticks_off()
     axis.set_title(f"{analysis.study.title} ({analysis.seeds} seeds, 95 % intervals)", fontsize=10)
     axis.legend(fontsize=8, bbox_to_anchor=(1.01, 1), loc="upper left")
     figure.savefig(file, dpi=120, bbox_inches="tight")
     pyplot.close(figure)
+
+
+def _scale(analysis: Analysis) -> tuple[float, float]:
+    """Ends of the axis: what arms that start as the baseline does reach; a control lies far off."""
+    study = analysis.study
+    start = study.arm(study.baseline).pretrained
+    values: list[float] = []
+    for name, found in analysis.results.items():
+        if study.arm(name).pretrained == start and name != study.control:
+            for one in found.curve.values():
+                values += [one.low, one.high]
+    room = 0.05 * (max(values) - min(values))
+    return min(values) - room, max(values) + room
+
+
+def _ticks(analysis: Analysis) -> list[float]:
+    """Rates of the sweeps that stand far enough apart for their labels."""
+    ticks: list[float] = []
+    for rate in sorted({rate for found in analysis.results.values() for rate in found.curve}):
+        if not ticks or rate >= 1.5 * ticks[-1]:
+            ticks.append(rate)
+    return ticks

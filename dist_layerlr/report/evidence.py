@@ -10,15 +10,82 @@ from dist_layerlr.plan.entries import Plan
 PAGE = "docs/evidence.md"
 MEASURED: Mapping[str, str] = {
     # Measured: written by benchmarks/does_it_help.py --report.
+    "linear": (
+        "a small Wan, few clips of two new digits (10 seeds): loss no difference to flat, no "
+        "difference to reversed linear; forgetting worse than flat, no difference to reversed "
+        "linear. a small Wan, a new prompt word (10 seeds): loss no difference to flat, no "
+        "difference to reversed linear; leakage no difference to flat, no difference to "
+        "reversed linear"
+    ),
+    "cosine": (
+        "a small Wan, few clips of two new digits (10 seeds): loss no difference to flat; "
+        "forgetting worse than flat. a small Wan, a new prompt word (10 seeds): loss no "
+        "difference to flat; leakage no difference to flat"
+    ),
+    "inverted_u": (
+        "a small Wan, few clips of two new digits (10 seeds): loss no difference to flat "
+        "(inverted_u, inverted_u, early, inverted_u, late); forgetting worse than flat "
+        "(inverted_u, inverted_u, early, inverted_u, late). a small Wan, a new prompt word "
+        "(10 seeds): loss no difference to flat (inverted_u, inverted_u, early, inverted_u, "
+        "late); leakage no difference to flat (inverted_u, inverted_u, early, inverted_u, "
+        "late)"
+    ),
     "layer_decay": (
-        "a pretrained ViT, 5 labels per class (10 seeds): accuracy no difference to flat "
+        "a pretrained ViT, 5 labels per class (20 seeds): accuracy no difference to flat "
         "(layer_decay 0.9, layer_decay 0.75, layer_decay 0.65, layer_decay 0.5), no "
         "difference to scratch (scratch, layer_decay 0.65); forgetting better than flat "
-        "(layer_decay 0.9, layer_decay 0.75, layer_decay 0.65, layer_decay 0.5)"
+        "(layer_decay 0.9, layer_decay 0.75, layer_decay 0.65, layer_decay 0.5). a small Wan, "
+        "few clips of two new digits (10 seeds): loss no difference to flat (layer_decay "
+        "0.8); forgetting no difference to flat (layer_decay 0.8). a LoRA of a small Wan, a "
+        "new style (10 seeds): loss no difference to flat (layer_decay 0.8). a small Wan, a "
+        "new prompt word (10 seeds): loss no difference to flat (layer_decay 0.8); leakage no "
+        "difference to flat (layer_decay 0.8)"
+    ),
+    "table": (
+        "a small Wan, few clips of two new digits (10 seeds): loss no difference to flat "
+        "(reversed linear); forgetting worse than flat (reversed linear). a LoRA of a small "
+        "Wan, a new style (10 seeds): loss no difference to flat (reversed linear). a small "
+        "Wan, a new prompt word (10 seeds): loss no difference to flat (reversed linear); "
+        "leakage no difference to flat (reversed linear)"
+    ),
+    "style_lora": (
+        "a LoRA of a small Wan, a new style (10 seeds): loss worse than flat"
+    ),
+    "subject_lora": (
+        "a LoRA of a small Wan, a new style (10 seeds): loss no difference to flat"
+    ),
+    "concept_lora": (
+        "a LoRA of a small Wan, a new style (10 seeds): loss no difference to flat"
+    ),
+    "full_finetune": (
+        "a small Wan, few clips of two new digits (10 seeds): loss no difference to flat; "
+        "forgetting no difference to flat"
+    ),
+    "component_only": (
+        "a LoRA of a small Wan, a new style (10 seeds): loss no difference to flat"
+    ),
+    "conservative": (
+        "a LoRA of a small Wan, a new style (10 seeds): loss no difference to flat"
     ),
     "component_lr": (
-        "a small Llama from scratch (4 seeds): loss no difference to uniform (paper, "
+        "a small Wan, few clips of two new digits (10 seeds): loss no difference to flat "
+        "(attention x3, ffn x3); forgetting better than flat (attention x3), worse than flat "
+        "(ffn x3). a small Wan, a new prompt word (10 seeds): loss no difference to flat "
+        "(attention x3), better than flat (ffn x3), worse than ffn x3 (attention x3); leakage "
+        "no difference to flat (attention x3, ffn x3), no difference to ffn x3 (attention "
+        "x3). a small Llama from scratch (4 seeds): loss no difference to uniform (paper, "
         "reverse), better than reverse (paper)"
+    ),
+    "lora_plus_ratio": (
+        "a LoRA of a small Wan, a new style (10 seeds): loss no difference to flat (LoRA+ 4, "
+        "LoRA+ 16)"
+    ),
+    "advise": (
+        "a pretrained ViT, 5 labels per class (10 seeds): accuracy no difference to flat "
+        "(advised, advised from 1.5); forgetting no difference to flat (advised, advised from "
+        "1.5). a small Wan, few clips of two new digits (10 seeds): loss no difference to "
+        "flat (advised, advised from 1.5); forgetting no difference to flat (advised, advised "
+        "from 1.5)"
     ),
     # End.
 }
