@@ -16,8 +16,8 @@ MARKS = {
     MODULE: ("    # Measured: written by benchmarks/does_it_help.py --report.\n", "    # End.\n"),
     PAGE: ("<!-- evidence -->\n", "<!-- end evidence -->\n"),
 }
-WIDTH = 84
-"""Of a string in the module: with its indent and quotes it stays below the line length."""
+LINE, WIDTH = 100, 84
+"""Of a line of the module, and of a string in it: its indent and quotes need room, too."""
 
 
 def quote(analyses: Sequence[Analysis]) -> None:
@@ -47,6 +47,11 @@ def _entries(lines: Mapping[str, str]) -> str:
     found = []
     for name, line in lines.items():
         if line == NOT_MEASURED:
+            continue
+        alone = f'    "{name}": "{line}",\n'
+        # The formatter takes the brackets from what fits into a line, its end included.
+        if len(alone) <= LINE + 1:
+            found.append(alone)
             continue
         pieces = textwrap.wrap(line, WIDTH, break_long_words=False, break_on_hyphens=False)
         strings = [f'        "{piece} "\n' for piece in pieces[:-1]] + [f'        "{pieces[-1]}"\n']

@@ -48,25 +48,15 @@ MEASURED: Mapping[str, str] = {
         "Wan, a new prompt word (10 seeds): loss no difference to flat (reversed linear); "
         "leakage no difference to flat (reversed linear)"
     ),
-    "style_lora": (
-        "a LoRA of a small Wan, a new style (10 seeds): loss worse than flat"
-    ),
-    "subject_lora": (
-        "a LoRA of a small Wan, a new style (10 seeds): loss no difference to flat"
-    ),
-    "concept_lora": (
-        "a LoRA of a small Wan, a new style (10 seeds): loss no difference to flat"
-    ),
+    "style_lora": "a LoRA of a small Wan, a new style (10 seeds): loss worse than flat",
+    "subject_lora": "a LoRA of a small Wan, a new style (10 seeds): loss no difference to flat",
+    "concept_lora": "a LoRA of a small Wan, a new style (10 seeds): loss no difference to flat",
     "full_finetune": (
         "a small Wan, few clips of two new digits (10 seeds): loss no difference to flat; "
         "forgetting no difference to flat"
     ),
-    "component_only": (
-        "a LoRA of a small Wan, a new style (10 seeds): loss no difference to flat"
-    ),
-    "conservative": (
-        "a LoRA of a small Wan, a new style (10 seeds): loss no difference to flat"
-    ),
+    "component_only": "a LoRA of a small Wan, a new style (10 seeds): loss no difference to flat",
+    "conservative": "a LoRA of a small Wan, a new style (10 seeds): loss no difference to flat",
     "component_lr": (
         "a small Wan, few clips of two new digits (10 seeds): loss no difference to flat "
         "(attention x3, ffn x3); forgetting better than flat (attention x3), worse than flat "

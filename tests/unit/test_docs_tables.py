@@ -32,7 +32,7 @@ def test_the_page_of_the_audit_lists_every_kind_of_finding():
 def test_the_guides_say_what_the_evidence_page_knows():
     committed = tables.GUIDES.read_text(encoding="utf-8")
     assert committed == tables.filled_guides(), "run `python docs/tables.py` and commit the page"
-    assert "- `style_lora`: not measured.\n" in committed
+    assert "- `rfdetr`: not measured.\n" in committed
     assert "forgetting better than flat" in committed
 
 
