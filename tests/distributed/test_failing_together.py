@@ -64,8 +64,8 @@ def test_a_defect_shows_its_traceback_and_bad_input_does_not(
 
 
 def test_two_sharders_are_refused(capsys: pytest.CaptureFixture[str]) -> None:
-    args = request.parse_args(
-        ["--config", "c", "--sharding", "ddp", "--deepspeed_config", "d"], None
+    args = request.make_parser(None).parse_args(
+        ["--config", "c", "--sharding", "ddp", "--deepspeed_config", "d"]
     )
     with pytest.raises(Exception, match="Invalid --sharding with --deepspeed_config"):
         request.make_request(args)
