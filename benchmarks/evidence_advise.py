@@ -88,4 +88,4 @@ def _study(of: Study, name: str, seeds: int) -> Study:
 
 
 ADVISE_DECAY = _study(evidence_vit.LAYER_DECAY, "advise_layer_decay", 10)
-ADVISE_DEPTH = _study(evidence_wan.DEPTH, "advise_depth", 5)
+ADVISE_DEPTH = _study(evidence_wan.DEPTH, "advise_depth", 10)
