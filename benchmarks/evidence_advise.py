@@ -18,7 +18,7 @@ import evidence_wan
 from dist_layerlr.plan import PLAN_FILE
 from dist_layerlr.report.advise import FAR, METRICS, gather
 from dist_layerlr.report.proposal import RESOLVED, propose
-from evidence_studies import Arm, Study
+from evidence_studies import Arm, Study, write_whole
 from evidence_training import Config, block, watched
 
 EVERY = 2
@@ -30,19 +30,20 @@ Run = Callable[[Arm, float, int, Settings, Path], dict[str, float]]
 def run_advised(
     run: Run, arm: Arm, rate: float, seed: int, settings: Settings, folder: Path
 ) -> dict[str, float]:
-    """Do a run of another study; an advised arm does it twice."""
+    """Do a run of another study; an advised arm after a flat run, which all such arms share."""
     far = FARS.get(arm.name)
     if far is None:
         return run(arm, rate, seed, settings, folder)
-    probe = block(rate)
-    # Named after what it is: processes of other seeds write beside it.
-    place = folder / "probes" / f"{run.__name__}_{seed}_{rate:g}_{far:g}"
-    with watched(EVERY) as seen:
-        run(arm, rate, seed, settings, folder)
-    place.mkdir(parents=True, exist_ok=True)
-    (place / METRICS).write_text("".join(json.dumps(row) + "\n" for row in seen.rows))
-    (place / PLAN_FILE).write_text(json.dumps(seen.plan.to_dict()))
-    (place / RESOLVED).write_text(json.dumps(probe))
+    # Named after what it is: processes of other seeds write beside it, and other arms read it.
+    place = folder / "probes" / f"{run.__name__}_{seed}_{rate:g}_{settings['steps']}"
+    if not (place / RESOLVED).exists():
+        with watched(EVERY) as seen:
+            run(arm, rate, seed, settings, folder)
+        place.mkdir(parents=True, exist_ok=True)
+        (place / METRICS).write_text("".join(json.dumps(row) + "\n" for row in seen.rows))
+        (place / PLAN_FILE).write_text(json.dumps(seen.plan.to_dict()))
+        # The last one: a run that is killed leaves no half of a probe to the next.
+        write_whole(place / RESOLVED, json.dumps(block(rate)))
     proposed = propose(gather(place, far=far), place)
     found = run(
         replace(arm, config=partial(_as_proposed, proposed.config)), rate, seed, settings, folder

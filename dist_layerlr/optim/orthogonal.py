@@ -1,6 +1,6 @@
 """The orthogonal factor of matrices, by the iteration of torch.optim.Muon.
 
-Private, read in torch 2.10 and 2.13: ``torch.optim._muon._zeropower_via_newtonschulz(grad,
+Private, read in torch 2.10, 2.13 and 2.14.1: ``torch.optim._muon._zeropower_via_newtonschulz(grad,
 ns_coefficients, ns_steps, eps)``. What is public steps a weight: a weight of 0, stepped at rate 1,
 holds the factor as well, after five more passes over memory that made Muon's step a fifth slower
 than torch's own.
@@ -13,9 +13,6 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-# Muon is newer than the oldest torch that other optimizers run with.
-from torch.optim import _muon
-
 from dist_layerlr.sharders.base import ParamGroup
 
 
@@ -26,6 +23,9 @@ def orthogonalise(asked: Sequence[tuple[Tensor, Sequence[int], ParamGroup]]) -> 
         asked: (matrix, rows of each part, group with the settings). A matrix of bfloat16 is used
             up: it is normalised where it lies.
     """
+    # Here: a torch that has moved it must not keep those from importing us who use no Muon.
+    from torch.optim import _muon
+
     found: list[Tensor] = []
     for matrix, parts, group in asked:
         how = (group["ns_coefficients"], group["ns_steps"], group["eps"])

@@ -296,10 +296,11 @@ class Segmented(Optimizer):
             # Optimizers look up missing entries in it, which only a defaultdict has.
             if not isinstance(self.state, defaultdict):
                 self.state = defaultdict(dict, self.state)
-            # Some count by a key that is no tensor, which their constructor has set.
-            for key in self.inner.state.keys() - self.state.keys():
-                if not isinstance(key, Tensor):
-                    self.state[key] = self.inner.state[key]
+            if self.inner.state is not self.state:
+                # Some count by a key that is no tensor, which their constructor has set.
+                for key in self.inner.state.keys() - self.state.keys():
+                    if not isinstance(key, Tensor):
+                        self.state[key] = self.inner.state[key]
             self.inner.state = self.state
         else:
             rows = self._rows_to_step()

@@ -89,9 +89,11 @@ class MatrixCheck:
         moves, directions = alike(lambda: self._parts(found))
         # A rank may put a matrix together of which it holds nothing: it needs the settings, too.
         groups: dict[str, ParamGroup] = {}
-        for row in everyone({p.name: _settings(p) for p in found.pieces if p.numel}):
+        here = {p.name: _settings(p) for p in found.pieces if p.numel and p.name in self.entries}
+        for row in everyone(here):
             for name, told in row.items():
-                groups[name] = {**told, ROUNDING: max(told[ROUNDING], _rounding(groups, name))}
+                known = groups.setdefault(name, told)
+                known[ROUNDING] = max(known[ROUNDING], told[ROUNDING])
         observed: dict[str, float] = {}
         problems: list[Problem] = []
         # Two tensors of one name must never meet.
@@ -129,9 +131,11 @@ class MatrixCheck:
                 problems += self._singular(entry, move, group)
                 if name in factors:
                     rate, slack = _rate(entry, move, factors[name], group)
-                    # Of weights of 16 bits a small step may be nothing but rounding.
-                    if slack <= 0.5 * entry.lr * self.factor or not entry.lr:
-                        problems += self._off(entry, rate, slack)
+                    wanted = entry.lr * self.factor
+                    # What is held still is not rounded either. Of weights of 16 bits a small step
+                    # may be nothing but rounding.
+                    if wanted == 0.0 or slack <= 0.5 * wanted:
+                        problems += self._off(entry, rate, slack if wanted else 0.0)
                         observed[name] = rate
         return problems
 
@@ -215,10 +219,6 @@ def _settings(piece: Piece) -> ParamGroup:
     weight = piece.of(piece.owner)
     rounding = torch.finfo(weight.dtype).eps * float(weight.detach().abs().mean())
     return {**found, ROUNDING: rounding}
-
-
-def _rounding(groups: Mapping[str, ParamGroup], name: str) -> float:
-    return float(groups[name][ROUNDING]) if name in groups else 0.0
 
 
 def _rate(

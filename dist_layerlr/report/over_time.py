@@ -11,16 +11,21 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dist_layerlr import fields
-from dist_layerlr.errors import ConfigError
-from dist_layerlr.plan.components import COMPONENTS
 from dist_layerlr.plan.entries import Plan, PlanEntry
+from dist_layerlr.report.drawing import (
+    HELD,
+    Key,
+    add_bar,
+    check_picture,
+    log_norm,
+    new_figure,
+    panels,
+    save,
+)
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-OUTSIDE = "outside blocks"
-DPI = 100
-WIDTH_PX = 1200
 COLUMNS = 400
 """Steps that are drawn, at most: about what the picture has room for."""
 _HIGH, _LOW = 0.3, 0.045
@@ -41,31 +46,15 @@ def draw_over_time(plan: Plan, path: Path, steps: int) -> None:
         ConfigError: matplotlib is not installed, a number of steps that cannot be, or the file is
             no .png or cannot be written.
     """
-    if path.suffix != ".png":
-        raise ConfigError(f"Invalid picture file {str(path)!r}: must end in .png.")
+    check_picture(path)
     fields.integer(1)("steps", steps)
-    try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.colors import LogNorm
-        from matplotlib.figure import Figure
-    except ImportError:
-        raise ConfigError("Drawing needs matplotlib: pip install 'dist_layerlr[plot]'.") from None
-    panels, shown = _panels(plan), columns(steps)
-    rates: set[float] = set()
-    for entry in plan.entries.values():
-        rates.add(entry.lr)
-    # Not those of ramps, which begin near 0: they would leave the others one colour. A log scale
-    # has no place for what is held.
-    rates = (rates - {0.0}) or {1.0}
-    # Room at both ends: equal rates would be a range without a width, which no bar can show.
-    norm = LogNorm(min(rates) / 1.01, max(rates) * 1.01)
-    heights = [_height(rows) for rows in panels.values()]
-    size = (WIDTH_PX / DPI, sum(heights) + 1.0)
-    figure = Figure(figsize=size, dpi=DPI, layout="constrained")
-    # Not by pyplot, which keeps every figure it makes and may look for a display.
-    FigureCanvasAgg(figure)
-    axes = figure.subplots(len(panels), 1, squeeze=False, height_ratios=heights)[:, 0]
-    for axis, (title, rows) in zip(axes, panels.items(), strict=True):
+    stacks, shown = panels(plan), columns(steps)
+    # Not the rates of ramps, which begin near 0: they would leave the others one colour.
+    norm = log_norm(entry.lr for entry in plan.entries.values())
+    heights = [_height(rows) for rows in stacks.values()]
+    figure = new_figure(sum(heights) + 1.0)
+    axes = figure.subplots(len(stacks), 1, squeeze=False, height_ratios=heights)[:, 0]
+    for axis, (title, rows) in zip(axes, stacks.items(), strict=True):
         table = [_rates(entries, shown) for entries in rows.values()]
         _draw_panel(axis, title, list(rows), table, norm, steps)
     axes[-1].set_xlabel("optimizer step")
@@ -73,11 +62,8 @@ def draw_over_time(plan: Plan, path: Path, steps: int) -> None:
         f"Learning rates of {plan.config.model_type} over {steps} steps, before the run's schedule",
         fontsize=13,
     )
-    _add_bar(figure, list(axes), norm)
-    try:
-        figure.savefig(path)
-    except OSError as error:
-        raise ConfigError(f"Cannot write picture {str(path)!r}: {error.strerror}.") from None
+    add_bar(figure, axes, norm)
+    save(figure, path)
 
 
 def columns(steps: int) -> list[int]:
@@ -85,28 +71,6 @@ def columns(steps: int) -> list[int]:
     if steps <= COLUMNS:
         return list(range(steps))
     return [column * steps // COLUMNS for column in range(COLUMNS)]
-
-
-Key = tuple[str, int]
-"""(component, block)."""
-
-
-def _panels(plan: Plan) -> dict[str, dict[Key, list[PlanEntry]]]:
-    """{panel: {(component, block): its parameters}}, components in their usual order."""
-    found: dict[str, dict[Key, list[PlanEntry]]] = {}
-    for entry in plan.entries.values():
-        rows = found.setdefault(entry.panel or OUTSIDE, {})
-        rows.setdefault((entry.component, entry.block or 0), []).append(entry)
-    if OUTSIDE in found:
-        found[OUTSIDE] = found.pop(OUTSIDE)  # the last panel
-    known = [*COMPONENTS]
-
-    def place(key: Key) -> tuple[int, str, int]:
-        return (known.index(key[0]) if key[0] in known else len(known), *key)
-
-    for title, rows in found.items():
-        found[title] = {key: rows[key] for key in sorted(rows, key=place)}
-    return found
 
 
 def _rates(entries: Sequence[PlanEntry], steps: Sequence[int]) -> list[float]:
@@ -147,7 +111,7 @@ def _draw_panel(
     across = [*columns(steps), steps]
     # A log scale has no place for 0; what is NaN shows the axis behind it, in grey.
     values = [[lr or float("nan") for lr in row] for row in table]
-    axis.set_facecolor("0.88")
+    axis.set_facecolor(HELD)
     axis.pcolormesh(across, edges, values, norm=norm, cmap="viridis")
     axis.set_ylim(edges[-1], 0.0)
     axis.set_xlim(0, steps)
@@ -160,20 +124,3 @@ def _draw_panel(
     blocks = max(heights.values())
     name = title if blocks == 1 else f"{title}: {blocks} blocks, the first on top"
     axis.set_title(name, loc="left", fontsize=11)
-
-
-def _add_bar(figure: Any, axes: list[Any], norm: Any) -> None:
-    """Five even labels: a range inside one decade has no major log tick of its own."""
-    from matplotlib.cm import ScalarMappable
-
-    bar = figure.colorbar(
-        ScalarMappable(norm=norm, cmap="viridis"),
-        ax=axes,
-        label="learning rate",
-        fraction=0.03,
-        pad=0.01,
-    )
-    low, high = norm.vmin * 1.01, norm.vmax / 1.01
-    ticks = [low * (high / low) ** (i / 4) for i in range(5)] if high > low * 1.001 else [low]
-    bar.set_ticks(ticks, labels=[f"{tick:.1e}" for tick in ticks])
-    bar.minorticks_off()

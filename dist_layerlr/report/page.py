@@ -16,16 +16,14 @@ from typing import Any
 
 from dist_layerlr.errors import ConfigError
 from dist_layerlr.files import read_json, write_text
-from dist_layerlr.plan.components import COMPONENTS
 from dist_layerlr.plan.diff import PLAN_FILE, Rows, read_rows
 from dist_layerlr.plan.entries import Plan, cell_name
+from dist_layerlr.report.drawing import OUTSIDE, place_of
 from dist_layerlr.report.grid import format_lr
 
-OUTSIDE = "outside blocks"
 FRAMES, POINTS, PICTURES = 60, 1000, 8
 """Most steps of the slider, points of a curve, and pictures: the page stays small."""
 _OF_RUNS = ("names", "frames", "loss", "held", "rates", "speed", "samples", "tables")
-_KNOWN = (*COMPONENTS, "fused", "modulation", "conv", "embed", "head")
 
 
 def write_page(path: Path, source: Plan | Path, title: str) -> None:
@@ -119,14 +117,10 @@ def _panel(title: str, cells: Mapping[str, list[tuple[str, Mapping[str, Any]]]])
         cell = {"name": name, "component": first["component"], "block": first["block"] or 0}
         drawn.append({**cell, "lr": mean, "params": len(members), "numel": numel})
         drawn[-1]["lines"] = _lines(members)
-    components = sorted({cell["component"] for cell in drawn}, key=_place)
+    components = sorted({cell["component"] for cell in drawn}, key=place_of)
     blocks = max(cell["block"] for cell in drawn) + 1
     shape = {"title": title, "outside": title == OUTSIDE, "components": components}
     return {**shape, "blocks": blocks, "cells": drawn}
-
-
-def _place(component: str) -> tuple[int, str]:
-    return _KNOWN.index(component) if component in _KNOWN else len(_KNOWN), component
 
 
 def _lines(members: Iterable[tuple[str, Mapping[str, Any]]]) -> list[str]:
@@ -224,7 +218,7 @@ def _rates(plan: Rows, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     for row in plan.values():
         known.setdefault(row["component"], []).append(row["lr"])
     series = []
-    for component in sorted(known, key=_place):
+    for component in sorted(known, key=place_of):
         middle = sorted(known[component])[len(known[component]) // 2]
         points = [[row["step"], middle * row.get("lr_factor", 1.0)] for row in rows]
         series.append({"name": component, "points": points})

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dist_layerlr.errors import ConfigError
+from dist_layerlr.report.drawing import check_picture, new_figure, save
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -17,8 +18,6 @@ _TITLES = ("compute", "compute waits", "to the device", "gradients back")
 _COLOURS = {"forward": "#4477aa", "backward": "#66ccee", "wait": "#cc3311"}
 _COPIES = ("#228833", "#99cc77")
 """In turn, so that neighbours can be told apart."""
-DPI = 100
-WIDTH_PX = 1200
 _NAMED = 0.035
 """Least share of the picture that a name fits into."""
 
@@ -30,19 +29,11 @@ def draw_step(trace: Path, picture: Path) -> None:
         ConfigError: matplotlib is not installed, the trace holds no work, or a file cannot be read
             or written.
     """
-    if picture.suffix != ".png":
-        raise ConfigError(f"Invalid picture file {str(picture)!r}: must end in .png.")
-    try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-    except ImportError:
-        raise ConfigError("Drawing needs matplotlib: pip install 'dist_layerlr[plot]'.") from None
+    check_picture(picture)
     work = _read(trace)
     begin = min(e["ts"] for e in work)
     length = max(e["ts"] + e["dur"] for e in work) - begin
-    figure = Figure(figsize=(WIDTH_PX / DPI, 3.4), dpi=DPI, layout="constrained")
-    # Not by pyplot, which keeps every figure it makes and may look for a display.
-    FigureCanvasAgg(figure)
+    figure = new_figure(3.4)
     axis = figure.subplots()
     for line, kind in enumerate(LINES):
         _draw_line(axis, line, [e for e in work if e["cat"] == kind], begin, length)
@@ -51,10 +42,7 @@ def draw_step(trace: Path, picture: Path) -> None:
     axis.set_xlim(0, length / 1e3)
     axis.set_xlabel("ms")
     axis.set_title(_summary(work), loc="left", fontsize=11)
-    try:
-        figure.savefig(picture)
-    except OSError as error:
-        raise ConfigError(f"Cannot write picture {str(picture)!r}: {error.strerror}.") from None
+    save(figure, picture)
 
 
 def _read(trace: Path) -> list[dict[str, Any]]:

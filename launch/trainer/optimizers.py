@@ -5,9 +5,9 @@ from __future__ import annotations
 import contextlib
 import importlib
 import inspect
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
-from os import environ as environment
 from typing import Any
 
 import torch
@@ -239,7 +239,7 @@ def _scratch_device(options: OptimizerOptions) -> str:
     """The CPU, where a config is read without a card; TableAdamW runs on cards alone."""
     runs_on = None if options.observable else getattr(_class_of(options.kind), "runs_on", None)
     if callable(runs_on) and runs_on() == "cuda" and torch.cuda.is_available():
-        return f"cuda:{environment.get('LOCAL_RANK', 0)}"
+        return f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
     return "cpu"
 
 

@@ -70,6 +70,9 @@ class Cell(NamedTuple):
         return f"{self.sharder}: {self.optimizer}"
 
 
+Groups = list[dict[str, Any]]
+
+
 class Reference(NamedTuple):
     """One process on the global batch, its groups written by hand."""
 
@@ -88,24 +91,23 @@ def seed() -> None:
 def unsharded(make: Make) -> Reference:
     """Trained twice: the second time the gradient is the mean of two halves', as two ranks sum it.
 
-    Where the optimizer turns that rounding into more (signs of tiny gradients), it is the bar. One
-    that draws numbers is trained once more with its parameters the other way round: it deals them
-    out in the order of its groups, which is not the plan's.
+    Where the optimizer turns that rounding into more (signs of tiny gradients), it is the bar.
     """
     ends = [trained_alone(make, halves) for halves in (1, 2)]
     left = torch.get_rng_state()
     seed()
     if not torch.equal(torch.get_rng_state(), left):
-        ends.append(trained_alone(make, 1, turned=True))
-    return Reference(ends[0], max(BAR, *(4 * farthest(ends[0], end) for end in ends[1:])))
+        # It deals out the numbers that it draws in the order of its parameters: the plan's.
+        ends = [trained_alone(make, halves, as_planned) for halves in (1, 2)]
+    return Reference(ends[0], max(BAR, 4 * farthest(*ends)))
 
 
-def trained_alone(make: Make, halves: int, *, turned: bool = False) -> dict[str, torch.Tensor]:
+def trained_alone(
+    make: Make, halves: int, sort: Callable[[nn.Module, Groups], Groups] = lambda _, groups: groups
+) -> dict[str, torch.Tensor]:
     """Weights after all steps in one process."""
     model = make_model()
-    groups = naive_groups(model.named_parameters())
-    if turned:
-        groups = [{**group, "params": group["params"][::-1]} for group in groups[::-1]]
+    groups = sort(model, naive_groups(model.named_parameters()))
     seed()
     optimizer = make(groups)
     for step in range(STEPS):
@@ -114,6 +116,16 @@ def trained_alone(make: Make, halves: int, *, turned: bool = False) -> dict[str,
         optimizer.step()
         optimizer.zero_grad()
     return {name: param.detach().clone() for name, param in model.named_parameters()}
+
+
+def as_planned(model: nn.Module, groups: Groups) -> Groups:
+    """The same groups, each with its own rates, in the order in which a plan has the names."""
+    named = dict(model.named_parameters())
+    order = [named[n] for g in dist_layerlr.plan_model(model, CONFIG).groups for n in g.names]
+    place = {id(param): number for number, param in enumerate(order)}
+    for group in groups:
+        group["params"].sort(key=lambda param: place[id(param)])
+    return sorted(groups, key=lambda group: place[id(group["params"][0])])
 
 
 def natively(wrap: Callable[[nn.Module], nn.Module], make: Make, at: At, emission: str) -> Any:

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from dist_layerlr import attach, effect_check, plan_model
+from dist_layerlr import PlanMismatch, attach, effect_check, plan_model
 from dist_layerlr.optim.orthogonal import orthogonalise
 from dist_layerlr.optim.readback import optimizer_state
 
@@ -105,6 +105,28 @@ def test_the_momentum_of_bf16_weights_is_not_used_up() -> None:
             optimizer.step()
     (span,) = optimizer_state(mine, optimizer)["blocks.0.attn.to_q.weight"]
     assert torch.equal(span.tensors["muon_momentum"].view(8, 12), wanted)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_matrix_that_is_held_still_must_not_move_by_less_than_it_is_rounded(
+    dtype: torch.dtype,
+) -> None:
+    for held in ({"lr_multiplier": 0}, {"lr_multiplier": 20}):
+        mine = make_models()[0].to(dtype)
+        plan = plan_model(mine, {**CONFIG, "optimizers": {"muon": held, "adamw": "rest"}})
+        optimizer = attach(plan, mine, {"muon": torch.optim.Muon, "adamw": torch.optim.AdamW})
+        # Either the plan holds it, or the schedule is at 0.
+        factor = 0.0 if held["lr_multiplier"] else None
+        for group in optimizer.param_groups:
+            group["lr"] *= 1.0 if factor is None else factor
+        give_gradients(mine, 0)
+        weight, _ = mine.parameters()
+        assert weight.grad is not None
+        (along,) = orthogonalise([(weight.grad.clone(), (), SETTINGS)])
+        with pytest.raises(PlanMismatch, match="to_q.weight: planned lr 0, the step moved it at"):
+            with effect_check(plan, mine, optimizer, factor=factor):
+                optimizer.step()
+                weight.data.add_(along.to(dtype), alpha=-2e-3)
 
 
 def test_torch_still_normalises_that_momentum_and_rounds_the_decay_of_many_at_once() -> None:
