@@ -211,6 +211,8 @@ def test_a_run_that_was_cut_off_between_captions_and_pictures_keeps_the_captions
         with pytest.raises(KeyboardInterrupt):
             run_sdxl(source, output)
     assert len(list((output / caching.PROMPTS).rglob("*.prompt"))) == 4
+    # No run trains on such a folder.
+    assert (output / "_unfinished.0").exists()
     # One caption is another by now.
     (source / "b.txt").write_text("dog")
     asked: list[str] = []
@@ -222,7 +224,7 @@ def test_a_run_that_was_cut_off_between_captions_and_pictures_keeps_the_captions
 
     monkeypatch.setattr(family, "encode_prompt", noted)
     assert run_sdxl(source, output) == 0
-    assert asked == ["dog"]
+    assert asked == ["dog"] and not (output / "_unfinished.0").exists()
     data = CachedDataset(str(output))
     assert [data.name(i) for i in range(4)] == ["cat 0", "dog", "cat 2", "cat 3"]
     with torch.no_grad():
